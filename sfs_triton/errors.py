@@ -1,0 +1,37 @@
+"""Exceptions of the package. Each message names the argument, key or tensor at fault and its value."""
+
+from __future__ import annotations
+
+
+class SfsError(Exception):
+    """Base of every error this package raises on purpose."""
+
+
+class ArgumentError(SfsError, ValueError):
+    """An argument is out of its range or of the wrong kind."""
+
+
+class CheckpointError(SfsError):
+    """A checkpoint cannot be used: a file is missing, unreadable, or does not hold what the configuration says."""
+
+
+class UnsupportedConfigError(CheckpointError):
+    """The checkpoint's configuration asks for something this package does not compute."""
+
+
+class NumericalFault(SfsError, ArithmeticError):
+    """The model produced NaN; names the row and the step."""
+
+
+class StepCapExceeded(SfsError, RuntimeError):
+    """A generation took more steps than its sampler can need. A bug, or a sampler that makes no progress."""
+
+
+class MissingDependencyError(SfsError, ImportError):
+    """An optional dependency is needed for what was asked; names the extra that brings it."""
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise :class:`ArgumentError` with ``message`` unless ``condition`` holds."""
+    if not condition:
+        raise ArgumentError(message)

@@ -1,0 +1,7 @@
+"""The transformer family: specs, weights and the forward pass."""
+
+from .spec import ModelSpec, read_spec
+from .transformer import Transformer
+from .weights import Weights, load_weights
+
+__all__ = ["ModelSpec", "Transformer", "Weights", "load_weights", "read_spec"]

@@ -1,0 +1,57 @@
+"""What a model keeps between forwards, and which part of the canvas a forward covers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .spec import ModelSpec
+
+
+@dataclass(frozen=True)
+class Scope:
+    """One forward over the rows ``[first, stop)`` of a canvas, attending to the keys ``[0, keys)``.
+
+    ``store`` writes the rows' keys and values to the cache, from which those of all other keys are read. ``features``
+    asks for a forward over cached features instead (dLLM-Cache): whether prompt and response are recomputed.
+    """
+
+    first: int
+    stop: int
+    keys: int
+    store: bool = False
+    features: tuple[bool, bool] | None = None
+
+    @property
+    def rows(self) -> int:
+        return self.stop - self.first
+
+
+class KVCache:
+    """Keys (rotated) and values of every layer, ``[layers, B, Hkv, L, D]`` each, allocated once."""
+
+    def __init__(self, spec: ModelSpec, batch: int, length: int, device: torch.device, dtype: torch.dtype):
+        shape = (spec.n_layers, batch, spec.n_kv_heads, length, spec.head_dim)
+        self.k = torch.zeros(shape, device=device, dtype=dtype)
+        self.v = torch.zeros(shape, device=device, dtype=dtype)
+
+    def exchange(self, layer: int, batch_rows: torch.Tensor, scope: Scope, k: torch.Tensor, v: torch.Tensor,
+                 ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store ``k, v [b, Hkv, rows, D]`` and return those of all keys, ``[b, Hkv, keys, D]``."""
+        cached = []
+        for store, fresh in ((self.k[layer], k), (self.v[layer], v)):
+            store[batch_rows, :, scope.first : scope.stop] = fresh
+            cached.append(fresh if scope.rows == scope.keys else store[batch_rows, :, : scope.keys])
+        return cached[0], cached[1]
+
+
+class FeatureCache:
+    """dLLM-Cache's store: keys (unrotated) and values, attention and MLP outputs of every layer and position."""
+
+    def __init__(self, spec: ModelSpec, batch: int, length: int, device: torch.device, dtype: torch.dtype):
+        def empty(width: int) -> torch.Tensor:
+            return torch.zeros((spec.n_layers, batch, length, width), device=device, dtype=dtype)
+
+        self.k, self.v = empty(spec.kv_width), empty(spec.kv_width)
+        self.attention, self.mlp = empty(spec.d_model), empty(spec.d_model)

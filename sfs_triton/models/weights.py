@@ -1,0 +1,194 @@
+"""Read a checkpoint's safetensors into fused weight tensors. No code of a checkpoint runs and no pickle is opened."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from ..errors import CheckpointError
+from .spec import ModelSpec
+
+SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+
+LLADA_NAMES = {
+    "embedding": "model.transformer.wte.weight",
+    "norm": "model.transformer.ln_f.weight",
+    "head": "model.transformer.ff_out.weight",
+    "layer": "model.transformer.blocks.{layer}.",
+    "attn_norm": "attn_norm.weight", "mlp_norm": "ff_norm.weight",
+    "q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "attn_out.weight",
+    "gate": "ff_proj.weight", "up": "up_proj.weight", "down": "ff_out.weight",
+}
+LLAMA_NAMES = {
+    "embedding": "model.embed_tokens.weight",
+    "norm": "model.norm.weight",
+    "head": "lm_head.weight",
+    "layer": "model.layers.{layer}.",
+    "attn_norm": "input_layernorm.weight", "mlp_norm": "post_attention_layernorm.weight",
+    "q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.o_proj.weight",
+    "gate": "mlp.gate_proj.weight", "up": "mlp.up_proj.weight", "down": "mlp.down_proj.weight",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class LayerWeights:
+    """One layer; q, k, v and gate, up are fused along their output dimension."""
+
+    attn_norm: torch.Tensor  # [d]
+    qkv: torch.Tensor  # [d + 2 kv, d]
+    qkv_bias: torch.Tensor | None  # [d + 2 kv]
+    out: torch.Tensor  # [d, d]
+    mlp_norm: torch.Tensor  # [d]
+    gate_up: torch.Tensor  # [2 mlp, d]
+    down: torch.Tensor  # [d, mlp]
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """All weights of a model. ``head`` is ``embedding`` itself where the checkpoint ties them."""
+
+    embedding: torch.Tensor  # [V, d]
+    layers: tuple[LayerWeights, ...]
+    norm: torch.Tensor  # [d]
+    head: torch.Tensor  # [V, d]
+
+
+def read_json(path: Path) -> Any:
+    """Parse a JSON file, or raise :class:`CheckpointError` that names it."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path.parent} has no {path.name}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not readable JSON: {error}") from None
+
+
+def _shards(folder: Path) -> dict[str, list[str] | None]:
+    """Files to open, and the tensors the index expects in each (None: whatever is there)."""
+    if (folder / SINGLE_FILE).is_file():
+        return {SINGLE_FILE: None}
+    if not (folder / INDEX_FILE).is_file():
+        pickles = sorted(p.name for p in folder.glob("*.bin")) + sorted(p.name for p in folder.glob("*.pt"))
+        hint = f"; {pickles[0]} is a pickle, which is never opened: convert it to safetensors" if pickles else ""
+        raise CheckpointError(f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}{hint}")
+    index = read_json(folder / INDEX_FILE)
+    mapping = index.get("weight_map") if isinstance(index, Mapping) else None
+    if not isinstance(mapping, Mapping) or not mapping:
+        raise CheckpointError(f"{folder / INDEX_FILE} has no 'weight_map'")
+    shards: dict[str, list[str] | None] = {}
+    for name, file in mapping.items():
+        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+            raise CheckpointError(f"{folder / INDEX_FILE}: {name} points to {file!r}, not a .safetensors file beside it")
+        shards.setdefault(file, []).append(name)
+    return shards
+
+
+class TensorReader:
+    """The tensors of a checkpoint by name, read one at a time."""
+
+    def __init__(self, folder: Path, stack: ExitStack):
+        self.folder = folder
+        self._files: dict[str, Any] = {}
+        for file, expected in _shards(folder).items():
+            try:
+                handle = stack.enter_context(safe_open(folder / file, framework="pt", device="cpu"))
+                names = list(handle.keys())
+            except (SafetensorError, OSError, ValueError) as error:
+                raise CheckpointError(f"{folder / file} cannot be read: {error}") from None
+            if expected is not None and (missing := sorted(set(expected) - set(names))):
+                raise CheckpointError(f"{folder / file} lacks tensors its index promises: {_listed(missing)}")
+            for name in expected if expected is not None else names:
+                self._files[name] = handle
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._files
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._files[name].get_slice(name).get_shape())
+
+    def read(self, name: str) -> torch.Tensor:
+        tensor = self._files[name].get_tensor(name)
+        if not tensor.is_floating_point():
+            raise CheckpointError(f"{self.folder}: tensor {name} has dtype {tensor.dtype}, not a floating-point one")
+        return tensor
+
+
+def _listed(names: list[str], most: int = 8) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def expected_shapes(spec: ModelSpec, names: Mapping[str, str]) -> dict[str, tuple[int, ...]]:
+    """Every tensor name a checkpoint of this spec must hold, with its shape."""
+    d, kv, mlp = spec.d_model, spec.kv_width, spec.mlp
+    shapes: dict[str, tuple[int, ...]] = {names["embedding"]: (spec.vocab_size, d), names["norm"]: (d,)}
+    if not spec.tied_head:
+        shapes[names["head"]] = (spec.vocab_size, d)
+    widths = {"q": d, "k": kv, "v": kv}
+    for layer in range(spec.n_layers):
+        prefix = names["layer"].format(layer=layer)
+        for part in ("attn_norm", "mlp_norm"):
+            shapes[prefix + names[part]] = (d,)
+        for part, width in widths.items():
+            shapes[f"{prefix}{names[part]}.weight"] = (width, d)
+            if spec.qkv_bias:
+                shapes[f"{prefix}{names[part]}.bias"] = (width,)
+        shapes[prefix + names["o"]] = (d, d)
+        shapes[prefix + names["gate"]] = shapes[prefix + names["up"]] = (mlp, d)
+        shapes[prefix + names["down"]] = (d, mlp)
+    return shapes
+
+
+def _check(reader: TensorReader, spec: ModelSpec, names: Mapping[str, str]) -> None:
+    wanted = expected_shapes(spec, names)
+    present = {name for name in reader if not name.endswith("rotary_emb.inv_freq")}
+    if spec.tied_head:
+        present -= {names["head"]}  # some writers store the tied head as well
+    if missing := sorted(set(wanted) - present):
+        raise CheckpointError(f"{reader.folder}: tensors missing: {_listed(missing)}")
+    if extra := sorted(present - set(wanted)):
+        raise CheckpointError(f"{reader.folder}: tensors the configuration has no place for: {_listed(extra)}")
+    for name, shape in wanted.items():
+        if reader.shape(name) != shape:
+            raise CheckpointError(f"{reader.folder}: tensor {name} has shape {list(reader.shape(name))}, "
+                                  f"the configuration says {list(shape)}")
+
+
+def load_weights(folder: Path, spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> Weights:
+    """Read and check every tensor, fused and cast, on ``device``.
+
+    Raises:
+        CheckpointError: names each missing, extra or misshapen tensor, or the file that cannot be read.
+    """
+    with ExitStack() as stack:
+        reader = TensorReader(folder, stack)
+        names = LLADA_NAMES if LLADA_NAMES["embedding"] in reader else LLAMA_NAMES
+        _check(reader, spec, names)
+
+        def take(*parts: str) -> torch.Tensor:
+            tensors = [reader.read(part) for part in parts]
+            whole = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+            return whole.to(device=device, dtype=dtype).contiguous()
+
+        def layer(index: int) -> LayerWeights:
+            at = names["layer"].format(layer=index)
+            qkv = [at + names[part] for part in ("q", "k", "v")]
+            return LayerWeights(
+                attn_norm=take(at + names["attn_norm"]), qkv=take(*(f"{p}.weight" for p in qkv)),
+                qkv_bias=take(*(f"{p}.bias" for p in qkv)) if spec.qkv_bias else None, out=take(at + names["o"]),
+                mlp_norm=take(at + names["mlp_norm"]), gate_up=take(at + names["gate"], at + names["up"]),
+                down=take(at + names["down"]))
+
+        embedding = take(names["embedding"])
+        return Weights(
+            embedding=embedding, layers=tuple(layer(i) for i in range(spec.n_layers)), norm=take(names["norm"]),
+            head=embedding if spec.tied_head else take(names["head"]))

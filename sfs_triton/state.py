@@ -1,0 +1,105 @@
+"""Every tensor of a generation, allocated once at fixed addresses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+# The per-row numbers of a generation. They live in one matrix, so that the host can read them all at once.
+CONTROL = (
+    "start",  # first position that may be decoded
+    "end",  # one past the last one
+    "limit",  # positions from here on follow a committed end-of-text
+    "block", "block_start", "block_end",
+    "s", "e",  # the span of the cycle; e is -1 while it is not known
+    "phase", "k",  # stage, and steps done in it (block samplers: in the block)
+    "cycle", "determined", "n_history", "estimate",
+    "block_steps",  # fixed schedules: steps of a block
+    "quota",  # block samplers: what the schedule carries from step to step
+    "step",  # forwards done (NFE)
+    "done", "fault",  # fault: 1 + the step whose logits held NaN
+)
+
+
+@dataclass(slots=True)
+class DecodeState:
+    """The canvas of ``B`` rows and ``L`` positions, and where each row stands. Rows may differ in every length."""
+
+    tokens: torch.Tensor  # int64 [B, L]; undecided positions hold the mask id
+    masked: torch.Tensor  # bool [B, L]
+    token: torch.Tensor  # int64 [B, L]: what the last forward chose, where it was looked at
+    score: torch.Tensor  # float32 [B, L]: the score of that choice
+    commit_step: torch.Tensor  # int64 [B, L]: step that filled a position, -1 never or given
+    position: torch.Tensor  # int64 [L]
+    history: torch.Tensor  # int64 [B, W]: candidate horizons, counted from the block's start
+    history_slot: torch.Tensor  # int64 [W]
+    spread: torch.Tensor  # float64 [B]: of the history at this step, NaN if not estimated
+    seed: torch.Tensor  # int64 [B]
+    uniform: torch.Tensor  # float32 [B, n]: a row's stream of uniform numbers, where a sampler reads one
+    shares: torch.Tensor  # float32 [B, n]: a row's schedule, where a sampler has one
+    control: torch.Tensor  # int64 [B, len(CONTROL)]
+    length: int
+    mask_id: int
+    eos_id: int
+    events: list[dict] | None  # a record a step, when a trace was asked for
+    start: torch.Tensor = field(init=False)
+    end: torch.Tensor = field(init=False)
+    limit: torch.Tensor = field(init=False)
+    block: torch.Tensor = field(init=False)
+    block_start: torch.Tensor = field(init=False)
+    block_end: torch.Tensor = field(init=False)
+    s: torch.Tensor = field(init=False)
+    e: torch.Tensor = field(init=False)
+    phase: torch.Tensor = field(init=False)
+    k: torch.Tensor = field(init=False)
+    cycle: torch.Tensor = field(init=False)
+    determined: torch.Tensor = field(init=False)
+    n_history: torch.Tensor = field(init=False)
+    estimate: torch.Tensor = field(init=False)
+    block_steps: torch.Tensor = field(init=False)
+    quota: torch.Tensor = field(init=False)
+    step: torch.Tensor = field(init=False)
+    done: torch.Tensor = field(init=False)
+    fault: torch.Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        for index, name in enumerate(CONTROL):
+            setattr(self, name, self.control[:, index])
+
+    @classmethod
+    def allocate(cls, rows: list[list[int]], starts: list[int], *, mask_id: int, eos_id: int, window: int,
+                 block_length: int | None, seeds: list[int], device: torch.device, trace: bool) -> DecodeState:
+        """State for canvases ``rows`` (token ids, undecided positions hold ``mask_id``), decoded from ``starts`` on."""
+        length = max(len(row) for row in rows)
+        tokens = torch.full((len(rows), length), eos_id, dtype=torch.int64)
+        for index, row in enumerate(rows):
+            tokens[index, : len(row)] = torch.tensor(row)
+        batch = len(rows)
+        begin, end = torch.tensor(starts), torch.tensor([len(row) for row in rows])
+        masked = (tokens == mask_id) & (torch.arange(length) >= begin[:, None])
+        control = torch.zeros((batch, len(CONTROL)), dtype=torch.int64)
+        block = end - begin if block_length is None else torch.minimum(end - begin, torch.tensor(block_length))
+        values = {"start": begin, "end": end, "limit": end, "block_start": begin, "block_end": begin + block,
+                  "s": begin, "e": -1, "estimate": -1, "done": (~masked.any(1)).long()}
+        for name, value in values.items():
+            control[:, CONTROL.index(name)] = value
+        return cls(
+            tokens=tokens.to(device), masked=masked.to(device),
+            token=torch.zeros((batch, length), dtype=torch.int64, device=device),
+            score=torch.zeros((batch, length), dtype=torch.float32, device=device),
+            commit_step=torch.full((batch, length), -1, dtype=torch.int64, device=device),
+            position=torch.arange(length, device=device),
+            history=torch.zeros((batch, window), dtype=torch.int64, device=device),
+            history_slot=torch.arange(window, device=device),
+            spread=torch.full((batch,), float("nan"), dtype=torch.float64, device=device),
+            seed=torch.tensor(seeds, dtype=torch.int64, device=device),
+            uniform=torch.zeros((batch, 0), device=device), shares=torch.zeros((batch, 0), device=device),
+            control=control.to(device), length=length, mask_id=mask_id, eos_id=eos_id, events=[] if trace else None)
+
+    def record_event(self) -> None:
+        """Keep what this step decided, before it is committed and the stage moves on (only when tracing)."""
+        if self.events is not None:
+            self.events.append({"control": self.control.clone(), "history": self.history.clone(),
+                                "spread": self.spread.clone(), "score": self.score.clone(),
+                                "masked": self.masked.clone()})

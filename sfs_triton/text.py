@@ -1,0 +1,79 @@
+"""Text in and out of a checkpoint: its ``tokenizer.json`` and its chat template."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from .errors import ArgumentError, CheckpointError
+from .models.weights import read_json
+
+
+class TextCodec:
+    """A tokenizer and, where the checkpoint has one, a chat template rendered in a sandbox."""
+
+    def __init__(self, tokenizer: Tokenizer, template: str | None, special: Mapping[str, str]):
+        self.tokenizer, self.template, self.special = tokenizer, template, dict(special)
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> TextCodec | None:
+        """The codec of a checkpoint folder; None where it has no ``tokenizer.json``."""
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            return None
+        try:
+            tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises plain Exception
+            raise CheckpointError(f"{path} is not a readable tokenizer: {error}") from None
+        config_path = folder / "tokenizer_config.json"
+        config = read_json(config_path) if config_path.is_file() else {}
+        if not isinstance(config, Mapping):
+            raise CheckpointError(f"{config_path} holds a {type(config).__name__}, not an object")
+        template = config.get("chat_template")
+        if (folder / "chat_template.jinja").is_file():
+            template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        special = {}
+        for name in ("bos_token", "eos_token", "pad_token", "mask_token"):
+            token = config.get(name)
+            token = token.get("content") if isinstance(token, Mapping) else token
+            if isinstance(token, str):
+                special[name] = token
+        return cls(tokenizer, template if isinstance(template, str) else None, special)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of ``text``, with nothing added to it."""
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of token ids, without special tokens."""
+        return self.tokenizer.decode(list(ids), skip_special_tokens=True)
+
+    def decode_each(self, ids: Sequence[int]) -> list[str]:
+        """The text of every single token, special ones included."""
+        return [self.tokenizer.decode([i], skip_special_tokens=False) for i in ids]
+
+    def token_id(self, token: str) -> int | None:
+        """The id of a token by its exact text."""
+        return self.tokenizer.token_to_id(token)
+
+    def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        """The prompt of a conversation, ready for the assistant's answer."""
+        from jinja2 import TemplateError
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        if self.template is None:
+            raise ArgumentError("the checkpoint has no chat template; pass a string or token ids")
+
+        def raise_exception(message: str) -> None:
+            raise TemplateError(message)
+
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        environment.globals["raise_exception"] = raise_exception
+        try:
+            return environment.from_string(self.template).render(
+                messages=[dict(m) for m in messages], add_generation_prompt=True, **self.special)
+        except TemplateError as error:
+            raise ArgumentError(f"the checkpoint's chat template refused messages={messages!r}: {error}") from None

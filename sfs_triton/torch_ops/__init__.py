@@ -1,0 +1,1 @@
+"""Plain-torch implementations, one op a file, mirroring the kernels: the CPU product path and the kernels' twins."""

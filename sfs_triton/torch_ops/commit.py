@@ -1,0 +1,48 @@
+"""Writing chosen tokens to the canvas: shared by every sampler's ``decide``."""
+
+from __future__ import annotations
+
+import torch
+
+
+def commit(state, fill: torch.Tensor, *, eos_stop: bool) -> None:
+    """Commit ``state.token`` where ``fill [B, L]`` says, for the rows that are still running.
+
+    With ``eos_stop`` the leftmost end-of-text that was ever committed is the row's limit: everything after it becomes
+    end-of-text and leaves the canvas' masks.
+    """
+    state.tokens.copy_(torch.where(fill, state.token, state.tokens))
+    state.masked.logical_and_(~fill)
+    state.commit_step.copy_(torch.where(fill, state.step[:, None], state.commit_step))
+    if eos_stop:
+        ended = torch.where(fill & (state.token == state.eos_id), state.position, state.length).amin(1)
+        state.limit.copy_(torch.minimum(state.limit, ended + 1))
+        beyond = state.masked & (state.position >= state.limit[:, None])
+        state.tokens.masked_fill_(beyond, state.eos_id)
+        state.masked.logical_and_(~beyond)
+
+
+def scope_scores(state, stop: torch.Tensor, first: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Undecided positions in ``[first, stop)`` of each running row, and their scores (-inf elsewhere)."""
+    running = state.done == 0
+    inside = state.masked & (state.position >= first[:, None]) & (state.position < stop[:, None]) & running[:, None]
+    return inside, torch.where(inside, state.score, float("-inf"))
+
+
+def first_masked(state, first: torch.Tensor) -> torch.Tensor:
+    """The lowest undecided position at or after ``first [B]`` of each row; the canvas' length if there is none."""
+    return torch.where(state.masked & (state.position >= first[:, None]), state.position, state.length).amin(1)
+
+
+def mark_faults(state, inside: torch.Tensor) -> None:
+    """A NaN score among the positions just looked at ends its row with a fault."""
+    bad = (inside & state.score.isnan()).any(1)
+    state.fault.copy_(torch.where(bad, state.step + 1, state.fault))
+    state.done.copy_(torch.where(bad, 1, state.done))
+
+
+def rank_by_score(scores: torch.Tensor) -> torch.Tensor:
+    """Rank of each position in ``scores [B, L]``, 0 for the largest; ties go to the lowest position."""
+    order = scores.argsort(dim=1, descending=True, stable=True)
+    places = torch.arange(scores.shape[1], device=scores.device).expand_as(order)
+    return torch.empty_like(order).scatter_(1, order, places)

@@ -1,0 +1,163 @@
+"""The slow/fast cycle machine of SlowFast Sampling (arXiv 2506.10848), for all rows of a batch at once.
+
+``decide`` is one step: estimate the candidate horizon, test its stability, choose and commit positions, and move on to
+the fast stage, the next cycle or the next block. It reads and writes tensors of a ``DecodeState`` and never looks at
+their values on the host.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .commit import commit, first_masked, mark_faults, scope_scores
+
+SLOW, FAST = 0, 1
+
+
+@dataclass(frozen=True)
+class CycleRules:
+    """The numbers and choices in which the paper and the references differ; ``SlowFast`` fills them in."""
+
+    tau_min: float  # candidates reach it
+    tau_fast: float  # parallel unmasking in the fast stage
+    tau_slow: float | None  # the same in the slow stage; None: only the best position
+    k_max: int
+    window: int
+    spread: str  # "variance", "std" or "unbiased"
+    spread_limit: float
+    inclusive: bool  # spread <= limit, not <
+    strict: bool  # confidences must exceed a threshold, not just reach it
+    slow_end: str  # "stable", "fixed" or "filled"
+    rounding: str  # "floor" or "even"
+    zero_history: bool  # the window starts as zeros and counts as full
+    min_parallel: int  # so many positions must reach the threshold, or the best one alone is taken
+    min_parallel_slow: int
+    block_length: int | None
+    max_cycles: int | None  # in a block
+    eos_stop: bool
+
+
+def stage_stop(state) -> torch.Tensor:
+    """End of the range each row decides on: the block's in the slow stage, the span's in the fast one."""
+    return torch.where(state.phase == SLOW, state.block_end, state.e)
+
+
+def looked_at(state) -> torch.Tensor:
+    """The positions ``decide`` will look at, boolean ``[B, L]``."""
+    return scope_scores(state, stage_stop(state), state.s)[0]
+
+
+def spread_of(history: torch.Tensor, count: torch.Tensor, kind: str) -> torch.Tensor:
+    """Spread of the ``count`` values in each row of ``history [B, W]`` (unused slots are zero), in float64.
+
+    From integers, ``count * sum(x^2) - sum(x)^2`` is exact, so thresholds are met or missed exactly.
+    """
+    total, squares = history.sum(1), history.square().sum(1)
+    numerator = (count * squares - total.square()).double()
+    if kind == "unbiased":
+        return torch.where(count > 1, numerator / (count * (count - 1)).clamp(min=1), 0.0)
+    variance = numerator / (count * count).clamp(min=1)
+    return variance.sqrt() if kind == "std" else variance
+
+
+def _horizon(state, inside: torch.Tensor, scores: torch.Tensor, rules: CycleRules) -> None:
+    """Push this slow step's candidate horizon, and update stability and the span's end ``e``."""
+    candidate = scores > rules.tau_min if rules.strict else scores >= rules.tau_min
+    furthest = torch.where(candidate, state.position, -1).amax(1)
+    estimate = torch.where(furthest >= 0, furthest + 1, state.s + 1)
+    estimating = (state.phase == SLOW) & (state.determined == 0) & (state.done == 0)
+
+    slot = state.history_slot == (state.n_history % rules.window)[:, None]
+    pushed = torch.where(slot, (estimate - state.block_start)[:, None], state.history)
+    state.history.copy_(torch.where(estimating[:, None], pushed, state.history))
+    state.n_history.add_(estimating)
+
+    count = state.n_history.clamp(max=rules.window)
+    if rules.zero_history:
+        count = torch.full_like(count, rules.window)
+    spread = spread_of(state.history, count, rules.spread)
+    full = count >= rules.window
+    stable = (spread <= rules.spread_limit if rules.inclusive else spread < rules.spread_limit) & full
+    total = state.history.sum(1)
+    if rules.rounding == "even":
+        mean = (total / count.clamp(min=1).double()).round().long().clamp(min=1)
+    else:
+        mean = total // count.clamp(min=1)
+    span_end = torch.where(stable, estimate, mean + state.block_start)
+    known = estimating & (full | (state.k == rules.k_max - 1))
+    state.e.copy_(torch.where(known, span_end, state.e))
+    state.determined.copy_(torch.where(estimating & stable, 1, state.determined))
+    state.estimate.copy_(torch.where(estimating, estimate, -1))
+    state.spread.copy_(torch.where(estimating & full, spread, float("nan")))
+
+
+def _fill(state, inside: torch.Tensor, scores: torch.Tensor, rules: CycleRules) -> torch.Tensor:
+    """The positions this step commits: everything over the threshold if enough are, else the best one."""
+    slow = state.phase == SLOW
+    never = float("inf")
+    tau = torch.where(slow, never if rules.tau_slow is None else rules.tau_slow, rules.tau_fast)[:, None]
+    enough = torch.where(slow, rules.min_parallel_slow, rules.min_parallel)
+    high = scores > tau if rules.strict else scores >= tau
+    best = state.position == scores.argmax(1, keepdim=True)
+    return torch.where((high.sum(1) >= enough)[:, None], high, best) & inside
+
+
+def _advance(state, rules: CycleRules) -> None:
+    """Fast stage, next cycle, next block or the end, from where masks are left."""
+    running = state.done == 0
+    slow = state.phase == SLOW
+    state.step.add_(running)
+    state.k.add_(running)
+    first = first_masked(state, state.s)
+    nothing_left = first >= state.length
+    slow_over = state.k >= rules.k_max
+    if rules.slow_end != "fixed":
+        slow_over = slow_over | nothing_left
+    if rules.slow_end == "stable":
+        slow_over = slow_over | (state.determined == 1)
+    stage_over = running & torch.where(slow, slow_over, first >= state.e)
+    to_fast = stage_over & slow & (first < state.e)
+    cycle_over = stage_over & ~to_fast
+    block_over = cycle_over & (first >= state.block_end)
+    following = first
+    if rules.max_cycles is not None:
+        exhausted = cycle_over & (state.cycle + 1 >= rules.max_cycles)
+        following = torch.where(exhausted & ~block_over, first_masked(state, state.block_end), first)
+        block_over = block_over | exhausted
+    over = (block_over & (following >= state.length)) | (running & nothing_left & rules.eos_stop)
+    state.done.copy_(torch.where(over, 1, state.done))
+
+    state.phase.copy_(torch.where(to_fast, FAST, torch.where(cycle_over, SLOW, state.phase)))
+    state.k.masked_fill_(to_fast | cycle_over, 0)
+    state.s.copy_(torch.where(cycle_over, state.e, state.s))
+    state.cycle.add_(cycle_over)
+    state.determined.masked_fill_(cycle_over, 0)
+    state.n_history.masked_fill_(cycle_over, 0)
+    state.history.masked_fill_(cycle_over[:, None], 0)
+    state.e.masked_fill_(cycle_over, -1)
+    if rules.block_length is not None:
+        enter_block(state, block_over, following, rules.block_length)
+
+
+def enter_block(state, entering: torch.Tensor, position: torch.Tensor, block_length: int) -> None:
+    """Move the rows that are ``entering`` to the block that holds ``position [B]``."""
+    index = (position - state.start) // block_length
+    begin = state.start + index * block_length
+    state.block.copy_(torch.where(entering, index, state.block))
+    state.block_start.copy_(torch.where(entering, begin, state.block_start))
+    state.block_end.copy_(torch.where(entering, torch.minimum(begin + block_length, state.end), state.block_end))
+    state.s.copy_(torch.where(entering, begin, state.s))
+    state.cycle.masked_fill_(entering, 0)
+
+
+def decide(state, rules: CycleRules) -> None:
+    """One step of the cycle machine on ``state``, whose ``token`` and ``score`` hold what the model said."""
+    inside, scores = scope_scores(state, stage_stop(state), state.s)
+    mark_faults(state, inside)
+    _horizon(state, inside, scores, rules)
+    fill = _fill(state, inside, scores, rules) & (state.done == 0)[:, None]
+    state.record_event()
+    commit(state, fill, eos_stop=rules.eos_stop)
+    _advance(state, rules)

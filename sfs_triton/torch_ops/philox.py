@@ -1,0 +1,40 @@
+"""Counter-based random numbers (Philox 4x32-10; Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011).
+
+A draw depends only on its key and counter, never on batch composition, tile sizes or the order of evaluation.
+"""
+
+from __future__ import annotations
+
+import torch
+
+_MASK = 0xFFFFFFFF
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+
+
+def _multiply(a: int, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """High and low 32-bit words of ``a * b`` for 32-bit values held in int64."""
+    low = b & 0xFFFF
+    high = b >> 16
+    low_product, high_product = a * low, a * high  # each below 2**48
+    total = low_product + ((high_product & 0xFFFF) << 16)
+    return (high_product >> 16) + (total >> 32), total & _MASK
+
+
+def philox(seed: torch.Tensor, c0: torch.Tensor, c1: torch.Tensor, c2: torch.Tensor) -> torch.Tensor:
+    """First output word in ``[0, 2**32)`` for 64-bit ``seed`` and counter ``(c0, c1, c2, 0)``; arguments broadcast."""
+    seed, c0, c1, c2 = torch.broadcast_tensors(seed, c0, c1, c2)
+    words = [c0 & _MASK, c1 & _MASK, c2 & _MASK, torch.zeros_like(c0)]
+    key = [seed & _MASK, (seed >> 32) & _MASK]
+    for _ in range(10):
+        high0, low0 = _multiply(_MULTIPLIERS[0], words[0])
+        high1, low1 = _multiply(_MULTIPLIERS[1], words[2])
+        words = [high1 ^ words[1] ^ key[0], low1, high0 ^ words[3] ^ key[1], low0]
+        key = [(k + w) & _MASK for k, w in zip(key, _WEYL, strict=True)]
+    return words[0]
+
+
+def gumbel(seed: torch.Tensor, token: torch.Tensor, position: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
+    """Standard Gumbel noise in float32, keyed by (row seed, token id, position, step); arguments broadcast."""
+    uniform = ((philox(seed, token, position, step) >> 8).float() + 0.5) * 2.0**-24
+    return -torch.log(-torch.log(uniform))

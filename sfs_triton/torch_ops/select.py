@@ -1,0 +1,111 @@
+"""Block-wise selection: confidence thresholds (Fast-dLLM) and fixed counts a step (LLaDA's and Dream's own samplers)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .commit import commit, first_masked, mark_faults, rank_by_score, scope_scores
+from .cycle import enter_block
+
+
+@dataclass(frozen=True)
+class BlockRules:
+    """How many positions a step commits: those that reach ``tau``, or the counts of a fixed schedule.
+
+    How many steps a block has is a row's own (``state.block_steps``), since rows differ in length.
+    """
+
+    block_length: int | None
+    tau: float | None = None
+    paced_steps: int | None = None  # with tau: at most length / paced_steps positions a step, plus what was left over
+    schedule: str = "even"  # "even": counts spread over the block's steps; "timesteps": shares of what is left
+    at_random: bool = False  # positions are drawn with the schedule's shares, not ranked (Dream's "origin")
+    opening: str = "normal"  # "repeat": a block takes at least two forwards; "first": and the first of them commits
+    #                           only the block's first position
+    eos_stop: bool = False
+
+
+def looked_at(state) -> torch.Tensor:
+    """The positions ``decide`` will look at, boolean ``[B, L]``."""
+    return scope_scores(state, state.block_end, state.block_start)[0]
+
+
+def _share(state) -> torch.Tensor:
+    """The share of what is left that each row's schedule commits at this step."""
+    return state.shares.gather(1, state.k.clamp(max=state.shares.shape[1] - 1)[:, None])[:, 0]
+
+
+def _count(state, inside: torch.Tensor, rules: BlockRules) -> torch.Tensor:
+    """How many positions each row commits in this step of a fixed schedule."""
+    left = inside.sum(1)
+    if rules.schedule == "timesteps":
+        count = torch.where(state.k == state.block_steps - 1, left, (left.float() * _share(state)).long())
+    else:
+        state.quota.copy_(torch.where(state.k == 0, left, state.quota))
+        count = state.quota // state.block_steps + (state.k < state.quota % state.block_steps)
+    return torch.where(state.k < state.block_steps, count, 0)
+
+
+def _threshold_fill(state, inside: torch.Tensor, scores: torch.Tensor, rules: BlockRules) -> torch.Tensor:
+    """Everything at or over ``tau`` and the best position; with a quota, only among the best so many."""
+    best = state.position == scores.argmax(1, keepdim=True)
+    fill = ((scores >= rules.tau) | best) & inside
+    if rules.paced_steps is not None:
+        base = (state.end - state.start) // rules.paced_steps
+        quota = torch.where(state.step < rules.paced_steps, base, 0) + state.quota
+        fill &= rank_by_score(scores) < quota[:, None]
+        state.quota.copy_(torch.where(state.done == 0, quota - fill.sum(1), state.quota))
+    return fill
+
+
+def _random_fill(state, inside: torch.Tensor, rules: BlockRules) -> torch.Tensor:
+    """Each masked position with the schedule's probability, from the row's own stream of uniform numbers.
+
+    The stream advances by the number of masked positions, in their order, as a host generator would be read.
+    """
+    place = inside.cumsum(1) - 1 + state.quota[:, None]
+    drawn = state.uniform.gather(1, place.clamp(0, state.uniform.shape[1] - 1))
+    state.quota.add_(inside.sum(1))
+    last = state.k >= state.block_steps - 1
+    return inside & (last[:, None] | (drawn < _share(state)[:, None]))
+
+
+def decide(state, rules: BlockRules) -> None:
+    """One step on ``state``, whose ``token`` and ``score`` hold what the model said about the current block."""
+    inside, scores = scope_scores(state, state.block_end, state.block_start)
+    mark_faults(state, inside)
+    if rules.tau is not None:
+        fill = _threshold_fill(state, inside, scores, rules)
+    elif rules.at_random:
+        fill = _random_fill(state, inside, rules)
+    else:
+        fill = (rank_by_score(scores) < _count(state, inside, rules)[:, None]) & inside
+    if rules.opening == "first":
+        opening = inside & (state.position == state.block_start[:, None])
+        fill = torch.where((state.k == 0)[:, None], opening, fill)
+    fill &= (state.done == 0)[:, None]
+    state.record_event()
+    commit(state, fill, eos_stop=rules.eos_stop)
+    _advance(state, rules)
+
+
+def _advance(state, rules: BlockRules) -> None:
+    """The next step of the block, the next block that has masks, or the end."""
+    running = state.done == 0
+    state.step.add_(running)
+    state.k.add_(running)
+    over = first_masked(state, state.block_start) >= state.block_end
+    if rules.opening != "normal":
+        over &= state.k >= 2
+    elif rules.tau is None and not rules.eos_stop:
+        over &= state.k >= state.block_steps  # the references run every step of their schedule
+    if rules.tau is None:
+        over |= state.k >= (state.block_steps.clamp(min=2) if rules.opening == "first" else state.block_steps)
+    over &= running
+    following = first_masked(state, state.block_end)
+    state.done.copy_(torch.where(over & (following >= state.length), 1, state.done))
+    state.k.masked_fill_(over, 0)
+    if rules.block_length is not None:
+        enter_block(state, over, following, rules.block_length)

@@ -1,0 +1,89 @@
+"""What each step of a generation did, row by row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .loops import StepReport
+from .samplers import Sampler, SlowFast
+from .state import CONTROL, DecodeState
+from .torch_ops.cycle import FAST
+
+_COLUMN = {name: index for index, name in enumerate(CONTROL)}
+
+
+@dataclass(frozen=True)
+class StepTrace:
+    """One step of one row. Positions and lengths count from the first decoded position, ``s``, ``e``, ``e_cand`` and
+    ``history`` from the block's start; samplers without stages have phase ``"block"``."""
+
+    step: int
+    phase: str  # "slow", "fast" or "block"
+    block: int
+    cycle: int
+    k: int  # step within the stage, or within the block
+    s: int
+    e_cand: int | None  # candidate horizon of this step; None when it was not estimated
+    history: list[int] | None  # the window after this step, oldest first (a zero-initialised one in slot order)
+    spread: float | None  # of the window; None until it is full
+    determined: bool
+    e: int | None  # the span's end; None while it is not known
+    forwarded: int  # length of the forward, without what precedes the first decoded position
+    rows_forwarded: int
+    committed: list[int]
+    confidence: list[float | None]  # over the decoded part; None where nothing was looked at or decided already
+
+
+class Tracer:
+    """Collects forward lengths of all rows, and traces if the state records events."""
+
+    def __init__(self, state: DecodeState, sampler: Sampler):
+        self._state, self._sampler = state, sampler
+        self._starts = state.start.tolist()
+        batch = len(self._starts)
+        self.forward_lengths: list[list[int]] = [[] for _ in range(batch)]
+        self.rows: list[list[StepTrace]] = [[] for _ in range(batch)]
+
+    def after(self, report: StepReport) -> None:
+        """Note a step that has just been decided."""
+        for index, scope in report.scopes.items():
+            self.forward_lengths[index].append(scope.rows)
+        if self._state.events is None:
+            return
+        event = self._state.events.pop()
+        control, commits = event["control"].tolist(), self._state.commit_step.tolist()
+        ends = self._state.end.tolist()
+        for index, scope in report.scopes.items():
+            row, start = control[index], self._starts[index]
+            here = [p - start for p, step in enumerate(commits[index]) if step == row[_COLUMN["step"]]]
+            looked = event["masked"][index, start : ends[index]].tolist()
+            scores = event["score"][index, start : ends[index]].tolist()
+            first, last = row[_COLUMN["block_start"]] - start, row[_COLUMN["block_end"]] - start
+            if isinstance(self._sampler, SlowFast):
+                first = row[_COLUMN["s"]] - start
+                last = row[_COLUMN["e"]] - start if row[_COLUMN["phase"]] == FAST else last
+            confidence = [c if m and first <= p < last else None
+                          for p, (c, m) in enumerate(zip(scores, looked, strict=True))]
+            self.rows[index].append(StepTrace(
+                step=row[_COLUMN["step"]], block=row[_COLUMN["block"]], cycle=row[_COLUMN["cycle"]],
+                k=row[_COLUMN["k"]], forwarded=scope.stop - start, rows_forwarded=scope.rows, committed=here,
+                confidence=confidence, **self._stage(row, event, index)))
+
+    def _stage(self, row: list[int], event: dict, index: int) -> dict:
+        if not isinstance(self._sampler, SlowFast):
+            return {"phase": "block", "s": 0, "e_cand": None, "history": None, "spread": None, "determined": False,
+                    "e": row[_COLUMN["block_end"]] - row[_COLUMN["block_start"]]}
+        begin = row[_COLUMN["block_start"]]
+        estimated = row[_COLUMN["estimate"]] >= 0
+        history = event["history"][index].tolist()
+        count, window = row[_COLUMN["n_history"]], len(history)
+        if not self._sampler.zero_history:
+            oldest = count % window if count > window else 0
+            history = (history[oldest:] + history[:oldest])[: min(count, window)]
+        spread = event["spread"][index].item()
+        return {
+            "phase": "fast" if row[_COLUMN["phase"]] == FAST else "slow", "s": row[_COLUMN["s"]] - begin,
+            "e_cand": row[_COLUMN["estimate"]] - begin if estimated else None, "history": history if estimated else None,
+            "spread": None if spread != spread else spread, "determined": bool(row[_COLUMN["determined"]]),
+            "e": row[_COLUMN["e"]] - begin if row[_COLUMN["e"]] >= 0 else None,
+        }

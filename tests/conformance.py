@@ -1,0 +1,250 @@
+"""Check every recorded case of a golden directory: ``python tests/conformance.py DIR [--impl torch] [--limit N]``.
+
+Output tokens, the number of steps and, for SlowFast, the whole per-step trace must equal the recording exactly. Prints
+one line a system, then ``N passed, M failed``; exits 1 on any failure. An unknown kind of case is a failure.
+
+What counts as right, by kind of record (``golden/README.md`` has the reasons):
+
+* a stable record: its tokens, NFE and trace;
+* a batch: ``batch1_rows``, the rows run one by one, since the references mix up the rows of a batch;
+* an ``error`` record, which the reference cannot take: a finished canvas, or an error that names the argument;
+* dLLM-Cache with a refresh ratio above 0 is numerically ill-posed (which rows are refreshed is decided by rounding): the
+  canvas must be finished, at an NFE within the bounds of the sampler.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+import sfs_triton
+from sfs_triton import FixedSteps, RefreshCache, Sampler, SlowFast, StepTrace, Threshold
+from sfs_triton.ops import check_implementation
+
+MARGIN = 1e-5  # traced decisions closer than this to a tie may fall either way under another order of summation
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How a recorded case is run here."""
+
+    system: str
+    sampler: Sampler
+    gen_length: int
+    cache: object = "none"
+    seed: int = 0
+
+
+def _llada_slowfast(s: dict) -> Setup:
+    sampler = SlowFast.preset(
+        "llada-reference", block_length=s["block_length"], k_max=s["k_exploration_steps"],
+        tau_min=s["cycle_len_confidence_threshold"], window=s["cycle_length_stability_window"],
+        spread_limit=s["cycle_length_stability_std_dev_threshold"], tau_high=s["high_confidence_threshold"],
+        tau_slow=s["high_confidence_threshold"], cfg_scale=s.get("cfg_scale", 0.0),
+        max_cycles=s.get("max_sub_cycles_per_block", 256))
+    return Setup("llada-reference", sampler, s["gen_length"])
+
+
+def _dream_slowfast(s: dict) -> Setup:
+    sampler = SlowFast.preset(
+        "dream-reference", k_max=s["n_cycle_discovery_steps"], tau_min=s["conf_threshold_cycle_len_pred"],
+        window=s["stabilize_count"], spread_limit=s["cycle_len_variance_threshold"],
+        tau_slow=s["high_conf_for_parallel_decode_discovery"], tau_high=s["high_conf_for_cycle_decode"],
+        min_parallel=s["min_decode_in_cycle_fallback"],
+        min_parallel_slow=s["min_tokens_for_parallel_decode_discovery"])
+    return Setup("dream-reference", sampler, s["max_new_tokens"])
+
+
+def _llada_vanilla(s: dict) -> Setup:
+    sampler = FixedSteps(steps=s["steps"], block_length=s["block_length"], cfg_scale=s.get("cfg_scale", 0.0))
+    return Setup("llada", sampler, s["gen_length"])
+
+
+def _dream_vanilla(s: dict) -> Setup:
+    sampler = FixedSteps(steps=s["steps"], metric=s["alg"], eps=s["eps"])
+    return Setup(f"dream-{s['alg']}", sampler, s["max_new_tokens"], seed=s.get("torch_seed", 0))
+
+
+def _llada_fastdllm(s: dict) -> Setup:
+    if s["threshold"] is None:
+        sampler: Sampler = FixedSteps(steps=s["steps"], block_length=s["block_length"])
+    else:
+        sampler = Threshold(tau=s["threshold"], block_length=s["block_length"])
+    return Setup(f"llada-{s['cache']}", sampler, s["gen_length"], s["cache"])
+
+
+def _dream_fastdllm(s: dict) -> Setup:
+    return Setup("dream-none", Threshold(tau=s["threshold"], block_length=None, steps=s["steps"]), s["max_new_tokens"])
+
+
+def _dream_fastdllm_block(s: dict) -> Setup:
+    if s["alg"] == "confidence_threshold":
+        sampler: Sampler = Threshold(tau=s["threshold"], block_length=s["block_length"])
+    else:
+        sampler = FixedSteps(steps=s["steps"], metric=s["alg"], block_length=s["block_length"])
+    return Setup(f"dream-{s['cache']}", sampler, s["max_new_tokens"], s["cache"])
+
+
+def _with_refresh(inner: Callable[[dict], Setup]) -> Callable[[dict], Setup]:
+    def setup(s: dict) -> Setup:
+        plain = inner(s)
+        policy = RefreshCache(prompt_interval=s["prompt_interval_steps"], response_interval=s["gen_interval_steps"],
+                              ratio=s["transfer_ratio"])
+        return Setup(plain.system, plain.sampler, plain.gen_length, policy)
+    return setup
+
+
+METHODS: dict[str, Callable[[dict], Setup]] = {
+    "slowfast_llada": _llada_slowfast,
+    "slowfast_dream": _dream_slowfast,
+    "vanilla_llada": _llada_vanilla,
+    "vanilla_dream": _dream_vanilla,
+    "fastdllm_llada": _llada_fastdllm,
+    "fastdllm_dream": _dream_fastdllm,
+    "fastdllm_dream_block": _dream_fastdllm_block,
+    "slowfast_llada+dllm_cache": _with_refresh(_llada_slowfast),
+    "slowfast_dream+dllm_cache": _with_refresh(_dream_slowfast),
+    "slowfast_dream+dllm_cache(patched set_cache)": _with_refresh(_dream_slowfast),
+    "vanilla_llada+dllm_cache": _with_refresh(_llada_vanilla),
+    "vanilla_dream+dllm_cache": _with_refresh(_dream_vanilla),
+}
+
+
+def trace_entry(step: StepTrace, preset: str) -> list:
+    """A step in the recordings' own form."""
+    slow = step.phase == "slow"
+    fast_of_dream = not slow and preset == "dream-reference"
+    spread = step.spread
+    return ["S" if slow else "F", step.block, step.cycle, step.k, step.forwarded, step.s, step.e_cand, step.history,
+            spread, True if fast_of_dream else step.determined, step.e, step.committed]
+
+
+def _same_entry(mine: list, recorded: list) -> bool:
+    dev, wanted = mine[8], recorded[8]
+    close = dev == wanted if dev is None or wanted is None else abs(dev - wanted) <= 1e-5 * max(1.0, abs(wanted))
+    return close and mine[:8] == recorded[:8] and mine[9:] == recorded[9:]
+
+
+def compare_trace(trace: list[StepTrace], recorded: list[list], preset: str) -> str | None:
+    """The first difference, or None."""
+    for index, (step, wanted) in enumerate(zip(trace, recorded, strict=False)):
+        mine = trace_entry(step, preset)
+        if not _same_entry(mine, wanted):
+            return f"trace step {index}: {mine} is not {wanted}"
+    return None if len(trace) == len(recorded) else f"{len(trace)} steps in the trace, recorded {len(recorded)}"
+
+
+def _check_single(engine: sfs_triton.Engine, case: dict, setup: Setup) -> str | None:
+    traced = isinstance(setup.sampler, SlowFast) and "trace" in case
+    done = engine.generate(case["prompt"], gen_length=setup.gen_length, sampler=setup.sampler, cache=setup.cache,
+                           seed=setup.seed, trace=traced)
+    for index, (row, wanted) in enumerate(zip(done, case["out"], strict=True)):
+        if row.response != wanted:
+            wrong = sum(a != b for a, b in zip(row.response, wanted, strict=True))
+            return f"row {index}: {wrong} of {len(wanted)} tokens differ"
+    if max(row.nfe for row in done) != case["nfe"]:
+        return f"NFE {[row.nfe for row in done]}, recorded {case['nfe']}"
+    return compare_trace(done[0].trace, case["trace"], setup.sampler.name) if traced else None
+
+
+def _check_batch(engine: sfs_triton.Engine, case: dict, setup: Setup) -> str | None:
+    done = engine.generate(case["prompt"], gen_length=setup.gen_length, sampler=setup.sampler, cache=setup.cache)
+    for index, (row, alone) in enumerate(zip(done, case["batch1_rows"], strict=True)):
+        if row.response != alone["out"]:
+            return f"row {index} differs from the row run alone"
+        if row.nfe != alone["nfe"]:
+            return f"row {index}: NFE {row.nfe}, alone {alone['nfe']}"
+    return None
+
+
+def _check_finished(engine: sfs_triton.Engine, case: dict, setup: Setup) -> str | None:
+    """The reference cannot say what is right: the canvas must be finished within the sampler's bounds."""
+    done = engine.generate(case["prompt"], gen_length=setup.gen_length, sampler=setup.sampler, cache=setup.cache)
+    for index, row in enumerate(done):
+        if engine.spec.mask_id in row.response:
+            return f"row {index} has masks left"
+        if not 0 < row.nfe <= setup.sampler.step_cap(setup.gen_length):
+            return f"row {index}: NFE {row.nfe}"
+    return None
+
+
+def check(engine: sfs_triton.Engine, case: dict, setup: Setup) -> str | None:
+    """Run one case; None if it is right, else what is wrong."""
+    ill_posed = isinstance(setup.cache, RefreshCache) and setup.cache.ratio > 0
+    if len(case["prompt"]) > 1 and "batch1_rows" in case:
+        return _check_batch(engine, case, setup)
+    if "error" in case or ill_posed or not case.get("stable", False):
+        return _check_finished(engine, case, setup)
+    wrong = _check_single(engine, case, setup)
+    if wrong and min((case.get("margin") or {"none": 1.0}).values()) < MARGIN:
+        return _check_finished(engine, case, setup)
+    return wrong
+
+
+def check_logits(engine: sfs_triton.Engine, path: Path) -> Iterator[str | None]:
+    """Raw logits of each recorded input, to 1e-4."""
+    recorded = load_file(path)
+    for index in sorted({name.split(".")[0] for name in recorded}):
+        worst = (engine.model.logits(recorded[f"{index}.input_ids"]) - recorded[f"{index}.logits"]).abs().max().item()
+        yield None if worst <= 1e-4 else f"{path.name} {index}: logits differ by {worst:.2e}"
+
+
+def run(folder: Path, limit: int | None, report: Callable[[str], None] = print) -> tuple[int, int]:
+    """Check ``folder``; returns how many cases passed and failed."""
+    passed: Counter[str] = Counter()
+    total: Counter[str] = Counter()
+
+    def note(system: str, name: str, wrong: str | None) -> None:
+        total[system] += 1
+        passed[system] += wrong is None
+        if wrong is not None:
+            report(f"FAIL {system} {name}: {wrong}")
+
+    engines = {p.name: sfs_triton.load(p, device="cpu", dtype="float32") for p in sorted((folder / "models").iterdir())}
+    for path in sorted((folder / "logits").glob("*.safetensors")):
+        for wrong in check_logits(engines[path.stem], path):
+            note("logits/" + path.stem, path.name, wrong)
+    for path in sorted((folder / "cases").glob("*.jsonl")):
+        model, family = path.name.removesuffix(".jsonl").split(".", 1)
+        for line in path.read_text().splitlines()[:limit]:
+            case = json.loads(line)
+            if case["method"] not in METHODS:
+                note(f"{family}/unknown", case["id"], f"method={case['method']!r} is not known")
+                continue
+            setup = METHODS[case["method"]](case["settings"])
+            try:
+                wrong = check(engines[model], case, setup)
+            except sfs_triton.SfsError as error:
+                refused = "error" in case and isinstance(error, sfs_triton.ArgumentError)
+                wrong = None if refused else f"{type(error).__name__}: {error}"
+            note(f"{family}/{setup.system}", case["id"], wrong)
+    for system in sorted(total):
+        report(f"{system} {passed[system]}/{total[system]}")
+    return sum(passed.values()), sum((total - passed).values())
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, metavar="DIR")
+    parser.add_argument("--impl", default="torch", help="which implementation of the operations to use")
+    parser.add_argument("--limit", type=int, help="check only the first N cases of each file")
+    arguments = parser.parse_args()
+    check_implementation(arguments.impl)
+    if not (arguments.folder / "cases").is_dir():
+        parser.error(f"{arguments.folder} has no folder 'cases'")
+    torch.set_num_threads(1)  # the recordings' own setting; the models are tiny
+    passed, failed = run(arguments.folder, arguments.limit)
+    print(f"{passed} passed, {failed} failed")
+    return 1 if failed or not passed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
