@@ -26,8 +26,8 @@ class StepTrace:
     e_cand: int | None  # candidate horizon of this step; None when it was not estimated
     history: list[int] | None  # the window after this step, oldest first (a zero-initialised one in slot order)
     spread: float | None  # of the window; None until it is full
-    determined: bool
-    e: int | None  # the span's end; None while it is not known
+    determined: bool  # whether the span's end is final
+    e: int | None  # the span's end; None in a slow stage whose window has not been full
     forwarded: int  # length of the forward, without what precedes the first decoded position
     rows_forwarded: int
     committed: list[int]
@@ -81,9 +81,11 @@ class Tracer:
             oldest = count % window if count > window else 0
             history = (history[oldest:] + history[:oldest])[: min(count, window)]
         spread = event["spread"][index].item()
+        fast, determined = row[_COLUMN["phase"]] == FAST, bool(row[_COLUMN["determined"]])
+        known = fast or determined or spread == spread
         return {
-            "phase": "fast" if row[_COLUMN["phase"]] == FAST else "slow", "s": row[_COLUMN["s"]] - begin,
+            "phase": "fast" if fast else "slow", "s": row[_COLUMN["s"]] - begin,
             "e_cand": row[_COLUMN["estimate"]] - begin if estimated else None, "history": history if estimated else None,
-            "spread": None if spread != spread else spread, "determined": bool(row[_COLUMN["determined"]]),
-            "e": row[_COLUMN["e"]] - begin if row[_COLUMN["e"]] >= 0 else None,
+            "spread": None if spread != spread else spread, "determined": determined,
+            "e": row[_COLUMN["e"]] - begin if known else None,
         }

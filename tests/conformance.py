@@ -118,13 +118,10 @@ METHODS: dict[str, Callable[[dict], Setup]] = {
 }
 
 
-def trace_entry(step: StepTrace, preset: str) -> list:
+def trace_entry(step: StepTrace) -> list:
     """A step in the recordings' own form."""
-    slow = step.phase == "slow"
-    fast_of_dream = not slow and preset == "dream-reference"
-    spread = step.spread
-    return ["S" if slow else "F", step.block, step.cycle, step.k, step.forwarded, step.s, step.e_cand, step.history,
-            spread, True if fast_of_dream else step.determined, step.e, step.committed]
+    return ["S" if step.phase == "slow" else "F", step.block, step.cycle, step.k, step.forwarded, step.s, step.e_cand,
+            step.history, step.spread, step.determined, step.e, step.committed]
 
 
 def _same_entry(mine: list, recorded: list) -> bool:
@@ -133,10 +130,10 @@ def _same_entry(mine: list, recorded: list) -> bool:
     return close and mine[:8] == recorded[:8] and mine[9:] == recorded[9:]
 
 
-def compare_trace(trace: list[StepTrace], recorded: list[list], preset: str) -> str | None:
+def compare_trace(trace: list[StepTrace], recorded: list[list]) -> str | None:
     """The first difference, or None."""
     for index, (step, wanted) in enumerate(zip(trace, recorded, strict=False)):
-        mine = trace_entry(step, preset)
+        mine = trace_entry(step)
         if not _same_entry(mine, wanted):
             return f"trace step {index}: {mine} is not {wanted}"
     return None if len(trace) == len(recorded) else f"{len(trace)} steps in the trace, recorded {len(recorded)}"
@@ -152,7 +149,7 @@ def _check_single(engine: sfs_triton.Engine, case: dict, setup: Setup) -> str | 
             return f"row {index}: {wrong} of {len(wanted)} tokens differ"
     if max(row.nfe for row in done) != case["nfe"]:
         return f"NFE {[row.nfe for row in done]}, recorded {case['nfe']}"
-    return compare_trace(done[0].trace, case["trace"], setup.sampler.name) if traced else None
+    return compare_trace(done[0].trace, case["trace"]) if traced else None
 
 
 def _check_batch(engine: sfs_triton.Engine, case: dict, setup: Setup) -> str | None:

@@ -86,9 +86,9 @@ def _horizon(state, inside: torch.Tensor, scores: torch.Tensor, rules: CycleRule
     else:
         mean = total // count.clamp(min=1)
     span_end = torch.where(stable, estimate, mean + state.block_start)
-    known = estimating & (full | (state.k == rules.k_max - 1))
-    state.e.copy_(torch.where(known, span_end, state.e))
-    state.determined.copy_(torch.where(estimating & stable, 1, state.determined))
+    last = state.k == rules.k_max - 1
+    state.e.copy_(torch.where(estimating & (full | last), span_end, state.e))
+    state.determined.copy_(torch.where(estimating & full & (stable | last), 1, state.determined))
     state.estimate.copy_(torch.where(estimating, estimate, -1))
     state.spread.copy_(torch.where(estimating & full, spread, float("nan")))
 
@@ -133,7 +133,7 @@ def _advance(state, rules: CycleRules) -> None:
     state.k.masked_fill_(to_fast | cycle_over, 0)
     state.s.copy_(torch.where(cycle_over, state.e, state.s))
     state.cycle.add_(cycle_over)
-    state.determined.masked_fill_(cycle_over, 0)
+    state.determined.copy_(torch.where(to_fast, 1, torch.where(cycle_over, 0, state.determined)))
     state.n_history.masked_fill_(cycle_over, 0)
     state.history.masked_fill_(cycle_over[:, None], 0)
     state.e.masked_fill_(cycle_over, -1)

@@ -1,0 +1,85 @@
+"""From logits to a chosen token and its score, as the descriptions say it and nothing more.
+
+DESIGN, section 3 ("Confidence kernel contract"): the score of a position is the softmax probability of the token chosen
+there, from untempered logits; ties go to the lowest token id; noise is added as Gumbel-max. Dream's own samplers score
+after temperature, top-k and top-p (``tempered``) and know the gap between the two largest probabilities (``margin``)
+and the negative entropy (``entropy``) as scores.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Look(NamedTuple):
+    """The token chosen at each position, and its score."""
+
+    tokens: list[int]
+    scores: list[float]
+
+
+def keep_top_k(logits: Tensor, k: int) -> Tensor:
+    """``logits [V]`` with what is smaller than the ``k``-th largest at minus infinity."""
+    smallest_kept = sorted(logits.tolist(), reverse=True)[:k][-1]
+    return torch.where(logits >= smallest_kept, logits, float("-inf"))
+
+
+def keep_top_p(logits: Tensor, p: float) -> Tensor:
+    """``logits [V]`` without the tokens that are preceded, in order of probability, by more than ``p`` of the mass.
+
+    The most likely token always stays. Equal probabilities count in order of token id.
+    """
+    probability = logits.softmax(-1).tolist()
+    kept = torch.full_like(logits, float("-inf"))
+    mass_before = 0.0
+    for token in sorted(range(len(probability)), key=lambda token: (-probability[token], token)):
+        if mass_before <= p:
+            kept[token] = logits[token]
+        mass_before += probability[token]
+    return kept
+
+
+def score(logits: Tensor, token: int, metric: str) -> float:
+    """How sure one row of ``logits [V]`` is of ``token``."""
+    probability = logits.softmax(-1)
+    if metric == "confidence":
+        return probability[token].item()
+    if metric == "margin":
+        first, second = sorted(probability.tolist(), reverse=True)[:2]
+        return first - second
+    if metric == "entropy":  # Dream's sampler adds 1e-10 before it takes the logarithm
+        return (probability * torch.log(probability + 1e-10)).sum().item()
+    raise ValueError(f"metric={metric!r}")
+
+
+def look(
+    logits: Tensor,
+    metric: str = "confidence",
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    tempered: bool = False,
+    noise: Tensor | None = None,
+) -> Look:
+    """Choose and score a token for each row of ``logits [n, V]``; ``noise [n, V]`` is standard Gumbel noise.
+
+    Adding ``temperature`` times Gumbel noise to the logits and taking the largest draws from
+    ``softmax(logits / temperature)``; so does adding it unscaled to logits that have been divided already.
+    """
+    chosen = Look([], [])
+    for index, row in enumerate(logits.float()):
+        drawn = row / temperature if tempered and temperature > 0 else row
+        if top_p is not None and top_p < 1:  # the nucleus first, as in Dream's sampler
+            drawn = keep_top_p(drawn, top_p)
+        if top_k is not None:
+            drawn = keep_top_k(drawn, top_k)
+        noisy = drawn
+        if temperature > 0:
+            noisy = drawn + noise[index] * (1.0 if tempered else temperature)
+        token = int(noisy.argmax())
+        chosen.tokens.append(token)
+        chosen.scores.append(score(drawn if tempered else row, token, metric))
+    return chosen
