@@ -81,10 +81,8 @@ class Request:
         given = {name: getattr(self, name) for name in BELONGS_TO if getattr(self, name) is not None}
         for name in given:
             owners = BELONGS_TO[name]
-            require(
-                self.sampler in owners,
-                f"--{name.replace('_', '-')} does not apply to --sampler {self.sampler}, only to {' and '.join(owners)}",
-            )
+            option, only = "--" + name.replace("_", "-"), " and ".join(owners)
+            require(self.sampler in owners, f"{option} does not apply to --sampler {self.sampler}, only to {only}")
         given |= {"temperature": self.temperature, "cfg_scale": self.cfg_scale, "eos_stop": self.eos_stop}
         if self.sampler == "slowfast":
             return SlowFast.preset(given.pop("preset", "paper"), **given)
@@ -116,10 +114,9 @@ class Job:
         require(0 <= request.seed < 2**63, f"seed={request.seed} is not in [0, 2**63)")
         prompt, device = request.text(), _device(request.device)
         engine = load(request.model, device, request.dtype)
-        require(
-            request.gen_length < engine.spec.max_length,
-            f"gen_length={request.gen_length} leaves no room for a prompt in the model's {engine.spec.max_length} positions",
-        )
+        require(engine.text is not None, f"model={request.model!r} has no tokenizer.json, which a text prompt needs")
+        room = engine.spec.max_length
+        require(request.gen_length < room, f"gen_length={request.gen_length}: the model has only {room} positions")
         return cls(request, prompt, sampler, policy, engine)
 
     def run(self, **options: Any) -> Generation:

@@ -82,19 +82,29 @@ def load(path_or_hub_id: str | Path, device: str | torch.device | None = None,
     Raises:
         CheckpointError: names the file, key or tensor at fault. Code and pickles in a checkpoint are never touched.
     """
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = _device(device)
     if dtype is None:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     if isinstance(dtype, str):
         require(dtype in DTYPES, f"dtype={dtype!r} is not one of {tuple(DTYPES)}")
         dtype = DTYPES[dtype]
     require(dtype in DTYPES.values(), f"dtype={dtype!r} is not one of {tuple(DTYPES)}")
-    folder = EMBEDDED if str(path_or_hub_id) == "embedded" else Path(path_or_hub_id)
-    if not folder.is_dir():
+    embedded = str(path_or_hub_id) == "embedded"
+    folder = EMBEDDED if embedded else Path(path_or_hub_id)
+    if not embedded and not folder.is_dir():
         folder = _download(str(path_or_hub_id))
     spec = read_spec(read_json(folder / "config.json"))
     weights = load_weights(folder, spec, device, dtype)
     return Engine(Transformer(spec, weights), TextCodec.from_folder(folder))
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    try:
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ArgumentError(f"device={str(device)!r} cannot be used: {str(error).splitlines()[0]}") from None
+    return device
 
 
 def _download(hub_id: str) -> Path:
@@ -145,6 +155,7 @@ class Engine:
         canvases = []
         for index, (ids, length) in enumerate(zip(rows, lengths, strict=True)):
             require(length > 0, f"gen_length={length} is not positive")
+            self._check_room(index, len(ids), length)
             if self.spec.mask_id in ids:
                 raise ArgumentError(f"prompt {index} holds the mask id {self.spec.mask_id} at position "
                                     f"{ids.index(self.spec.mask_id)}; use Engine.infill to fill in masks")
@@ -167,9 +178,15 @@ class Engine:
         rows = [self._encode(c, True, i) for i, c in enumerate([canvases] if single else canvases)]
         for index, ids in enumerate(rows):
             require(self.spec.mask_id in ids, f"canvas {index} holds no mask (id {self.spec.mask_id})")
+            self._check_room(index, len(ids), 0)
         sampler = SlowFast() if sampler is None else sampler
         done = self._run(rows, [0] * len(rows), sampler, cache_policy(cache), seed, trace, on_step)
         return done[0] if single else done
+
+    def _check_room(self, index: int, given: int, length: int) -> None:
+        require(given + length <= self.spec.max_length,
+                f"row {index} has {given} + {length} = {given + length} positions, "
+                f"the model allows {self.spec.max_length}")
 
     def _encode(self, prompt: Prompt, raw: bool, index: int) -> list[int]:
         if isinstance(prompt, str) or (prompt and isinstance(prompt[0], Mapping)):
@@ -189,10 +206,6 @@ class Engine:
 
     def _run(self, canvases: list[list[int]], starts: list[int], sampler: Sampler, policy: CachePolicy,
              seed: int | Sequence[int], trace: bool, on_step: Callable[[Frame], None] | None) -> list[Generation]:
-        for index, canvas in enumerate(canvases):
-            require(len(canvas) <= self.spec.max_length,
-                    f"canvas {index} has {starts[index]} + {len(canvas) - starts[index]} = {len(canvas)} positions, "
-                    f"the model allows {self.spec.max_length}")
         policy.check(sampler)
         seeds = [seed + i for i in range(len(canvases))] if isinstance(seed, int) else list(seed)
         require(len(seeds) == len(canvases), f"seed has {len(seeds)} entries for {len(canvases)} prompts")
@@ -236,10 +249,11 @@ class Engine:
 
 def _is_single(prompts: Any) -> bool:
     require(isinstance(prompts, (str, Sequence)), f"prompts={prompts!r} is neither text nor a sequence")
-    return isinstance(prompts, str) or bool(prompts) and isinstance(prompts[0], (int, Mapping))
+    return isinstance(prompts, str) or bool(prompts) and not isinstance(prompts[0], (str, Sequence))
 
 
 def _per_row(name: str, value: int | Sequence[int], rows: int) -> list[int]:
+    require(isinstance(value, (int, Sequence)), f"{name}={value!r} is neither an integer nor a sequence of them")
     values = [value] * rows if isinstance(value, int) else list(value)
     require(len(values) == rows, f"{name}={value!r} has {len(values)} entries for {rows} prompts")
     for v in values:

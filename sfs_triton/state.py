@@ -79,9 +79,12 @@ class DecodeState:
         begin, end = torch.tensor(starts), torch.tensor([len(row) for row in rows])
         masked = (tokens == mask_id) & (torch.arange(length) >= begin[:, None])
         control = torch.zeros((batch, len(CONTROL)), dtype=torch.int64)
-        block = end - begin if block_length is None else torch.minimum(end - begin, torch.tensor(block_length))
-        values = {"start": begin, "end": end, "limit": end, "block_start": begin, "block_end": begin + block,
-                  "s": begin, "e": -1, "estimate": -1, "done": (~masked.any(1)).long()}
+        size = (end - begin if block_length is None else torch.full_like(end, block_length)).clamp(min=1)
+        index = torch.where(masked.any(1), (masked.int().argmax(1) - begin) // size, 0)  # the first block with a mask
+        block = begin + index * size
+        values = {"start": begin, "end": end, "limit": end, "block": index, "block_start": block,
+                  "block_end": torch.minimum(block + size, end), "s": block, "e": -1, "estimate": -1,
+                  "done": (~masked.any(1)).long()}
         for name, value in values.items():
             control[:, CONTROL.index(name)] = value
         return cls(

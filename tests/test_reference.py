@@ -1,9 +1,9 @@
-"""The oracle equals what the reference implementations were recorded to do."""
+"""The oracle equals what the reference implementations were recorded to do, and the paper on examples done by hand."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
+import runpy
 from collections import Counter
 from functools import cache
 from pathlib import Path
@@ -13,51 +13,22 @@ import torch
 from safetensors.torch import load_file
 
 import sfs_triton
-from sfs_triton.reference import ReferenceRun, Step, decode, look
-from sfs_triton.reference.slowfast import choose, passes
-from sfs_triton.samplers import Sampler, SlowFast
+from sfs_triton.reference import Step, decode, logits_of, look
+from sfs_triton.reference.blocks import even_counts, time_shares
+from sfs_triton.reference.confidence import keep_top_k, keep_top_p
+from sfs_triton.reference.slowfast import Row, choose, mean_of, slow_stage, spread_of
+from sfs_triton.samplers import FixedSteps, SlowFast, Threshold
 
 GOLDEN = Path(__file__).parent / "golden"
 PER_SETTING = 2
 MARGIN = 1e-5  # what another order of summation may change (README of the recorded cases)
-
-
-def _conformance():
-    spec = importlib.util.spec_from_file_location("conformance", Path(__file__).parent / "conformance.py")
-    module = importlib.util.module_from_spec(spec)
-    import sys
-
-    sys.modules["conformance"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-conformance = _conformance()
+METHODS = runpy.run_path(str(Path(__file__).parent / "conformance.py"))["METHODS"]
+MASK, EOS = 9, 8  # of the hand-made examples
 
 
 @cache
-def engine(name: str) -> sfs_triton.Engine:
+def engine_of(name: str) -> sfs_triton.Engine:
     return sfs_triton.load(GOLDEN / "models" / name, device="cpu", dtype="float32")
-
-
-def shifted_logits(name: str, ids: list[int]) -> torch.Tensor:
-    """Logits about each position: for models that predict the next one, row ``i - 1``, and row 0 twice."""
-    logits = engine(name).model.logits(torch.tensor([ids]))[0]
-    return torch.cat([logits[:1], logits[:-1]]) if engine(name).spec.shifted else logits
-
-
-def run_reference(name: str, canvas: list[int], start: int, sampler: Sampler, **more) -> ReferenceRun:
-    spec = engine(name).spec
-    given = [i for i, token in enumerate(canvas) if token != spec.mask_id]
-
-    def logits_fn(ids: list[int]) -> torch.Tensor:
-        logits = shifted_logits(name, ids)
-        if not sampler.cfg_scale:
-            return logits
-        blank = [spec.mask_id if i in given else token for i, token in enumerate(ids)]  # LLaDA 9
-        return logits + sampler.cfg_scale * (logits - shifted_logits(name, blank))
-
-    return decode(logits_fn, canvas, start, sampler, spec.mask_id, spec.eos_id, **more)
 
 
 def recorded(family: str) -> list:
@@ -77,26 +48,171 @@ def recorded(family: str) -> list:
     return cases
 
 
-def same_step(mine: Step, wanted: list, dream: bool) -> bool:
-    entry = list(mine)
-    if mine.phase == "F" and dream:
-        entry[9] = True  # Dream's recordings call every fast step determined
-    spread, other = entry.pop(8), wanted[8]
+def same_step(mine: Step, wanted: list) -> bool:
+    spread, other = mine.spread, wanted[8]
     close = spread == other or None not in (spread, other) and abs(spread - other) <= 1e-5 * max(1.0, other)
-    return close and entry == wanted[:8] + wanted[9:]
+    return close and mine[:8] == tuple(wanted[:8]) and mine[9:] == tuple(wanted[9:])
+
+
+def filled_at(trace: list[Step], length: int) -> list[int]:
+    """For each position of the response the step that filled it."""
+    found = {position: index for index, step in enumerate(trace) for position in step.filled}
+    return [found.get(position, -1) for position in range(length)]
 
 
 @pytest.mark.parametrize(("model", "case"), recorded("slowfast") + recorded("vanilla") + recorded("fastdllm"))
 def test_equals_the_recordings(model: str, case: dict):
-    setup = conformance.METHODS[case["method"]](case["settings"])
-    prompt = case["prompt"][0]
-    canvas = prompt + [engine(model).spec.mask_id] * setup.gen_length
-    run = run_reference(
-        model, canvas, len(prompt), setup.sampler, **({} if isinstance(setup.sampler, SlowFast) else {})
+    setup = METHODS[case["method"]](case["settings"])
+    network, prompt = engine_of(model).model, case["prompt"][0]
+    canvas = prompt + [network.spec.mask_id] * setup.gen_length
+    logits_fn = logits_of(network, canvas, setup.sampler.cfg_scale)
+    run = decode(
+        logits_fn, canvas, len(prompt), setup.sampler, network.spec.mask_id, network.spec.eos_id, seed=setup.seed
     )
     assert run.tokens == case["out"][0]
     assert run.nfe == case["nfe"]
-    if "trace" in case:
-        dream = engine(model).spec.shifted
-        for mine, wanted in zip(run.trace, case["trace"], strict=True):
-            assert same_step(mine, wanted, dream), f"{mine} is not {wanted}"
+    for mine, wanted in zip(run.trace, case.get("trace", run.trace), strict=True):
+        assert "trace" not in case or same_step(mine, wanted), f"{mine} is not {wanted}"
+    if "unmask_call" in case:
+        branches = 2 if setup.sampler.cfg_scale else 1  # counted in forwards
+        calls = [call // branches for call in case["unmask_call"][0]]
+        assert filled_at(run.trace, setup.gen_length) == calls
+
+
+def recorded_steps(model: str) -> list:
+    entries = json.loads((GOLDEN / "steps" / f"{model}.json").read_text())
+    return [pytest.param(model, entry, id=f"{model}/{entry['step']}") for entry in entries]
+
+
+@pytest.mark.parametrize(("model", "entry"), recorded_steps("llada-mha") + recorded_steps("dream-gqa"))
+def test_equals_the_recorded_single_steps(model: str, entry: dict):
+    """Token, confidence, horizon and choice of one step, from the recorded logits and masks alone."""
+    tensors, index, wanted = load_file(GOLDEN / "steps" / f"{model}.safetensors"), entry["step"], entry["trace"]
+    logits, masked = tensors[f"{index}.logits"], tensors[f"{index}.mask"].tolist()
+    found = look(logits)
+    assert found.tokens == tensors[f"{index}.token"].tolist()
+    torch.testing.assert_close(torch.tensor(found.scores), tensors[f"{index}.conf"].float(), rtol=1e-5, atol=1e-6)
+
+    method = "slowfast_llada" if model.startswith("llada") else "slowfast_dream"
+    sampler = METHODS[method](entry["settings"]).sampler.replace(k_max=1)
+    s, e = wanted[5], wanted[10]
+    if wanted[0] == "S":
+        canvas = [MASK if is_masked else 0 for is_masked in masked]
+        row = Row(lambda ids: logits[: len(ids)], canvas, 0, MASK, EOS, eos_stop=False)
+        slow_stage(row, sampler, 0, 0, 0, len(canvas), s)
+        assert row.trace[0].filled == wanted[11]
+        assert wanted[6] in (None, row.trace[0].estimate)
+    else:
+        scores = {p: found.scores[p] for p in range(s, e) if masked[p]}
+        assert choose(scores, sampler.tau_high, sampler.min_parallel, sampler.strict) == wanted[11]
+
+
+def sure(*confidences: float):
+    """A model whose most likely token at position ``i`` is ``i % 8``, with the given confidence, whatever it sees."""
+    rows = []
+    for position, confidence in enumerate(confidences):
+        probability = torch.full((10,), (1 - confidence) / 9)
+        probability[position % 8] = confidence
+        rows.append(probability.log())
+    table = torch.stack(rows)
+    return lambda ids: table[: len(ids)]
+
+
+def test_the_paper_by_hand():
+    """One given position and seven masks. The furthest confidence over 0.3 is at 5, in two steps running: stable."""
+    model = sure(0.5, 0.6, 0.95, 0.9, 0.4, 0.7, 0.2, 0.15)
+    run = decode(model, [3] + [MASK] * 7, 1, SlowFast(tau_min=0.3), MASK, EOS)
+    assert run.tokens == [1, 2, 3, 4, 5, 6, 7]
+    assert run.trace == [
+        Step("S", 0, 0, 0, 7, 0, 5, [5], None, False, None, [1]),
+        Step("S", 0, 0, 1, 7, 0, 5, [5, 5], 0.0, True, 5, [2]),
+        Step("F", 0, 0, 0, 7, 0, None, None, None, True, 5, [4]),
+        Step("F", 0, 0, 1, 5, 0, None, None, None, True, 5, [0]),
+        Step("F", 0, 0, 2, 5, 0, None, None, None, True, 5, [3]),
+        Step("S", 0, 1, 0, 7, 5, 6, [6], None, False, None, [5]),
+        Step("S", 0, 1, 1, 7, 5, 6, [6, 6], 0.0, True, 6, [6]),
+    ]
+
+
+def test_the_fast_stage_takes_all_over_the_threshold():
+    model = sure(0.99, 0.99, 0.9, 0.2, 0.9, 0.87, 0.3)
+    run = decode(model, [MASK] * 7, 0, SlowFast(), MASK, EOS)
+    assert [step.filled for step in run.trace] == [[0], [1], [2, 4, 5], [6], [3]]
+    assert [step.phase for step in run.trace] == ["S", "S", "F", "F", "F"]
+
+
+def test_thresholds_are_exceeded_or_reached():
+    scores = {0: 0.5, 1: 0.25}
+    assert choose(scores, 0.25, 1, strict=True) == [0]
+    assert choose(scores, 0.25, 1, strict=False) == [0, 1]
+    assert choose(scores, 0.25, 3, strict=False) == [0]
+    assert choose(scores, None, 1, strict=False) == [0]
+    assert choose({4: 0.5, 2: 0.5}, 0.9, 1, strict=False) == [2]
+    assert choose({}, 0.9, 1, strict=False) == []
+
+
+def test_end_of_text_ends_a_row():
+    """It is committed at position 2 and takes position 5, decided before it, and all masks behind it with itself."""
+    model = sure(0.3, 0.2, 0.8, 0.3, 0.3, 0.9, 0.3)
+
+    def logits_fn(ids: list[int]) -> torch.Tensor:
+        logits = model(ids).clone()
+        logits[2:3, [2, EOS]] = logits[2:3, [EOS, 2]]
+        return logits
+
+    run = decode(logits_fn, [MASK] * 7, 0, SlowFast(eos_stop=True), MASK, EOS)
+    assert run.tokens == [0, 1] + [EOS] * 5
+    assert [step.filled for step in run.trace] == [[5], [2], [0], [1]]
+    assert [step.forwarded for step in run.trace] == [7, 7, 3, 3]
+
+
+def test_a_block_can_be_left_with_masks():
+    run = decode(sure(*[0.2] * 8), [MASK] * 8, 0, SlowFast(tau_min=0.5, block_length=4, max_cycles=1), MASK, EOS)
+    assert run.tokens.count(MASK) == 4
+    assert [step.block for step in run.trace] == [0, 0, 1, 1]
+
+
+def test_threshold_and_schedules_by_hand():
+    model = sure(0.5, 0.95, 0.9, 0.6)
+    canvas = [MASK] * 4
+    filled = [s.filled for s in decode(model, canvas, 0, Threshold(block_length=2), MASK, EOS).trace]
+    assert filled == [[1], [0], [2], [3]]
+    assert [s.filled for s in decode(model, canvas, 0, Threshold(tau=0.9, block_length=None), MASK, EOS).trace] == [
+        [1, 2],
+        [3],
+        [0],
+    ]
+    assert [s.filled for s in decode(model, canvas, 0, FixedSteps(steps=2), MASK, EOS).trace] == [[1, 2], [0, 3]]
+    assert even_counts(7, 3) == [3, 2, 2]
+    assert time_shares(4, 1e-3)[0] == pytest.approx(0.24975)
+
+
+def test_spread_and_mean():
+    assert [spread_of([2, 4], kind) for kind in ("variance", "std", "unbiased")] == [1.0, 1.0, 2.0]
+    assert spread_of([7], "unbiased") == 0.0
+    assert [mean_of([2, 5], rounding) for rounding in ("floor", "even")] == [3, 4]
+    assert [mean_of([4, 5], rounding) for rounding in ("floor", "even")] == [4, 4]
+    assert [mean_of([0, 1], rounding) for rounding in ("floor", "even")] == [0, 1]
+
+
+def test_limits_of_what_can_be_drawn():
+    logits = torch.tensor([0.4, 0.1, 0.4, 0.1]).log()
+    never = float("-inf")
+    assert [x > never for x in keep_top_k(logits, 1).tolist()] == [True, False, True, False]  # ties stay together
+    assert [x > never for x in keep_top_p(logits, 0.3).tolist()] == [True, False, False, False]
+    assert [x > never for x in keep_top_p(logits, 0.5).tolist()] == [True, False, True, False]
+    assert [x > never for x in keep_top_p(logits, 0.85).tolist()] == [True, True, True, False]
+
+
+def test_scores():
+    logits = torch.tensor([[0.5, 0.3, 0.2]]).log()
+    expected = {"confidence": 0.5, "margin": 0.2, "entropy": -1.0296530}
+    for metric, value in expected.items():
+        found = look(logits, metric)
+        assert found.tokens == [0]
+        assert found.scores[0] == pytest.approx(value, abs=1e-6)
+    sharper = look(logits, temperature=0.5, tempered=True, noise=torch.zeros(1, 3))
+    assert sharper.scores[0] == pytest.approx(0.25 / 0.38, abs=1e-6)
+    pushed = look(logits, temperature=2.0, noise=torch.tensor([[0.0, 0.0, 5.0]]))
+    assert pushed.tokens == [2]
+    assert pushed.scores[0] == pytest.approx(0.2, abs=1e-6)

@@ -44,8 +44,8 @@ PHASES = (
     Phase(0.06, ((96, 1.0),), 3072, {"records": 0.8, "drill": 0.2}, rows=(1, 2), columns=(1, 2)),
     Phase(0.25, ((160, 1.0),), 5120, {"records": 0.6, "words": 0.1, "countdown": 0.05, "drill": 0.25},
           rows=(2, 4), columns=(1, 3)),
-    Phase(1.0, ((160, 0.3), (256, 0.62), (512, 0.08)), 6144,
-          {"records": 0.55, "words": 0.18, "countdown": 0.07, "drill": 0.2}, variable=0.2),
+    Phase(1.0, ((128, 0.3), (192, 0.55), (256, 0.12), (512, 0.03)), 5120,
+          {"records": 0.72, "words": 0.1, "countdown": 0.03, "drill": 0.15}, rows=(2, 6), columns=(1, 3)),
 )
 
 

@@ -6,12 +6,39 @@ imports this package.
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
+from torch import Tensor
+
 from ..samplers import Sampler, SlowFast
 from . import blocks, slowfast
 from .confidence import Look, look
 from .slowfast import Logits, Noise, ReferenceRun, Step
 
-__all__ = ["Logits", "Look", "Noise", "ReferenceRun", "Step", "decode", "look"]
+__all__ = ["Logits", "Look", "Noise", "ReferenceRun", "Step", "decode", "logits_of", "look"]
+
+
+def logits_of(model: Any, canvas: list[int], cfg_scale: float = 0.0) -> Logits:
+    """A model as :func:`decode` takes it: ``model.logits`` of the ids ``[1, n]``, shifted and guided.
+
+    Shifted models predict the next position, so position ``i`` has row ``i - 1``, and row 0 stands twice (Dream 6).
+    Guidance adds ``cfg_scale * (c - u)``, where ``u`` sees all that ``canvas`` gives as masks (LLaDA 9).
+    """
+    mask_id = model.spec.mask_id
+
+    def shifted(ids: list[int]) -> Tensor:
+        logits = model.logits(torch.tensor([ids]))[0].float()
+        return torch.cat([logits[:1], logits[:-1]]) if model.spec.shifted else logits
+
+    def logits_fn(ids: list[int]) -> Tensor:
+        conditional = shifted(ids)
+        if not cfg_scale:
+            return conditional
+        blank = [token if canvas[i] == mask_id else mask_id for i, token in enumerate(ids)]
+        return conditional + cfg_scale * (conditional - shifted(blank))
+
+    return logits_fn
 
 
 def decode(
@@ -27,8 +54,7 @@ def decode(
     """Decode the masks of ``canvas`` from ``start`` on with any sampler.
 
     Args:
-        logits_fn: logits ``[n, V]`` for the first ``n`` ids of the canvas: shifted for models whose row ``i`` is about
-            position ``i + 1``, guided if the sampler's ``cfg_scale`` asks for it.
+        logits_fn: logits ``[n, V]`` for the first ``n`` ids of the canvas, see :func:`logits_of`.
         noise: Gumbel noise ``[n, V]`` for a step and a number of positions; needed at temperatures above 0.
         seed: of the random positions of ``FixedSteps(metric="origin")``.
     """

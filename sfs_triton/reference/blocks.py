@@ -35,25 +35,37 @@ def take_step(row: Row, block: int, k: int, end: int, begin: int, draw: dict, ch
     return len(chosen)
 
 
+def highest(scores: dict[int, float], count: int) -> list[int]:
+    """The ``count`` best positions, the leftmost of equals first."""
+    rest, found = dict(scores), []
+    for _ in range(min(count, len(scores))):
+        found += best(rest)
+        del rest[found[-1]]
+    return found
+
+
 def decode_threshold(row: Row, sampler: Threshold) -> None:
     """Fast-dLLM 1: the best position of the block whatever its score, and all others that reach the threshold.
 
     With ``steps``, at most ``gen_length / steps`` positions a step plus what earlier steps left over (Fast-dLLM 5).
     """
     response = len(row.canvas) - row.start
+    if sampler.steps is not None and response % sampler.steps:
+        raise ValueError(f"steps={sampler.steps} does not divide the {response} positions")  # the reference asserts it
     allowance = response if sampler.steps is None else response // sampler.steps
     draw = {"temperature": sampler.temperature, "top_k": sampler.top_k, "top_p": sampler.top_p}
+    filled = 0
+
+    def choice(scores: dict[int, float], _: int) -> list[int]:
+        row.note_margin(list(scores.values()), sampler.tau)
+        allowed = allowance * (row.nfe + 1) - filled
+        ranked = highest(scores, allowed)
+        return ranked[:1] + [p for p in ranked[1:] if passes(scores[p], sampler.tau, strict=False)]
+
     for block, (begin, end) in enumerate(blocks_of(row.start, len(row.canvas), sampler.block_length)):
-        quota, k = 0, 0
+        k = 0
         while row.masked(begin, end):
-            quota += allowance
-
-            def choice(scores: dict[int, float], _: int, quota: int = quota) -> list[int]:
-                row.note_margin(list(scores.values()), sampler.tau)
-                ranked = sorted(scores, key=lambda p: (-scores[p], p))[:quota]
-                return ranked[:1] + [p for p in ranked[1:] if passes(scores[p], sampler.tau, strict=False)]
-
-            quota -= take_step(row, block, k, end, begin, draw, choice)
+            filled += take_step(row, block, k, end, begin, draw, choice)
             k += 1
 
 
@@ -68,17 +80,11 @@ def time_shares(steps: int, eps: float) -> list[float]:
     return [(1 - times[step + 1] / times[step]).item() for step in range(steps)]
 
 
-def highest(scores: dict[int, float], count: int) -> list[int]:
-    """The ``count`` best positions, the leftmost of equals first."""
-    rest, found = dict(scores), []
-    for _ in range(min(count, len(scores))):
-        found += best(rest)
-        del rest[found[-1]]
-    return found
-
-
 def decode_fixed(row: Row, sampler: FixedSteps, seed: int) -> None:
     """A scheduled count of positions a step. ``steps`` are shared out among the blocks; none means one position each.
+
+    A block that has masks runs all its steps, even where there are more steps than masks, as LLaDA's and Dream's own
+    loops do; only ``eos_stop`` ends it early.
 
     Dream's ``origin`` commits each position with the step's share as its probability, from a uniform number for each
     masked position, drawn anew every step.
@@ -86,8 +92,13 @@ def decode_fixed(row: Row, sampler: FixedSteps, seed: int) -> None:
     parts = blocks_of(row.start, len(row.canvas), sampler.block_length)
     steps = max(1, (sampler.steps or len(row.canvas) - row.start) // len(parts))
     uniform = torch.Generator().manual_seed(seed)
-    draw = {"metric": SCORES.get(sampler.metric, "confidence"), "temperature": sampler.temperature,
-            "top_k": sampler.top_k, "top_p": sampler.top_p, "tempered": sampler.metric != "confidence"}
+    draw = {
+        "metric": SCORES.get(sampler.metric, "confidence"),
+        "temperature": sampler.temperature,
+        "top_k": sampler.top_k,
+        "top_p": sampler.top_p,
+        "tempered": sampler.metric != "confidence",
+    }
     shares = torch.tensor(time_shares(steps, sampler.eps))
     for block, (begin, end) in enumerate(parts):
         counts = even_counts(len(row.masked(begin, end)), steps)
@@ -104,8 +115,8 @@ def decode_fixed(row: Row, sampler: FixedSteps, seed: int) -> None:
             row.margin = min([row.margin, *(a - b for a, b in zip(ordered[:count], ordered[1:], strict=False))])
             return highest(scores, count)
 
-        for k in range(steps):
-            if not row.masked(begin, end):
+        for k in range(steps if row.masked(begin, end) else 0):
+            if sampler.eos_stop and not row.masked(begin, end):
                 break
             take_step(row, block, k, end, begin, draw, choice)
 

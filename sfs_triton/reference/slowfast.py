@@ -66,6 +66,7 @@ class Row:
 
     def __post_init__(self) -> None:
         self.canvas = list(self.canvas)
+        self.given = {p for p, token in enumerate(self.canvas) if token != self.mask_id}
         self.limit = len(self.canvas)  # one past the last position that is decoded at all
 
     @property
@@ -84,13 +85,17 @@ class Row:
         return dict(zip(positions, zip(found.tokens, found.scores, strict=True), strict=True))
 
     def fill(self, chosen: dict[int, int]) -> None:
-        """Commit tokens. With ``eos_stop``, all that follows the leftmost committed end-of-text becomes that too."""
+        """Commit tokens. With ``eos_stop``, what follows the leftmost committed end-of-text becomes that too.
+
+        Not so tokens that were given, which only a canvas to be filled in has there.
+        """
         for position, token in chosen.items():
             self.canvas[position] = token
         ends = [position for position, token in chosen.items() if token == self.eos_id]
         if self.eos_stop and ends and min(ends) < self.limit:
             self.limit = min(ends) + 1
-            self.canvas[self.limit :] = [self.eos_id] * (len(self.canvas) - self.limit)
+            for position in set(range(self.limit, len(self.canvas))) - self.given:
+                self.canvas[position] = self.eos_id
 
     def note_margin(self, scores: list[float], *thresholds: float) -> None:
         gaps = [abs(score - tau) for score in scores for tau in thresholds]
@@ -130,9 +135,9 @@ def spread_of(history: list[int], kind: str) -> float:
 
 
 def mean_of(history: list[int], rounding: str) -> int:
-    """The mean horizon: truncated (LLaDA 3, paper), or rounded half to even and at least 1 (Dream 3)."""
+    """The mean horizon: truncated (LLaDA 3, paper), or rounded half to even and then at least 1 (Dream 3)."""
     mean = statistics.mean(history)
-    return max(1, round(mean) if rounding == "even" else int(mean))
+    return max(1, round(mean)) if rounding == "even" else int(mean)
 
 
 class Horizon:
@@ -173,6 +178,8 @@ def slow_stage(row: Row, sampler: SlowFast, block: int, cycle: int, begin: int, 
         masked = row.masked(begin + s, end)
         if not masked and sampler.slow_end != "fixed":  # LLaDA 1 goes on all the same; Dream 4 and the paper do not
             break
+        if sampler.eos_stop and not row.masked(begin + s, row.limit):  # nothing is worth another forward
+            break
         length = row.limit
         seen = row.look(length, masked, **draw_of(sampler))
         scores = {p: score for p, (_, score) in seen.items()}
@@ -181,23 +188,35 @@ def slow_stage(row: Row, sampler: SlowFast, block: int, cycle: int, begin: int, 
             sure = [p + 1 - begin for p in masked if passes(scores[p], sampler.tau_min, sampler.strict)]
             estimate = max(sure, default=s + 1)
             horizon.add(estimate)
+            if k == sampler.k_max - 1 and horizon.e is not None:
+                horizon.determined = True  # LLaDA 3: on the last step the mean is final
             row.note_margin(list(scores.values()), sampler.tau_min)
         row.note_margin(list(scores.values()), *([] if sampler.tau_slow is None else [sampler.tau_slow]))
         chosen = choose(scores, sampler.tau_slow, sampler.min_parallel_slow, sampler.strict)
         row.fill({p: seen[p][0] for p in chosen})
         looking = estimate is not None
         row.trace.append(
-            Step("S", block, cycle, k, length - row.start, s, estimate, list(horizon.history) if looking else None,
-                 horizon.spread if looking else None, horizon.determined, horizon.e, [p - row.start for p in chosen])
+            Step(
+                "S",
+                block,
+                cycle,
+                k,
+                length - row.start,
+                s,
+                estimate,
+                list(horizon.history) if looking else None,
+                horizon.spread if looking else None,
+                horizon.determined,
+                horizon.e,
+                [p - row.start for p in chosen],
+            )
         )
         if horizon.determined and sampler.slow_end == "stable":
             break
     return horizon
 
 
-def fast_stage(
-    row: Row, sampler: SlowFast, block: int, cycle: int, begin: int, s: int, e: int, determined: bool
-) -> None:
+def fast_stage(row: Row, sampler: SlowFast, block: int, cycle: int, begin: int, s: int, e: int) -> None:
     """Fill ``[s, e)`` in parallel. The first step sees the whole canvas, the others nothing beyond ``e`` (LLaDA 5)."""
     k = 0
     while masked := row.masked(begin + s, begin + e):
@@ -208,8 +227,9 @@ def fast_stage(
         chosen = choose(scores, sampler.tau_high, sampler.min_parallel, sampler.strict)
         row.fill({p: seen[p][0] for p in chosen})
         row.trace.append(
-            Step("F", block, cycle, k, length - row.start, s, None, None, None, determined, e,
-                 [p - row.start for p in chosen])
+            Step(
+                "F", block, cycle, k, length - row.start, s, None, None, None, True, e, [p - row.start for p in chosen]
+            )
         )
         if row.nfe > sampler.step_cap(len(row.canvas)):
             raise RuntimeError("the model keeps predicting the mask itself")  # LLaDA 11: the reference never returns
@@ -239,7 +259,7 @@ def decode(
         while row.masked(begin + s, end) and cycle != sampler.max_cycles:  # LLaDA 11: may leave masks behind
             horizon = slow_stage(row, sampler, block, cycle, begin, end, s)
             e = min(horizon.final(), end - begin)
-            fast_stage(row, sampler, block, cycle, begin, s, e, horizon.determined)
+            fast_stage(row, sampler, block, cycle, begin, s, e)
             s = e  # LLaDA 6
             cycle += 1
     return row.run()

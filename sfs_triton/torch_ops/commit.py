@@ -9,7 +9,7 @@ def commit(state, fill: torch.Tensor, *, eos_stop: bool) -> None:
     """Commit ``state.token`` where ``fill [B, L]`` says, for the rows that are still running.
 
     With ``eos_stop`` the leftmost end-of-text that was ever committed is the row's limit: everything after it becomes
-    end-of-text and leaves the canvas' masks.
+    end-of-text, whether it was decided or not, and leaves the canvas' masks. Given positions stay.
     """
     state.tokens.copy_(torch.where(fill, state.token, state.tokens))
     state.masked.logical_and_(~fill)
@@ -17,7 +17,8 @@ def commit(state, fill: torch.Tensor, *, eos_stop: bool) -> None:
     if eos_stop:
         ended = torch.where(fill & (state.token == state.eos_id), state.position, state.length).amin(1)
         state.limit.copy_(torch.minimum(state.limit, ended + 1))
-        beyond = state.masked & (state.position >= state.limit[:, None])
+        decoded = state.masked | (state.commit_step >= 0)
+        beyond = decoded & (state.position >= state.limit[:, None])
         state.tokens.masked_fill_(beyond, state.eos_id)
         state.masked.logical_and_(~beyond)
 

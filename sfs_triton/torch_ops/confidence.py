@@ -28,16 +28,16 @@ class Draw:
 
 
 def filter_logits(logits: torch.Tensor, top_k: int | None, top_p: float | None) -> torch.Tensor:
-    """Logits ``[T, V]`` with everything outside the ``top_k`` largest and the ``top_p`` nucleus at -inf."""
-    if top_k is not None and top_k < logits.shape[-1]:
-        floor = logits.topk(top_k, dim=-1).values[:, -1:]
-        logits = logits.masked_fill(logits < floor, float("-inf"))
+    """Logits ``[T, V]`` with everything outside the ``top_p`` nucleus, then the ``top_k`` largest of it, at -inf."""
     if top_p is not None and top_p < 1:
-        ordered, order = logits.sort(-1, descending=True, stable=True)
+        ordered, order = logits.sort(dim=-1, descending=True, stable=True)
         before = ordered.softmax(-1).cumsum(-1).roll(1, -1)
         before[:, 0] = 0
         drop = torch.zeros_like(before, dtype=torch.bool).scatter_(-1, order, before > top_p)
         logits = logits.masked_fill(drop, float("-inf"))
+    if top_k is not None and top_k < logits.shape[-1]:
+        floor = logits.topk(top_k, dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < floor, float("-inf"))
     return logits
 
 

@@ -114,7 +114,7 @@ def _advance(state, rules: CycleRules) -> None:
     nothing_left = first >= state.length
     slow_over = state.k >= rules.k_max
     if rules.slow_end != "fixed":
-        slow_over = slow_over | nothing_left
+        slow_over = slow_over | (first >= state.block_end)
     if rules.slow_end == "stable":
         slow_over = slow_over | (state.determined == 1)
     stage_over = running & torch.where(slow, slow_over, first >= state.e)

@@ -53,8 +53,8 @@ def _threshold_fill(state, inside: torch.Tensor, scores: torch.Tensor, rules: Bl
     best = state.position == scores.argmax(1, keepdim=True)
     fill = ((scores >= rules.tau) | best) & inside
     if rules.paced_steps is not None:
-        base = (state.end - state.start) // rules.paced_steps
-        quota = torch.where(state.step < rules.paced_steps, base, 0) + state.quota
+        base = (state.end - state.start + rules.paced_steps - 1) // rules.paced_steps
+        quota = base + state.quota
         fill &= rank_by_score(scores) < quota[:, None]
         state.quota.copy_(torch.where(state.done == 0, quota - fill.sum(1), state.quota))
     return fill

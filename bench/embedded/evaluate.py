@@ -1,0 +1,57 @@
+"""Accuracy of a checkpoint on held-out problems: ``python -m bench.embedded.evaluate CHECKPOINT [--limit 500]``.
+
+Prints one JSON line a task: correct answers with a 95% interval, steps, and tokens a step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+
+import sfs_triton
+from bench.embedded import problems, tasks
+from bench.statistics import wilson_interval
+
+SAMPLERS = {
+    "vanilla": sfs_triton.FixedSteps(),
+    "semi-autoregressive": sfs_triton.FixedSteps(block_length=32),
+    "threshold": sfs_triton.Threshold(block_length=32),
+    "slowfast": sfs_triton.SlowFast(),
+}
+
+
+def evaluate(engine: sfs_triton.Engine, kind: str, limit: int, sampler: sfs_triton.Sampler, gen_length: int = 128,
+             batch: int = 8, seed: int = 0) -> dict:
+    """Decode ``limit`` held-out problems of ``kind``; counts, interval and cost as a dictionary."""
+    chosen = problems.held_out(kind, limit, engine.text, seed=seed, gen_length=gen_length)
+    correct = tokens = steps = 0
+    began = time.perf_counter()
+    for at in range(0, len(chosen), batch):
+        part = chosen[at : at + batch]
+        for problem, done in zip(part, engine.generate([p.question for p in part], gen_length=gen_length,
+                                                       sampler=sampler), strict=True):
+            correct += tasks.correct(problem, done.text)
+            tokens += len(done.tokens)
+            steps += done.nfe
+    low, high = wilson_interval(correct, len(chosen))
+    return {"task": kind, "n": len(chosen), "correct": correct, "accuracy": correct / len(chosen),
+            "interval": [round(low, 4), round(high, 4)], "nfe": steps / len(chosen), "tpf": tokens / steps,
+            "answer_tokens": tokens / len(chosen), "seconds": round(time.perf_counter() - began, 1)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("checkpoint", nargs="?", default="embedded")
+    parser.add_argument("--limit", type=int, default=500)
+    parser.add_argument("--tasks", default="records,words,countdown")
+    parser.add_argument("--sampler", choices=sorted(SAMPLERS), default="vanilla")
+    arguments = parser.parse_args()
+    engine = sfs_triton.load(arguments.checkpoint)
+    for kind in arguments.tasks.split(","):
+        result = evaluate(engine, kind, arguments.limit, SAMPLERS[arguments.sampler])
+        print(json.dumps({"sampler": arguments.sampler, **result}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

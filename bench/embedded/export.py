@@ -1,0 +1,55 @@
+"""Write a trained run as a checkpoint: ``python -m bench.embedded.export RUN_DIR [OUT]``.
+
+bfloat16 safetensors with LLaDA's tensor names, ``config.json``, ``tokenizer.json`` and ``tokenizer_config.json`` with the
+chat template. The model card is written by hand beside them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from .train import Run
+from .vocabulary import BOS, CHAT_TEMPLATE, EOS, MASK
+
+DEFAULT = Path(__file__).resolve().parents[2] / "sfs_triton" / "embedded"
+
+
+def export(run: Run, out: Path) -> None:
+    """Write the checkpoint files, each whole or not at all."""
+    out.mkdir(parents=True, exist_ok=True)
+    tensors = {name: t.to(torch.bfloat16).contiguous() for name, t in run.model.state_dict().items()}
+    tokenizer_config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS, "eos_token": EOS,
+                        "pad_token": EOS, "mask_token": MASK, "chat_template": CHAT_TEMPLATE,
+                        "clean_up_tokenization_spaces": False, "model_max_length": run.config["max_sequence_length"]}
+
+    def write(name: str, save) -> None:
+        partial = out / (name + ".partial")
+        save(partial)
+        partial.chmod(0o644)
+        os.replace(partial, out / name)
+
+    write("model.safetensors", lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    write("config.json", lambda path: path.write_text(json.dumps(run.config, indent=2) + "\n"))
+    write("tokenizer.json", lambda path: path.write_text(run.tokenizer.to_str(pretty=False)))
+    write("tokenizer_config.json", lambda path: path.write_text(json.dumps(tokenizer_config, indent=2) + "\n"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path)
+    parser.add_argument("out", type=Path, nargs="?", default=DEFAULT)
+    arguments = parser.parse_args()
+    run = Run(arguments.run, steps=1, rate=0.0, seed=0)
+    run.resume()
+    export(run, arguments.out)
+    print(f"step {run.step}, {run.tokens / 1e6:.1f} M tokens, written to {arguments.out}")
+
+
+if __name__ == "__main__":
+    main()

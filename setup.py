@@ -1,0 +1,51 @@
+"""Packaging. The kernels live in kernels/triton/ and are importable only as sfs_triton.kernels (see CONTRIBUTING.md)."""
+
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'__version__ = "([^"]+)"', (HERE / "sfs_triton" / "__init__.py").read_text()).group(1)
+
+PACKAGES = [
+    "sfs_triton",
+    "sfs_triton.kernels",
+    "sfs_triton.loops",
+    "sfs_triton.models",
+    "sfs_triton.reference",
+    "sfs_triton.torch_ops",
+]
+
+EXTRAS = {
+    "cli": ["typer>=0.16", "rich>=13.7", "matplotlib>=3.8"],
+    "bench": ["matplotlib>=3.8", "rich>=13.7", "pytest>=8", "pytest-benchmark>=4"],
+    "test": ["pytest>=8", "pytest-benchmark>=4", "pytest-xdist>=3.5", "hypothesis>=6.100", "typer>=0.16", "rich>=13.7",
+             "matplotlib>=3.8"],
+    "hf": ["transformers>=4.49"],
+    "dev": ["ruff>=0.6", "pre-commit>=3.7"],
+}
+
+setup(
+    name="sfs_triton",
+    version=VERSION,
+    description="Fast decoding for full-attention masked-diffusion language models: SlowFast Sampling in Triton",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=PACKAGES,
+    package_dir={"sfs_triton": "sfs_triton", "sfs_triton.kernels": "kernels/triton"},
+    package_data={"sfs_triton": ["py.typed", "embedded/*"]},
+    install_requires=[
+        "torch>=2.11",
+        "numpy>=1.26",
+        "safetensors>=0.4.3",
+        "tokenizers>=0.20",
+        "huggingface_hub>=0.24",
+        "jinja2>=3.1",
+        'triton>=3.6; sys_platform == "linux"',
+    ],
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["sfs = sfs_triton.cli:main"]},
+)

@@ -1,0 +1,61 @@
+"""Shared fixtures: the golden models, loaded once."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import sfs_triton
+
+GOLDEN = Path(__file__).parent / "golden"
+MODELS = ("llada-mha", "llada-gqa", "dream-gqa", "dream-r7")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """The models are tiny: a second thread only adds noise."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    return GOLDEN
+
+
+@pytest.fixture(scope="session")
+def engines() -> dict[str, sfs_triton.Engine]:
+    return {name: sfs_triton.load(GOLDEN / "models" / name, "cpu", "float32") for name in MODELS}
+
+
+@pytest.fixture(scope="session")
+def embedded() -> sfs_triton.Engine:
+    return sfs_triton.load("embedded", "cpu", "float32")
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """A writable copy of a tiny LLaDA checkpoint."""
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(GOLDEN / "models" / "llada-mha" / name, folder / name)
+    return folder
+
+
+@pytest.fixture
+def edit_config():
+    """Change keys of a checkpoint's config.json; None removes a key."""
+    def edit(folder: Path, **changes) -> None:
+        path = folder / "config.json"
+        config = json.loads(path.read_text())
+        for key, value in changes.items():
+            if value is None:
+                config.pop(key, None)
+            else:
+                config[key] = value
+        path.write_text(json.dumps(config))
+    return edit

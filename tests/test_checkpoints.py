@@ -1,0 +1,216 @@
+"""Reading checkpoints: right logits from good ones, named errors from bad ones."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import sfs_triton
+from sfs_triton import CheckpointError, UnsupportedConfigError
+from sfs_triton.models import read_spec
+
+from .conftest import MODELS
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_equal_the_recorded_ones(engines, golden, name):
+    recorded = load_file(golden / "logits" / f"{name}.safetensors")
+    for index in {key.split(".")[0] for key in recorded}:
+        logits = engines[name].model.logits(recorded[f"{index}.input_ids"])
+        torch.testing.assert_close(logits, recorded[f"{index}.logits"], atol=1e-4, rtol=0)
+
+
+def test_sharded_index_gives_the_same_weights(checkpoint, engines):
+    tensors = load_file(checkpoint / "model.safetensors")
+    (checkpoint / "model.safetensors").unlink()
+    names = sorted(tensors)
+    halves = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, part in halves.items():
+        save_file({n: tensors[n] for n in part}, checkpoint / file)
+    weight_map = {n: file for file, part in halves.items() for n in part}
+    (checkpoint / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    ids = torch.arange(40)[None]
+    torch.testing.assert_close(sfs_triton.load(checkpoint, "cpu").model.logits(ids),
+                               engines["llada-mha"].model.logits(ids), atol=0, rtol=0)
+
+
+def test_index_may_not_leave_the_folder(checkpoint):
+    shutil.move(checkpoint / "model.safetensors", checkpoint.parent / "outside.safetensors")
+    index = {"weight_map": {"model.transformer.wte.weight": "../outside.safetensors"}}
+    (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"\.\./outside\.safetensors"):
+        sfs_triton.load(checkpoint, "cpu")
+
+
+def test_shard_without_a_promised_tensor(checkpoint):
+    shutil.move(checkpoint / "model.safetensors", checkpoint / "a.safetensors")
+    index = {"weight_map": {"model.transformer.nothing": "a.safetensors"}}
+    (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="model.transformer.nothing"):
+        sfs_triton.load(checkpoint, "cpu")
+
+
+def _rewrite(checkpoint, change):
+    tensors = load_file(checkpoint / "model.safetensors")
+    change(tensors)
+    save_file(tensors, checkpoint / "model.safetensors")
+
+
+def test_missing_tensor_is_named(checkpoint):
+    _rewrite(checkpoint, lambda t: t.pop("model.transformer.blocks.1.up_proj.weight"))
+    with pytest.raises(CheckpointError, match=r"missing: model\.transformer\.blocks\.1\.up_proj\.weight"):
+        sfs_triton.load(checkpoint, "cpu")
+
+
+def test_extra_tensor_is_named(checkpoint):
+    _rewrite(checkpoint, lambda t: t.update({"model.transformer.blocks.0.q_proj.bias": torch.zeros(64)}))
+    with pytest.raises(CheckpointError, match=r"no place for: model\.transformer\.blocks\.0\.q_proj\.bias"):
+        sfs_triton.load(checkpoint, "cpu")
+
+
+def test_misshapen_tensor_is_named_with_both_shapes(checkpoint):
+    _rewrite(checkpoint, lambda t: t.update({"model.transformer.ln_f.weight": torch.ones(63)}))
+    with pytest.raises(CheckpointError, match=r"ln_f\.weight has shape \[63\].*\[64\]"):
+        sfs_triton.load(checkpoint, "cpu")
+
+
+def test_integer_weights_are_refused(checkpoint):
+    _rewrite(checkpoint, lambda t: t.update({"model.transformer.ln_f.weight": torch.ones(64, dtype=torch.int8)}))
+    with pytest.raises(CheckpointError, match="ln_f.weight has dtype torch.int8"):
+        sfs_triton.load(checkpoint, "cpu")
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, 100_000])
+def test_truncated_weights(checkpoint, keep):
+    path = checkpoint / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(CheckpointError, match="model.safetensors cannot be read"):
+        sfs_triton.load(checkpoint, "cpu")
+
+
+def test_corrupt_header(checkpoint):
+    path = checkpoint / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[8:40] = b"\xff" * 32
+    path.write_bytes(bytes(data))
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        sfs_triton.load(checkpoint, "cpu")
+
+
+def test_pickles_are_never_opened(checkpoint):
+    class Bomb:
+        def __reduce__(self):
+            return (open, (str(checkpoint / "exploded"), "w"))
+
+    (checkpoint / "model.safetensors").unlink()
+    (checkpoint / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin is a pickle"):
+        sfs_triton.load(checkpoint, "cpu")
+    assert not (checkpoint / "exploded").exists()
+
+
+@pytest.mark.parametrize("key", ["d_model", "n_heads", "n_layers", "vocab_size", "max_sequence_length", "mask_token_id",
+                                 "eos_token_id"])
+def test_missing_config_key_is_named(checkpoint, edit_config, key):
+    edit_config(checkpoint, **{key: None})
+    with pytest.raises(CheckpointError, match=key):
+        sfs_triton.load(checkpoint, "cpu")
+
+
+@pytest.mark.parametrize(("key", "value"), [
+    ("alibi", True), ("layer_norm_type", "default"), ("bias_for_layer_norm", True), ("include_bias", True),
+    ("rope", False), ("block_type", "sequential"), ("activation_type", "gelu"), ("scale_logits", True),
+    ("input_emb_norm", True), ("attention_layer_norm", True), ("clip_qkv", 8.0),
+])
+def test_unsupported_flag_is_refused_by_name(checkpoint, edit_config, key, value):
+    edit_config(checkpoint, **{key: value})
+    with pytest.raises(UnsupportedConfigError, match=f"{key}={value!r}"):
+        sfs_triton.load(checkpoint, "cpu")
+
+
+@pytest.mark.parametrize(("key", "value"), [
+    ("rope_scaling", {"type": "linear"}), ("hidden_act", "gelu"), ("use_sliding_window", True), ("use_mrope", True),
+    ("head_dim", 32),
+])
+def test_unsupported_dream_flag_is_refused_by_name(golden, key, value):
+    config = json.loads((golden / "models" / "dream-gqa" / "config.json").read_text())
+    with pytest.raises(UnsupportedConfigError, match=key):
+        read_spec({**config, key: value})
+
+
+@pytest.mark.parametrize(("key", "value"), [
+    ("d_model", 0), ("d_model", -4), ("n_heads", "4"), ("n_layers", True), ("n_heads", 5), ("n_kv_heads", 3),
+    ("rms_norm_eps", float("nan")), ("mask_token_id", 512), ("eos_token_id", 500), ("vocab_size", 1e9),
+])
+def test_impossible_values_are_refused(checkpoint, edit_config, key, value):
+    edit_config(checkpoint, **{key: value})
+    with pytest.raises(CheckpointError):
+        sfs_triton.load(checkpoint, "cpu")
+
+
+def test_unknown_family_is_refused(checkpoint, edit_config):
+    edit_config(checkpoint, model_type="llama", architectures=["LlamaForCausalLM"])
+    with pytest.raises(UnsupportedConfigError, match="LlamaForCausalLM"):
+        sfs_triton.load(checkpoint, "cpu")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1, 2]", "null"])
+def test_config_that_is_not_an_object(checkpoint, text):
+    (checkpoint / "config.json").write_text(text)
+    with pytest.raises(CheckpointError, match="config.json"):
+        sfs_triton.load(checkpoint, "cpu")
+
+
+def test_folder_without_config(tmp_path):
+    with pytest.raises(CheckpointError, match="config.json"):
+        sfs_triton.load(tmp_path, "cpu")
+
+
+def test_illada_style_checkpoint(tmp_path, engines):
+    """Llama-style keys and names, tied head, grouped-query attention, no shift."""
+    config = {"model_type": "illada", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+              "num_key_value_heads": 2, "intermediate_size": 96, "vocab_size": 128, "max_position_embeddings": 64,
+              "rope_theta": 5e5, "rms_norm_eps": 1e-5, "tie_word_embeddings": True, "mask_token_id": 5,
+              "eos_token_id": 2, "pad_token_id": 1, "bos_token_id": 0, "hidden_act": "silu"}
+    spec = read_spec(config)
+    assert (spec.family, spec.tied_head, spec.shifted, spec.n_kv_heads) == ("illada", True, False, 2)
+    from sfs_triton.models.weights import LLAMA_NAMES, expected_shapes
+    generator = torch.Generator().manual_seed(0)
+    tensors = {n: torch.randn(s, generator=generator) * 0.1 for n, s in expected_shapes(spec, LLAMA_NAMES).items()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    engine = sfs_triton.load(tmp_path, "cpu", "float32")
+    assert engine.model.weights.head is engine.model.weights.embedding
+    done = engine.generate([7, 8, 9], gen_length=16)
+    assert len(done.response) == 16 and 5 not in done.response
+
+
+def test_hub_id_offline_is_a_clear_error(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(CheckpointError, match="'nobody/nothing' is not a local folder"):
+        sfs_triton.load("nobody/nothing", "cpu")
+
+
+def test_unknown_dtype():
+    with pytest.raises(sfs_triton.ArgumentError, match="dtype='float8'"):
+        sfs_triton.load("embedded", "cpu", "float8")
+
+
+def test_corrupt_tokenizer(checkpoint):
+    (checkpoint / "tokenizer.json").write_text('{"model": 3}')
+    with pytest.raises(CheckpointError, match="tokenizer.json"):
+        sfs_triton.load(checkpoint, "cpu")
+
+
+def test_chat_template_runs_in_a_sandbox(embedded):
+    from sfs_triton.text import TextCodec
+    codec = TextCodec(embedded.text.tokenizer, "{{ messages.__class__.__mro__[1].__subclasses__() }}", {})
+    with pytest.raises(sfs_triton.ArgumentError, match="chat template refused"):
+        codec.render([{"role": "user", "content": "x"}])

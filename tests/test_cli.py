@@ -1,0 +1,316 @@
+"""The command line: what it prints where, what it refuses, and what the live view and the picture show."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("typer")
+pytest.importorskip("rich")
+pytest.importorskip("matplotlib")
+
+from rich.console import Console  # noqa: E402
+from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
+from typer.testing import CliRunner  # noqa: E402
+
+import sfs_triton  # noqa: E402
+from sfs_triton import cli, plot, render  # noqa: E402
+from sfs_triton.errors import ArgumentError  # noqa: E402
+from sfs_triton.samplers import FixedSteps, SlowFast, Threshold  # noqa: E402
+
+ROOT = Path(__file__).parent.parent
+GOLDEN = Path(__file__).parent / "golden" / "models" / "llada-mha"
+MASK, EOS = 500, 496
+PROMPT = "w15 w44 w79 w50"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The golden model with a tokenizer of one word an id; some words hold what a terminal must not get to see."""
+    folder = tmp_path_factory.mktemp("model")
+    for source in GOLDEN.iterdir():
+        (folder / source.name).write_bytes(source.read_bytes())
+    words = {f"w{i}": i for i in range(512)}
+    for word, index in {"<|endoftext|>": EOS, "<|mdm_mask|>": MASK}.items():
+        del words[f"w{index}"]
+        words[word] = index
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens(["<|endoftext|>", "<|mdm_mask|>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def engine(model: Path) -> sfs_triton.Engine:
+    return sfs_triton.load(model, device="cpu")
+
+
+def sfs(*arguments: str, stdin: str | bytes | None = None):
+    return CliRunner().invoke(cli.app, list(arguments), input=stdin)
+
+
+def generate(model: Path, *options: str, prompt: str = PROMPT, stdin: str | bytes | None = None):
+    return sfs(
+        "generate", prompt, "--model", str(model), "--device", "cpu", "--gen-length", "32", *options, stdin=stdin
+    )
+
+
+def refused(result, *words: str) -> None:
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr
+    for word in words:
+        assert word in result.stderr
+
+
+def test_version():
+    result = sfs("--version")
+    assert (result.exit_code, result.stdout) == (0, f"sfs_triton {sfs_triton.__version__}\n")
+
+
+def test_text_on_stdout_and_summary_on_stderr(model, engine):
+    result = generate(model)
+    expected = engine.generate(PROMPT, gen_length=32)
+    assert result.exit_code == 0, result.output
+    assert result.stdout == expected.text + "\n"
+    assert result.stderr.count("\n") == 1
+    assert f"NFE {expected.nfe} | TPF {expected.tokens_per_forward:.2f} | " in result.stderr
+    assert f"{expected.rows_forwarded:,} rows forwarded" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "sampler", "cache"),
+    [
+        (("--preset", "llada-reference", "--k-max", "3"), SlowFast.preset("llada-reference", k_max=3), "refresh"),
+        (
+            ("--tau-min", "0.2", "--tau-high", "0.7", "--window", "3"),
+            SlowFast(tau_min=0.2, tau_high=0.7, window=3),
+            "none",
+        ),
+        (
+            ("--sampler", "threshold", "--tau", "0.5", "--block-length", "16"),
+            Threshold(tau=0.5, block_length=16),
+            "dual",
+        ),
+        (("--sampler", "fixed", "--steps", "8"), FixedSteps(steps=8), "prefix"),
+        (("--sampler", "vanilla", "--eos-stop"), FixedSteps(eos_stop=True), "none"),
+        (("--temperature", "0.8", "--cfg-scale", "0.5"), SlowFast(temperature=0.8, cfg_scale=0.5), "none"),
+    ],
+)
+def test_options_reach_the_sampler(model, engine, options, sampler, cache):
+    result = generate(model, *options, "--cache", cache, "--seed", "3", "--json")
+    assert result.exit_code == 0, result.output
+    said = json.loads(result.stdout)
+    expected = engine.generate(PROMPT, gen_length=32, sampler=sampler, cache=cache, seed=3)
+    assert (said["tokens"], said["nfe"], said["text"]) == (expected.tokens, expected.nfe, expected.text)
+    assert said["tokens_per_forward"] == expected.tokens_per_forward
+    assert said["forwards"] == expected.forwards and said["rows_forwarded"] == expected.rows_forwarded
+    assert said["cache"]["kind"] == cache and said["seed"] == 3 and said["seconds"] > 0
+
+
+def test_prompt_from_stdin(model):
+    assert generate(model, prompt="-", stdin=PROMPT + "\n").stdout == generate(model).stdout
+    refused(generate(model, prompt="-", stdin=""), "prompt is empty")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--sampler", "greedy"), ("greedy", "slowfast", "vanilla")),
+        (("--tau", "0.9"), ("--tau", "slowfast", "threshold")),
+        (("--sampler", "threshold", "--k-max", "4"), ("--k-max", "threshold")),
+        (("--sampler", "vanilla", "--steps", "4"), ("--steps", "vanilla")),
+        (("--sampler", "fixed", "--preset", "paper"), ("--preset", "fixed")),
+        (("--preset", "draft"), ("preset", "draft")),
+        (("--gen-length", "-3"), ("gen_length=-3",)),
+        (("--gen-length", "1000000000"), ("gen_length=1000000000", "512")),
+        (("--block-length", "5"), ("gen_length=32", "block_length=5")),
+        (("--cache", "prefix"), ("prefix", "SlowFast")),
+        (("--cache", "disk"), ("disk",)),
+        (("--temperature", "nan"), ("temperature=nan",)),
+        (("--seed", "-1"), ("seed=-1",)),
+        (("--device", "toaster"), ("device='toaster'",)),
+        (("--dtype", "int4"), ("dtype='int4'",)),
+        (("--delay", "1"), ("--delay", "--watch")),
+        (("--watch", "--delay", "-1"), ("--delay",)),
+    ],
+)
+def test_bad_options_are_refused_by_name(model, options, words):
+    refused(generate(model, *options), *words)
+
+
+def test_bad_models_and_prompts_are_refused(model, tmp_path):
+    refused(generate(tmp_path), "config.json")
+    refused(generate(GOLDEN, "--watch"), "tokenizer.json")
+    refused(generate(model, prompt=""), "prompt is empty")
+    refused(generate(model, prompt="w1 <|mdm_mask|>"), "mask id 500")
+    refused(generate(model, prompt="w1 \udcff"), "not valid text")
+
+
+def test_missing_extras_are_named(model, monkeypatch, tmp_path):
+    for module, package, command in (
+        ("render", "rich.cells", ("generate", PROMPT, "--watch")),
+        ("plot", "matplotlib", ("plot", PROMPT, str(tmp_path / "map.png"))),
+    ):
+        with monkeypatch.context() as patch:
+            patch.delitem(sys.modules, f"sfs_triton.{module}")
+            patch.delattr(sfs_triton, module)
+            patch.setitem(sys.modules, package, None)
+            refused(sfs(*command, "--model", str(model)), package.split(".")[0], "sfs_triton[cli]")
+
+
+def test_without_typer_main_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(cli, "app", None)
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == 'error: the command line needs typer: pip install "sfs_triton[cli]"\n'
+
+
+def test_module_runs_as_a_program(model):
+    command = [sys.executable, "-m", "sfs_triton.cli", "generate", PROMPT, "--model", str(model), "--gen-length", "16"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
+    run = subprocess.run([*command, "--watch"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    assert run.returncode == 0, run.stderr
+    assert len(run.stdout.splitlines()) == 1 and run.stdout.startswith("w")
+    assert "masks left 0/16" in run.stderr and "NFE " in run.stderr and "\x1b" not in run.stderr
+
+
+# The live view
+
+
+@pytest.mark.parametrize("eos_stop", [False, True])
+@pytest.mark.parametrize(
+    "sampler", [SlowFast(), SlowFast.preset("dream-reference"), Threshold(tau=0.3, block_length=16)]
+)
+def test_canvas_follows_the_trace(engine, sampler, eos_stop):
+    sampler = sampler.replace(eos_stop=eos_stop)
+    frames = []
+    result = engine.generate(PROMPT, gen_length=64, sampler=sampler, trace=True, on_step=frames.append)
+    canvas = render.Canvas(
+        64, MASK, EOS, staged=isinstance(sampler, SlowFast), block_length=getattr(sampler, "block_length", None)
+    )
+    for frame, step in zip(frames, result.trace, strict=True):
+        canvas.update(frame)
+        offset = step.block * 16
+        assert canvas.phase == step.phase
+        assert canvas.cycle == (step.cycle if canvas.staged else step.block)
+        assert canvas.span == (step.s + offset, None if step.e is None else step.e + offset)
+        assert [p for p, c in enumerate(canvas.commit_step) if c == step.step] == step.committed
+    assert canvas.masks_left == 0 and not canvas.running
+    assert canvas.tokens_per_forward == result.tokens_per_forward
+
+
+def terminal(**options) -> Console:
+    size = {"width": 80, "height": 24, **options}
+    return Console(file=io.StringIO(), force_terminal=True, color_system="standard", legacy_windows=False, **size)
+
+
+def watch(engine, console: Console, length: int = 64) -> str:
+    sampler = SlowFast()
+    with render.Watcher(engine, sampler, length, delay=0.0, console=console) as watcher:
+        engine.generate(PROMPT, gen_length=length, sampler=sampler, on_step=watcher)
+    assert watcher.seconds > 0
+    return console.file.getvalue()
+
+
+def test_stages_differ_in_more_than_hue(engine):
+    """Slow is underlined (4), fast bold (1), new tokens reversed (7): also where there is no colour."""
+    coloured, plain = watch(engine, terminal(no_color=False)), watch(engine, terminal(no_color=True))
+    for code in ("\x1b[4;35m", "\x1b[1;36m", "\x1b[4;7;35m", "\x1b[1;7;36m"):
+        assert code in coloured
+    assert "\x1b[4m" in plain and "\x1b[1m" in plain and "\x1b[4;7m" in plain and "\x1b[1;7m" in plain
+    for text in (coloured, plain):
+        assert "slow step" in text and "fast step" in text and "⟦" in text and "⟧" in text and "masks left" in text
+
+
+@pytest.mark.parametrize(("width", "height"), [(80, 24), (40, 12), (20, 8), (12, 3)])
+def test_view_fits_the_terminal(engine, width, height):
+    sampler, frames = SlowFast(), []
+    engine.generate(PROMPT, gen_length=100, sampler=sampler, on_step=frames.append)
+    console = terminal(width=width, height=height)
+    watcher = render.Watcher(engine, sampler, 100, console=console)
+    for frame in frames:
+        watcher.canvas.update(frame)
+        if frame.step % 50 in (0, 3):
+            lines = console.render_lines(watcher.view.panel(width, height, "title"), pad=False)
+            assert len(lines) < max(height, 7)  # a border, a status and one line of canvas at least
+            assert all(sum(segment.cell_length for segment in line) <= width for line in lines)
+
+
+def test_tokens_cannot_break_the_view():
+    assert render.readable("a\nb", render.Glyphs()) == "a↵b"
+    assert render.readable("\x1b[31m\t\u202e\udcff", render.Glyphs()) == "�[31m ��"
+    assert render.readable("", render.Glyphs()) == "�"
+    assert render.readable("né\n", render.ASCII) == "n?$"
+
+
+def test_without_a_terminal_only_some_plain_frames_are_printed(model):
+    result = generate(model, "--watch")
+    assert result.exit_code == 0 and result.stdout == generate(model).stdout
+    assert 2 <= result.stderr.count("masks left") <= render.PLAIN_FRAMES + 1
+    assert "masks left 0/32" in result.stderr and "\x1b" not in result.stderr
+
+
+# The picture
+
+
+def test_plot_writes_a_picture_and_nothing_else(model, tmp_path):
+    for name, magic in (("map.png", b"\x89PNG"), ("map.SVG", b"<?xml")):
+        result = sfs("plot", PROMPT, str(tmp_path / name), "--model", str(model), "--gen-length", "16")
+        assert result.exit_code == 0, result.output
+        assert result.stdout == "" and f"wrote {tmp_path / name}" in result.stderr
+        assert (tmp_path / name).read_bytes().startswith(magic)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["map.SVG", "map.png"]
+
+
+def test_plot_shows_what_the_trace_says(engine):
+    sampler = SlowFast.preset("llada-reference", block_length=32)
+    result = engine.generate(PROMPT, gen_length=64, sampler=sampler, trace=True)
+    figure = plot.confidence_map(result, sampler, title="slowfast")
+    assert figure.get_suptitle() == f"slowfast   |   NFE {result.nfe}   |   TPF {result.tokens_per_forward:.2f}"
+    axes = figure.axes[1]
+    shown = axes.images[1].get_array()
+    assert shown.shape == (result.nfe, 64)
+    for row, step in enumerate(result.trace):
+        assert [p for p in range(64) if not shown.mask[row, p]] == [
+            p for p, c in enumerate(step.confidence) if c is not None
+        ]
+    marked = {tuple(map(int, xy)) for dots in axes.collections[:2] for xy in dots.get_offsets()}
+    assert marked == {(p, row) for row, step in enumerate(result.trace, start=1) for p in step.committed}
+    legend = {text.get_text() for text in figure.legends[0].get_texts()}
+    assert {"slow step", "fast step", "span start s", "span end e", "new cycle"} <= legend
+
+
+def test_plot_refuses_paths_it_cannot_write(model, tmp_path):
+    (tmp_path / "folder.png").mkdir()
+    for path, word in (
+        (tmp_path / "map.bmp", "'.bmp'"),
+        (tmp_path / "map", "no suffix"),
+        (tmp_path / "missing" / "map.png", "does not exist"),
+        (tmp_path / "folder.png", "is a folder"),
+    ):
+        refused(sfs("plot", PROMPT, str(path), "--model", str(model)), str(path), word)
+
+
+def test_failed_write_leaves_the_old_picture(engine, tmp_path, monkeypatch):
+    result = engine.generate(PROMPT, gen_length=8, trace=True)
+    figure = plot.confidence_map(result, SlowFast(), title="t")
+    out = tmp_path / "map.png"
+    out.write_bytes(b"old")
+
+    def fail(path, **_):
+        Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(figure, "savefig", fail)
+    with pytest.raises(ArgumentError, match="map.png.*No space left"):
+        plot.save(figure, out)
+    assert out.read_bytes() == b"old" and list(tmp_path.iterdir()) == [out]

@@ -1,0 +1,311 @@
+"""The vectorised engine against the oracle, on settings that no recording has."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import sfs_triton
+from sfs_triton import FixedSteps, Generation, Sampler, SlowFast, StepTrace, Threshold
+from sfs_triton.models import Transformer
+from sfs_triton.reference import ReferenceRun, Step, decode, logits_of
+from sfs_triton.torch_ops.cycle import spread_of
+from sfs_triton.torch_ops.philox import gumbel
+
+MODELS = Path(__file__).parent / "golden" / "models"
+NAMES = ("llada-mha", "dream-gqa")
+MARGIN = 1e-5  # decisions closer than this may fall either way under another order of summation
+LENGTH = 32
+
+
+@cache
+def engine_of(name: str, eos_id: int | None = None) -> sfs_triton.Engine:
+    """A small trained model, on request with another id as its end-of-text."""
+    engine = sfs_triton.load(MODELS / name, device="cpu", dtype="float32")
+    if eos_id is None:
+        return engine
+    return sfs_triton.Engine(Transformer(dataclasses.replace(engine.spec, eos_id=eos_id), engine.model.weights))
+
+
+def random_prompt(rng: random.Random, low: int = 4, high: int = 24) -> list[int]:
+    return [rng.randrange(490) for _ in range(rng.randint(low, high))]
+
+
+def reference(
+    engine: sfs_triton.Engine, canvas: list[int], start: int, sampler: Sampler, seed: int = 0
+) -> ReferenceRun:
+    spec = engine.spec
+
+    def noise(step: int, length: int) -> torch.Tensor:
+        key = torch.tensor(seed)
+        return gumbel(key, torch.arange(spec.vocab_size), torch.arange(length)[:, None], torch.tensor(step))
+
+    logits_fn = logits_of(engine.model, canvas, sampler.cfg_scale)
+    return decode(logits_fn, canvas, start, sampler, spec.mask_id, spec.eos_id, noise, seed)
+
+
+def same_spread(mine: float | None, other: float | None) -> bool:
+    return mine == other or None not in (mine, other) and abs(mine - other) <= 1e-5 * max(1.0, abs(other))
+
+
+def difference(step: StepTrace, wanted: Step) -> str | None:
+    """What of a step of the engine is not as the oracle has it."""
+    phase = {"slow": "S", "fast": "F", "block": "B"}[step.phase]
+    mine = Step(
+        phase,
+        step.block,
+        step.cycle if phase != "B" else 0,
+        step.k,
+        step.forwarded,
+        step.s,
+        step.e_cand,
+        step.history,
+        step.spread,
+        step.determined,
+        step.e,
+        sorted(step.committed),
+    )
+    wanted = wanted._replace(filled=sorted(wanted.filled))
+    wrong = [name for name in Step._fields if name != "spread" and getattr(mine, name) != getattr(wanted, name)]
+    if wrong or not same_spread(mine.spread, wanted.spread):
+        return f"{wrong or ['spread']}: {mine} is not {wanted}"
+    return None
+
+
+def compare(done: Generation, wanted: ReferenceRun) -> str | None:
+    """The first difference between a generation and the oracle's run."""
+    for index, (step, other) in enumerate(zip(done.trace, wanted.trace, strict=False)):
+        if wrong := difference(step, other):
+            return f"step {index}: {wrong}"
+    if done.nfe != wanted.nfe or len(done.trace) != wanted.nfe:
+        return f"NFE {done.nfe}, {len(done.trace)} steps traced, not {wanted.nfe}"
+    return None if done.response == wanted.tokens else f"tokens {done.response} are not {wanted.tokens}"
+
+
+def check(engine: sfs_triton.Engine, prompt: list[int], length: int, sampler: Sampler, seed: int = 0) -> None:
+    done = engine.generate(prompt, gen_length=length, sampler=sampler, seed=seed, trace=True)
+    wanted = reference(engine, prompt + [engine.spec.mask_id] * length, len(prompt), sampler, seed)
+    wrong = compare(done, wanted)
+    if wrong and wanted.margin < MARGIN:
+        pytest.skip(f"a decision has a margin of {wanted.margin:.1e}")
+    assert wrong is None, f"{sampler}\n{wrong}"
+
+
+def random_slowfast(rng: random.Random) -> SlowFast:
+    tau_slow = rng.choice([None, None, 0.3, 0.6, 0.8, 0.9])
+    return SlowFast(
+        tau_min=rng.choice([0.02, 0.1, 0.2, 0.3, 0.5, 0.9]),
+        tau_high=rng.choice([0.1, 0.3, 0.6, 0.85, 0.9, 1.01]),
+        tau_slow=tau_slow,
+        k_max=rng.randint(1, 8),
+        window=rng.randint(1, 5),
+        spread=rng.choice(["variance", "std", "unbiased"]),
+        spread_limit=rng.choice([0.0, 0.25, 1.0, 2.5, 10.0, 50.0]),
+        inclusive=rng.random() < 0.5,
+        strict=rng.random() < 0.5,
+        slow_end=rng.choice(["stable", "stable", "fixed", "filled"]),
+        rounding=rng.choice(["floor", "even"]),
+        zero_history=rng.random() < 0.3,
+        min_parallel=rng.randint(1, 3),
+        min_parallel_slow=rng.randint(1, 3),
+        block_length=rng.choice([None, 8, 16]),
+        max_cycles=rng.choice([None, None, None, 1, 3]),
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("preset", ["paper", "llada-reference", "dream-reference"])
+def test_presets(preset: str, seed: int, name: str):
+    check(engine_of(name), random_prompt(random.Random(seed)), 48, SlowFast.preset(preset))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("seed", range(45))
+def test_random_slowfast(seed: int, name: str):
+    rng = random.Random(f"{name}/{seed}")
+    check(engine_of(name), random_prompt(rng), LENGTH, random_slowfast(rng))
+
+
+@cache
+def common_token(name: str) -> int:
+    """A token that responses of the model are full of, to serve as end-of-text."""
+    rng = random.Random(name)
+    tokens = [t for _ in range(8) for t in engine_of(name).generate(random_prompt(rng), gen_length=LENGTH).response]
+    return max(set(tokens), key=tokens.count)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("seed", range(20))
+def test_end_of_text(seed: int, name: str):
+    rng = random.Random(f"eos/{name}/{seed}")
+    samplers = [random_slowfast(rng), random_slowfast(rng), random_threshold(rng), random_fixed(rng)]
+    engine = engine_of(name, common_token(name))
+    check(engine, random_prompt(rng), LENGTH, samplers[seed % 4].replace(eos_stop=True))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("cfg_scale", [0.5, 1.5])
+def test_guidance(name: str, cfg_scale: float):
+    rng = random.Random(f"cfg/{name}")
+    for sampler in (SlowFast(), random_slowfast(rng), Threshold(block_length=16), FixedSteps(steps=12)):
+        check(engine_of(name), random_prompt(rng), LENGTH, sampler.replace(cfg_scale=cfg_scale))
+
+
+def random_threshold(rng: random.Random) -> Threshold:
+    return Threshold(
+        tau=rng.choice([0.2, 0.5, 0.8, 0.9, 1.0]),
+        block_length=rng.choice([None, 8, 16, 32]),
+        steps=rng.choice([None, None, 4, 8, 16, 32]),
+    )
+
+
+def random_fixed(rng: random.Random) -> FixedSteps:
+    metric = rng.choice(["confidence", "maskgit_plus", "topk_margin", "entropy", "origin"])
+    return FixedSteps(
+        metric=metric,
+        steps=rng.choice([None, 4, 5, 7, 16, 21, 32, 40]),
+        eps=rng.choice([1e-3, 1e-2, 0.1]),
+        block_length=rng.choice([None, None, 8, 16]),
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("make", [random_threshold, random_fixed])
+def test_random_block_samplers(make, seed: int, name: str):
+    rng = random.Random(f"{make.__name__}/{name}/{seed}")
+    check(engine_of(name), random_prompt(rng), LENGTH, make(rng), seed)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("changes", [{}, {"top_k": 5}, {"top_p": 0.7}], ids=["plain", "top_k", "top_p"])
+def test_noise(changes: dict, name: str):
+    """Drawn tokens: the same noise through both. It is keyed by row seed, token, position and step."""
+    rng = random.Random(f"noise/{name}")
+    samplers = [
+        SlowFast(),
+        random_slowfast(rng),
+        Threshold(block_length=16),
+        FixedSteps(steps=12),
+        FixedSteps(steps=12, metric="entropy"),
+        FixedSteps(steps=9, metric="topk_margin"),
+    ]
+    for seed, sampler in enumerate(samplers):
+        check(engine_of(name), random_prompt(rng), 16, sampler.replace(temperature=0.8, **changes), seed)
+
+
+@pytest.mark.parametrize("metric", ["maskgit_plus", "entropy"])
+def test_nucleus_before_top_k(metric: str):
+    """Dream's sampler takes the nucleus of the whole distribution, and the ``top_k`` largest of that."""
+    sampler = FixedSteps(steps=12, metric=metric, temperature=1.2, top_p=0.6, top_k=4)
+    for seed in range(3):
+        check(engine_of("dream-gqa"), random_prompt(random.Random(seed)), 16, sampler, seed)
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("name", NAMES)
+def test_infilling(seed: int, name: str):
+    """Masks anywhere, the first position included."""
+    rng = random.Random(f"infill/{name}/{seed}")
+    engine = engine_of(name)
+    canvas = [engine.spec.mask_id if rng.random() < 0.6 else token for token in random_prompt(rng, 30, 40)]
+    sampler = [random_slowfast, random_threshold, random_fixed][seed % 3](rng)
+    if isinstance(sampler, Threshold):
+        sampler = sampler.replace(steps=None)
+    done = engine.infill(canvas, sampler=sampler, trace=True)
+    wanted = reference(engine, canvas, 0, sampler)
+    wrong = compare(done, wanted)
+    assert wrong is None or wanted.margin < MARGIN, f"{sampler}\n{wrong}"
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("seed", range(10))
+def test_rows_of_a_batch_are_the_rows_alone(seed: int, name: str):
+    """Different prompt and response lengths, so that rows are in different stages at any one step."""
+    rng = random.Random(f"batch/{name}/{seed}")
+    sampler = [random_slowfast, random_slowfast, random_threshold, random_fixed, random_slowfast][seed % 5](rng)
+    if isinstance(sampler, Threshold):
+        sampler = sampler.replace(steps=None, block_length=16)
+    sampler = sampler.replace(eos_stop=seed % 2 == 1, temperature=0.5 if seed % 4 == 2 else 0.0)
+    engine = engine_of(name, common_token(name))
+    prompts = [random_prompt(rng) for _ in range(4)] + [[7]]
+    lengths = [rng.choice([16, 32, 48]) for _ in prompts]
+    batch = engine.generate(prompts, gen_length=lengths, sampler=sampler, seed=5, trace=True)
+    for index, (row, prompt, length) in enumerate(zip(batch, prompts, lengths, strict=True)):
+        canvas = prompt + [engine.spec.mask_id] * length
+        wanted = reference(engine, canvas, len(prompt), sampler, 5 + index)
+        wrong = compare(row, wanted)
+        assert wrong is None or wanted.margin < MARGIN, f"row {index}, {sampler}\n{wrong}"
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(st.integers(0, 2**32), st.integers(1, 20), st.booleans())
+def test_short_responses(seed: int, length: int, eos_stop: bool):
+    """Odd and very short canvases, down to one position."""
+    rng = random.Random(seed)
+    engine = engine_of("llada-mha", common_token("llada-mha"))
+    sampler = random_slowfast(rng).replace(block_length=None, eos_stop=eos_stop)
+    prompt = random_prompt(rng, 1, 12)
+    done = engine.generate(prompt, gen_length=length, sampler=sampler, trace=True)
+    wanted = reference(engine, prompt + [engine.spec.mask_id] * length, len(prompt), sampler)
+    wrong = compare(done, wanted)
+    assert wrong is None or wanted.margin < MARGIN, f"{sampler}\n{wrong}"
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.lists(st.integers(0, 4096), min_size=1, max_size=8), st.integers(0, 7), st.booleans())
+def test_spread(history: list[int], unused: int, full: bool):
+    """Against numpy; slots that are not in use hold zeros."""
+    count = len(history)
+    padded = torch.tensor([history + [0] * (0 if full else unused)])
+    values = np.array(history, dtype=np.float64)
+    wanted = {"variance": values.var(), "std": values.std(), "unbiased": values.var(ddof=1) if count > 1 else 0.0}
+    for kind, value in wanted.items():
+        found = spread_of(padded, torch.tensor([count]), kind)
+        torch.testing.assert_close(found, torch.tensor([value], dtype=torch.float64), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["variance", "std", "unbiased"])
+def test_spread_meets_thresholds_exactly(kind: str):
+    history = torch.tensor([[10, 11, 12], [7, 9, 0], [1000, 1000, 1000]])
+    count = torch.tensor([3, 2, 3])
+    exact = {"variance": [2 / 3, 1.0, 0.0], "std": [(2 / 3) ** 0.5, 1.0, 0.0], "unbiased": [1.0, 2.0, 0.0]}[kind]
+    assert spread_of(history, count, kind).tolist() == exact
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        SlowFast(block_length=8),
+        SlowFast.preset("llada-reference", block_length=8),
+        Threshold(block_length=8),
+        FixedSteps(block_length=8),
+    ],
+    ids=["paper", "llada-reference", "threshold", "fixed"],
+)
+@pytest.mark.parametrize("first", [0, 8, 24])
+def test_a_block_without_masks_costs_nothing(first: int, sampler: Sampler):
+    engine, rng = engine_of("llada-mha"), random.Random(first)
+    canvas = [rng.randrange(490) if first <= i < first + 8 else engine.spec.mask_id for i in range(32)]
+    done = engine.infill(canvas, sampler=sampler, trace=True)
+    assert compare(done, reference(engine, canvas, 0, sampler)) is None
+
+
+@pytest.mark.parametrize("steps", [5, 40])
+def test_a_quota_that_does_not_come_out_even(steps: int):
+    """Fast-dLLM asserts that it does: refuse it or finish, but do not run into the step cap."""
+    engine = engine_of("dream-gqa")
+    try:
+        done = engine.generate([1, 2, 3], gen_length=LENGTH, sampler=Threshold(steps=steps, block_length=None))
+    except sfs_triton.ArgumentError:
+        return
+    assert engine.spec.mask_id not in done.response

@@ -1,0 +1,91 @@
+"""The torch operations against their definitions."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from sfs_triton.ops import Draw, confidence
+from sfs_triton.torch_ops.commit import rank_by_score
+from sfs_triton.torch_ops.confidence import filter_logits
+from sfs_triton.torch_ops.philox import gumbel, philox
+
+
+def _philox_in_python(key: tuple[int, int], counter: list[int]) -> int:
+    mask = 0xFFFFFFFF
+    k0, k1 = key
+    c = list(counter)
+    for _ in range(10):
+        p0, p1 = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
+        c = [(p1 >> 32) ^ c[1] ^ k0, p1 & mask, (p0 >> 32) ^ c[3] ^ k1, p0 & mask]
+        k0, k1 = (k0 + 0x9E3779B9) & mask, (k1 + 0xBB67AE85) & mask
+    return c[0]
+
+
+def test_philox_matches_the_known_answers_and_plain_python():
+    # known answer of the Random123 distribution: zero key and counter
+    zero = torch.zeros(1, dtype=torch.int64)
+    assert philox(zero, zero, zero, zero).item() == 0x6627E8D5
+    generator = torch.Generator().manual_seed(0)
+    seed = torch.randint(0, 2**62, (50,), generator=generator)
+    words = torch.randint(0, 2**31, (3, 50), generator=generator)
+    drawn = philox(seed, *words)
+    for i in range(50):
+        key = (seed[i].item() & 0xFFFFFFFF, seed[i].item() >> 32)
+        assert drawn[i].item() == _philox_in_python(key, [*words[:, i].tolist(), 0])
+
+
+def test_gumbel_max_draws_with_softmax_frequencies():
+    logits = torch.tensor([0.0, 1.0, 2.0, -1.0, 0.5])
+    n = 20000
+    seeds = torch.arange(n)[:, None]
+    zero = torch.zeros(1, dtype=torch.int64)
+    drawn = (logits + gumbel(seeds, torch.arange(5), zero, zero)).argmax(-1)
+    expected = logits.softmax(-1)
+    share = torch.bincount(drawn, minlength=5) / n
+    sigma = (expected * (1 - expected) / n).sqrt()
+    assert ((share - expected).abs() < 4.5 * sigma).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_confidence_is_the_softmax_of_the_argmax(dtype):
+    logits = (torch.randn(33, 257, generator=torch.Generator().manual_seed(1)) * 4).to(dtype)
+    token, score = confidence(logits.clone(), Draw())
+    exact = logits.double().softmax(-1)
+    assert torch.equal(token, logits.float().argmax(-1))
+    torch.testing.assert_close(score.double(), exact.gather(-1, token[:, None])[:, 0], atol=1e-6, rtol=1e-6)
+
+
+def test_ties_go_to_the_lowest_id_and_lowest_position():
+    logits = torch.tensor([[1.0, 3.0, 3.0, 0.0], [2.0, 2.0, 2.0, 2.0]])
+    assert confidence(logits, Draw())[0].tolist() == [1, 0]
+    assert rank_by_score(torch.tensor([[0.5, 0.9, 0.9, 0.5]])).tolist() == [[2, 0, 1, 3]]
+
+
+@pytest.mark.parametrize("row", [[math.nan, 1.0], [math.inf, 1.0], [-math.inf, -math.inf]])
+@pytest.mark.parametrize("metric", ["confidence", "entropy"])
+def test_bad_rows_have_nan_scores_and_do_not_touch_others(row, metric):
+    score = confidence(torch.tensor([row, [0.0, 1.0]]), Draw(metric=metric))[1]
+    assert score[0].isnan() and not score[1].isnan()
+
+
+def test_metrics_follow_their_definitions():
+    logits = torch.randn(9, 31, generator=torch.Generator().manual_seed(2))
+    p = (logits / 0.7).softmax(-1)
+    top = p.sort(-1, descending=True).values
+    # a vanishing share of noise would still move ties; temperature only tempers here, tokens come from top_k=1
+    draw = {"temperature": 0.7, "tempered": True}
+    zero = torch.zeros(9, dtype=torch.int64)
+    margin = confidence(logits.clone(), Draw(metric="margin", **draw), zero, zero, zero)[1]
+    torch.testing.assert_close(margin, top[:, 0] - top[:, 1])
+    entropy = confidence(logits.clone(), Draw(metric="entropy", **draw), zero, zero, zero)[1]
+    torch.testing.assert_close(entropy, (p * p.log()).sum(-1), atol=1e-5, rtol=1e-5)
+
+
+def test_nucleus_keeps_the_smallest_set_that_reaches_top_p():
+    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
+    kept = [filter_logits(logits, None, p).isfinite().sum().item() for p in (0.4, 0.6, 0.9, 1.0)]
+    assert kept == [1, 2, 3, 4]
+    assert filter_logits(logits, 2, None).isfinite().tolist() == [[True, True, False, False]]
