@@ -10,11 +10,11 @@ from .errors import require
 from .torch_ops.confidence import Draw, confidence
 from .torch_ops.cycle import CycleRules
 from .torch_ops.cycle import decide as decide_cycle
-from .torch_ops.cycle import looked_at as cycle_looked_at
+from .torch_ops.cycle import plan as plan_cycle
 from .torch_ops.layers import attention, rms_norm, rope, rope_tables, silu_mul
 from .torch_ops.select import BlockRules
 from .torch_ops.select import decide as decide_block
-from .torch_ops.select import looked_at as block_looked_at
+from .torch_ops.select import plan as plan_block
 
 IMPLEMENTATIONS = ("torch",)
 
@@ -25,6 +25,6 @@ def check_implementation(impl: str) -> None:
 
 
 __all__ = [
-    "BlockRules", "CycleRules", "Draw", "attention", "block_looked_at", "check_implementation", "confidence",
-    "cycle_looked_at", "decide_block", "decide_cycle", "rms_norm", "rope", "rope_tables", "silu_mul",
+    "BlockRules", "CycleRules", "Draw", "attention", "check_implementation", "confidence", "decide_block", "decide_cycle",
+    "plan_block", "plan_cycle", "rms_norm", "rope", "rope_tables", "silu_mul",
 ]

@@ -28,6 +28,7 @@ class DecodeState:
 
     tokens: torch.Tensor  # int64 [B, L]; undecided positions hold the mask id
     masked: torch.Tensor  # bool [B, L]
+    inside: torch.Tensor  # bool [B, L]: where the step looks
     token: torch.Tensor  # int64 [B, L]: what the last forward chose, where it was looked at
     score: torch.Tensor  # float32 [B, L]: the score of that choice
     commit_step: torch.Tensor  # int64 [B, L]: step that filled a position, -1 never or given
@@ -88,7 +89,7 @@ class DecodeState:
         for name, value in values.items():
             control[:, CONTROL.index(name)] = value
         return cls(
-            tokens=tokens.to(device), masked=masked.to(device),
+            tokens=tokens.to(device), masked=masked.to(device), inside=torch.zeros_like(masked, device=device),
             token=torch.zeros((batch, length), dtype=torch.int64, device=device),
             score=torch.zeros((batch, length), dtype=torch.float32, device=device),
             commit_step=torch.full((batch, length), -1, dtype=torch.int64, device=device),
@@ -105,4 +106,4 @@ class DecodeState:
         if self.events is not None:
             self.events.append({"control": self.control.clone(), "history": self.history.clone(),
                                 "spread": self.spread.clone(), "score": self.score.clone(),
-                                "masked": self.masked.clone()})
+                                "inside": self.inside.clone()})

@@ -56,14 +56,9 @@ class Tracer:
         for index, scope in report.scopes.items():
             row, start = control[index], self._starts[index]
             here = [p - start for p, step in enumerate(commits[index]) if step == row[_COLUMN["step"]]]
-            looked = event["masked"][index, start : ends[index]].tolist()
+            looked = event["inside"][index, start : ends[index]].tolist()
             scores = event["score"][index, start : ends[index]].tolist()
-            first, last = row[_COLUMN["block_start"]] - start, row[_COLUMN["block_end"]] - start
-            if isinstance(self._sampler, SlowFast):
-                first = row[_COLUMN["s"]] - start
-                last = row[_COLUMN["e"]] - start if row[_COLUMN["phase"]] == FAST else last
-            confidence = [c if m and first <= p < last else None
-                          for p, (c, m) in enumerate(zip(scores, looked, strict=True))]
+            confidence = [c if there else None for c, there in zip(scores, looked, strict=True)]
             self.rows[index].append(StepTrace(
                 step=row[_COLUMN["step"]], block=row[_COLUMN["block"]], cycle=row[_COLUMN["cycle"]],
                 k=row[_COLUMN["k"]], forwarded=scope.stop - start, rows_forwarded=scope.rows, committed=here,
@@ -82,10 +77,10 @@ class Tracer:
             history = (history[oldest:] + history[:oldest])[: min(count, window)]
         spread = event["spread"][index].item()
         fast, determined = row[_COLUMN["phase"]] == FAST, bool(row[_COLUMN["determined"]])
-        known = fast or determined or spread == spread
+        known = fast or determined or (estimated and spread == spread)
         return {
             "phase": "fast" if fast else "slow", "s": row[_COLUMN["s"]] - begin,
             "e_cand": row[_COLUMN["estimate"]] - begin if estimated else None, "history": history if estimated else None,
-            "spread": None if spread != spread else spread, "determined": determined,
+            "spread": spread if estimated and spread == spread else None, "determined": determined,
             "e": row[_COLUMN["e"]] - begin if known else None,
         }

@@ -22,12 +22,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from safetensors.torch import load_file
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))  # so that a checkout needs no installation
 
-import sfs_triton
-from sfs_triton import FixedSteps, RefreshCache, Sampler, SlowFast, StepTrace, Threshold
-from sfs_triton.ops import check_implementation
+import torch  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+
+import sfs_triton  # noqa: E402
+from sfs_triton import FixedSteps, RefreshCache, Sampler, SlowFast, StepTrace, Threshold  # noqa: E402
+from sfs_triton.ops import check_implementation  # noqa: E402
 
 MARGIN = 1e-5  # traced decisions closer than this to a tie may fall either way under another order of summation
 
@@ -234,7 +238,10 @@ def main() -> int:
     parser.add_argument("--impl", default="torch", help="which implementation of the operations to use")
     parser.add_argument("--limit", type=int, help="check only the first N cases of each file")
     arguments = parser.parse_args()
-    check_implementation(arguments.impl)
+    try:
+        check_implementation(arguments.impl)
+    except sfs_triton.ArgumentError as error:
+        parser.error(str(error))
     if not (arguments.folder / "cases").is_dir():
         parser.error(f"{arguments.folder} has no folder 'cases'")
     torch.set_num_threads(1)  # the recordings' own setting; the models are tiny

@@ -44,8 +44,10 @@ PHASES = (
     Phase(0.06, ((96, 1.0),), 3072, {"records": 0.8, "drill": 0.2}, rows=(1, 2), columns=(1, 2)),
     Phase(0.25, ((160, 1.0),), 5120, {"records": 0.6, "words": 0.1, "countdown": 0.05, "drill": 0.25},
           rows=(2, 4), columns=(1, 3)),
-    Phase(1.0, ((128, 0.3), (192, 0.55), (256, 0.12), (512, 0.03)), 5120,
+    Phase(0.5, ((128, 0.3), (192, 0.55), (256, 0.12), (512, 0.03)), 5120,
           {"records": 0.72, "words": 0.1, "countdown": 0.03, "drill": 0.15}, rows=(2, 6), columns=(1, 3)),
+    Phase(1.0, ((128, 0.2), (192, 0.6), (256, 0.17), (512, 0.03)), 5120,
+          {"records": 0.8, "words": 0.08, "countdown": 0.04, "drill": 0.08}, rows=(2, 6), columns=(1, 3)),
 )
 
 
@@ -125,8 +127,8 @@ def optimisers(model: LLaDA, rate: float) -> list[torch.optim.Optimizer]:
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Warm-up over 200 steps, constant, and linear decay over the last 30%."""
-    return peak * min(1.0, (step + 1) / 200, max(0.02, (steps - step) / (0.3 * steps)))
+    """Warm-up over 200 steps, constant, and linear decay over the last half."""
+    return peak * min(1.0, (step + 1) / 200, max(0.02, (steps - step) / (0.5 * steps)))
 
 
 @torch.no_grad()

@@ -28,10 +28,11 @@ class StepReport(NamedTuple):
 
 @dataclass(frozen=True)
 class HostView:
-    """What the host reads of the device state before a step: the rows still running and the positions they look at."""
+    """What the host reads of the device state before a step: the rows still running and how many positions they look
+    at. The positions themselves, row after row, stay on the device."""
 
     rows: dict[int, RowView]
-    wanted: dict[int, list[int]]
+    wanted: dict[int, torch.Tensor]
 
 
 class EagerLoop:
@@ -45,10 +46,10 @@ class EagerLoop:
         self.model, self.sampler, self.policy = model, sampler, policy
         self._draw = sampler.draw()
         if isinstance(sampler, SlowFast):
-            self._rules, self._decide, self._looked_at = sampler.rules(), ops.decide_cycle, ops.cycle_looked_at
+            self._rules, self._plan, self._decide = sampler.rules(), ops.plan_cycle, ops.decide_cycle
         else:
             self._rules = sampler.rules(policy.opening(model.spec.shifted))
-            self._decide, self._looked_at = ops.decide_block, ops.block_looked_at
+            self._plan, self._decide = ops.plan_block, ops.decide_block
 
     @torch.inference_mode()
     def start(self, state: DecodeState) -> None:
@@ -72,11 +73,9 @@ class EagerLoop:
                     start=row[_COLUMN["start"]], limit=row[_COLUMN["limit"]], block_start=row[_COLUMN["block_start"]],
                     block_end=row[_COLUMN["block_end"]], e=row[_COLUMN["e"]], fast=row[_COLUMN["phase"]] == FAST,
                     k=row[_COLUMN["k"]], step=row[_COLUMN["step"]])
-        wanted: dict[int, list[int]] = {index: [] for index in rows}
-        if rows:
-            for index, position in self._looked_at(state).nonzero().tolist():
-                wanted[index].append(position)
-        return HostView(rows, wanted)
+        inside = self._plan(state)
+        pieces = inside.nonzero()[:, 1].split(inside.sum(1).tolist())
+        return HostView(rows, {index: pieces[index] for index in rows})
 
     @torch.inference_mode()
     def step(self, state: DecodeState) -> StepReport | None:
@@ -93,19 +92,14 @@ class EagerLoop:
             prompt = self._starts[index] if scope.features is not None else 0
             groups.setdefault((scope, prompt), []).append(index)
         for (scope, prompt), members in groups.items():
-            self._forward(state, scope, prompt, members, [view.wanted[index] for index in members])
-        self._decide(state, self._rules)
+            self._forward(state, scope, prompt, members, _padded([view.wanted[i] for i in members], scope.stop - 1))
+        self._decide(state, self._rules, slow=not all(row.fast for row in view.rows.values()))
         return StepReport(max(row.step for row in view.rows.values()), scopes)
 
-    def _forward(self, state: DecodeState, scope: Scope, prompt: int, members: list[int],
-                 wanted: list[list[int]]) -> None:
-        """Forward one group and put its choices into ``state.token`` and ``state.score``."""
-        device = state.tokens.device
-        widest = max(1, max(map(len, wanted)))
-        # rows that look at fewer positions repeat their last one; a row that looks at none still forwards
-        padded = [(w or [scope.stop - 1]) + (w or [scope.stop - 1])[-1:] * (widest - max(1, len(w))) for w in wanted]
-        places = torch.tensor(padded, device=device)
-        rows = torch.tensor(members, device=device)
+    def _forward(self, state: DecodeState, scope: Scope, prompt: int, members: list[int], places: torch.Tensor) -> None:
+        """Forward one group and put its choices at ``places [b, m]`` into ``state.token`` and ``state.score``."""
+        widest = places.shape[1]
+        rows = torch.tensor(members, device=places.device)
         select = (places - 1).clamp(min=0) if self.model.spec.shifted else places
         features = (prompt, getattr(self.policy, "ratio", 0.0)) if scope.features is not None else None
         whole = state.tokens[rows, scope.first : scope.stop]
@@ -122,3 +116,13 @@ class EagerLoop:
         token, score = ops.confidence(logits, self._draw, *keys)
         state.token[rows[:, None], places] = token.view(places.shape)
         state.score[rows[:, None], places] = score.view(places.shape)
+
+
+def _padded(positions: list[torch.Tensor], idle: int) -> torch.Tensor:
+    """Positions ``[b, m]``: rows with fewer repeat their last one; a row that looks at none forwards ``idle``."""
+    widest = max(1, max(map(len, positions)))
+    rows = []
+    for at in positions:
+        last = at[-1:] if len(at) else at.new_full((1,), idle)
+        rows.append(at if len(at) == widest else torch.cat((at, last.expand(widest - len(at)))))
+    return torch.stack(rows)

@@ -66,18 +66,17 @@ class Transformer:
 
     def _layer(self, x: torch.Tensor, index: int, layer: LayerWeights, scope: Scope, cache: KVCache | None,
                batch_rows: torch.Tensor | None, select: torch.Tensor | None, local: torch.Tensor | None) -> torch.Tensor:
-        spec, eps = self.spec, self.spec.norm_eps
-        h = ops.rms_norm(x, layer.attn_norm, eps)
+        spec = self.spec
+        h = ops.rms_norm(x, layer.attn_norm, spec.norm_eps)
         rows = slice(scope.first, scope.stop)
         if local is None:
-            q, k, v = self._project(h, layer).split((spec.d_model, spec.kv_width, spec.kv_width), -1)
-            q = self._rotate(self._heads(q), rows)
+            qk, v = self._heads(self._project(h, layer)).split((spec.n_heads + spec.n_kv_heads, spec.n_kv_heads), 1)
+            q, k = self._rotate(qk, rows).split((spec.n_heads, spec.n_kv_heads), 1)
         else:
             x = x.gather(1, local)
-            q = self._project(h.gather(1, local), layer, slice(0, spec.d_model))
-            q = self._rotate(self._heads(q), select)
-            k, v = self._project(h, layer, slice(spec.d_model, None)).chunk(2, -1)
-        k, v = self._rotate(self._heads(k), rows), self._heads(v)
+            q = self._rotate(self._heads(self._project(h.gather(1, local), layer, slice(0, spec.d_model))), select)
+            k, v = self._heads(self._project(h, layer, slice(spec.d_model, None))).chunk(2, 1)
+            k = self._rotate(k, rows)
         if scope.store:
             k, v = cache.exchange(index, batch_rows, scope, k, v)
         x = x + F.linear(self._merge(ops.attention(q, k, v)), layer.out)

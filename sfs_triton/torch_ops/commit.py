@@ -23,11 +23,15 @@ def commit(state, fill: torch.Tensor, *, eos_stop: bool) -> None:
         state.masked.logical_and_(~beyond)
 
 
-def scope_scores(state, stop: torch.Tensor, first: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Undecided positions in ``[first, stop)`` of each running row, and their scores (-inf elsewhere)."""
-    running = state.done == 0
-    inside = state.masked & (state.position >= first[:, None]) & (state.position < stop[:, None]) & running[:, None]
-    return inside, torch.where(inside, state.score, float("-inf"))
+def look_inside(state, first: torch.Tensor, stop: torch.Tensor) -> torch.Tensor:
+    """Note in ``state.inside`` the undecided positions in ``[first, stop)`` of each running row; boolean ``[B, L]``."""
+    after = state.position >= torch.where(state.done == 0, first, state.length)[:, None]
+    return torch.logical_and(state.masked & after, state.position < stop[:, None], out=state.inside)
+
+
+def inside_scores(state) -> torch.Tensor:
+    """``state.score`` where the step looks, -inf elsewhere."""
+    return state.score.masked_fill(~state.inside, float("-inf"))
 
 
 def first_masked(state, first: torch.Tensor) -> torch.Tensor:
@@ -35,9 +39,9 @@ def first_masked(state, first: torch.Tensor) -> torch.Tensor:
     return torch.where(state.masked & (state.position >= first[:, None]), state.position, state.length).amin(1)
 
 
-def mark_faults(state, inside: torch.Tensor) -> None:
-    """A NaN score among the positions just looked at ends its row with a fault."""
-    bad = (inside & state.score.isnan()).any(1)
+def mark_faults(state, scores: torch.Tensor) -> None:
+    """A NaN among ``scores [B, L]`` ends its row with a fault."""
+    bad = scores.isnan().any(1)
     state.fault.copy_(torch.where(bad, state.step + 1, state.fault))
     state.done.copy_(torch.where(bad, 1, state.done))
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .commit import commit, first_masked, mark_faults, scope_scores
+from .commit import commit, first_masked, inside_scores, look_inside, mark_faults
 
 SLOW, FAST = 0, 1
 
@@ -39,14 +39,10 @@ class CycleRules:
     eos_stop: bool
 
 
-def stage_stop(state) -> torch.Tensor:
-    """End of the range each row decides on: the block's in the slow stage, the span's in the fast one."""
-    return torch.where(state.phase == SLOW, state.block_end, state.e)
-
-
-def looked_at(state) -> torch.Tensor:
-    """The positions ``decide`` will look at, boolean ``[B, L]``."""
-    return scope_scores(state, stage_stop(state), state.s)[0]
+def plan(state) -> torch.Tensor:
+    """The positions ``decide`` will look at, boolean ``[B, L]``: in the slow stage of the block, in the fast one of the
+    span. Kept in ``state.inside``."""
+    return look_inside(state, state.s, torch.where(state.phase == SLOW, state.block_end, state.e))
 
 
 def spread_of(history: torch.Tensor, count: torch.Tensor, kind: str) -> torch.Tensor:
@@ -62,7 +58,7 @@ def spread_of(history: torch.Tensor, count: torch.Tensor, kind: str) -> torch.Te
     return variance.sqrt() if kind == "std" else variance
 
 
-def _horizon(state, inside: torch.Tensor, scores: torch.Tensor, rules: CycleRules) -> None:
+def _horizon(state, scores: torch.Tensor, rules: CycleRules) -> None:
     """Push this slow step's candidate horizon, and update stability and the span's end ``e``."""
     candidate = scores > rules.tau_min if rules.strict else scores >= rules.tau_min
     furthest = torch.where(candidate, state.position, -1).amax(1)
@@ -93,7 +89,7 @@ def _horizon(state, inside: torch.Tensor, scores: torch.Tensor, rules: CycleRule
     state.spread.copy_(torch.where(estimating & full, spread, float("nan")))
 
 
-def _fill(state, inside: torch.Tensor, scores: torch.Tensor, rules: CycleRules) -> torch.Tensor:
+def _fill(state, scores: torch.Tensor, rules: CycleRules) -> torch.Tensor:
     """The positions this step commits: everything over the threshold if enough are, else the best one."""
     slow = state.phase == SLOW
     never = float("inf")
@@ -101,7 +97,7 @@ def _fill(state, inside: torch.Tensor, scores: torch.Tensor, rules: CycleRules) 
     enough = torch.where(slow, rules.min_parallel_slow, rules.min_parallel)
     high = scores > tau if rules.strict else scores >= tau
     best = state.position == scores.argmax(1, keepdim=True)
-    return torch.where((high.sum(1) >= enough)[:, None], high, best) & inside
+    return torch.where((high.sum(1) >= enough)[:, None], high, best) & state.inside
 
 
 def _advance(state, rules: CycleRules) -> None:
@@ -152,12 +148,15 @@ def enter_block(state, entering: torch.Tensor, position: torch.Tensor, block_len
     state.cycle.masked_fill_(entering, 0)
 
 
-def decide(state, rules: CycleRules) -> None:
-    """One step of the cycle machine on ``state``, whose ``token`` and ``score`` hold what the model said."""
-    inside, scores = scope_scores(state, stage_stop(state), state.s)
-    mark_faults(state, inside)
-    _horizon(state, inside, scores, rules)
-    fill = _fill(state, inside, scores, rules) & (state.done == 0)[:, None]
+def decide(state, rules: CycleRules, *, slow: bool = True) -> None:
+    """One step of the cycle machine on ``state``, whose ``token`` and ``score`` hold what the model said where ``plan``
+    looked. A host that knows that no row is in its slow stage may say so: nothing is estimated then."""
+    scores = inside_scores(state)
+    mark_faults(state, scores)
+    state.estimate.fill_(-1)
+    if slow:
+        _horizon(state, scores, rules)
+    fill = _fill(state, scores, rules) & (state.done == 0)[:, None]
     state.record_event()
     commit(state, fill, eos_stop=rules.eos_stop)
     _advance(state, rules)

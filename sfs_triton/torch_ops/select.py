@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .commit import commit, first_masked, mark_faults, rank_by_score, scope_scores
+from .commit import commit, first_masked, inside_scores, look_inside, mark_faults, rank_by_score
 from .cycle import enter_block
 
 
@@ -27,9 +27,9 @@ class BlockRules:
     eos_stop: bool = False
 
 
-def looked_at(state) -> torch.Tensor:
-    """The positions ``decide`` will look at, boolean ``[B, L]``."""
-    return scope_scores(state, state.block_end, state.block_start)[0]
+def plan(state) -> torch.Tensor:
+    """The positions ``decide`` will look at, boolean ``[B, L]``: those of the block. Kept in ``state.inside``."""
+    return look_inside(state, state.block_start, state.block_end)
 
 
 def _share(state) -> torch.Tensor:
@@ -72,10 +72,13 @@ def _random_fill(state, inside: torch.Tensor, rules: BlockRules) -> torch.Tensor
     return inside & (last[:, None] | (drawn < _share(state)[:, None]))
 
 
-def decide(state, rules: BlockRules) -> None:
-    """One step on ``state``, whose ``token`` and ``score`` hold what the model said about the current block."""
-    inside, scores = scope_scores(state, state.block_end, state.block_start)
-    mark_faults(state, inside)
+def decide(state, rules: BlockRules, *, slow: bool = True) -> None:
+    """One step on ``state``, whose ``token`` and ``score`` hold what the model said where ``plan`` looked.
+
+    ``slow`` is there to be called as the cycle machine is; blocks have no stages.
+    """
+    inside, scores = state.inside, inside_scores(state)
+    mark_faults(state, scores)
     if rules.tau is not None:
         fill = _threshold_fill(state, inside, scores, rules)
     elif rules.at_random:

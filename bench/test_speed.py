@@ -1,0 +1,61 @@
+"""The eager torch path beside straightforward PyTorch, on the tiny golden models: ``pytest bench/test_speed.py``.
+
+Each pair decodes the same prompts to the same tokens in the same number of steps; the two sides take turns, and the median
+of the paired ratios of tokens a second must not fall below 1.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import sfs_triton
+from bench.baselines.plain import PlainModel, decode
+
+GOLDEN = Path(__file__).resolve().parent.parent / "tests" / "golden"
+GEN_LENGTH, ROUNDS = 128, 7
+SAMPLERS = {
+    "vanilla": sfs_triton.FixedSteps(),
+    "semi-autoregressive": sfs_triton.FixedSteps(block_length=32),
+    "threshold": sfs_triton.Threshold(block_length=32),
+    "slowfast-paper": sfs_triton.SlowFast(),
+}
+
+
+@pytest.fixture(scope="module", params=["llada-mha", "llada-gqa", "dream-gqa", "dream-r7"])
+def subject(request):
+    """A golden model, its plain twin, and two of its recorded prompts."""
+    torch.set_num_threads(1)
+    engine = sfs_triton.load(GOLDEN / "models" / request.param, "cpu", "float32")
+    lines = (GOLDEN / "cases" / f"{request.param}.slowfast.jsonl").read_text().splitlines()[:2]
+    return engine, PlainModel(engine.model), [json.loads(line)["prompt"][0] for line in lines]
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_eager_is_no_slower_than_plain_torch(benchmark, subject, name):
+    engine, plain, prompts = subject
+    sampler = SAMPLERS[name]
+
+    def ours():
+        return [engine.generate(p, gen_length=GEN_LENGTH, sampler=sampler) for p in prompts]
+
+    def theirs():
+        return [decode(plain, p, GEN_LENGTH, sampler) for p in prompts]
+
+    for mine, (tokens, nfe) in zip(ours(), theirs(), strict=True):
+        assert (mine.response, mine.nfe) == (tokens, nfe)
+    ratios = []
+    for _ in range(ROUNDS):
+        marks = [time.perf_counter()]
+        for side in (ours, theirs):
+            side()
+            marks.append(time.perf_counter())
+        ratios.append((marks[2] - marks[1]) / (marks[1] - marks[0]))
+    benchmark.extra_info["speed_over_plain"] = statistics.median(ratios)
+    benchmark.pedantic(ours, rounds=3)
+    assert statistics.median(ratios) >= 1.0
