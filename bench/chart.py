@@ -26,8 +26,11 @@ def draw_throughput(record: dict, path: Path) -> Path:
     if checked:
         _scatter(axes[1], checked)
     where = record["machine"]["gpu"] or f"{record['machine']['cpu']}, {record['machine']['threads']} threads"
-    figure.suptitle(f"{record['model']} model, {record['problems']} x {record['prompts']}, "
-                    f"gen_length {record['gen_length']}  ({where})", fontsize=10)
+    figure.suptitle(
+        f"{record['model']} model, {record['problems']} x {record['prompts']}, "
+        f"gen_length {record['gen_length']}  ({where})",
+        fontsize=10,
+    )
     partial = path.with_name(path.name + ".partial")
     try:
         figure.savefig(partial, format="png", dpi=140)
@@ -44,8 +47,13 @@ def _bars(axis, rows: list[dict]) -> None:
     axis.invert_yaxis()
     axis.set_xlim(0, 1.28 * max(rates))
     for place, row in enumerate(rows):
-        axis.text(row["tokens_per_second"], place, f"  {row['tokens_per_second']:.0f}  (NFE {row['nfe']:.0f})",
-                  va="center", fontsize=8)
+        axis.text(
+            row["tokens_per_second"],
+            place,
+            f"  {row['tokens_per_second']:.0f}  (NFE {row['nfe']:.0f})",
+            va="center",
+            fontsize=8,
+        )
     axis.set_xlabel("tokens/s")
     axis.spines[["top", "right"]].set_visible(False)
 
@@ -53,10 +61,21 @@ def _bars(axis, rows: list[dict]) -> None:
 def _scatter(axis, rows: list[dict]) -> None:
     for row in rows:
         low, high = row["accuracy"] - row["accuracy_low"], row["accuracy_high"] - row["accuracy"]
-        axis.errorbar(row["tokens_per_second"], 100 * row["accuracy"], yerr=[[100 * low], [100 * high]], fmt="o",
-                      color=COLOURS.get(row["sampler"], "#333333"), capsize=3)
-        axis.annotate(_label(row), (row["tokens_per_second"], 100 * row["accuracy"]), xytext=(5, 5),
-                      textcoords="offset points", fontsize=8)
+        axis.errorbar(
+            row["tokens_per_second"],
+            100 * row["accuracy"],
+            yerr=[[100 * low], [100 * high]],
+            fmt="o",
+            color=COLOURS.get(row["sampler"], "#333333"),
+            capsize=3,
+        )
+        axis.annotate(
+            _label(row),
+            (row["tokens_per_second"], 100 * row["accuracy"]),
+            xytext=(5, 5),
+            textcoords="offset points",
+            fontsize=8,
+        )
     axis.set_xlabel("tokens/s")
     axis.set_ylabel("accuracy, % (95% interval)")
     axis.set_ylim(-3, 106)

@@ -83,13 +83,24 @@ class Tally:
         rate = self.tokens / self.seconds
         low, high = wilson_interval(self.correct, self.checked)
         return {
-            "sampler": self.row.sampler, "preset": self.row.preset, "cache": self.cache, "loop": "eager",
-            "nfe": self.nfe / self.generations, "tpf": self.tokens / self.nfe, "tokens_per_second": rate,
-            "speedup": rate / vanilla_rate if vanilla_rate else None, "ms_per_forward": 1e3 * self.seconds / self.nfe,
+            "sampler": self.row.sampler,
+            "preset": self.row.preset,
+            "cache": self.cache,
+            "loop": "eager",
+            "nfe": self.nfe / self.generations,
+            "tpf": self.tokens / self.nfe,
+            "tokens_per_second": rate,
+            "speedup": rate / vanilla_rate if vanilla_rate else None,
+            "ms_per_forward": 1e3 * self.seconds / self.nfe,
             "accuracy": self.correct / self.checked if self.checked else None,
-            "accuracy_low": low if self.checked else None, "accuracy_high": high if self.checked else None,
-            "correct": self.correct, "checked": self.checked, "generations": self.generations, "tokens": self.tokens,
-            "rows_forwarded": self.rows_forwarded / self.generations, "seconds": self.seconds,
+            "accuracy_low": low if self.checked else None,
+            "accuracy_high": high if self.checked else None,
+            "correct": self.correct,
+            "checked": self.checked,
+            "generations": self.generations,
+            "tokens": self.tokens,
+            "rows_forwarded": self.rows_forwarded / self.generations,
+            "seconds": self.seconds,
         }
 
 
@@ -107,8 +118,9 @@ def read_work(arguments: argparse.Namespace, engine: sfs_triton.Engine) -> Work:
     name = arguments.prompts
     if name in problems.DIFFICULTY:
         length = min(engine.spec.max_length, 2 * arguments.gen_length)
-        chosen = problems.held_out(name, arguments.limit, engine.text, seed=arguments.seed,
-                                   gen_length=arguments.gen_length, max_length=length)
+        chosen = problems.held_out(
+            name, arguments.limit, engine.text, seed=arguments.seed, gen_length=arguments.gen_length, max_length=length
+        )
         return Work(name, [p.question for p in chosen], list(chosen))
     path = Path(name)
     if not path.is_file():
@@ -146,8 +158,7 @@ def select(arguments: argparse.Namespace) -> list[Tally]:
 def measure(engine: sfs_triton.Engine, work: Work, tallies: list[Tally], gen_length: int, console: Console) -> None:
     """Run every row on every prompt, row after row within a prompt, after one warm-up each."""
     for tally in tallies:
-        engine.generate(work.prompts[0], gen_length=min(gen_length, 32), cache=tally.cache,
-                        sampler=tally.row.settings)
+        engine.generate(work.prompts[0], gen_length=min(gen_length, 32), cache=tally.cache, sampler=tally.row.settings)
     with Progress(console=console, transient=True) as progress:
         total = progress.add_task("decoding", total=len(work.prompts) * len(tallies))
         for prompt, known in zip(work.prompts, work.known, strict=True):
@@ -163,18 +174,32 @@ def measure(engine: sfs_triton.Engine, work: Work, tallies: list[Tally], gen_len
 def show(record: dict, console: Console) -> None:
     """Print the table."""
     where = record["machine"]["gpu"] or f"{record['machine']['cpu']}, {record['machine']['threads']} threads"
-    table = Table(title=f"{record['model']}, {record['prompts']} x {record['problems']}, "
-                        f"gen_length {record['gen_length']}; {where}", title_justify="left")
+    table = Table(
+        title=f"{record['model']}, {record['prompts']} x {record['problems']}, "
+        f"gen_length {record['gen_length']}; {where}",
+        title_justify="left",
+    )
     for name in ("sampler", "cache"):
         table.add_column(name)
     for name in ("tokens/s", "speed-up", "NFE", "TPF", "ms/forward", "rows forwarded", "accuracy (95%)"):
         table.add_column(name, justify="right")
     for row in record["rows"]:
-        accuracy = "" if row["accuracy"] is None else (
-            f"{row['accuracy']:.1%} ({row['accuracy_low']:.0%}-{row['accuracy_high']:.0%})")
-        table.add_row(f"{row['sampler']} ({row['preset']})", row["cache"], f"{row['tokens_per_second']:.1f}",
-                      "" if row["speedup"] is None else f"{row['speedup']:.2f}x", f"{row['nfe']:.1f}",
-                      f"{row['tpf']:.2f}", f"{row['ms_per_forward']:.1f}", f"{row['rows_forwarded']:.0f}", accuracy)
+        accuracy = (
+            ""
+            if row["accuracy"] is None
+            else (f"{row['accuracy']:.1%} ({row['accuracy_low']:.0%}-{row['accuracy_high']:.0%})")
+        )
+        table.add_row(
+            f"{row['sampler']} ({row['preset']})",
+            row["cache"],
+            f"{row['tokens_per_second']:.1f}",
+            "" if row["speedup"] is None else f"{row['speedup']:.2f}x",
+            f"{row['nfe']:.1f}",
+            f"{row['tpf']:.2f}",
+            f"{row['ms_per_forward']:.1f}",
+            f"{row['rows_forwarded']:.0f}",
+            accuracy,
+        )
     console.print(table)
 
 
@@ -222,9 +247,14 @@ def main(argv: list[str] | None = None) -> int:
     vanilla = next((t for t in tallies if t.row.sampler == "vanilla"), None)
     rate = vanilla.tokens / vanilla.seconds if vanilla else None
     record = {
-        "machine": machine(engine.model.device), "model": arguments.model, "dtype": str(engine.model.dtype),
-        "prompts": work.name, "problems": len(work.prompts), "gen_length": arguments.gen_length,
-        "seed": arguments.seed, "rows": [tally.summary(rate) for tally in tallies],
+        "machine": machine(engine.model.device),
+        "model": arguments.model,
+        "dtype": str(engine.model.dtype),
+        "prompts": work.name,
+        "problems": len(work.prompts),
+        "gen_length": arguments.gen_length,
+        "seed": arguments.seed,
+        "rows": [tally.summary(rate) for tally in tallies],
     }
     path = arguments.json or RESULTS / "throughput.json"
     write_json(record, path)

@@ -57,8 +57,10 @@ class PrefixCache:
     cache_class = KVCache
 
     def check(self, sampler: Sampler) -> None:
-        require(not isinstance(sampler, SlowFast),
-                f"cache={self.name!r} works by block and does not go with SlowFast; use 'none' or 'refresh'")
+        require(
+            not isinstance(sampler, SlowFast),
+            f"cache={self.name!r} works by block and does not go with SlowFast; use 'none' or 'refresh'",
+        )
 
     def opening(self, shifted: bool) -> str:
         return "first" if shifted else "repeat"
@@ -99,8 +101,10 @@ class RefreshCache:
     def __post_init__(self) -> None:
         for name in ("prompt_interval", "response_interval"):
             value = getattr(self, name)
-            require(isinstance(value, int) and not isinstance(value, bool) and value >= 1,
-                    f"{name}={value!r} is not an integer of at least 1")
+            require(
+                isinstance(value, int) and not isinstance(value, bool) and value >= 1,
+                f"{name}={value!r} is not an integer of at least 1",
+            )
         require(isinstance(self.ratio, (int, float)) and 0 <= self.ratio <= 1, f"ratio={self.ratio!r} is not in [0, 1]")
 
     def check(self, sampler: Sampler) -> None:

@@ -12,8 +12,6 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
-import torch
-
 from . import __version__
 from .caching import POLICIES, CachePolicy, cache_policy
 from .engine import DTYPES, Engine, Generation, load
@@ -112,8 +110,8 @@ class Job:
         require(request.gen_length > 0, f"gen_length={request.gen_length} is not positive")
         sampler.check_length(request.gen_length)
         require(0 <= request.seed < 2**63, f"seed={request.seed} is not in [0, 2**63)")
-        prompt, device = request.text(), _device(request.device)
-        engine = load(request.model, device, request.dtype)
+        prompt = request.text()
+        engine = load(request.model, request.device, request.dtype)
         require(engine.text is not None, f"model={request.model!r} has no tokenizer.json, which a text prompt needs")
         room = engine.spec.max_length
         require(request.gen_length < room, f"gen_length={request.gen_length}: the model has only {room} positions")
@@ -132,27 +130,15 @@ class Job:
         )
 
 
-def _device(name: str | None) -> torch.device | None:
-    if name is None:
-        return None
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)  # a name may be well-formed and still mean a device that is not there
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ArgumentError(f"device={name!r} cannot be used: {str(error).splitlines()[0]}") from None
-    require(device.type != "meta", f"device={name!r} cannot be used: it computes nothing")
-    return device
-
-
-def _summary(result: Generation, label: str, seconds: float) -> str:
-    rate = len(result.tokens) / max(seconds, 1e-9)
+def _summary(result: Generation, label: str) -> str:
+    rate = len(result.tokens) / max(result.seconds, 1e-9)
     return (
         f"NFE {result.nfe} | TPF {result.tokens_per_forward:.2f} | {rate:,.1f} tokens/s | "
-        f"{result.rows_forwarded:,} rows forwarded | {len(result.tokens)} tokens in {seconds:.2f} s | {label}"
+        f"{result.rows_forwarded:,} rows forwarded | {len(result.tokens)} tokens in {result.seconds:.2f} s | {label}"
     )
 
 
-def _as_json(job: Job, result: Generation, seconds: float) -> str:
+def _as_json(job: Job, result: Generation) -> str:
     return json.dumps(
         {
             "text": result.text,
@@ -163,8 +149,8 @@ def _as_json(job: Job, result: Generation, seconds: float) -> str:
             "forwards": result.forwards,
             "tokens_per_forward": result.tokens_per_forward,
             "rows_forwarded": result.rows_forwarded,
-            "seconds": seconds,
-            "tokens_per_second": len(result.tokens) / max(seconds, 1e-9),
+            "seconds": result.seconds,
+            "tokens_per_second": len(result.tokens) / max(result.seconds, 1e-9),
             "model": job.request.model,
             "sampler": {"kind": job.request.sampler, **asdict(job.sampler)},
             "cache": {"kind": job.policy.name, **asdict(job.policy)},
@@ -189,15 +175,12 @@ def generate(
         from .render import Watcher
     job = Job.prepare(request)
     if watch:
-        watcher = Watcher(job.engine, job.sampler, request.gen_length, delay=delay, title=f"sfs: {request.label()}")
-        with watcher:
-            result = job.run(on_step=watcher)
-        seconds = max(0.0, result.seconds - watcher.seconds)  # drawing and waiting are no part of the decoding
+        with Watcher(job.engine, job.sampler, request.gen_length, delay=delay, title=f"sfs: {request.label()}") as show:
+            result = job.run(on_step=show)
     else:
         result = job.run()
-        seconds = result.seconds
-    typer.echo(_as_json(job, result, seconds) if as_json else result.text)
-    typer.echo(_summary(result, request.label(), seconds), err=True)
+    typer.echo(_as_json(job, result) if as_json else result.text)
+    typer.echo(_summary(result, request.label()), err=True)
 
 
 def plot(
@@ -211,7 +194,7 @@ def plot(
     job = Job.prepare(request)
     result = job.run(trace=True)
     save(confidence_map(result, job.sampler, title=request.label()), out)
-    typer.echo(f"{_summary(result, request.label(), result.seconds)} | wrote {out}", err=True)
+    typer.echo(f"{_summary(result, request.label())} | wrote {out}", err=True)
 
 
 def _takes_request(command: Callable[..., None]) -> Callable[..., None]:

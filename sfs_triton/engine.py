@@ -56,7 +56,7 @@ class Generation:
     rows_forwarded: int
     forward_lengths: list[int]
     commit_step: list[int]  # for each canvas position: the step that filled it, -1 if it was given
-    seconds: float  # of the whole batch
+    seconds: float  # of the whole batch, without the time spent in on_step
     trace: list[StepTrace] | None = None
 
     @property
@@ -67,11 +67,12 @@ class Generation:
     @property
     def response(self) -> list[int]:
         """Everything decoded, padding after the end-of-text included."""
-        return self.canvas[self.prompt_length:]
+        return self.canvas[self.prompt_length :]
 
 
-def load(path_or_hub_id: str | Path, device: str | torch.device | None = None,
-         dtype: str | torch.dtype | None = None) -> Engine:
+def load(
+    path_or_hub_id: str | Path, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None
+) -> Engine:
     """An :class:`Engine` for a checkpoint folder, a hub id, or ``"embedded"`` (the small model in this package).
 
     Args:
@@ -101,9 +102,10 @@ def load(path_or_hub_id: str | Path, device: str | torch.device | None = None,
 def _device(device: str | torch.device | None) -> torch.device:
     try:
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device)  # a name may be well-formed and still mean a device that is not there
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ArgumentError(f"device={str(device)!r} cannot be used: {str(error).splitlines()[0]}") from None
+    require(device.type != "meta", f"device={str(device)!r} cannot be used: it computes nothing")
     return device
 
 
@@ -115,7 +117,9 @@ def _download(hub_id: str) -> Path:
         return Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.jinja", "*.safetensors"]))
     except Exception as error:  # the hub client raises many kinds, network errors included
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{hub_id!r} is not a local folder, and could not be fetched as a hub id: {reason}") from None
+        raise CheckpointError(
+            f"{hub_id!r} is not a local folder, and could not be fetched as a hub id: {reason}"
+        ) from None
 
 
 class Engine:
@@ -128,10 +132,18 @@ class Engine:
     def spec(self):
         return self.model.spec
 
-    def generate(self, prompts: Prompt | Sequence[Prompt], *, gen_length: int | Sequence[int] = 128,
-                 sampler: Sampler | None = None, cache: str | CachePolicy = "none", seed: int | Sequence[int] = 0,
-                 raw: bool = False, trace: bool = False,
-                 on_step: Callable[[Frame], None] | None = None) -> Generation | list[Generation]:
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        gen_length: int | Sequence[int] = 128,
+        sampler: Sampler | None = None,
+        cache: str | CachePolicy = "none",
+        seed: int | Sequence[int] = 0,
+        raw: bool = False,
+        trace: bool = False,
+        on_step: Callable[[Frame], None] | None = None,
+    ) -> Generation | list[Generation]:
         """Answer one prompt (returns a :class:`Generation`) or a list of prompts (returns a list of them).
 
         Args:
@@ -157,8 +169,10 @@ class Engine:
             require(length > 0, f"gen_length={length} is not positive")
             self._check_room(index, len(ids), length)
             if self.spec.mask_id in ids:
-                raise ArgumentError(f"prompt {index} holds the mask id {self.spec.mask_id} at position "
-                                    f"{ids.index(self.spec.mask_id)}; use Engine.infill to fill in masks")
+                raise ArgumentError(
+                    f"prompt {index} holds the mask id {self.spec.mask_id} at position "
+                    f"{ids.index(self.spec.mask_id)}; use Engine.infill to fill in masks"
+                )
             canvases.append(ids + [self.spec.mask_id] * length)
         sampler = SlowFast() if sampler is None else sampler
         require(isinstance(sampler, Sampler), f"sampler={sampler!r} is not a Sampler")
@@ -167,9 +181,16 @@ class Engine:
         done = self._run(canvases, [len(ids) for ids in rows], sampler, cache_policy(cache), seed, trace, on_step)
         return done[0] if single else done
 
-    def infill(self, canvases: str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]], *,
-               sampler: Sampler | None = None, cache: str | CachePolicy = "none", seed: int | Sequence[int] = 0,
-               trace: bool = False, on_step: Callable[[Frame], None] | None = None) -> Generation | list[Generation]:
+    def infill(
+        self,
+        canvases: str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]],
+        *,
+        sampler: Sampler | None = None,
+        cache: str | CachePolicy = "none",
+        seed: int | Sequence[int] = 0,
+        trace: bool = False,
+        on_step: Callable[[Frame], None] | None = None,
+    ) -> Generation | list[Generation]:
         """Fill in the masks of a canvas, wherever they are. Text marks them with the checkpoint's mask token.
 
         Arguments as for :meth:`generate`. ``prompt_length`` of the result is 0: the whole canvas is the response.
@@ -184,9 +205,10 @@ class Engine:
         return done[0] if single else done
 
     def _check_room(self, index: int, given: int, length: int) -> None:
-        require(given + length <= self.spec.max_length,
-                f"row {index} has {given} + {length} = {given + length} positions, "
-                f"the model allows {self.spec.max_length}")
+        require(
+            given + length <= self.spec.max_length,
+            f"row {index} has {given} + {length} = {given + length} positions, the model allows {self.spec.max_length}",
+        )
 
     def _encode(self, prompt: Prompt, raw: bool, index: int) -> list[int]:
         if isinstance(prompt, str) or (prompt and isinstance(prompt[0], Mapping)):
@@ -199,20 +221,37 @@ class Engine:
             ids = list(prompt)
         require(bool(ids), f"prompt {index} is empty: {prompt!r}")
         for position, token in enumerate(ids):
-            require(isinstance(token, int) and 0 <= token < self.spec.vocab_size,
-                    f"prompt {index}: token id {token!r} at position {position} is outside the vocabulary "
-                    f"of {self.spec.vocab_size}")
+            require(
+                isinstance(token, int) and 0 <= token < self.spec.vocab_size,
+                f"prompt {index}: token id {token!r} at position {position} is outside the vocabulary "
+                f"of {self.spec.vocab_size}",
+            )
         return ids
 
-    def _run(self, canvases: list[list[int]], starts: list[int], sampler: Sampler, policy: CachePolicy,
-             seed: int | Sequence[int], trace: bool, on_step: Callable[[Frame], None] | None) -> list[Generation]:
+    def _run(
+        self,
+        canvases: list[list[int]],
+        starts: list[int],
+        sampler: Sampler,
+        policy: CachePolicy,
+        seed: int | Sequence[int],
+        trace: bool,
+        on_step: Callable[[Frame], None] | None,
+    ) -> list[Generation]:
         policy.check(sampler)
         seeds = [seed + i for i in range(len(canvases))] if isinstance(seed, int) else list(seed)
         require(len(seeds) == len(canvases), f"seed has {len(seeds)} entries for {len(canvases)} prompts")
         state = DecodeState.allocate(
-            canvases, starts, mask_id=self.spec.mask_id, eos_id=self.spec.eos_id,
-            window=getattr(sampler, "window", 1), block_length=getattr(sampler, "block_length", None), seeds=seeds,
-            device=self.model.device, trace=trace)
+            canvases,
+            starts,
+            mask_id=self.spec.mask_id,
+            eos_id=self.spec.eos_id,
+            window=getattr(sampler, "window", 1),
+            block_length=getattr(sampler, "block_length", None),
+            seeds=seeds,
+            device=self.model.device,
+            trace=trace,
+        )
         if isinstance(sampler, FixedSteps):
             _set_schedule(state, sampler, [len(c) - s for c, s in zip(canvases, starts, strict=True)], seeds)
         loop = EagerLoop(self.model, sampler, policy)
@@ -222,11 +261,20 @@ class Engine:
         while (report := loop.step(state)) is not None:
             tracer.after(report)
             if on_step is not None:
+                paused = time.perf_counter()
                 on_step(_frame(state, report.step))
+                began += time.perf_counter() - paused
         return self._collect(state, tracer, canvases, starts, sampler, time.perf_counter() - began)
 
-    def _collect(self, state: DecodeState, tracer: Tracer, canvases: list[list[int]], starts: list[int],
-                 sampler: Sampler, seconds: float) -> list[Generation]:
+    def _collect(
+        self,
+        state: DecodeState,
+        tracer: Tracer,
+        canvases: list[list[int]],
+        starts: list[int],
+        sampler: Sampler,
+        seconds: float,
+    ) -> list[Generation]:
         faults, steps = state.fault.tolist(), state.step.tolist()
         for index, fault in enumerate(faults):
             if fault:
@@ -235,15 +283,25 @@ class Engine:
         results = []
         for index, (row, commits) in enumerate(zip(state.tokens.tolist(), state.commit_step.tolist(), strict=True)):
             row, commits = row[: len(canvases[index])], commits[: len(canvases[index])]
-            response = row[starts[index]:]
+            response = row[starts[index] :]
             eos = self.spec.eos_id
             tokens = response[: response.index(eos) + 1] if starts[index] and eos in response else response
             lengths = tracer.forward_lengths[index]
-            results.append(Generation(
-                text=None if self.text is None else self.text.decode(tokens), tokens=tokens, canvas=row,
-                prompt_length=starts[index], nfe=steps[index], forwards=branches * len(lengths),
-                rows_forwarded=branches * sum(lengths), forward_lengths=lengths, commit_step=commits, seconds=seconds,
-                trace=tracer.rows[index] if state.events is not None else None))
+            results.append(
+                Generation(
+                    text=None if self.text is None else self.text.decode(tokens),
+                    tokens=tokens,
+                    canvas=row,
+                    prompt_length=starts[index],
+                    nfe=steps[index],
+                    forwards=branches * len(lengths),
+                    rows_forwarded=branches * sum(lengths),
+                    forward_lengths=lengths,
+                    commit_step=commits,
+                    seconds=seconds,
+                    trace=tracer.rows[index] if state.events is not None else None,
+                )
+            )
         return results
 
 
@@ -276,5 +334,11 @@ def _set_schedule(state: DecodeState, sampler: FixedSteps, lengths: list[int], s
 
 def _frame(state: DecodeState, step: int) -> Frame:
     done, phase, s, e = (t.tolist() for t in (state.done, state.phase, state.s, state.e))
-    return Frame(step=step, tokens=state.tokens.tolist(), commit_step=state.commit_step.tolist(),
-                 running=[not d for d in done], fast=[p == 1 for p in phase], span=list(zip(s, e, strict=True)))
+    return Frame(
+        step=step,
+        tokens=state.tokens.tolist(),
+        commit_step=state.commit_step.tolist(),
+        running=[not d for d in done],
+        fast=[p == 1 for p in phase],
+        span=list(zip(s, e, strict=True)),
+    )

@@ -25,6 +25,18 @@ def check_implementation(impl: str) -> None:
 
 
 __all__ = [
-    "BlockRules", "CycleRules", "Draw", "attention", "check_implementation", "confidence", "decide_block", "decide_cycle",
-    "plan_block", "plan_cycle", "rms_norm", "rope", "rope_tables", "silu_mul",
+    "BlockRules",
+    "CycleRules",
+    "Draw",
+    "attention",
+    "check_implementation",
+    "confidence",
+    "decide_block",
+    "decide_cycle",
+    "plan_block",
+    "plan_cycle",
+    "rms_norm",
+    "rope",
+    "rope_tables",
+    "silu_mul",
 ]

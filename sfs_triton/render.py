@@ -134,16 +134,10 @@ class View:
     def __init__(self, canvas: Canvas, engine: Engine, glyphs: Glyphs):
         self.canvas, self.glyphs, self._codec = canvas, glyphs, engine.text
         self._texts: dict[int, str] = {}
-        self._anchor = self._codec.encode("a")[-1:]
 
     def _text(self, token: int) -> str:
-        """What ``token`` adds to a text: many tokenizers drop the space before a token that is decoded alone."""
         if token not in self._texts:
-            decode = self._codec.tokenizer.decode
-            before = decode(self._anchor, skip_special_tokens=False)
-            text = decode([*self._anchor, token], skip_special_tokens=False)
-            text = text[len(before) :] if text.startswith(before) else self._codec.decode_each([token])[0]
-            self._texts[token] = readable(text, self.glyphs)
+            self._texts[token] = readable(self._codec.piece(token), self.glyphs)
         return self._texts[token]
 
     def _cell(self, position: int) -> tuple[str, str]:
@@ -220,10 +214,7 @@ class View:
 
 
 class Watcher:
-    """An ``on_step`` callback that shows each frame: redrawn in place on a terminal, else a few plain ones in a row.
-
-    ``seconds`` is the time that went into showing.
-    """
+    """An ``on_step`` callback that shows each frame: redrawn in place on a terminal, else a few plain ones in a row."""
 
     def __init__(
         self,
@@ -244,7 +235,6 @@ class Watcher:
             getattr(sampler, "block_length", None),
         )
         self.view = View(self.canvas, engine, ASCII if self.console.options.ascii_only else Glyphs())
-        self.seconds = 0.0
         self._delay, self._title, self._printed = delay, title, 0
         redrawable = self.console.is_terminal and not self.console.is_dumb_terminal
         self._live = Live(console=self.console, auto_refresh=False) if redrawable else None
@@ -259,7 +249,6 @@ class Watcher:
             self._live.stop()
 
     def __call__(self, frame: Frame) -> None:
-        began = time.perf_counter()
         self.canvas.update(frame)
         if self._live:
             width, height = self.console.size
@@ -267,7 +256,6 @@ class Watcher:
             time.sleep(self._delay)
         else:
             self._print_sometimes()
-        self.seconds += time.perf_counter() - began
 
     def _print_sometimes(self) -> None:
         canvas = self.canvas

@@ -68,8 +68,7 @@ class Sampler:
     def check_length(self, length: int) -> None:
         """Refuse a response length that the block length does not divide."""
         block = getattr(self, "block_length", None)
-        require(block is None or length % block == 0,
-                f"gen_length={length} is not a multiple of block_length={block}")
+        require(block is None or length % block == 0, f"gen_length={length} is not a multiple of block_length={block}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,11 +134,24 @@ class SlowFast(Sampler):
     def rules(self) -> CycleRules:
         """The settings as the cycle machine takes them."""
         return CycleRules(
-            tau_min=self.tau_min, tau_fast=self.tau_high, tau_slow=self.tau_slow, k_max=self.k_max, window=self.window,
-            spread=self.spread, spread_limit=self.spread_limit, inclusive=self.inclusive, strict=self.strict,
-            slow_end=self.slow_end, rounding=self.rounding, zero_history=self.zero_history,
-            min_parallel=self.min_parallel, min_parallel_slow=self.min_parallel_slow, block_length=self.block_length,
-            max_cycles=self.max_cycles, eos_stop=self.eos_stop)
+            tau_min=self.tau_min,
+            tau_fast=self.tau_high,
+            tau_slow=self.tau_slow,
+            k_max=self.k_max,
+            window=self.window,
+            spread=self.spread,
+            spread_limit=self.spread_limit,
+            inclusive=self.inclusive,
+            strict=self.strict,
+            slow_end=self.slow_end,
+            rounding=self.rounding,
+            zero_history=self.zero_history,
+            min_parallel=self.min_parallel,
+            min_parallel_slow=self.min_parallel_slow,
+            block_length=self.block_length,
+            max_cycles=self.max_cycles,
+            eos_stop=self.eos_stop,
+        )
 
     def step_cap(self, length: int) -> int:
         """More steps than decoding ``length`` positions can take: each cycle fills at least one of them."""
@@ -149,12 +161,34 @@ class SlowFast(Sampler):
 PRESETS = {
     "paper": SlowFast(),
     "llada-reference": SlowFast(
-        name="llada-reference", tau_min=0.3, tau_high=0.9, tau_slow=0.9, k_max=6, window=2, spread="std", strict=False,
-        slow_end="fixed", min_parallel=2, min_parallel_slow=2),
+        name="llada-reference",
+        tau_min=0.3,
+        tau_high=0.9,
+        tau_slow=0.9,
+        k_max=6,
+        window=2,
+        spread="std",
+        strict=False,
+        slow_end="fixed",
+        min_parallel=2,
+        min_parallel_slow=2,
+    ),
     "dream-reference": SlowFast(
-        name="dream-reference", tau_min=0.1, tau_high=0.9, tau_slow=0.8, k_max=6, window=2, spread="unbiased",
-        inclusive=True, strict=False, slow_end="filled", rounding="even", zero_history=True, min_parallel=2,
-        min_parallel_slow=2),
+        name="dream-reference",
+        tau_min=0.1,
+        tau_high=0.9,
+        tau_slow=0.8,
+        k_max=6,
+        window=2,
+        spread="unbiased",
+        inclusive=True,
+        strict=False,
+        slow_end="filled",
+        rounding="even",
+        zero_history=True,
+        min_parallel=2,
+        min_parallel_slow=2,
+    ),
 }
 
 
@@ -179,8 +213,13 @@ class Threshold(Sampler):
 
     def rules(self, opening: str = "normal") -> BlockRules:
         """The settings as the block machine takes them; ``opening`` is the cache policy's."""
-        return BlockRules(block_length=self.block_length, tau=self.tau, paced_steps=self.steps, opening=opening,
-                          eos_stop=self.eos_stop)
+        return BlockRules(
+            block_length=self.block_length,
+            tau=self.tau,
+            paced_steps=self.steps,
+            opening=opening,
+            eos_stop=self.eos_stop,
+        )
 
     def step_cap(self, length: int) -> int:
         return 2 * length + (self.steps or 0) + 2
@@ -212,8 +251,13 @@ class FixedSteps(Sampler):
 
     def draw(self) -> Draw:
         score = {"topk_margin": "margin", "entropy": "entropy"}.get(self.metric, "confidence")
-        return Draw(metric=score, temperature=self.temperature, top_p=self.top_p, top_k=self.top_k,
-                    tempered=self.metric != "confidence")
+        return Draw(
+            metric=score,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            tempered=self.metric != "confidence",
+        )
 
     def block_steps(self, length: int) -> int:
         """Steps that a block of a response of ``length`` has."""
@@ -228,8 +272,12 @@ class FixedSteps(Sampler):
     def rules(self, opening: str = "normal") -> BlockRules:
         """The settings as the block machine takes them; ``opening`` is the cache policy's."""
         return BlockRules(
-            block_length=self.block_length, schedule="even" if self.metric == "confidence" else "timesteps",
-            at_random=self.metric == "origin", opening=opening, eos_stop=self.eos_stop)
+            block_length=self.block_length,
+            schedule="even" if self.metric == "confidence" else "timesteps",
+            at_random=self.metric == "origin",
+            opening=opening,
+            eos_stop=self.eos_stop,
+        )
 
     def step_cap(self, length: int) -> int:
         return (self.block_steps(length) + 2) * -(-length // (self.block_length or length)) + 2

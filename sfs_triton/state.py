@@ -11,14 +11,22 @@ CONTROL = (
     "start",  # first position that may be decoded
     "end",  # one past the last one
     "limit",  # positions from here on follow a committed end-of-text
-    "block", "block_start", "block_end",
-    "s", "e",  # the span of the cycle; e is -1 while it is not known
-    "phase", "k",  # stage, and steps done in it (block samplers: in the block)
-    "cycle", "determined", "n_history", "estimate",
+    "block",
+    "block_start",
+    "block_end",
+    "s",
+    "e",  # the span of the cycle; e is -1 while it is not known
+    "phase",
+    "k",  # stage, and steps done in it (block samplers: in the block)
+    "cycle",
+    "determined",
+    "n_history",
+    "estimate",
     "block_steps",  # fixed schedules: steps of a block
     "quota",  # block samplers: what the schedule carries from step to step
     "step",  # forwards done (NFE)
-    "done", "fault",  # fault: 1 + the step whose logits held NaN
+    "done",
+    "fault",  # fault: 1 + the step whose logits held NaN
 )
 
 
@@ -69,8 +77,19 @@ class DecodeState:
             setattr(self, name, self.control[:, index])
 
     @classmethod
-    def allocate(cls, rows: list[list[int]], starts: list[int], *, mask_id: int, eos_id: int, window: int,
-                 block_length: int | None, seeds: list[int], device: torch.device, trace: bool) -> DecodeState:
+    def allocate(
+        cls,
+        rows: list[list[int]],
+        starts: list[int],
+        *,
+        mask_id: int,
+        eos_id: int,
+        window: int,
+        block_length: int | None,
+        seeds: list[int],
+        device: torch.device,
+        trace: bool,
+    ) -> DecodeState:
         """State for canvases ``rows`` (token ids, undecided positions hold ``mask_id``), decoded from ``starts`` on."""
         length = max(len(row) for row in rows)
         tokens = torch.full((len(rows), length), eos_id, dtype=torch.int64)
@@ -83,13 +102,24 @@ class DecodeState:
         size = (end - begin if block_length is None else torch.full_like(end, block_length)).clamp(min=1)
         index = torch.where(masked.any(1), (masked.int().argmax(1) - begin) // size, 0)  # the first block with a mask
         block = begin + index * size
-        values = {"start": begin, "end": end, "limit": end, "block": index, "block_start": block,
-                  "block_end": torch.minimum(block + size, end), "s": block, "e": -1, "estimate": -1,
-                  "done": (~masked.any(1)).long()}
+        values = {
+            "start": begin,
+            "end": end,
+            "limit": end,
+            "block": index,
+            "block_start": block,
+            "block_end": torch.minimum(block + size, end),
+            "s": block,
+            "e": -1,
+            "estimate": -1,
+            "done": (~masked.any(1)).long(),
+        }
         for name, value in values.items():
             control[:, CONTROL.index(name)] = value
         return cls(
-            tokens=tokens.to(device), masked=masked.to(device), inside=torch.zeros_like(masked, device=device),
+            tokens=tokens.to(device),
+            masked=masked.to(device),
+            inside=torch.zeros_like(masked, device=device),
             token=torch.zeros((batch, length), dtype=torch.int64, device=device),
             score=torch.zeros((batch, length), dtype=torch.float32, device=device),
             commit_step=torch.full((batch, length), -1, dtype=torch.int64, device=device),
@@ -98,12 +128,24 @@ class DecodeState:
             history_slot=torch.arange(window, device=device),
             spread=torch.full((batch,), float("nan"), dtype=torch.float64, device=device),
             seed=torch.tensor(seeds, dtype=torch.int64, device=device),
-            uniform=torch.zeros((batch, 0), device=device), shares=torch.zeros((batch, 0), device=device),
-            control=control.to(device), length=length, mask_id=mask_id, eos_id=eos_id, events=[] if trace else None)
+            uniform=torch.zeros((batch, 0), device=device),
+            shares=torch.zeros((batch, 0), device=device),
+            control=control.to(device),
+            length=length,
+            mask_id=mask_id,
+            eos_id=eos_id,
+            events=[] if trace else None,
+        )
 
     def record_event(self) -> None:
         """Keep what this step decided, before it is committed and the stage moves on (only when tracing)."""
         if self.events is not None:
-            self.events.append({"control": self.control.clone(), "history": self.history.clone(),
-                                "spread": self.spread.clone(), "score": self.score.clone(),
-                                "inside": self.inside.clone()})
+            self.events.append(
+                {
+                    "control": self.control.clone(),
+                    "history": self.history.clone(),
+                    "spread": self.spread.clone(),
+                    "score": self.score.clone(),
+                    "inside": self.inside.clone(),
+                }
+            )

@@ -51,9 +51,12 @@ class TextCodec:
         """Text of token ids, without special tokens."""
         return self.tokenizer.decode(list(ids), skip_special_tokens=True)
 
-    def decode_each(self, ids: Sequence[int]) -> list[str]:
-        """The text of every single token, special ones included."""
-        return [self.tokenizer.decode([i], skip_special_tokens=False) for i in ids]
+    def piece(self, token: int) -> str:
+        """What ``token`` adds to a text. Decoded alone, many tokenizers drop the space before it."""
+        decode = self.tokenizer.decode
+        anchor = self.encode("a")[-1:]
+        before, both = (decode([*anchor, *more], skip_special_tokens=False) for more in ([], [token]))
+        return both[len(before) :] if both.startswith(before) else decode([token], skip_special_tokens=False)
 
     def token_id(self, token: str) -> int | None:
         """The id of a token by its exact text."""
@@ -74,6 +77,7 @@ class TextCodec:
         environment.globals["raise_exception"] = raise_exception
         try:
             return environment.from_string(self.template).render(
-                messages=[dict(m) for m in messages], add_generation_prompt=True, **self.special)
+                messages=[dict(m) for m in messages], add_generation_prompt=True, **self.special
+            )
         except TemplateError as error:
             raise ArgumentError(f"the checkpoint's chat template refused messages={messages!r}: {error}") from None

@@ -59,15 +59,31 @@ class Tracer:
             looked = event["inside"][index, start : ends[index]].tolist()
             scores = event["score"][index, start : ends[index]].tolist()
             confidence = [c if there else None for c, there in zip(scores, looked, strict=True)]
-            self.rows[index].append(StepTrace(
-                step=row[_COLUMN["step"]], block=row[_COLUMN["block"]], cycle=row[_COLUMN["cycle"]],
-                k=row[_COLUMN["k"]], forwarded=scope.stop - start, rows_forwarded=scope.rows, committed=here,
-                confidence=confidence, **self._stage(row, event, index)))
+            self.rows[index].append(
+                StepTrace(
+                    step=row[_COLUMN["step"]],
+                    block=row[_COLUMN["block"]],
+                    cycle=row[_COLUMN["cycle"]],
+                    k=row[_COLUMN["k"]],
+                    forwarded=scope.stop - start,
+                    rows_forwarded=scope.rows,
+                    committed=here,
+                    confidence=confidence,
+                    **self._stage(row, event, index),
+                )
+            )
 
     def _stage(self, row: list[int], event: dict, index: int) -> dict:
         if not isinstance(self._sampler, SlowFast):
-            return {"phase": "block", "s": 0, "e_cand": None, "history": None, "spread": None, "determined": False,
-                    "e": row[_COLUMN["block_end"]] - row[_COLUMN["block_start"]]}
+            return {
+                "phase": "block",
+                "s": 0,
+                "e_cand": None,
+                "history": None,
+                "spread": None,
+                "determined": False,
+                "e": row[_COLUMN["block_end"]] - row[_COLUMN["block_start"]],
+            }
         begin = row[_COLUMN["block_start"]]
         estimated = row[_COLUMN["estimate"]] >= 0
         history = event["history"][index].tolist()
@@ -79,8 +95,11 @@ class Tracer:
         fast, determined = row[_COLUMN["phase"]] == FAST, bool(row[_COLUMN["determined"]])
         known = fast or determined or (estimated and spread == spread)
         return {
-            "phase": "fast" if fast else "slow", "s": row[_COLUMN["s"]] - begin,
-            "e_cand": row[_COLUMN["estimate"]] - begin if estimated else None, "history": history if estimated else None,
-            "spread": spread if estimated and spread == spread else None, "determined": determined,
+            "phase": "fast" if fast else "slow",
+            "s": row[_COLUMN["s"]] - begin,
+            "e_cand": row[_COLUMN["estimate"]] - begin if estimated else None,
+            "history": history if estimated else None,
+            "spread": spread if estimated and spread == spread else None,
+            "determined": determined,
             "e": row[_COLUMN["e"]] - begin if known else None,
         }

@@ -49,21 +49,32 @@ class Setup:
 
 def _llada_slowfast(s: dict) -> Setup:
     sampler = SlowFast.preset(
-        "llada-reference", block_length=s["block_length"], k_max=s["k_exploration_steps"],
-        tau_min=s["cycle_len_confidence_threshold"], window=s["cycle_length_stability_window"],
-        spread_limit=s["cycle_length_stability_std_dev_threshold"], tau_high=s["high_confidence_threshold"],
-        tau_slow=s["high_confidence_threshold"], cfg_scale=s.get("cfg_scale", 0.0),
-        max_cycles=s.get("max_sub_cycles_per_block", 256))
+        "llada-reference",
+        block_length=s["block_length"],
+        k_max=s["k_exploration_steps"],
+        tau_min=s["cycle_len_confidence_threshold"],
+        window=s["cycle_length_stability_window"],
+        spread_limit=s["cycle_length_stability_std_dev_threshold"],
+        tau_high=s["high_confidence_threshold"],
+        tau_slow=s["high_confidence_threshold"],
+        cfg_scale=s.get("cfg_scale", 0.0),
+        max_cycles=s.get("max_sub_cycles_per_block", 256),
+    )
     return Setup("llada-reference", sampler, s["gen_length"])
 
 
 def _dream_slowfast(s: dict) -> Setup:
     sampler = SlowFast.preset(
-        "dream-reference", k_max=s["n_cycle_discovery_steps"], tau_min=s["conf_threshold_cycle_len_pred"],
-        window=s["stabilize_count"], spread_limit=s["cycle_len_variance_threshold"],
-        tau_slow=s["high_conf_for_parallel_decode_discovery"], tau_high=s["high_conf_for_cycle_decode"],
+        "dream-reference",
+        k_max=s["n_cycle_discovery_steps"],
+        tau_min=s["conf_threshold_cycle_len_pred"],
+        window=s["stabilize_count"],
+        spread_limit=s["cycle_len_variance_threshold"],
+        tau_slow=s["high_conf_for_parallel_decode_discovery"],
+        tau_high=s["high_conf_for_cycle_decode"],
         min_parallel=s["min_decode_in_cycle_fallback"],
-        min_parallel_slow=s["min_tokens_for_parallel_decode_discovery"])
+        min_parallel_slow=s["min_tokens_for_parallel_decode_discovery"],
+    )
     return Setup("dream-reference", sampler, s["max_new_tokens"])
 
 
@@ -100,9 +111,13 @@ def _dream_fastdllm_block(s: dict) -> Setup:
 def _with_refresh(inner: Callable[[dict], Setup]) -> Callable[[dict], Setup]:
     def setup(s: dict) -> Setup:
         plain = inner(s)
-        policy = RefreshCache(prompt_interval=s["prompt_interval_steps"], response_interval=s["gen_interval_steps"],
-                              ratio=s["transfer_ratio"])
+        policy = RefreshCache(
+            prompt_interval=s["prompt_interval_steps"],
+            response_interval=s["gen_interval_steps"],
+            ratio=s["transfer_ratio"],
+        )
         return Setup(plain.system, plain.sampler, plain.gen_length, policy)
+
     return setup
 
 
@@ -124,8 +139,20 @@ METHODS: dict[str, Callable[[dict], Setup]] = {
 
 def trace_entry(step: StepTrace) -> list:
     """A step in the recordings' own form."""
-    return ["S" if step.phase == "slow" else "F", step.block, step.cycle, step.k, step.forwarded, step.s, step.e_cand,
-            step.history, step.spread, step.determined, step.e, step.committed]
+    return [
+        "S" if step.phase == "slow" else "F",
+        step.block,
+        step.cycle,
+        step.k,
+        step.forwarded,
+        step.s,
+        step.e_cand,
+        step.history,
+        step.spread,
+        step.determined,
+        step.e,
+        step.committed,
+    ]
 
 
 def _same_entry(mine: list, recorded: list) -> bool:
@@ -145,8 +172,14 @@ def compare_trace(trace: list[StepTrace], recorded: list[list]) -> str | None:
 
 def _check_single(engine: sfs_triton.Engine, case: dict, setup: Setup) -> str | None:
     traced = isinstance(setup.sampler, SlowFast) and "trace" in case
-    done = engine.generate(case["prompt"], gen_length=setup.gen_length, sampler=setup.sampler, cache=setup.cache,
-                           seed=setup.seed, trace=traced)
+    done = engine.generate(
+        case["prompt"],
+        gen_length=setup.gen_length,
+        sampler=setup.sampler,
+        cache=setup.cache,
+        seed=setup.seed,
+        trace=traced,
+    )
     for index, (row, wanted) in enumerate(zip(done, case["out"], strict=True)):
         if row.response != wanted:
             wrong = sum(a != b for a, b in zip(row.response, wanted, strict=True))

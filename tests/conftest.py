@@ -49,6 +49,7 @@ def checkpoint(tmp_path: Path) -> Path:
 @pytest.fixture
 def edit_config():
     """Change keys of a checkpoint's config.json; None removes a key."""
+
     def edit(folder: Path, **changes) -> None:
         path = folder / "config.json"
         config = json.loads(path.read_text())
@@ -58,4 +59,5 @@ def edit_config():
             else:
                 config[key] = value
         path.write_text(json.dumps(config))
+
     return edit

@@ -35,8 +35,9 @@ def test_sharded_index_gives_the_same_weights(checkpoint, engines):
     weight_map = {n: file for file, part in halves.items() for n in part}
     (checkpoint / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     ids = torch.arange(40)[None]
-    torch.testing.assert_close(sfs_triton.load(checkpoint, "cpu").model.logits(ids),
-                               engines["llada-mha"].model.logits(ids), atol=0, rtol=0)
+    torch.testing.assert_close(
+        sfs_triton.load(checkpoint, "cpu").model.logits(ids), engines["llada-mha"].model.logits(ids), atol=0, rtol=0
+    )
 
 
 def test_index_may_not_leave_the_folder(checkpoint):
@@ -114,39 +115,68 @@ def test_pickles_are_never_opened(checkpoint):
     assert not (checkpoint / "exploded").exists()
 
 
-@pytest.mark.parametrize("key", ["d_model", "n_heads", "n_layers", "vocab_size", "max_sequence_length", "mask_token_id",
-                                 "eos_token_id"])
+@pytest.mark.parametrize(
+    "key", ["d_model", "n_heads", "n_layers", "vocab_size", "max_sequence_length", "mask_token_id", "eos_token_id"]
+)
 def test_missing_config_key_is_named(checkpoint, edit_config, key):
     edit_config(checkpoint, **{key: None})
     with pytest.raises(CheckpointError, match=key):
         sfs_triton.load(checkpoint, "cpu")
 
 
-@pytest.mark.parametrize(("key", "value"), [
-    ("alibi", True), ("layer_norm_type", "default"), ("bias_for_layer_norm", True), ("include_bias", True),
-    ("rope", False), ("block_type", "sequential"), ("activation_type", "gelu"), ("scale_logits", True),
-    ("input_emb_norm", True), ("attention_layer_norm", True), ("clip_qkv", 8.0),
-])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("alibi", True),
+        ("layer_norm_type", "default"),
+        ("bias_for_layer_norm", True),
+        ("include_bias", True),
+        ("rope", False),
+        ("block_type", "sequential"),
+        ("activation_type", "gelu"),
+        ("scale_logits", True),
+        ("input_emb_norm", True),
+        ("attention_layer_norm", True),
+        ("clip_qkv", 8.0),
+    ],
+)
 def test_unsupported_flag_is_refused_by_name(checkpoint, edit_config, key, value):
     edit_config(checkpoint, **{key: value})
     with pytest.raises(UnsupportedConfigError, match=f"{key}={value!r}"):
         sfs_triton.load(checkpoint, "cpu")
 
 
-@pytest.mark.parametrize(("key", "value"), [
-    ("rope_scaling", {"type": "linear"}), ("hidden_act", "gelu"), ("use_sliding_window", True), ("use_mrope", True),
-    ("head_dim", 32),
-])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("rope_scaling", {"type": "linear"}),
+        ("hidden_act", "gelu"),
+        ("use_sliding_window", True),
+        ("use_mrope", True),
+        ("head_dim", 32),
+    ],
+)
 def test_unsupported_dream_flag_is_refused_by_name(golden, key, value):
     config = json.loads((golden / "models" / "dream-gqa" / "config.json").read_text())
     with pytest.raises(UnsupportedConfigError, match=key):
         read_spec({**config, key: value})
 
 
-@pytest.mark.parametrize(("key", "value"), [
-    ("d_model", 0), ("d_model", -4), ("n_heads", "4"), ("n_layers", True), ("n_heads", 5), ("n_kv_heads", 3),
-    ("rms_norm_eps", float("nan")), ("mask_token_id", 512), ("eos_token_id", 500), ("vocab_size", 1e9),
-])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("d_model", 0),
+        ("d_model", -4),
+        ("n_heads", "4"),
+        ("n_layers", True),
+        ("n_heads", 5),
+        ("n_kv_heads", 3),
+        ("rms_norm_eps", float("nan")),
+        ("mask_token_id", 512),
+        ("eos_token_id", 500),
+        ("vocab_size", 1e9),
+    ],
+)
 def test_impossible_values_are_refused(checkpoint, edit_config, key, value):
     edit_config(checkpoint, **{key: value})
     with pytest.raises(CheckpointError):
@@ -173,13 +203,28 @@ def test_folder_without_config(tmp_path):
 
 def test_illada_style_checkpoint(tmp_path, engines):
     """Llama-style keys and names, tied head, grouped-query attention, no shift."""
-    config = {"model_type": "illada", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-              "num_key_value_heads": 2, "intermediate_size": 96, "vocab_size": 128, "max_position_embeddings": 64,
-              "rope_theta": 5e5, "rms_norm_eps": 1e-5, "tie_word_embeddings": True, "mask_token_id": 5,
-              "eos_token_id": 2, "pad_token_id": 1, "bos_token_id": 0, "hidden_act": "silu"}
+    config = {
+        "model_type": "illada",
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 96,
+        "vocab_size": 128,
+        "max_position_embeddings": 64,
+        "rope_theta": 5e5,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": True,
+        "mask_token_id": 5,
+        "eos_token_id": 2,
+        "pad_token_id": 1,
+        "bos_token_id": 0,
+        "hidden_act": "silu",
+    }
     spec = read_spec(config)
     assert (spec.family, spec.tied_head, spec.shifted, spec.n_kv_heads) == ("illada", True, False, 2)
     from sfs_triton.models.weights import LLAMA_NAMES, expected_shapes
+
     generator = torch.Generator().manual_seed(0)
     tensors = {n: torch.randn(s, generator=generator) * 0.1 for n, s in expected_shapes(spec, LLAMA_NAMES).items()}
     save_file(tensors, tmp_path / "model.safetensors")
@@ -211,6 +256,7 @@ def test_corrupt_tokenizer(checkpoint):
 
 def test_chat_template_runs_in_a_sandbox(embedded):
     from sfs_triton.text import TextCodec
+
     codec = TextCodec(embedded.text.tokenizer, "{{ messages.__class__.__mro__[1].__subclasses__() }}", {})
     with pytest.raises(sfs_triton.ArgumentError, match="chat template refused"):
         codec.render([{"role": "user", "content": "x"}])

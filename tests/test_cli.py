@@ -217,7 +217,6 @@ def watch(engine, console: Console, length: int = 64) -> str:
     sampler = SlowFast()
     with render.Watcher(engine, sampler, length, delay=0.0, console=console) as watcher:
         engine.generate(PROMPT, gen_length=length, sampler=sampler, on_step=watcher)
-    assert watcher.seconds > 0
     return console.file.getvalue()
 
 

@@ -25,14 +25,27 @@ SAMPLERS = [
 # ------------------------------------------------------------------------------------------------------- bad input
 
 
-@pytest.mark.parametrize(("settings", "named"), [
-    ({"tau_min": -0.1}, "tau_min=-0.1"), ({"tau_high": math.nan}, "tau_high=nan"), ({"window": 0}, "window=0"),
-    ({"k_max": 0}, "k_max=0"), ({"k_max": 2.5}, "k_max=2.5"), ({"spread": "range"}, "spread='range'"),
-    ({"slow_end": "never"}, "slow_end='never'"), ({"spread_limit": -1}, "spread_limit=-1"),
-    ({"block_length": 0}, "block_length=0"), ({"temperature": -1.0}, "temperature=-1.0"),
-    ({"cfg_scale": math.inf}, "cfg_scale=inf"), ({"top_p": 0.0}, "top_p=0.0"), ({"top_p": 1.5}, "top_p=1.5"),
-    ({"top_k": 0}, "top_k=0"), ({"tau_slow": math.nan}, "tau_slow=nan"), ({"min_parallel": 0}, "min_parallel=0"),
-])
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"tau_min": -0.1}, "tau_min=-0.1"),
+        ({"tau_high": math.nan}, "tau_high=nan"),
+        ({"window": 0}, "window=0"),
+        ({"k_max": 0}, "k_max=0"),
+        ({"k_max": 2.5}, "k_max=2.5"),
+        ({"spread": "range"}, "spread='range'"),
+        ({"slow_end": "never"}, "slow_end='never'"),
+        ({"spread_limit": -1}, "spread_limit=-1"),
+        ({"block_length": 0}, "block_length=0"),
+        ({"temperature": -1.0}, "temperature=-1.0"),
+        ({"cfg_scale": math.inf}, "cfg_scale=inf"),
+        ({"top_p": 0.0}, "top_p=0.0"),
+        ({"top_p": 1.5}, "top_p=1.5"),
+        ({"top_k": 0}, "top_k=0"),
+        ({"tau_slow": math.nan}, "tau_slow=nan"),
+        ({"min_parallel": 0}, "min_parallel=0"),
+    ],
+)
 def test_slowfast_settings(settings, named):
     with pytest.raises(ArgumentError, match=named.replace(".", r"\.")):
         SlowFast(**settings)
@@ -61,10 +74,19 @@ def test_unknown_preset_and_setting():
         SlowFast.preset("paper", tau_hihg=0.5)
 
 
-@pytest.mark.parametrize(("prompt", "named"), [
-    ([], "prompts"), ([[]], "empty"), ([[1, 2], []], "prompt 1 is empty"), ([1, 512], "512 at position 1"),
-    ([-1], "-1 at position 0"), ([1, 500, 2], "mask id 500 at position 1"), (7, "prompts=7"), ([1.5], "1.5"),
-])
+@pytest.mark.parametrize(
+    ("prompt", "named"),
+    [
+        ([], "prompts"),
+        ([[]], "empty"),
+        ([[1, 2], []], "prompt 1 is empty"),
+        ([1, 512], "512 at position 1"),
+        ([-1], "-1 at position 0"),
+        ([1, 500, 2], "mask id 500 at position 1"),
+        (7, "prompts=7"),
+        ([1.5], "1.5"),
+    ],
+)
 def test_bad_prompts(engines, prompt, named):
     with pytest.raises(ArgumentError, match=named):
         engines["llada-mha"].generate(prompt, gen_length=8)
@@ -81,20 +103,34 @@ def test_empty_text(embedded, prompt):
         embedded.generate(prompt)
 
 
-@pytest.mark.parametrize(("options", "named"), [
-    ({"gen_length": 0}, "gen_length=0"), ({"gen_length": -8}, "gen_length=-8"), ({"gen_length": 2.5}, "gen_length=2.5"),
-    ({"gen_length": True}, "gen_length=True"), ({"gen_length": 600}, r"10 \+ 600 = 610 positions, the model allows 512"),
-    ({"gen_length": 20, "sampler": Threshold(block_length=16)}, "gen_length=20 is not a multiple of block_length=16"),
-    ({"gen_length": [8, 8]}, r"gen_length=\[8, 8\] has 2 entries for 1"), ({"sampler": "slowfast"}, "sampler='slowfast'"),
-    ({"cache": "turbo"}, "cache='turbo'"), ({"cache": "prefix"}, "cache='prefix' works by block"),
-    ({"cache": 3}, "cache=3"), ({"seed": [1, 2]}, "seed has 2 entries"),
-])
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"gen_length": 0}, "gen_length=0"),
+        ({"gen_length": -8}, "gen_length=-8"),
+        ({"gen_length": 2.5}, "gen_length=2.5"),
+        ({"gen_length": True}, "gen_length=True"),
+        ({"gen_length": 600}, r"10 \+ 600 = 610 positions, the model allows 512"),
+        (
+            {"gen_length": 20, "sampler": Threshold(block_length=16)},
+            "gen_length=20 is not a multiple of block_length=16",
+        ),
+        ({"gen_length": [8, 8]}, r"gen_length=\[8, 8\] has 2 entries for 1"),
+        ({"sampler": "slowfast"}, "sampler='slowfast'"),
+        ({"cache": "turbo"}, "cache='turbo'"),
+        ({"cache": "prefix"}, "cache='prefix' works by block"),
+        ({"cache": 3}, "cache=3"),
+        ({"seed": [1, 2]}, "seed has 2 entries"),
+    ],
+)
 def test_bad_options(engines, options, named):
     with pytest.raises(ArgumentError, match=named):
         engines["llada-mha"].generate(PROMPT, **{"gen_length": 16, **options})
 
 
-@pytest.mark.parametrize("settings", [{"prompt_interval": 0}, {"response_interval": 1.5}, {"ratio": 1.5}, {"ratio": -1}])
+@pytest.mark.parametrize(
+    "settings", [{"prompt_interval": 0}, {"response_interval": 1.5}, {"ratio": 1.5}, {"ratio": -1}]
+)
 def test_bad_refresh(settings):
     with pytest.raises(ArgumentError, match=next(iter(settings))):
         RefreshCache(**settings)
@@ -137,7 +173,9 @@ def test_order_of_rows_does_not_matter(engines):
 
 
 @pytest.mark.parametrize("cache", ["none", "prefix", "dual", "refresh"])
-@pytest.mark.parametrize("sampler", [Threshold(block_length=16), FixedSteps(block_length=16)], ids=["threshold", "fixed"])
+@pytest.mark.parametrize(
+    "sampler", [Threshold(block_length=16), FixedSteps(block_length=16)], ids=["threshold", "fixed"]
+)
 @pytest.mark.parametrize("model", ["llada-mha", "dream-gqa"])
 def test_cached_ragged_batches_equal_rows_alone(engines, model, sampler, cache):
     prompts = [PROMPT, PROMPT[:5]]
@@ -164,7 +202,7 @@ def test_early_stop(engines, sampler):
         done = engine.generate(prompt, gen_length=64, sampler=sampler.replace(eos_stop=True))
         plain = engine.generate(prompt, gen_length=64, sampler=sampler)
         if 496 in done.response:
-            assert set(done.response[done.response.index(496):]) == {496}
+            assert set(done.response[done.response.index(496) :]) == {496}
         stopped, full = stopped + done.nfe, full + plain.nfe
         rows_stopped, rows_full = rows_stopped + done.rows_forwarded, rows_full + plain.rows_forwarded
     assert stopped <= full and rows_stopped <= rows_full
@@ -174,7 +212,7 @@ def test_early_stop_saves_work_on_the_embedded_model(embedded):
     question = "15,44,79,50"
     plain = embedded.generate(question, gen_length=128, sampler=FixedSteps(block_length=32))
     stopped = embedded.generate(question, gen_length=128, sampler=FixedSteps(block_length=32, eos_stop=True))
-    assert set(stopped.response[len(stopped.tokens) - 1:]) == {embedded.spec.eos_id}
+    assert set(stopped.response[len(stopped.tokens) - 1 :]) == {embedded.spec.eos_id}
     assert stopped.nfe < plain.nfe / 2 and stopped.rows_forwarded < plain.rows_forwarded / 2
 
 
@@ -205,8 +243,11 @@ def test_temperature_is_keyed_by_seed(engines, sampler):
 
 def test_vanishing_temperature_and_top_k_one_are_greedy(engines):
     greedy = engines["llada-mha"].generate(PROMPT, gen_length=32)
-    for sampler in (SlowFast(temperature=1e-6), SlowFast(temperature=1.0, top_k=1),
-                    SlowFast(temperature=1.0, top_p=1e-6)):
+    for sampler in (
+        SlowFast(temperature=1e-6),
+        SlowFast(temperature=1.0, top_k=1),
+        SlowFast(temperature=1.0, top_p=1e-6),
+    ):
         assert engines["llada-mha"].generate(PROMPT, gen_length=32, sampler=sampler, seed=3).canvas == greedy.canvas
 
 

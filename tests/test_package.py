@@ -16,23 +16,57 @@ PACKAGE = ROOT / "sfs_triton"
 KERNELS = ROOT / "kernels" / "triton"
 
 # The house plan: a module may import those below it in this list, never those above.
-LAYERS = ["cli", "render", "plot", "engine", "trace", "loops", "caching", "samplers", "state", "text", "models", "ops",
-          "torch_ops", "errors"]
+LAYERS = [
+    "cli",
+    "render",
+    "plot",
+    "engine",
+    "trace",
+    "loops",
+    "caching",
+    "samplers",
+    "state",
+    "text",
+    "models",
+    "ops",
+    "torch_ops",
+    "errors",
+]
 
 
 def test_exports_are_pinned():
     assert sorted(sfs_triton.__all__) == [
-        "ArgumentError", "CheckpointError", "DualCache", "Engine", "FixedSteps", "Frame", "Generation",
-        "MissingDependencyError", "NoCache", "NumericalFault", "PrefixCache", "RefreshCache", "Sampler", "SfsError",
-        "SlowFast", "StepCapExceeded", "StepTrace", "Threshold", "UnsupportedConfigError", "load"]
+        "ArgumentError",
+        "CheckpointError",
+        "DualCache",
+        "Engine",
+        "FixedSteps",
+        "Frame",
+        "Generation",
+        "MissingDependencyError",
+        "NoCache",
+        "NumericalFault",
+        "PrefixCache",
+        "RefreshCache",
+        "Sampler",
+        "SfsError",
+        "SlowFast",
+        "StepCapExceeded",
+        "StepTrace",
+        "Threshold",
+        "UnsupportedConfigError",
+        "load",
+    ]
     assert all(hasattr(sfs_triton, name) for name in sfs_triton.__all__)
 
 
 def test_imports_with_neither_triton_nor_transformers():
-    code = ("import sys\n"
-            "for name in ('triton', 'transformers', 'typer', 'rich', 'matplotlib'): sys.modules[name] = None\n"
-            "import sfs_triton\n"
-            "print(sfs_triton.load('embedded', 'cpu').generate('15,44,79,50', gen_length=8).nfe > 0)")
+    code = (
+        "import sys\n"
+        "for name in ('triton', 'transformers', 'typer', 'rich', 'matplotlib'): sys.modules[name] = None\n"
+        "import sfs_triton\n"
+        "print(sfs_triton.load('embedded', 'cpu').generate('15,44,79,50', gen_length=8).nfe > 0)"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == "True", done.stderr
 
@@ -82,15 +116,28 @@ def test_imports_point_down(layer, package, path):
 
 
 def test_kernels_import_only_torch_triton_and_siblings():
-    allowed = {"torch", "triton", "__future__", "dataclasses", "typing", "math", "functools", "os", "enum",
-               "collections", "sfs_triton.kernels"}
+    allowed = {
+        "torch",
+        "triton",
+        "__future__",
+        "dataclasses",
+        "typing",
+        "math",
+        "functools",
+        "os",
+        "enum",
+        "collections",
+        "sfs_triton.kernels",
+    }
     for path in KERNELS.glob("*.py"):
         for module in _imports(path, "sfs_triton.kernels"):
             assert module.split(".")[0] in allowed or module.startswith("sfs_triton.kernels"), f"{path.name}: {module}"
 
 
 def test_every_package_is_installed():
-    listed = {line.strip().strip('",') for line in (ROOT / "setup.py").read_text().splitlines() if '"sfs_triton' in line}
+    listed = {
+        line.strip().strip('",') for line in (ROOT / "setup.py").read_text().splitlines() if '"sfs_triton' in line
+    }
     for path in PACKAGE.rglob("*.py"):
         package = ".".join(("sfs_triton", *path.relative_to(PACKAGE).parent.parts))
         assert package in listed, f"{package} is not in setup.py"

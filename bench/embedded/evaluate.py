@@ -21,23 +21,39 @@ SAMPLERS = {
 }
 
 
-def evaluate(engine: sfs_triton.Engine, kind: str, limit: int, sampler: sfs_triton.Sampler, gen_length: int = 128,
-             batch: int = 8, seed: int = 0) -> dict:
+def evaluate(
+    engine: sfs_triton.Engine,
+    kind: str,
+    limit: int,
+    sampler: sfs_triton.Sampler,
+    gen_length: int = 128,
+    batch: int = 8,
+    seed: int = 0,
+) -> dict:
     """Decode ``limit`` held-out problems of ``kind``; counts, interval and cost as a dictionary."""
     chosen = problems.held_out(kind, limit, engine.text, seed=seed, gen_length=gen_length)
     correct = tokens = steps = 0
     began = time.perf_counter()
     for at in range(0, len(chosen), batch):
         part = chosen[at : at + batch]
-        for problem, done in zip(part, engine.generate([p.question for p in part], gen_length=gen_length,
-                                                       sampler=sampler), strict=True):
+        for problem, done in zip(
+            part, engine.generate([p.question for p in part], gen_length=gen_length, sampler=sampler), strict=True
+        ):
             correct += tasks.correct(problem, done.text)
             tokens += len(done.tokens)
             steps += done.nfe
     low, high = wilson_interval(correct, len(chosen))
-    return {"task": kind, "n": len(chosen), "correct": correct, "accuracy": correct / len(chosen),
-            "interval": [round(low, 4), round(high, 4)], "nfe": steps / len(chosen), "tpf": tokens / steps,
-            "answer_tokens": tokens / len(chosen), "seconds": round(time.perf_counter() - began, 1)}
+    return {
+        "task": kind,
+        "n": len(chosen),
+        "correct": correct,
+        "accuracy": correct / len(chosen),
+        "interval": [round(low, 4), round(high, 4)],
+        "nfe": steps / len(chosen),
+        "tpf": tokens / steps,
+        "answer_tokens": tokens / len(chosen),
+        "seconds": round(time.perf_counter() - began, 1),
+    }
 
 
 def main() -> None:

@@ -24,9 +24,16 @@ def export(run: Run, out: Path) -> None:
     """Write the checkpoint files, each whole or not at all."""
     out.mkdir(parents=True, exist_ok=True)
     tensors = {name: t.to(torch.bfloat16).contiguous() for name, t in run.model.state_dict().items()}
-    tokenizer_config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS, "eos_token": EOS,
-                        "pad_token": EOS, "mask_token": MASK, "chat_template": CHAT_TEMPLATE,
-                        "clean_up_tokenization_spaces": False, "model_max_length": run.config["max_sequence_length"]}
+    tokenizer_config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": BOS,
+        "eos_token": EOS,
+        "pad_token": EOS,
+        "mask_token": MASK,
+        "chat_template": CHAT_TEMPLATE,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": run.config["max_sequence_length"],
+    }
 
     def write(name: str, save) -> None:
         partial = out / (name + ".partial")

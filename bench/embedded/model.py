@@ -15,19 +15,53 @@ from torch import nn
 CONSTANT_CHANNEL, CONSTANT_VALUE = 0, 1.0
 
 
-def config_dict(vocab_size: int, layers: int = 4, d_model: int = 256, heads: int = 8, mlp: int = 768, *,
-                mask_id: int, eos_id: int, bos_id: int, max_length: int = 512) -> dict:
+def config_dict(
+    vocab_size: int,
+    layers: int = 4,
+    d_model: int = 256,
+    heads: int = 8,
+    mlp: int = 768,
+    *,
+    mask_id: int,
+    eos_id: int,
+    bos_id: int,
+    max_length: int = 512,
+) -> dict:
     """A ``config.json`` with the keys of LLaDA-8B's own."""
     return {
-        "architectures": ["LLaDAModelLM"], "model_type": "llada", "block_type": "llama", "activation_type": "silu",
-        "d_model": d_model, "n_heads": heads, "n_kv_heads": heads, "n_layers": layers, "mlp_hidden_size": mlp,
-        "vocab_size": vocab_size, "embedding_size": vocab_size, "max_sequence_length": max_length,
-        "rope": True, "rope_full_precision": True, "rope_theta": 500000.0,
-        "layer_norm_type": "rms", "rms_norm_eps": 1e-5, "layer_norm_with_affine": True, "bias_for_layer_norm": False,
-        "attention_layer_norm": False, "include_bias": False, "include_qkv_bias": False, "weight_tying": False,
-        "scale_logits": False, "input_emb_norm": False, "alibi": False, "block_group_size": 1,
-        "multi_query_attention": None, "mask_token_id": mask_id, "eos_token_id": eos_id, "pad_token_id": eos_id,
-        "bos_token_id": bos_id, "torch_dtype": "bfloat16",
+        "architectures": ["LLaDAModelLM"],
+        "model_type": "llada",
+        "block_type": "llama",
+        "activation_type": "silu",
+        "d_model": d_model,
+        "n_heads": heads,
+        "n_kv_heads": heads,
+        "n_layers": layers,
+        "mlp_hidden_size": mlp,
+        "vocab_size": vocab_size,
+        "embedding_size": vocab_size,
+        "max_sequence_length": max_length,
+        "rope": True,
+        "rope_full_precision": True,
+        "rope_theta": 500000.0,
+        "layer_norm_type": "rms",
+        "rms_norm_eps": 1e-5,
+        "layer_norm_with_affine": True,
+        "bias_for_layer_norm": False,
+        "attention_layer_norm": False,
+        "include_bias": False,
+        "include_qkv_bias": False,
+        "weight_tying": False,
+        "scale_logits": False,
+        "input_emb_norm": False,
+        "alibi": False,
+        "block_group_size": 1,
+        "multi_query_attention": None,
+        "mask_token_id": mask_id,
+        "eos_token_id": eos_id,
+        "pad_token_id": eos_id,
+        "bos_token_id": bos_id,
+        "torch_dtype": "bfloat16",
     }
 
 
@@ -59,8 +93,9 @@ class Block(nn.Module):
     def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         batch, length, d = x.shape
         h = self.attn_norm(x)
-        q, k, v = (p(h).view(batch, length, self.heads, -1).transpose(1, 2)
-                   for p in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (
+            p(h).view(batch, length, self.heads, -1).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj)
+        )
         # float32: torch's bfloat16 attention backward is twice as slow on a CPU
         mixed = F.scaled_dot_product_attention(_rotate(q.float(), cos, sin), _rotate(k.float(), cos, sin), v.float())
         x = x + self.attn_out(mixed.to(h.dtype).transpose(1, 2).reshape(batch, length, d))
@@ -75,12 +110,14 @@ class LLaDA(nn.Module):
         super().__init__()
         self.config = config
         d = config["d_model"]
-        transformer = nn.ModuleDict({
-            "wte": nn.Embedding(config["vocab_size"], d),
-            "blocks": nn.ModuleList(Block(config) for _ in range(config["n_layers"])),
-            "ln_f": RMSNorm(d, config["rms_norm_eps"]),
-            "ff_out": nn.Linear(d, config["vocab_size"], bias=False),
-        })
+        transformer = nn.ModuleDict(
+            {
+                "wte": nn.Embedding(config["vocab_size"], d),
+                "blocks": nn.ModuleList(Block(config) for _ in range(config["n_layers"])),
+                "ln_f": RMSNorm(d, config["rms_norm_eps"]),
+                "ff_out": nn.Linear(d, config["vocab_size"], bias=False),
+            }
+        )
         self.model = nn.ModuleDict({"transformer": transformer})
         head_dim = d // config["n_heads"]
         inverse = config["rope_theta"] ** -(torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
@@ -93,8 +130,11 @@ class LLaDA(nn.Module):
         d, layers = self.config["d_model"], self.config["n_layers"]
         for name, p in self.named_parameters():
             if p.dim() == 2:
-                residual = name.endswith(("attn_out.weight", "blocks.ff_out.weight")) or ".blocks." in name and (
-                    ".ff_out." in name)
+                residual = (
+                    name.endswith(("attn_out.weight", "blocks.ff_out.weight"))
+                    or ".blocks." in name
+                    and (".ff_out." in name)
+                )
                 std = 1.0 if ".wte." in name else d**-0.5
                 nn.init.normal_(p, std=std / (2 * layers) ** 0.5 if residual else std)
         nn.init.zeros_(self.model["transformer"]["ff_out"].weight)

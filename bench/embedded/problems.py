@@ -11,15 +11,16 @@ from .vocabulary import chat
 
 # What a problem of each kind is drawn with, and the fewest answer tokens: the measure stays, the task is made easier.
 DIFFICULTY: dict[str, dict] = {
-    "records": {"rows": (2, 6), "columns": (1, 3)},
+    "records": {"rows": (4, 12), "fields": "wn"},
     "words": {},
     "countdown": {},
 }
 SHORTEST_ANSWER = {"records": 60, "words": 1, "countdown": 1}
 
 
-def held_out(kind: str, n: int, text: TextCodec, *, seed: int = 0, gen_length: int = 128,
-             max_length: int = 256) -> list[tasks.Problem]:
+def held_out(
+    kind: str, n: int, text: TextCodec, *, seed: int = 0, gen_length: int = 128, max_length: int = 256
+) -> list[tasks.Problem]:
     """``n`` different problems of ``kind`` from the test part whose answer and end-of-text fit into ``gen_length``.
 
     ``countdown`` takes the third-party test set first, in its order.

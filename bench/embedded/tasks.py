@@ -99,14 +99,27 @@ def _word_value(rng: random.Random, column: str, variable: bool) -> str:
     return f"{word}-{other}" if rng.random() < 0.5 else f"{word}-{rng.randrange(200)}-{other}"
 
 
-def records(rng: random.Random, rows: tuple[int, int] = (3, 7), columns: tuple[int, int] = (2, 4),
-            variable: bool = False) -> Problem:
+def records(
+    rng: random.Random,
+    rows: tuple[int, int] = (3, 7),
+    columns: tuple[int, int] = (2, 4),
+    variable: bool = False,
+    fields: str | None = None,
+) -> Problem:
     """A table of ``rows`` records with an id and ``columns`` further fields, to be rewritten in another format.
 
     With ``variable`` false every field is a single word or number (one token); with it true, words grow to up to three
-    hyphenated parts, so that positions cannot be counted and must be found.
+    hyphenated parts, so that positions cannot be counted and must be found. ``fields`` fixes number and kinds of the
+    fields instead: ``"wn"`` is a word and a number, so that all records of a format are equally long.
     """
-    names = rng.sample(list(WORD_COLUMNS) + NUMBER_COLUMNS, rng.randint(*columns))
+    if fields is None:
+        names = rng.sample(list(WORD_COLUMNS) + NUMBER_COLUMNS, rng.randint(*columns))
+    else:
+        words_, numbers = (
+            iter(rng.sample(list(WORD_COLUMNS), len(fields))),
+            iter(rng.sample(NUMBER_COLUMNS, len(fields))),
+        )
+        names = [next(words_ if kind == "w" else numbers) for kind in fields]
     n_rows = rng.randint(*rows)
     first = 1 if rng.random() < 0.5 else rng.randrange(200 - n_rows)
     data: Rows = []
@@ -137,26 +150,38 @@ def _event(rng: random.Random, who: str, thing: str, have: int) -> tuple[str, st
     kind = rng.choice(kinds)
     if kind == "gain":
         n = rng.randint(1, min(40, 199 - have))
-        return (f"{who} {rng.choice(GAIN)} {n} more {thing} {rng.choice(PLACES)}.",
-                f"Then {who} has {have}+{n}={have + n} {thing}.", have + n)
+        return (
+            f"{who} {rng.choice(GAIN)} {n} more {thing} {rng.choice(PLACES)}.",
+            f"Then {who} has {have}+{n}={have + n} {thing}.",
+            have + n,
+        )
     if kind == "loss":
         n = rng.randint(1, min(40, have - 1))
         return f"Then {who} {rng.choice(LOSS)} {n} {thing}.", f"That leaves {have}-{n}={have - n} {thing}.", have - n
     if kind == "give":
         n = rng.randint(1, min(40, have - 1))
         friend = rng.choice([name for name in WORD_COLUMNS["name"] if name != who])
-        return (f"{who} gives {n} {thing} to {friend}.",
-                f"After giving {n} to {friend}, {who} has {have}-{n}={have - n} {thing}.", have - n)
+        return (
+            f"{who} gives {n} {thing} to {friend}.",
+            f"After giving {n} to {friend}, {who} has {have}-{n}={have - n} {thing}.",
+            have - n,
+        )
     if kind == "double":
-        return (f"A friend brings as many {thing} as {who} has now.",
-                f"The {thing} double to {have}*2={have * 2}.", have * 2)
+        return (
+            f"A friend brings as many {thing} as {who} has now.",
+            f"The {thing} double to {have}*2={have * 2}.",
+            have * 2,
+        )
     if kind == "half":
         return f"{who} puts away half of the {thing}.", f"Half of the {thing} is {have}/2={have // 2}.", have // 2
     boxes = rng.randint(2, 6)
     each = rng.randint(2, 9)
     total = boxes * each
-    return (f"{who} opens {boxes} boxes with {each} {thing} in each.",
-            f"The boxes hold {boxes}*{each}={total} {thing}, so {who} has {have}+{total}={have + total}.", have + total)
+    return (
+        f"{who} opens {boxes} boxes with {each} {thing} in each.",
+        f"The boxes hold {boxes}*{each}={total} {thing}, so {who} has {have}+{total}={have + total}.",
+        have + total,
+    )
 
 
 def words(rng: random.Random, steps: tuple[int, int] = (2, 4)) -> Problem:

@@ -25,8 +25,7 @@ CHAT_TEMPLATE = (
 
 def chat(question: str) -> str:
     """One user turn in the chat template, ready for the answer; equal to rendering :data:`CHAT_TEMPLATE`."""
-    return (f"{BOS}{HEADER}user{HEADER_END}\n\n{question.strip()}{TURN_END}"
-            f"{HEADER}assistant{HEADER_END}\n\n")
+    return f"{BOS}{HEADER}user{HEADER_END}\n\n{question.strip()}{TURN_END}{HEADER}assistant{HEADER_END}\n\n"
 
 
 def _frequent_pieces(samples: int, minimum: int) -> list[str]:

@@ -70,9 +70,15 @@ class EagerLoop:
         for index, row in enumerate(control):
             if not row[_COLUMN["done"]]:
                 rows[index] = RowView(
-                    start=row[_COLUMN["start"]], limit=row[_COLUMN["limit"]], block_start=row[_COLUMN["block_start"]],
-                    block_end=row[_COLUMN["block_end"]], e=row[_COLUMN["e"]], fast=row[_COLUMN["phase"]] == FAST,
-                    k=row[_COLUMN["k"]], step=row[_COLUMN["step"]])
+                    start=row[_COLUMN["start"]],
+                    limit=row[_COLUMN["limit"]],
+                    block_start=row[_COLUMN["block_start"]],
+                    block_end=row[_COLUMN["block_end"]],
+                    e=row[_COLUMN["e"]],
+                    fast=row[_COLUMN["phase"]] == FAST,
+                    k=row[_COLUMN["k"]],
+                    step=row[_COLUMN["step"]],
+                )
         inside = self._plan(state)
         pieces = inside.nonzero()[:, 1].split(inside.sum(1).tolist())
         return HostView(rows, {index: pieces[index] for index in rows})
@@ -111,8 +117,11 @@ class EagerLoop:
         logits = self.model.head(hidden.flatten(0, 1))
         keys = (None, None, None)
         if self._draw.temperature > 0:
-            keys = (state.seed[rows].repeat_interleave(widest), places.flatten(),
-                    state.step[rows].repeat_interleave(widest))
+            keys = (
+                state.seed[rows].repeat_interleave(widest),
+                places.flatten(),
+                state.step[rows].repeat_interleave(widest),
+            )
         token, score = ops.confidence(logits, self._draw, *keys)
         state.token[rows[:, None], places] = token.view(places.shape)
         state.score[rows[:, None], places] = score.view(places.shape)

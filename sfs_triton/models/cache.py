@@ -36,8 +36,14 @@ class KVCache:
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros(shape, device=device, dtype=dtype)
 
-    def exchange(self, layer: int, batch_rows: torch.Tensor, scope: Scope, k: torch.Tensor, v: torch.Tensor,
-                 ) -> tuple[torch.Tensor, torch.Tensor]:
+    def exchange(
+        self,
+        layer: int,
+        batch_rows: torch.Tensor,
+        scope: Scope,
+        k: torch.Tensor,
+        v: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Store ``k, v [b, Hkv, rows, D]`` and return those of all keys, ``[b, Hkv, keys, D]``."""
         cached = []
         for store, fresh in ((self.k[layer], k), (self.v[layer], v)):

@@ -117,11 +117,18 @@ def _llada_spec(config: Mapping[str, Any]) -> ModelSpec:
     d_model = _integer(config, "d_model")
     rows = _integer(config, "embedding_size", default=_integer(config, "vocab_size"))
     return ModelSpec(
-        family="llada", n_layers=_integer(config, "n_layers"), d_model=d_model, n_heads=heads, n_kv_heads=kv_heads,
+        family="llada",
+        n_layers=_integer(config, "n_layers"),
+        d_model=d_model,
+        n_heads=heads,
+        n_kv_heads=kv_heads,
         mlp=_integer(config, "mlp_hidden_size", default=d_model * _integer(config, "mlp_ratio", default=4)),
-        vocab_size=rows, max_length=_integer(config, "max_sequence_length"),
-        rope_theta=_number(config, "rope_theta", 10000.0), norm_eps=_number(config, "rms_norm_eps", 1e-5),
-        qkv_bias=bool(config.get("include_qkv_bias", False)), tied_head=bool(config.get("weight_tying", False)),
+        vocab_size=rows,
+        max_length=_integer(config, "max_sequence_length"),
+        rope_theta=_number(config, "rope_theta", 10000.0),
+        norm_eps=_number(config, "rms_norm_eps", 1e-5),
+        qkv_bias=bool(config.get("include_qkv_bias", False)),
+        tied_head=bool(config.get("weight_tying", False)),
         **_special_ids(config, rows),
     )
 
@@ -136,12 +143,19 @@ def _llama_spec(config: Mapping[str, Any], family: str) -> ModelSpec:
         raise UnsupportedConfigError(f"config.json: head_dim={config['head_dim']!r} is not hidden_size / heads")
     vocab_size = _integer(config, "vocab_size")
     return ModelSpec(
-        family=family, n_layers=_integer(config, "num_hidden_layers"), d_model=d_model, n_heads=heads,
-        n_kv_heads=_integer(config, "num_key_value_heads", default=heads), mlp=_integer(config, "intermediate_size"),
-        vocab_size=vocab_size, max_length=_integer(config, "max_position_embeddings"),
-        rope_theta=_number({**rope, **config}, "rope_theta", 10000.0), norm_eps=_number(config, "rms_norm_eps", 1e-6),
+        family=family,
+        n_layers=_integer(config, "num_hidden_layers"),
+        d_model=d_model,
+        n_heads=heads,
+        n_kv_heads=_integer(config, "num_key_value_heads", default=heads),
+        mlp=_integer(config, "intermediate_size"),
+        vocab_size=vocab_size,
+        max_length=_integer(config, "max_position_embeddings"),
+        rope_theta=_number({**rope, **config}, "rope_theta", 10000.0),
+        norm_eps=_number(config, "rms_norm_eps", 1e-6),
         qkv_bias=family == "dream" or bool(config.get("attention_bias", False)),
-        tied_head=bool(config.get("tie_word_embeddings", False)), shifted=family == "dream",
+        tied_head=bool(config.get("tie_word_embeddings", False)),
+        shifted=family == "dream",
         **_special_ids(config, vocab_size),
     )
 
@@ -158,7 +172,9 @@ def read_spec(config: Mapping[str, Any]) -> ModelSpec:
     names = [str(config.get("model_type", ""))] + [str(a) for a in config.get("architectures") or []]
     named = " ".join(names).lower()
     if "moe" in named:
-        raise UnsupportedConfigError(f"config.json: {' '.join(names)!r} is a mixture of experts, which is not supported")
+        raise UnsupportedConfigError(
+            f"config.json: {' '.join(names)!r} is a mixture of experts, which is not supported"
+        )
     if "dream" in named:
         spec = _llama_spec(config, "dream")
     elif "llada" in named:
@@ -166,7 +182,8 @@ def read_spec(config: Mapping[str, Any]) -> ModelSpec:
     else:
         raise UnsupportedConfigError(
             f"config.json: model_type={config.get('model_type')!r}, architectures={config.get('architectures')!r} "
-            "is none of the families LLaDA, iLLaDA, Dream")
+            "is none of the families LLaDA, iLLaDA, Dream"
+        )
     if spec.d_model % spec.n_heads or spec.head_dim % 2:
         raise CheckpointError(f"config.json: {spec.n_heads} heads do not divide d_model {spec.d_model} into even parts")
     if spec.n_heads % spec.n_kv_heads:

@@ -39,9 +39,15 @@ class Transformer:
         """Logits ``[..., V]`` of normalised hidden states ``[..., d]``."""
         return F.linear(hidden, self.weights.head)
 
-    def forward(self, tokens: torch.Tensor, scope: Scope, cache: KVCache | FeatureCache | None = None,
-                batch_rows: torch.Tensor | None = None, select: torch.Tensor | None = None,
-                features: tuple[int, float] | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        scope: Scope,
+        cache: KVCache | FeatureCache | None = None,
+        batch_rows: torch.Tensor | None = None,
+        select: torch.Tensor | None = None,
+        features: tuple[int, float] | None = None,
+    ) -> torch.Tensor:
         """Normalised hidden states of the scope's rows, ``[b, rows, d]``, or of ``select`` among them, ``[b, m, d]``.
 
         Args:
@@ -64,8 +70,17 @@ class Transformer:
                 x = self._layer(x, index, layer, scope, cache, batch_rows, select if at is not None else None, at)
         return ops.rms_norm(x, self.weights.norm, self.spec.norm_eps)
 
-    def _layer(self, x: torch.Tensor, index: int, layer: LayerWeights, scope: Scope, cache: KVCache | None,
-               batch_rows: torch.Tensor | None, select: torch.Tensor | None, local: torch.Tensor | None) -> torch.Tensor:
+    def _layer(
+        self,
+        x: torch.Tensor,
+        index: int,
+        layer: LayerWeights,
+        scope: Scope,
+        cache: KVCache | None,
+        batch_rows: torch.Tensor | None,
+        select: torch.Tensor | None,
+        local: torch.Tensor | None,
+    ) -> torch.Tensor:
         spec = self.spec
         h = ops.rms_norm(x, layer.attn_norm, spec.norm_eps)
         rows = slice(scope.first, scope.stop)
@@ -105,8 +120,9 @@ class Transformer:
 
     # ---------------------------------------------------------------------------------------- dLLM-Cache features
 
-    def _forward_features(self, x: torch.Tensor, scope: Scope, cache: FeatureCache, batch_rows: torch.Tensor,
-                          prompt: int, ratio: float) -> torch.Tensor:
+    def _forward_features(
+        self, x: torch.Tensor, scope: Scope, cache: FeatureCache, batch_rows: torch.Tensor, prompt: int, ratio: float
+    ) -> torch.Tensor:
         """Hidden states ``[b, stop, d]`` before the final norm, recomputing only what ``scope.features`` asks for.
 
         Prompt rows are recomputed or not as a whole. Response rows are, too, or else the ``ratio`` of them whose value
@@ -136,8 +152,17 @@ class Transformer:
             x = x + mixed + mlp
         return x
 
-    def _recompute(self, x: torch.Tensor, h: torch.Tensor, rows: torch.Tensor, layer: LayerWeights, k: torch.Tensor,
-                   v: torch.Tensor, mixed: torch.Tensor, mlp: torch.Tensor) -> None:
+    def _recompute(
+        self,
+        x: torch.Tensor,
+        h: torch.Tensor,
+        rows: torch.Tensor,
+        layer: LayerWeights,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mixed: torch.Tensor,
+        mlp: torch.Tensor,
+    ) -> None:
         """Recompute keys, values, attention and MLP outputs at ``rows [b, m]``, in place."""
         spec = self.spec
 

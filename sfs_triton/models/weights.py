@@ -22,18 +22,30 @@ LLADA_NAMES = {
     "norm": "model.transformer.ln_f.weight",
     "head": "model.transformer.ff_out.weight",
     "layer": "model.transformer.blocks.{layer}.",
-    "attn_norm": "attn_norm.weight", "mlp_norm": "ff_norm.weight",
-    "q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "attn_out.weight",
-    "gate": "ff_proj.weight", "up": "up_proj.weight", "down": "ff_out.weight",
+    "attn_norm": "attn_norm.weight",
+    "mlp_norm": "ff_norm.weight",
+    "q": "q_proj",
+    "k": "k_proj",
+    "v": "v_proj",
+    "o": "attn_out.weight",
+    "gate": "ff_proj.weight",
+    "up": "up_proj.weight",
+    "down": "ff_out.weight",
 }
 LLAMA_NAMES = {
     "embedding": "model.embed_tokens.weight",
     "norm": "model.norm.weight",
     "head": "lm_head.weight",
     "layer": "model.layers.{layer}.",
-    "attn_norm": "input_layernorm.weight", "mlp_norm": "post_attention_layernorm.weight",
-    "q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.o_proj.weight",
-    "gate": "mlp.gate_proj.weight", "up": "mlp.up_proj.weight", "down": "mlp.down_proj.weight",
+    "attn_norm": "input_layernorm.weight",
+    "mlp_norm": "post_attention_layernorm.weight",
+    "q": "self_attn.q_proj",
+    "k": "self_attn.k_proj",
+    "v": "self_attn.v_proj",
+    "o": "self_attn.o_proj.weight",
+    "gate": "mlp.gate_proj.weight",
+    "up": "mlp.up_proj.weight",
+    "down": "mlp.down_proj.weight",
 }
 
 
@@ -85,7 +97,9 @@ def _shards(folder: Path) -> dict[str, list[str] | None]:
     shards: dict[str, list[str] | None] = {}
     for name, file in mapping.items():
         if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
-            raise CheckpointError(f"{folder / INDEX_FILE}: {name} points to {file!r}, not a .safetensors file beside it")
+            raise CheckpointError(
+                f"{folder / INDEX_FILE}: {name} points to {file!r}, not a .safetensors file beside it"
+            )
         shards.setdefault(file, []).append(name)
     return shards
 
@@ -159,8 +173,10 @@ def _check(reader: TensorReader, spec: ModelSpec, names: Mapping[str, str]) -> N
         raise CheckpointError(f"{reader.folder}: tensors the configuration has no place for: {_listed(extra)}")
     for name, shape in wanted.items():
         if reader.shape(name) != shape:
-            raise CheckpointError(f"{reader.folder}: tensor {name} has shape {list(reader.shape(name))}, "
-                                  f"the configuration says {list(shape)}")
+            raise CheckpointError(
+                f"{reader.folder}: tensor {name} has shape {list(reader.shape(name))}, "
+                f"the configuration says {list(shape)}"
+            )
 
 
 def load_weights(folder: Path, spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> Weights:
@@ -183,12 +199,19 @@ def load_weights(folder: Path, spec: ModelSpec, device: torch.device, dtype: tor
             at = names["layer"].format(layer=index)
             qkv = [at + names[part] for part in ("q", "k", "v")]
             return LayerWeights(
-                attn_norm=take(at + names["attn_norm"]), qkv=take(*(f"{p}.weight" for p in qkv)),
-                qkv_bias=take(*(f"{p}.bias" for p in qkv)) if spec.qkv_bias else None, out=take(at + names["o"]),
-                mlp_norm=take(at + names["mlp_norm"]), gate_up=take(at + names["gate"], at + names["up"]),
-                down=take(at + names["down"]))
+                attn_norm=take(at + names["attn_norm"]),
+                qkv=take(*(f"{p}.weight" for p in qkv)),
+                qkv_bias=take(*(f"{p}.bias" for p in qkv)) if spec.qkv_bias else None,
+                out=take(at + names["o"]),
+                mlp_norm=take(at + names["mlp_norm"]),
+                gate_up=take(at + names["gate"], at + names["up"]),
+                down=take(at + names["down"]),
+            )
 
         embedding = take(names["embedding"])
         return Weights(
-            embedding=embedding, layers=tuple(layer(i) for i in range(spec.n_layers)), norm=take(names["norm"]),
-            head=embedding if spec.tied_head else take(names["head"]))
+            embedding=embedding,
+            layers=tuple(layer(i) for i in range(spec.n_layers)),
+            norm=take(names["norm"]),
+            head=embedding if spec.tied_head else take(names["head"]),
+        )

@@ -51,9 +51,13 @@ def _score(logits: torch.Tensor, token: torch.Tensor, metric: str) -> torch.Tens
     return probabilities.gather(-1, token[:, None])[:, 0]
 
 
-def confidence(logits: torch.Tensor, draw: Draw, seed: torch.Tensor | None = None,
-               position: torch.Tensor | None = None, step: torch.Tensor | None = None,
-               ) -> tuple[torch.Tensor, torch.Tensor]:
+def confidence(
+    logits: torch.Tensor,
+    draw: Draw,
+    seed: torch.Tensor | None = None,
+    position: torch.Tensor | None = None,
+    step: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ``[T]`` (int64) and score ``[T]`` (float32) for each row of ``logits [T, V]``, which may be overwritten.
 
     ``seed``, ``position`` and ``step`` (int64 ``[T]``) key the noise and are needed when the temperature is positive.
@@ -69,8 +73,9 @@ def confidence(logits: torch.Tensor, draw: Draw, seed: torch.Tensor | None = Non
     if draw.top_k is not None or draw.top_p is not None:
         drawn = filter_logits(drawn, draw.top_k, draw.top_p)
     if draw.temperature > 0:
-        noise = gumbel(seed[:, None], torch.arange(logits.shape[-1], device=logits.device), position[:, None],
-                       step[:, None])
+        noise = gumbel(
+            seed[:, None], torch.arange(logits.shape[-1], device=logits.device), position[:, None], step[:, None]
+        )
         token = (drawn + noise * (1.0 if draw.tempered else draw.temperature)).argmax(-1)
     else:
         token = drawn.argmax(-1)

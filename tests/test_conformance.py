@@ -1,0 +1,81 @@
+"""The recorded cases of every reference implementation, and that the checker can fail."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).with_name("conformance.py")
+
+
+def _run(*arguments: str | Path) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, SCRIPT, *map(str, arguments)], capture_output=True, text=True, timeout=1800)
+
+
+def test_all_recorded_cases(golden):
+    done = _run(golden, "--impl", "torch")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert done.stdout.splitlines()[-1] == "1247 passed, 0 failed"
+
+
+@pytest.fixture
+def small(golden, tmp_path) -> Path:
+    """One model with a few of its cases."""
+    shutil.copytree(golden / "models" / "llada-mha", tmp_path / "models" / "llada-mha")
+    (tmp_path / "logits").mkdir()
+    (tmp_path / "cases").mkdir()
+    lines = (golden / "cases" / "llada-mha.slowfast.jsonl").read_text().splitlines()[:2]
+    (tmp_path / "cases" / "llada-mha.slowfast.jsonl").write_text("\n".join(lines) + "\n")
+    return tmp_path
+
+
+def _rewrite_first_case(folder: Path, change) -> None:
+    path = folder / "cases" / "llada-mha.slowfast.jsonl"
+    first, *rest = path.read_text().splitlines()
+    case = json.loads(first)
+    change(case)
+    path.write_text("\n".join([json.dumps(case), *rest]) + "\n")
+
+
+def test_output_form(small):
+    done = _run(small)
+    assert done.stdout.splitlines() == ["slowfast/llada-reference 2/2", "2 passed, 0 failed"]
+
+
+def _wrong_token(case):
+    case["out"][0][3] += 1
+
+
+def _wrong_nfe(case):
+    case["nfe"] += 1
+
+
+def _wrong_span(case):
+    case["trace"][2][10] = 1
+
+
+def _wrong_fill(case):
+    case["trace"][0][11] = []
+
+
+def _unknown(case):
+    case["method"] = "beam_search"
+
+
+@pytest.mark.parametrize("change", [_wrong_token, _wrong_nfe, _wrong_span, _wrong_fill, _unknown])
+def test_a_wrong_or_unknown_case_fails(small, change):
+    _rewrite_first_case(small, change)
+    done = _run(small)
+    assert done.returncode == 1
+    assert done.stdout.splitlines()[-1] == "1 passed, 1 failed"
+
+
+def test_refusals(small, tmp_path):
+    assert "no folder 'cases'" in _run(tmp_path / "models").stderr
+    unknown = _run(small, "--impl", "cuda")
+    assert unknown.returncode == 2 and "impl='cuda'" in unknown.stderr
