@@ -1,4 +1,4 @@
-"""Packaging. The kernels live in kernels/triton/ and are importable only as sfs_triton.kernels (see CONTRIBUTING.md)."""
+"""Packaging. Kernels live in kernels/triton/ and are importable only as sfs_triton.kernels (see CONTRIBUTING.md)."""
 
 import re
 from pathlib import Path

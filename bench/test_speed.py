@@ -1,7 +1,7 @@
 """The eager torch path beside straightforward PyTorch, on the tiny golden models: ``pytest bench/test_speed.py``.
 
-Each pair decodes the same prompts to the same tokens in the same number of steps; the two sides take turns, and the median
-of the paired ratios of tokens a second must not fall below 1.
+Each pair decodes the same prompts to the same tokens in the same number of steps; the two sides take turns, and the
+median of the paired ratios of tokens a second must not fall below 1.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ class NoCache:
 
 @dataclass(frozen=True)
 class PrefixCache:
-    """Fast-dLLM's prefix cache: one full forward opens a block, then only the block and what follows it are forwarded."""
+    """Fast-dLLM's prefix cache: one full forward opens a block, then the block and what follows it are forwarded."""
 
     name = "prefix"
     cache_class = KVCache

@@ -76,7 +76,7 @@ def load(
     """An :class:`Engine` for a checkpoint folder, a hub id, or ``"embedded"`` (the small model in this package).
 
     Args:
-        path_or_hub_id: a folder with ``config.json`` and safetensors, or a hub id such as ``GSAI-ML/LLaDA-8B-Instruct``.
+        path_or_hub_id: a folder with ``config.json`` and safetensors, or a hub id (``GSAI-ML/LLaDA-8B-Instruct``).
         device: default: a GPU if there is one.
         dtype: default: bfloat16 on a GPU, float32 on a CPU.
 

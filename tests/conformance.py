@@ -8,8 +8,8 @@ What counts as right, by kind of record (``golden/README.md`` has the reasons):
 * a stable record: its tokens, NFE and trace;
 * a batch: ``batch1_rows``, the rows run one by one, since the references mix up the rows of a batch;
 * an ``error`` record, which the reference cannot take: a finished canvas, or an error that names the argument;
-* dLLM-Cache with a refresh ratio above 0 is numerically ill-posed (which rows are refreshed is decided by rounding): the
-  canvas must be finished, at an NFE within the bounds of the sampler.
+* dLLM-Cache with a refresh ratio above 0 is numerically ill-posed (which rows are refreshed is decided by rounding):
+  the canvas must be finished, at an NFE within the bounds of the sampler.
 """
 
 from __future__ import annotations

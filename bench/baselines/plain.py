@@ -2,8 +2,8 @@
 
 They compute the logits of every position at every step, take a softmax over all of them and read results back to the
 host where the algorithm branches, as the published scripts do. They have: fused attention (torch SDPA), float32 softmax
-(not float64), no gradient bookkeeping, truncated forwards in SlowFast's fast stage, weights fused for q, k, v and for gate
-and up. They lack: heads only where a decision looks, a last layer only where a decision looks, caches, early stop.
+(not float64), no gradient bookkeeping, truncated forwards in SlowFast's fast stage, weights fused for q, k, v and for
+gate and up. They lack: heads only where a decision looks, a last layer only where a decision looks, caches, early stop.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Write a trained run as a checkpoint: ``python -m bench.embedded.export RUN_DIR [OUT]``.
 
-bfloat16 safetensors with LLaDA's tensor names, ``config.json``, ``tokenizer.json`` and ``tokenizer_config.json`` with the
-chat template. The model card is written by hand beside them.
+bfloat16 safetensors with LLaDA's tensor names, ``config.json``, ``tokenizer.json`` and ``tokenizer_config.json`` with
+the chat template. The model card is written by hand beside them.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The embedded model as a trainable ``nn.Module`` with LLaDA's tensor names.
 
-Training needs gradients and nothing else, so this stays apart from the package's inference forward; a test holds the two
-to equal logits. One residual channel is a constant: every embedding row carries :data:`CONSTANT_VALUE` in channel
+Training needs gradients and nothing else, so this stays apart from the package's inference forward; a test holds the
+two to equal logits. One residual channel is a constant: every embedding row carries :data:`CONSTANT_VALUE` in channel
 :data:`CONSTANT_CHANNEL`, and nothing ever writes there (:meth:`LLaDA.pin_constant_channel`). Inflation to other shapes
 uses it as a bias.
 """

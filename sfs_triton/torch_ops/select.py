@@ -1,4 +1,4 @@
-"""Block-wise selection: confidence thresholds (Fast-dLLM) and fixed counts a step (LLaDA's and Dream's own samplers)."""
+"""Block-wise selection: confidence thresholds (Fast-dLLM) and fixed counts a step (LLaDA's and Dream's samplers)."""
 
 from __future__ import annotations
 
