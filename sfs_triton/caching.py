@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 from .errors import ArgumentError, require
 from .models.cache import FeatureCache, KVCache, Scope
-from .samplers import Sampler, SlowFast
 
 
 class RowView(NamedTuple):
@@ -37,12 +36,11 @@ class NoCache:
     """Recompute everything. SlowFast's fast stage, after its first step, forwards nothing beyond the span's end."""
 
     name = "none"
+    by_block = False
     cache_class = None
 
-    def check(self, sampler: Sampler) -> None:
-        """Every sampler goes with it."""
-
     def opening(self, shifted: bool) -> str:
+        """How a block begins, for the block machine (``BlockRules.opening``)."""
         return "normal"
 
     def scope(self, row: RowView) -> Scope:
@@ -54,13 +52,8 @@ class PrefixCache:
     """Fast-dLLM's prefix cache: one full forward opens a block, then the block and what follows it are forwarded."""
 
     name = "prefix"
+    by_block = True
     cache_class = KVCache
-
-    def check(self, sampler: Sampler) -> None:
-        require(
-            not isinstance(sampler, SlowFast),
-            f"cache={self.name!r} works by block and does not go with SlowFast; use 'none' or 'refresh'",
-        )
 
     def opening(self, shifted: bool) -> str:
         return "first" if shifted else "repeat"
@@ -96,6 +89,7 @@ class RefreshCache:
     ratio: float = 0.25
 
     name = "refresh"
+    by_block = False
     cache_class = FeatureCache
 
     def __post_init__(self) -> None:
@@ -107,10 +101,8 @@ class RefreshCache:
             )
         require(isinstance(self.ratio, (int, float)) and 0 <= self.ratio <= 1, f"ratio={self.ratio!r} is not in [0, 1]")
 
-    def check(self, sampler: Sampler) -> None:
-        """Every sampler goes with it."""
-
     def opening(self, shifted: bool) -> str:
+        """How a block begins, for the block machine (``BlockRules.opening``)."""
         return "normal"
 
     def scope(self, row: RowView) -> Scope:

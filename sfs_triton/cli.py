@@ -106,7 +106,7 @@ class Job:
     def prepare(cls, request: Request) -> Job:
         """Check everything that can be checked before a checkpoint of many gigabytes is loaded, then load it."""
         sampler, policy = request.make_sampler(), cache_policy(request.cache)
-        policy.check(sampler)
+        sampler.check_cache(policy)
         require(request.gen_length > 0, f"gen_length={request.gen_length} is not positive")
         sampler.check_length(request.gen_length)
         require(0 <= request.seed < 2**63, f"seed={request.seed} is not in [0, 2**63)")

@@ -238,7 +238,7 @@ class Engine:
         trace: bool,
         on_step: Callable[[Frame], None] | None,
     ) -> list[Generation]:
-        policy.check(sampler)
+        sampler.check_cache(policy)
         seeds = [seed + i for i in range(len(canvases))] if isinstance(seed, int) else list(seed)
         require(len(seeds) == len(canvases), f"seed has {len(seeds)} entries for {len(canvases)} prompts")
         state = DecodeState.allocate(

@@ -65,6 +65,9 @@ class Sampler:
         """How a token is drawn and scored."""
         return Draw(temperature=self.temperature, top_p=self.top_p, top_k=self.top_k)
 
+    def check_cache(self, policy) -> None:
+        """Refuse a cache policy that this sampler does not go with."""
+
     def check_length(self, length: int) -> None:
         """Refuse a response length that the block length does not divide."""
         block = getattr(self, "block_length", None)
@@ -130,6 +133,12 @@ class SlowFast(Sampler):
         """One of :data:`PRESETS`, with some settings changed."""
         _check_choice("preset", name, tuple(PRESETS))
         return PRESETS[name].replace(**changes)
+
+    def check_cache(self, policy) -> None:
+        require(
+            not policy.by_block,
+            f"cache={policy.name!r} works by block and does not go with SlowFast; use 'none' or 'refresh'",
+        )
 
     def rules(self) -> CycleRules:
         """The settings as the cycle machine takes them."""
@@ -257,6 +266,14 @@ class FixedSteps(Sampler):
             top_p=self.top_p,
             top_k=self.top_k,
             tempered=self.metric != "confidence",
+        )
+
+    def check_length(self, length: int) -> None:
+        Sampler.check_length(self, length)
+        blocks = length // (self.block_length or length)
+        require(
+            self.steps is None or self.steps % blocks == 0,
+            f"steps={self.steps} is not a multiple of the {blocks} blocks that gen_length={length} has",
         )
 
     def block_steps(self, length: int) -> int:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 
 import sfs_triton
 from bench.embedded import export, problems, tasks, train, vocabulary
-from bench.embedded.model import CONSTANT_CHANNEL, CONSTANT_VALUE, LLaDA, config_dict
+from bench.embedded.model import CONSTANT_CHANNEL, CONSTANT_VALUE, LLaDA
 from sfs_triton.engine import EMBEDDED
 
 KINDS = ("records", "words", "countdown", "drill")
@@ -74,11 +75,11 @@ def test_training_never_draws_a_test_problem():
 
 
 def test_training_batches_hold_no_test_problem(tokenizer):
-    batches = train.Batches(tokenizer, seed=0, steps=100)
+    batches = train.Batches(tokenizer, replace(train.RECIPES["cpu"], steps=100), seed=0)
     tested = {p.question for p in problems.held_out("records", 40, _codec(tokenizer), gen_length=128)}
     tested |= {p.question for p in tasks.third_party_countdown()}
     for step in (0, 20, 50, 90):
-        ids, prompt = batches(step)
+        ids, prompt = batches[step]
         assert (ids[:, -1] == tokenizer.token_to_id(vocabulary.EOS)).all()
         for row, length in zip(ids.tolist(), prompt.tolist(), strict=True):
             text = tokenizer.decode(row[:length], skip_special_tokens=False)
@@ -92,7 +93,7 @@ def _codec(tokenizer):
 
 
 def test_batches_repeat(tokenizer):
-    first, again = (train.Batches(tokenizer, seed=1, steps=50)(30) for _ in range(2))
+    first, again = (train.Batches(tokenizer, train.RECIPES["gpu"], seed=1)[19999] for _ in range(2))
     assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
 
 
@@ -137,36 +138,29 @@ def test_template_and_function_agree(embedded):
 
 
 @pytest.fixture
-def tiny_config(monkeypatch, tokenizer):
+def tiny(monkeypatch, tokenizer) -> train.Recipe:
     """A run of a few seconds: one layer, short batches, the real loop."""
     monkeypatch.setattr(train, "build_tokenizer", lambda: tokenizer)
-    monkeypatch.setattr(
-        train, "config_dict", lambda size, **ids: config_dict(size, layers=1, d_model=32, heads=2, mlp=48, **ids)
-    )
-    monkeypatch.setattr(
-        train,
-        "PHASES",
-        (train.Phase(1.0, ((96, 1.0),), 384, {"records": 0.5, "drill": 0.5}, rows=(1, 2), columns=(1, 1)),),
-    )
-    for name in ("quick_exact", "quick_exact_drill"):
-        monkeypatch.setattr(train, name, lambda *args, **kwargs: 0.0)
+    monkeypatch.setattr(train.Run, "evaluate", lambda self: {})
+    phase = train.Phase(1.0, ((96, 1.0),), 384, {"records": 0.5, "drill": 0.5}, rows=(1, 2), columns=(1, 1))
+    return train.Recipe((phase,), steps=6, rate=1e-3, layers=1, max_length=128)
 
 
-def test_an_interrupted_run_resumes_to_the_same_weights(tiny_config, tmp_path):
-    whole = train.Run(_folder(tmp_path / "whole"), steps=6, rate=1e-3, seed=0)
+def test_an_interrupted_run_resumes_to_the_same_weights(tiny, tmp_path):
+    whole = train.Run(_folder(tmp_path / "whole"), tiny)
     whole.train()
-    first = train.Run(_folder(tmp_path / "parts"), steps=6, rate=1e-3, seed=0)
+    first = train.Run(_folder(tmp_path / "parts"), tiny)
     original = first.train_step
 
     def interrupted(ids, prompt):
-        if first.step == 4:
+        if first.step == 5:
             raise KeyboardInterrupt
         return original(ids, prompt)
 
     first.train_step = interrupted
     with pytest.raises(KeyboardInterrupt):
         first.train(save_every=2)
-    second = train.Run(tmp_path / "parts", steps=6, rate=1e-3, seed=0)
+    second = train.Run(tmp_path / "parts", tiny)
     second.resume()
     assert second.step == 4
     second.train()
@@ -179,10 +173,10 @@ def _folder(path):
     return path
 
 
-def test_training_learns_and_keeps_the_constant_channel(tiny_config, tmp_path):
-    run = train.Run(tmp_path, steps=60, rate=1e-2, seed=0)
-    batches = train.Batches(run.tokenizer, 0, 60)
-    losses = [run.train_step(*batches(step % 3)) for step in range(60)]
+def test_training_learns_and_keeps_the_constant_channel(tiny, tmp_path):
+    run = train.Run(tmp_path, replace(tiny, steps=60, rate=1e-2, warm_up=5))
+    batches = train.Batches(run.tokenizer, run.recipe, 0)
+    losses = [run.train_step(*batches[step % 3]).item() for step in range(60)]
     assert sum(losses[-6:]) < 0.7 * sum(losses[:6])
     _assert_constant_channel(run.model.state_dict())
 
@@ -202,8 +196,8 @@ def test_masking_spares_the_prompt():
     assert torch.equal(noised == -1, masked) and torch.equal(noised[~masked], ids[~masked])
 
 
-def test_exported_checkpoint_has_the_trained_models_logits(tiny_config, tmp_path):
-    run = train.Run(tmp_path, steps=1, rate=1e-3, seed=0)
+def test_exported_checkpoint_has_the_trained_models_logits(tiny, tmp_path):
+    run = train.Run(tmp_path, tiny)
     torch.nn.init.normal_(run.model.model["transformer"]["ff_out"].weight)
     export.export(run, tmp_path / "out")
     engine = sfs_triton.load(tmp_path / "out", "cpu", "float32")

@@ -120,6 +120,7 @@ def test_empty_text(embedded, prompt):
         ({"cache": "turbo"}, "cache='turbo'"),
         ({"cache": "prefix"}, "cache='prefix' works by block"),
         ({"cache": 3}, "cache=3"),
+        ({"sampler": FixedSteps(steps=3, block_length=8)}, "steps=3 is not a multiple of the 2 blocks"),
         ({"seed": [1, 2]}, "seed has 2 entries"),
     ],
 )

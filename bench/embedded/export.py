@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from .train import Run
+from .train import RECIPES, Run
 from .vocabulary import BOS, CHAT_TEMPLATE, EOS, MASK
 
 DEFAULT = Path(__file__).resolve().parents[2] / "sfs_triton" / "embedded"
@@ -23,7 +23,7 @@ DEFAULT = Path(__file__).resolve().parents[2] / "sfs_triton" / "embedded"
 def export(run: Run, out: Path) -> None:
     """Write the checkpoint files, each whole or not at all."""
     out.mkdir(parents=True, exist_ok=True)
-    tensors = {name: t.to(torch.bfloat16).contiguous() for name, t in run.model.state_dict().items()}
+    tensors = {name: t.to("cpu", torch.bfloat16).contiguous() for name, t in run.model.state_dict().items()}
     tokenizer_config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": BOS,
@@ -51,8 +51,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path)
     parser.add_argument("out", type=Path, nargs="?", default=DEFAULT)
+    parser.add_argument("--recipe", choices=sorted(RECIPES), default="cpu", help="that the run was trained with")
     arguments = parser.parse_args()
-    run = Run(arguments.run, steps=1, rate=0.0, seed=0)
+    run = Run(arguments.run, RECIPES[arguments.recipe])
     run.resume()
     export(run, arguments.out)
     print(f"step {run.step}, {run.tokens / 1e6:.1f} M tokens, written to {arguments.out}")

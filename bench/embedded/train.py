@@ -1,7 +1,7 @@
 """Train the embedded model from scratch: ``python -m bench.embedded.train RUN_DIR``.
 
 Masked-diffusion training as LLaDA's fine-tuning has it: the prompt stays, a random share of the response is masked, and
-the response is padded with end-of-text to the end of the canvas. Tasks go from easy to hard (:data:`PHASES`). Matrices
+the response is padded with end-of-text to the end of the canvas. Tasks go from easy to hard (:data:`RECIPES`). Matrices
 are trained with Muon, everything else with AdamW. A run resumes from ``RUN_DIR/state.pt`` when interrupted; progress is
 judged by exact answers on held-out problems and written to ``RUN_DIR/log.jsonl``.
 """
@@ -14,11 +14,12 @@ import math
 import os
 import random
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch.utils.data import DataLoader
 
 from . import tasks
 from .model import LLaDA, config_dict
@@ -41,44 +42,67 @@ class Phase:
     variable: float = 0.0  # share of record problems with variable fields
 
 
-PHASES = (
-    Phase(0.06, ((96, 1.0),), 3072, {"records": 0.8, "drill": 0.2}, rows=(1, 2), columns=(1, 2)),
-    Phase(
-        0.25,
-        ((160, 1.0),),
-        5120,
-        {"records": 0.6, "words": 0.1, "countdown": 0.05, "drill": 0.25},
-        rows=(2, 4),
-        columns=(1, 3),
+@dataclass(frozen=True)
+class Recipe:
+    """A whole training run: the model's size, the optimiser's pace, and the phases from easy to hard."""
+
+    phases: tuple[Phase, ...]
+    steps: int
+    rate: float
+    layers: int
+    max_length: int
+    warm_up: int = 200
+    decay: float = 0.5  # share of the steps over which the rate falls to zero
+
+
+EASY = {"records": 0.8, "drill": 0.2}
+MIXED = {"records": 0.6, "words": 0.1, "countdown": 0.05, "drill": 0.25}
+RECORDS_FIRST = {"records": 0.8, "words": 0.08, "countdown": 0.04, "drill": 0.08}
+EVEN = {"records": 0.35, "words": 0.3, "countdown": 0.15, "drill": 0.2}
+
+RECIPES = {
+    # about two hours on two cores; records end up with a fixed set of fields, which is as far as that time goes
+    "cpu": Recipe(
+        phases=(
+            Phase(0.06, ((96, 1.0),), 3072, EASY, rows=(1, 2), columns=(1, 2)),
+            Phase(0.25, ((160, 1.0),), 5120, MIXED, rows=(2, 4), columns=(1, 3)),
+            Phase(0.65, ((128, 0.2), (192, 0.6), (256, 0.17), (512, 0.03)), 5120, RECORDS_FIRST, (2, 6), (1, 3)),
+            Phase(1.0, ((160, 0.2), (208, 0.5), (256, 0.28), (512, 0.02)), 5120, RECORDS_FIRST, (3, 10), fields="wn"),
+        ),
+        steps=11300,
+        rate=3e-3,
+        layers=4,
+        max_length=512,
     ),
-    Phase(
-        0.65,
-        ((128, 0.2), (192, 0.6), (256, 0.17), (512, 0.03)),
-        5120,
-        {"records": 0.8, "words": 0.08, "countdown": 0.04, "drill": 0.08},
-        rows=(2, 6),
-        columns=(1, 3),
+    # not run yet: every field variable, canvases up to a prompt of 1,100 and a response of 1,024
+    "gpu": Recipe(
+        phases=(
+            Phase(0.05, ((96, 1.0),), 24576, EASY, rows=(1, 2), columns=(1, 2)),
+            Phase(0.2, ((160, 1.0),), 32768, MIXED, rows=(2, 4), columns=(1, 3), variable=0.2),
+            Phase(0.85, ((192, 0.3), (256, 0.5), (512, 0.2)), 49152, EVEN, rows=(2, 8), columns=(1, 4), variable=0.5),
+            Phase(1.0, ((256, 0.4), (512, 0.2), (1024, 0.2), (2124, 0.2)), 65536, EVEN, (2, 8), (1, 4), variable=0.5),
+        ),
+        steps=20000,
+        rate=2e-3,
+        layers=8,
+        max_length=2176,
     ),
-    Phase(
-        1.0,
-        ((160, 0.2), (208, 0.5), (256, 0.28), (512, 0.02)),
-        5120,
-        {"records": 0.84, "words": 0.06, "countdown": 0.04, "drill": 0.06},
-        rows=(3, 10),
-        fields="wn",
-    ),
-)
+}
 
 
 class Batches:
-    """Endless training batches of token ids ``[B, L]`` and prompt lengths ``[B]``; a pure function of (seed, step)."""
+    """Training batches by step: token ids ``[B, L]`` and prompt lengths ``[B]``, a pure function of (seed, step)."""
 
-    def __init__(self, tokenizer, seed: int, steps: int):
-        self.tokenizer, self.seed, self.steps = tokenizer, seed, steps
+    def __init__(self, tokenizer, recipe: Recipe, seed: int):
+        self.tokenizer, self.recipe, self.seed = tokenizer, recipe, seed
         self.eos = tokenizer.token_to_id(EOS)
 
+    def __len__(self) -> int:
+        return self.recipe.steps
+
     def phase(self, step: int) -> Phase:
-        return next(p for p in PHASES if step < p.until * self.steps or p is PHASES[-1])
+        phases = self.recipe.phases
+        return next(p for p in phases if step < p.until * self.recipe.steps or p is phases[-1])
 
     def _problem(self, rng: random.Random, phase: Phase) -> tasks.Problem:
         kind = rng.choices(list(phase.mix), weights=phase.mix.values())[0]
@@ -95,12 +119,15 @@ class Batches:
         return tasks.sample(kind, rng, held_out=False, **options)
 
     def _row(self, rng: random.Random, phase: Phase, length: int) -> tuple[list[int], int]:
-        """One training example of exactly ``length`` tokens and the length of its prompt."""
+        """One training example of exactly ``length`` tokens and the length of its prompt.
+
+        Long ones are packed: solved examples before the question, and several questions answered in one response.
+        """
         while True:
             problem = self._problem(rng, phase)
             question, answer = problem.question, problem.answer
             shots = ""
-            while length >= 512 and rng.random() < 0.75:
+            while length >= 512 and rng.random() < 1 - 128 / length:
                 other = self._problem(rng, phase)
                 if rng.random() < 0.5:
                     shots += chat(other.question)[len(BOS) if shots else 0 :] + other.answer + "<|eot_id|>"
@@ -113,7 +140,7 @@ class Batches:
             if room >= 1:
                 return prompt + response + [self.eos] * room, len(prompt)
 
-    def __call__(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def __getitem__(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         rng = random.Random(f"{self.seed}-{step}")
         phase = self.phase(step)
         length = rng.choices([n for n, _ in phase.lengths], weights=[w for _, w in phase.lengths])[0]
@@ -150,9 +177,10 @@ def optimisers(model: LLaDA, rate: float) -> list[torch.optim.Optimizer]:
     ]
 
 
-def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Warm-up over 200 steps, constant, and linear decay over the last half."""
-    return peak * min(1.0, (step + 1) / 200, max(0.02, (steps - step) / (0.5 * steps)))
+def learning_rate(step: int, recipe: Recipe) -> float:
+    """Warm-up, constant, and linear decay over the last part."""
+    falling = (recipe.steps - step) / (recipe.decay * recipe.steps)
+    return recipe.rate * min(1.0, (step + 1) / recipe.warm_up, max(0.02, falling))
 
 
 @torch.no_grad()
@@ -167,10 +195,10 @@ def quick_exact(model: LLaDA, tokenizer, kind: str, n: int, threshold: float = 0
             problems.append(problem)
             rows.append(prompt + [mask_id] * (256 - len(prompt)))
     prompts = [row.index(mask_id) for row in rows]
-    ids = torch.tensor(rows)
+    ids = torch.tensor(rows, device=model.cos.device)
     while (masked := ids == mask_id).any():
         logits = model(ids, masked).float()
-        confidence = torch.full(ids.shape, -1.0)
+        confidence = torch.full(ids.shape, -1.0, device=ids.device)
         token = torch.zeros_like(ids)
         confidence[masked], token[masked] = logits.softmax(-1).max(-1)
         commit = (confidence > threshold) | ((confidence == confidence.amax(1, keepdim=True)) & masked)
@@ -185,14 +213,15 @@ def quick_exact(model: LLaDA, tokenizer, kind: str, n: int, threshold: float = 0
 class Run:
     """Model, optimisers and counters of one training run, saved and resumed as a whole."""
 
-    def __init__(self, folder: Path, steps: int, rate: float, seed: int):
-        self.folder, self.steps, self.rate, self.seed = folder, steps, rate, seed
+    def __init__(self, folder: Path, recipe: Recipe, seed: int = 0, device: str = "cpu"):
+        self.folder, self.recipe, self.seed, self.device = folder, recipe, seed, torch.device(device)
         torch.manual_seed(seed)
         self.tokenizer = build_tokenizer()
         ids = {f"{k}_id": self.tokenizer.token_to_id(t) for k, t in (("mask", MASK), ("eos", EOS), ("bos", BOS))}
-        self.config = config_dict(math.ceil(self.tokenizer.get_vocab_size() / 128) * 128, **ids)
-        self.model = LLaDA(self.config)
-        self.optimisers = optimisers(self.model, rate)
+        size = math.ceil(self.tokenizer.get_vocab_size() / 128) * 128
+        self.config = config_dict(size, layers=recipe.layers, max_length=recipe.max_length, **ids)
+        self.model = LLaDA(self.config).to(self.device)
+        self.optimisers = optimisers(self.model, recipe.rate)
         self.step = self.tokens = 0
         self.seconds = 0.0
 
@@ -211,7 +240,7 @@ class Run:
     def resume(self) -> None:
         path = self.folder / "state.pt"
         if path.exists():
-            state = torch.load(path, weights_only=True)
+            state = torch.load(path, weights_only=True, map_location=self.device)
             self.model.load_state_dict(state["model"])
             for optimiser, saved in zip(self.optimisers, state["optimisers"], strict=True):
                 optimiser.load_state_dict(saved)
@@ -223,47 +252,56 @@ class Run:
             file.write(json.dumps(entry) + "\n")
         print(entry, flush=True)
 
-    def train_step(self, ids: torch.Tensor, prompt: torch.Tensor) -> float:
+    def train_step(self, ids: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
+        """One optimiser step; the loss, still on the device."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.step)
         noised, masked = mask_response(ids, prompt, self.config["mask_token_id"], generator)
-        with torch.autocast("cpu", torch.bfloat16):
-            logits = self.model(noised, masked)
-        loss = F.cross_entropy(logits.float(), ids[masked])
+        wanted = ids[masked].to(self.device)
+        with torch.autocast(self.device.type, torch.bfloat16):
+            logits = self.model(noised.to(self.device), masked.to(self.device))
+        loss = F.cross_entropy(logits.float(), wanted)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimiser in self.optimisers:
             for group in optimiser.param_groups:
-                group["lr"] = learning_rate(self.step, self.steps, self.rate)
+                group["lr"] = learning_rate(self.step, self.recipe)
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
         self.model.pin_constant_channel()
-        return float(loss.detach())
+        self.step += 1
+        self.tokens += ids.numel()
+        return loss.detach()
 
-    def train(self, log_every: int = 50, save_every: int = 250, evaluate_every: int = 1000) -> None:
-        batches = Batches(self.tokenizer, self.seed, self.steps)
+    def evaluate(self) -> dict[str, float]:
+        """Share of held-out problems answered exactly, a few of each kind at the last phase's difficulty."""
+        last = self.recipe.phases[-1]
+        records = {"rows": last.rows, "columns": last.columns, "fields": last.fields}
+        with torch.autocast(self.device.type, torch.bfloat16):
+            exact = {
+                "records": quick_exact(self.model, self.tokenizer, "records", 32, **records),
+                "words": quick_exact(self.model, self.tokenizer, "words", 16),
+                "countdown": quick_exact(self.model, self.tokenizer, "countdown", 16),
+                "drill": quick_exact_drill(self.model, self.tokenizer),
+            }
+        return {name: round(share, 4) for name, share in exact.items()}
+
+    def train(self, log_every: int = 50, save_every: int = 250, evaluate_every: int = 1000, workers: int = 0) -> None:
+        """Go on to the last step. ``workers`` processes prepare batches; 0 does it in between."""
+        batches = Batches(self.tokenizer, self.recipe, self.seed)
+        loader = DataLoader(batches, batch_size=None, sampler=range(self.step, len(batches)), num_workers=workers)
         losses, began = [], time.monotonic()
-        while self.step < self.steps:
-            ids, prompt = batches(self.step)
+        for ids, prompt in loader:
             losses.append(self.train_step(ids, prompt))
-            self.step += 1
-            self.tokens += ids.numel()
             if self.step % log_every == 0:
+                mean = round(torch.stack(losses).mean().item(), 4)
                 self.seconds += time.monotonic() - began
                 began = time.monotonic()
-                self.log(loss=round(sum(losses) / len(losses), 4), length=ids.shape[1])
+                self.log(loss=mean, length=ids.shape[1])
                 losses = []
-            if self.step % save_every == 0:
+            if self.step % save_every == 0 or self.step == len(batches):
                 self.save()
-            if self.step % evaluate_every == 0 or self.step == self.steps:
-                self.save()
-                with torch.autocast("cpu", torch.bfloat16):
-                    self.log(
-                        small=quick_exact(self.model, self.tokenizer, "records", 32, rows=(1, 2), columns=(1, 2)),
-                        records=quick_exact(self.model, self.tokenizer, "records", 32, rows=(4, 6), fields="wn"),
-                        words=quick_exact(self.model, self.tokenizer, "words", 16),
-                        countdown=quick_exact(self.model, self.tokenizer, "countdown", 16),
-                        drill=quick_exact_drill(self.model, self.tokenizer),
-                    )
+            if self.step % evaluate_every == 0 or self.step == len(batches):
+                self.log(**self.evaluate())
                 began = time.monotonic()
 
 
@@ -279,23 +317,28 @@ def quick_exact_drill(model: LLaDA, tokenizer, n: int = 256) -> float:
         ids = tokenizer.encode(text, add_special_tokens=False).ids
         rows.append(ids + [eos] * (64 - len(ids)))
         wanted.append(tokenizer.token_to_id(str(a + b if op == "+" else a - b)))
-    ids = torch.tensor(rows)
-    return (model(ids, ids == mask_id).argmax(-1) == torch.tensor(wanted)).float().mean().item()
+    ids = torch.tensor(rows, device=model.cos.device)
+    return (model(ids, ids == mask_id).argmax(-1).cpu() == torch.tensor(wanted)).float().mean().item()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--steps", type=int, default=12000)
-    parser.add_argument("--rate", type=float, default=3e-3)
+    parser.add_argument("--recipe", choices=sorted(RECIPES), default="gpu" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--steps", type=int, help="default: the recipe's")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--evaluate-every", type=int, default=500)
+    parser.add_argument("--evaluate-every", type=int, default=1000)
+    parser.add_argument("--workers", type=int, default=0, help="processes that prepare batches")
     arguments = parser.parse_args()
+    recipe = RECIPES[arguments.recipe]
+    if arguments.steps:
+        recipe = replace(recipe, steps=arguments.steps)
     arguments.folder.mkdir(parents=True, exist_ok=True)
-    run = Run(arguments.folder, arguments.steps, arguments.rate, arguments.seed)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    run = Run(arguments.folder, recipe, arguments.seed, device)
     run.resume()
-    run.log(parameters=sum(p.numel() for p in run.model.parameters()), threads=torch.get_num_threads())
-    run.train(evaluate_every=arguments.evaluate_every)
+    run.log(parameters=sum(p.numel() for p in run.model.parameters()), recipe=arguments.recipe, device=device)
+    run.train(evaluate_every=arguments.evaluate_every, workers=arguments.workers)
 
 
 if __name__ == "__main__":

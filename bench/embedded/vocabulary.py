@@ -18,8 +18,9 @@ HEADER, HEADER_END, TURN_END = "<|start_header_id|>", "<|end_header_id|>", "<|eo
 SPECIAL = (BOS, EOS, HEADER, HEADER_END, TURN_END, MASK)
 PIECE = r"(?<!\d)1?\d?\d(?!\d)|\d| ?[A-Za-z]+| ?[^A-Za-z0-9 ]+| "
 CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}<|start_header_id|>{{ message['role'] }}<|end_header_id|>\n\n"
-    "{{ message['content'] | trim }}<|eot_id|>{% endfor %}<|start_header_id|>assistant<|end_header_id|>\n\n"
+    "{{ bos_token }}{% for message in messages %}"
+    "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>' }}"
+    "{% endfor %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
 )
 
 
