@@ -17,7 +17,7 @@ bench: install
 	$(BIN)/python bench/throughput.py $(ARGS)
 
 test: install
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto $(ARGS)
 
 lint: install
 	$(BIN)/python -m pip install --quiet ruff

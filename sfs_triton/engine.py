@@ -23,7 +23,7 @@ from .trace import StepTrace, Tracer
 EMBEDDED = Path(__file__).parent / "embedded"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
+Prompt = str | Sequence[int] | torch.Tensor | Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -147,8 +147,8 @@ class Engine:
         """Answer one prompt (returns a :class:`Generation`) or a list of prompts (returns a list of them).
 
         Args:
-            prompts: text, token ids, or chat messages; or a list of those. Text becomes a user turn in the
-                checkpoint's chat template if it has one, unless ``raw``.
+            prompts: text, token ids (a list or a tensor), or chat messages; or a list of those. Text becomes a user
+                turn in the checkpoint's chat template if it has one, unless ``raw``.
             gen_length: response positions; one number, or one a prompt.
             sampler: default: ``SlowFast()``, the paper's settings.
             cache: a policy or its name.
@@ -218,7 +218,7 @@ class Engine:
                 prompt = [{"role": "user", "content": prompt}]
             ids = self.text.encode(prompt if isinstance(prompt, str) else self.text.render(prompt))
         else:
-            ids = list(prompt)
+            ids = prompt.tolist() if isinstance(prompt, torch.Tensor) else list(prompt)
         require(bool(ids), f"prompt {index} is empty: {prompt!r}")
         for position, token in enumerate(ids):
             require(
@@ -285,7 +285,8 @@ class Engine:
             row, commits = row[: len(canvases[index])], commits[: len(canvases[index])]
             response = row[starts[index] :]
             eos = self.spec.eos_id
-            tokens = response[: response.index(eos) + 1] if starts[index] and eos in response else response
+            generated = starts[index] > 0 and eos in response  # a canvas that was filled in is kept whole
+            tokens = response[: response.index(eos) + 1] if generated else response
             lengths = tracer.forward_lengths[index]
             results.append(
                 Generation(
@@ -306,8 +307,10 @@ class Engine:
 
 
 def _is_single(prompts: Any) -> bool:
+    if isinstance(prompts, torch.Tensor):
+        return prompts.dim() < 2
     require(isinstance(prompts, (str, Sequence)), f"prompts={prompts!r} is neither text nor a sequence")
-    return isinstance(prompts, str) or bool(prompts) and not isinstance(prompts[0], (str, Sequence))
+    return isinstance(prompts, str) or bool(prompts) and not isinstance(prompts[0], (str, Sequence, torch.Tensor))
 
 
 def _per_row(name: str, value: int | Sequence[int], rows: int) -> list[int]:

@@ -301,3 +301,11 @@ def test_messages_and_text_are_the_same_turn(embedded):
 def test_bfloat16_runs(golden):
     engine = sfs_triton.load(golden / "models" / "llada-mha", "cpu", "bfloat16")
     assert 500 not in engine.generate(PROMPT, gen_length=32).canvas
+
+
+def test_tensors_are_token_ids(engines):
+    engine = engines["llada-mha"]
+    wanted = engine.generate(PROMPT, gen_length=16).canvas
+    assert engine.generate(torch.tensor(PROMPT), gen_length=16).canvas == wanted
+    assert [r.canvas for r in engine.generate(torch.tensor([PROMPT, PROMPT]), gen_length=16)] == [wanted, wanted]
+    assert engine.generate([torch.tensor(PROMPT)], gen_length=16)[0].canvas == wanted

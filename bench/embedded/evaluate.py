@@ -61,12 +61,13 @@ def main() -> None:
     parser.add_argument("checkpoint", nargs="?", default="embedded")
     parser.add_argument("--limit", type=int, default=500)
     parser.add_argument("--tasks", default="records,words,countdown")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--sampler", choices=sorted(SAMPLERS), default="vanilla")
     arguments = parser.parse_args()
-    engine = sfs_triton.load(arguments.checkpoint)
+    engine = sfs_triton.load(arguments.checkpoint, dtype=arguments.dtype)
     for kind in arguments.tasks.split(","):
         result = evaluate(engine, kind, arguments.limit, SAMPLERS[arguments.sampler])
-        print(json.dumps({"sampler": arguments.sampler, **result}), flush=True)
+        print(json.dumps({"sampler": arguments.sampler, "dtype": arguments.dtype, **result}), flush=True)
 
 
 if __name__ == "__main__":
