@@ -1,8 +1,8 @@
 # make bench   install into .venv and run the main benchmark
 # make test    install into .venv and run the test suite
 #
-# Variables: PYTHON (interpreter to build .venv with), TORCH (what to install where torch is missing),
-# EXTRAS (optional dependencies), ARGS (passed on to the benchmark or to pytest).
+# Variables, read when .venv is made (remove it to choose anew): PYTHON (interpreter), TORCH (what to install where
+# torch is missing or older than 2.11), EXTRAS (optional dependencies). ARGS is passed on to the benchmark or to pytest.
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -26,13 +26,14 @@ lint: install
 
 install: $(VENV)/.installed
 
-# A machine's own torch (a GPU image's, say) is used if PYTHON has one; else TORCH is installed.
+# A machine's own torch (a GPU image's, say) is used if PYTHON has a recent enough one; else TORCH is installed.
+HAS_TORCH := import torch; assert tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11)
+
 $(VENV)/.installed: setup.py pyproject.toml sfs_triton/__init__.py
-	@if $(PYTHON) -c "import torch" 2>/dev/null; then \
-	  test -d $(VENV) || $(PYTHON) -m venv --system-site-packages $(VENV); \
-	else \
-	  test -d $(VENV) || $(PYTHON) -m venv $(VENV); \
-	fi
-	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install --quiet "$(TORCH)"
+	@test -x $(BIN)/pip || { rm -rf $(VENV); \
+	  if $(PYTHON) -c '$(HAS_TORCH)' 2>/dev/null; then own=--system-site-packages; fi; \
+	  $(PYTHON) -m venv $$own $(VENV) || { rm -rf $(VENV); \
+	    echo "error: $(PYTHON) -m venv failed (Debian and Ubuntu need the package python3-venv)"; exit 1; }; }
+	$(BIN)/python -c '$(HAS_TORCH)' 2>/dev/null || $(BIN)/python -m pip install --quiet "$(TORCH)"
 	$(BIN)/python -m pip install --quiet -e ".[$(EXTRAS)]"
 	@touch $@

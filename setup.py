@@ -17,19 +17,14 @@ PACKAGES = [
     "sfs_triton.torch_ops",
 ]
 
+PICTURES = ["matplotlib>=3.8", "rich>=13.7"]
+TESTING = ["pytest>=8", "pytest-benchmark>=4", "pytest-xdist>=3.5", "hypothesis>=6.100"]
+CLI = ["typer>=0.16", *PICTURES]
+
 EXTRAS = {
-    "cli": ["typer>=0.16", "rich>=13.7", "matplotlib>=3.8"],
-    "bench": ["matplotlib>=3.8", "rich>=13.7", "pytest>=8", "pytest-benchmark>=4"],
-    "test": [
-        "pytest>=8",
-        "pytest-benchmark>=4",
-        "pytest-xdist>=3.5",
-        "hypothesis>=6.100",
-        "typer>=0.16",
-        "rich>=13.7",
-        "matplotlib>=3.8",
-    ],
-    "hf": ["transformers>=4.49"],
+    "cli": CLI,
+    "bench": [*PICTURES, *TESTING],
+    "test": [*CLI, *TESTING],
     "dev": ["ruff>=0.6", "pre-commit>=3.7"],
 }
 

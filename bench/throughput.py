@@ -39,7 +39,7 @@ class Row:
     """One line of the table: a sampler with its cache."""
 
     sampler: str
-    preset: str
+    label: str
     settings: sfs_triton.Sampler
     caches: tuple[str, ...]
 
@@ -84,7 +84,8 @@ class Tally:
         low, high = wilson_interval(self.correct, self.checked)
         return {
             "sampler": self.row.sampler,
-            "preset": self.row.preset,
+            "preset": getattr(self.row.settings, "name", None),
+            "label": self.row.label,
             "cache": self.cache,
             "loop": "eager",
             "nfe": self.nfe / self.generations,
@@ -130,10 +131,14 @@ def read_work(arguments: argparse.Namespace, engine: sfs_triton.Engine) -> Work:
         try:
             entry = json.loads(line)
             prompt, answer = entry["prompt"], entry.get("answer")
+            if not isinstance(prompt, str) or not isinstance(answer, (str, type(None))):
+                raise TypeError("'prompt' and 'answer' are text")
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise SystemExit(f"error: {path}:{number}: not an object with a 'prompt': {error}") from None
         work.prompts.append(prompt)
         work.known.append(None if answer is None else tasks.Problem("exact", prompt, answer, prompt))
+    if not work.prompts:
+        raise SystemExit(f"error: {path} holds no prompt")
     return work
 
 
@@ -158,7 +163,8 @@ def select(arguments: argparse.Namespace) -> list[Tally]:
 def measure(engine: sfs_triton.Engine, work: Work, tallies: list[Tally], gen_length: int, console: Console) -> None:
     """Run every row on every prompt, row after row within a prompt, after one warm-up each."""
     for tally in tallies:
-        engine.generate(work.prompts[0], gen_length=min(gen_length, 32), cache=tally.cache, sampler=tally.row.settings)
+        block = getattr(tally.row.settings, "block_length", None) or min(gen_length, 32)
+        engine.generate(work.prompts[0], gen_length=block, cache=tally.cache, sampler=tally.row.settings)
     with Progress(console=console, transient=True) as progress:
         total = progress.add_task("decoding", total=len(work.prompts) * len(tallies))
         for prompt, known in zip(work.prompts, work.known, strict=True):
@@ -190,7 +196,7 @@ def show(record: dict, console: Console) -> None:
             else (f"{row['accuracy']:.1%} ({row['accuracy_low']:.0%}-{row['accuracy_high']:.0%})")
         )
         table.add_row(
-            f"{row['sampler']} ({row['preset']})",
+            f"{row['sampler']} ({row['label']})",
             row["cache"],
             f"{row['tokens_per_second']:.1f}",
             "" if row["speedup"] is None else f"{row['speedup']:.2f}x",
@@ -230,6 +236,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for name in ("gen_length", "limit"):
         if getattr(arguments, name) < 1:
             parser.error(f"--{name.replace('_', '-')} {getattr(arguments, name)} is not positive")
+    if arguments.json and arguments.json.suffix != ".json":
+        parser.error(f"--json {arguments.json} does not end in .json; the chart goes beside it as .png")
     return arguments
 
 
@@ -237,9 +245,11 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse(argv)
     console = Console()
     try:
-        engine = sfs_triton.load(arguments.model, arguments.device, arguments.dtype)
-        work = read_work(arguments, engine)
         tallies = select(arguments)
+        engine = sfs_triton.load(arguments.model, arguments.device, arguments.dtype)
+        if engine.text is None:
+            raise sfs_triton.ArgumentError(f"--model {arguments.model} has no tokenizer.json, which the prompts need")
+        work = read_work(arguments, engine)
         measure(engine, work, tallies, arguments.gen_length, console)
     except (sfs_triton.SfsError, ValueError) as error:
         console.print(f"error: {error}", style="red", highlight=False)

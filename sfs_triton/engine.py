@@ -5,17 +5,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from .caching import CachePolicy, cache_policy
-from .errors import ArgumentError, CheckpointError, NumericalFault, require
+from .errors import ArgumentError, CheckpointError, require
 from .loops import EagerLoop
 from .models import Transformer, load_weights, read_spec
 from .models.weights import read_json
-from .samplers import FixedSteps, Sampler, SlowFast
+from .samplers import FixedSteps, Sampler, SlowFast, Threshold
 from .state import DecodeState
 from .text import TextCodec
 from .trace import StepTrace, Tracer
@@ -56,6 +57,7 @@ class Generation:
     rows_forwarded: int
     forward_lengths: list[int]
     commit_step: list[int]  # for each canvas position: the step that filled it, -1 if it was given
+    masks_left: int  # 0 but where a sampler's own bounds leave some (``max_cycles``, Dream's one-step blocks)
     seconds: float  # of the whole batch, without the time spent in on_step
     trace: list[StepTrace] | None = None
 
@@ -174,8 +176,7 @@ class Engine:
                     f"{ids.index(self.spec.mask_id)}; use Engine.infill to fill in masks"
                 )
             canvases.append(ids + [self.spec.mask_id] * length)
-        sampler = SlowFast() if sampler is None else sampler
-        require(isinstance(sampler, Sampler), f"sampler={sampler!r} is not a Sampler")
+        sampler = _checked(sampler)
         for length in lengths:
             sampler.check_length(length)
         done = self._run(canvases, [len(ids) for ids in rows], sampler, cache_policy(cache), seed, trace, on_step)
@@ -200,7 +201,7 @@ class Engine:
         for index, ids in enumerate(rows):
             require(self.spec.mask_id in ids, f"canvas {index} holds no mask (id {self.spec.mask_id})")
             self._check_room(index, len(ids), 0)
-        sampler = SlowFast() if sampler is None else sampler
+        sampler = _checked(sampler)
         done = self._run(rows, [0] * len(rows), sampler, cache_policy(cache), seed, trace, on_step)
         return done[0] if single else done
 
@@ -211,6 +212,9 @@ class Engine:
         )
 
     def _encode(self, prompt: Prompt, raw: bool, index: int) -> list[int]:
+        if isinstance(prompt, torch.Tensor):
+            prompt = prompt.tolist()
+        require(isinstance(prompt, (str, Sequence)), f"prompt {index} is {prompt!r}, neither text nor a sequence")
         if isinstance(prompt, str) or (prompt and isinstance(prompt[0], Mapping)):
             require(self.text is not None, f"prompt {index} is text, but the checkpoint has no tokenizer.json")
             require(bool(prompt), f"prompt {index} is empty: {prompt!r}")
@@ -218,13 +222,12 @@ class Engine:
                 prompt = [{"role": "user", "content": prompt}]
             ids = self.text.encode(prompt if isinstance(prompt, str) else self.text.render(prompt))
         else:
-            ids = prompt.tolist() if isinstance(prompt, torch.Tensor) else list(prompt)
+            ids = [int(token) if isinstance(token, Integral) else token for token in prompt]
         require(bool(ids), f"prompt {index} is empty: {prompt!r}")
         for position, token in enumerate(ids):
             require(
                 isinstance(token, int) and 0 <= token < self.spec.vocab_size,
-                f"prompt {index}: token id {token!r} at position {position} is outside the vocabulary "
-                f"of {self.spec.vocab_size}",
+                f"prompt {index}: {token!r} at position {position} is no token id below {self.spec.vocab_size}",
             )
         return ids
 
@@ -239,8 +242,11 @@ class Engine:
         on_step: Callable[[Frame], None] | None,
     ) -> list[Generation]:
         sampler.check_cache(policy)
-        seeds = [seed + i for i in range(len(canvases))] if isinstance(seed, int) else list(seed)
-        require(len(seeds) == len(canvases), f"seed has {len(seeds)} entries for {len(canvases)} prompts")
+        seeds = _per_row("seed", seed, len(canvases))
+        if isinstance(seed, int):
+            seeds = [seed + index for index in range(len(canvases))]
+        for value in seeds:
+            require(0 <= value < 2**63, f"seed={value} is not in [0, 2**63)")
         state = DecodeState.allocate(
             canvases,
             starts,
@@ -275,10 +281,7 @@ class Engine:
         sampler: Sampler,
         seconds: float,
     ) -> list[Generation]:
-        faults, steps = state.fault.tolist(), state.step.tolist()
-        for index, fault in enumerate(faults):
-            if fault:
-                raise NumericalFault(f"row {index}: the model produced NaN logits at step {fault - 1}")
+        steps, masks_left = state.step.tolist(), state.masked.sum(1).tolist()
         branches = 2 if sampler.cfg_scale else 1
         results = []
         for index, (row, commits) in enumerate(zip(state.tokens.tolist(), state.commit_step.tolist(), strict=True)):
@@ -299,6 +302,7 @@ class Engine:
                     rows_forwarded=branches * sum(lengths),
                     forward_lengths=lengths,
                     commit_step=commits,
+                    masks_left=masks_left[index],
                     seconds=seconds,
                     trace=tracer.rows[index] if state.events is not None else None,
                 )
@@ -306,9 +310,17 @@ class Engine:
         return results
 
 
+def _checked(sampler: Sampler | None) -> Sampler:
+    sampler = SlowFast() if sampler is None else sampler
+    known = isinstance(sampler, (SlowFast, Threshold, FixedSteps))
+    require(known, f"sampler={sampler!r} is not a SlowFast, Threshold or FixedSteps")
+    return sampler
+
+
 def _is_single(prompts: Any) -> bool:
     if isinstance(prompts, torch.Tensor):
-        return prompts.dim() < 2
+        require(prompts.dim() in (1, 2), f"prompts is a tensor of {prompts.dim()} dimensions, not of 1 or 2")
+        return prompts.dim() == 1
     require(isinstance(prompts, (str, Sequence)), f"prompts={prompts!r} is neither text nor a sequence")
     return isinstance(prompts, str) or bool(prompts) and not isinstance(prompts[0], (str, Sequence, torch.Tensor))
 

@@ -48,6 +48,10 @@ class Sampler:
 
     def __post_init__(self) -> None:
         _check_number("temperature", self.temperature)
+        require(
+            self.temperature == 0 or self.temperature >= 1e-6,
+            f"temperature={self.temperature!r} is neither 0 nor at least 1e-6",
+        )
         _check_number("cfg_scale", self.cfg_scale)
         if self.top_p is not None:
             _check_number("top_p", self.top_p)
@@ -241,7 +245,7 @@ class FixedSteps(Sampler):
     ``metric="confidence"`` is LLaDA's low-confidence remasking (counts spread evenly over the steps of each block;
     one position a step where ``steps`` is None). Dream's are ``maskgit_plus``, ``topk_margin``, ``entropy`` and
     ``origin`` (positions at random): counts follow its time schedule with ``eps``, and tokens and scores are taken
-    after temperature, top-k and top-p.
+    after temperature, top-p and top-k.
     """
 
     steps: int | None = None
@@ -268,16 +272,8 @@ class FixedSteps(Sampler):
             tempered=self.metric != "confidence",
         )
 
-    def check_length(self, length: int) -> None:
-        Sampler.check_length(self, length)
-        blocks = length // (self.block_length or length)
-        require(
-            self.steps is None or self.steps % blocks == 0,
-            f"steps={self.steps} is not a multiple of the {blocks} blocks that gen_length={length} has",
-        )
-
     def block_steps(self, length: int) -> int:
-        """Steps that a block of a response of ``length`` has."""
+        """Steps that a block of a response of ``length`` has: its share of ``steps``, rounded down, at least one."""
         blocks = -(-length // (self.block_length or length))
         return max(1, (self.steps or length) // blocks)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from .errors import ArgumentError, CheckpointError
+from .errors import ArgumentError, CheckpointError, require
 from .models.weights import read_json
 
 
@@ -32,16 +32,20 @@ class TextCodec:
         config = read_json(config_path) if config_path.is_file() else {}
         if not isinstance(config, Mapping):
             raise CheckpointError(f"{config_path} holds a {type(config).__name__}, not an object")
-        template = config.get("chat_template")
-        if (folder / "chat_template.jinja").is_file():
-            template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        template = _default_template(config.get("chat_template"), config_path)
+        jinja = folder / "chat_template.jinja"
+        if jinja.is_file():
+            try:
+                template = jinja.read_text(encoding="utf-8")
+            except (OSError, UnicodeError) as error:
+                raise CheckpointError(f"{jinja} cannot be read: {error}") from None
         special = {}
         for name in ("bos_token", "eos_token", "pad_token", "mask_token"):
             token = config.get(name)
             token = token.get("content") if isinstance(token, Mapping) else token
             if isinstance(token, str):
                 special[name] = token
-        return cls(tokenizer, template if isinstance(template, str) else None, special)
+        return cls(tokenizer, template, special)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of ``text``, with nothing added to it."""
@@ -63,15 +67,20 @@ class TextCodec:
         return self.tokenizer.token_to_id(token)
 
     def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        """The prompt of a conversation, ready for the assistant's answer."""
-        from jinja2 import TemplateError
+        """The prompt of a conversation, ready for the assistant's answer.
+
+        The template runs in a sandbox: it reaches nothing outside, but a hostile one can waste time and memory.
+        """
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
         if self.template is None:
             raise ArgumentError("the checkpoint has no chat template; pass a string or token ids")
+        for message in messages:
+            fine = isinstance(message, Mapping) and all(isinstance(message.get(k), str) for k in ("role", "content"))
+            require(fine, f"message {message!r} is not a mapping with a text 'role' and a text 'content'")
 
         def raise_exception(message: str) -> None:
-            raise TemplateError(message)
+            raise ValueError(message)
 
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
         environment.globals["raise_exception"] = raise_exception
@@ -79,5 +88,15 @@ class TextCodec:
             return environment.from_string(self.template).render(
                 messages=[dict(m) for m in messages], add_generation_prompt=True, **self.special
             )
-        except TemplateError as error:
+        except Exception as error:  # whatever a stranger's template does wrong
             raise ArgumentError(f"the checkpoint's chat template refused messages={messages!r}: {error}") from None
+
+
+def _default_template(template: Any, path: Path) -> str | None:
+    """The template itself, or the one named "default" of a list of named ones."""
+    if isinstance(template, list):
+        named = {t.get("name"): t.get("template") for t in template if isinstance(t, Mapping)}
+        template = named.get("default", template)
+    if template is not None and not isinstance(template, str):
+        raise CheckpointError(f"{path}: chat_template is a {type(template).__name__} without a 'default' text")
+    return template

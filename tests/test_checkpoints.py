@@ -260,3 +260,78 @@ def test_chat_template_runs_in_a_sandbox(embedded):
     codec = TextCodec(embedded.text.tokenizer, "{{ messages.__class__.__mro__[1].__subclasses__() }}", {})
     with pytest.raises(sfs_triton.ArgumentError, match="chat template refused"):
         codec.render([{"role": "user", "content": "x"}])
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("max_sequence_length", 2**40),
+        ("n_layers", 2**20),
+        ("include_qkv_bias", "false"),
+        ("weight_tying", "no"),
+        ("rope_theta", 10**400),
+        ("architectures", 5),
+        ("rope_scaling", {"type": "linear", "factor": 8}),
+    ],
+)
+def test_hostile_values_are_refused_before_anything_is_allocated(checkpoint, edit_config, key, value):
+    edit_config(checkpoint, **{key: value})
+    with pytest.raises(CheckpointError, match=key):
+        sfs_triton.load(checkpoint, "cpu")
+
+
+def test_a_long_context_costs_nothing_until_it_is_used(checkpoint, edit_config):
+    edit_config(checkpoint, max_sequence_length=2**24)
+    assert len(sfs_triton.load(checkpoint, "cpu").generate([1, 2, 3], gen_length=8).canvas) == 11
+
+
+def test_null_means_the_default(checkpoint, edit_config):
+    path = checkpoint / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "n_kv_heads": None, "embedding_size": None, "pad_token_id": None}))
+    spec = sfs_triton.load(checkpoint, "cpu").spec
+    assert (spec.n_kv_heads, spec.vocab_size, spec.pad_id) == (4, 512, 496)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("rope_parameters", {"type": "linear", "factor": 8}),
+        ("rope_parameters", [1]),
+        ("layer_types", ["sliding_attention"]),
+    ],
+)
+def test_llama_style_rope_and_layers(golden, key, value):
+    config = json.loads((golden / "models" / "dream-gqa" / "config.json").read_text())
+    with pytest.raises(UnsupportedConfigError, match=key):
+        read_spec({**config, key: value})
+
+
+def _with_template(embedded, template):
+    from sfs_triton.text import TextCodec
+
+    return TextCodec(embedded.text.tokenizer, template, {})
+
+
+@pytest.mark.parametrize("template", ["{{ 1 + 'a' }}", "{{ 1 // 0 }}", "{% nonsense %}", "{{ raise_exception('no') }}"])
+def test_broken_templates_are_named(embedded, template):
+    with pytest.raises(sfs_triton.ArgumentError, match="chat template refused"):
+        _with_template(embedded, template).render([{"role": "user", "content": "x"}])
+
+
+@pytest.mark.parametrize("message", [{"role": "user"}, {"content": "x"}, {"role": "user", "content": None}, "x"])
+def test_messages_are_checked(embedded, message):
+    with pytest.raises(sfs_triton.ArgumentError, match="message"):
+        embedded.text.render([message])
+
+
+def test_named_templates(embedded, tmp_path):
+    from sfs_triton.text import TextCodec
+
+    (tmp_path / "tokenizer.json").write_text(embedded.text.tokenizer.to_str())
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps({"chat_template": [{"name": "default", "template": "hello"}]}))
+    assert TextCodec.from_folder(tmp_path).template == "hello"
+    path.write_text(json.dumps({"chat_template": [{"name": "tools", "template": "hello"}]}))
+    with pytest.raises(CheckpointError, match="chat_template"):
+        TextCodec.from_folder(tmp_path)

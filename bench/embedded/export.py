@@ -21,7 +21,7 @@ DEFAULT = Path(__file__).resolve().parents[2] / "sfs_triton" / "embedded"
 
 
 def export(run: Run, out: Path) -> None:
-    """Write the checkpoint files, each whole or not at all."""
+    """Write the checkpoint files: all of them beside the old ones first, then each in its place."""
     out.mkdir(parents=True, exist_ok=True)
     tensors = {name: t.to("cpu", torch.bfloat16).contiguous() for name, t in run.model.state_dict().items()}
     tokenizer_config = {
@@ -35,16 +35,20 @@ def export(run: Run, out: Path) -> None:
         "model_max_length": run.config["max_sequence_length"],
     }
 
+    partials: list[Path] = []
+
     def write(name: str, save) -> None:
         partial = out / (name + ".partial")
         save(partial)
         partial.chmod(0o644)
-        os.replace(partial, out / name)
+        partials.append(partial)
 
     write("model.safetensors", lambda path: save_file(tensors, path, metadata={"format": "pt"}))
     write("config.json", lambda path: path.write_text(json.dumps(run.config, indent=2) + "\n"))
     write("tokenizer.json", lambda path: path.write_text(run.tokenizer.to_str(pretty=False)))
     write("tokenizer_config.json", lambda path: path.write_text(json.dumps(tokenizer_config, indent=2) + "\n"))
+    for partial in partials:
+        os.replace(partial, partial.with_suffix(""))
 
 
 def main() -> None:
@@ -55,6 +59,8 @@ def main() -> None:
     arguments = parser.parse_args()
     run = Run(arguments.run, RECIPES[arguments.recipe])
     run.resume()
+    if run.step == 0:
+        raise SystemExit(f"error: {arguments.run} holds no state.pt of a trained run")
     export(run, arguments.out)
     print(f"step {run.step}, {run.tokens / 1e6:.1f} M tokens, written to {arguments.out}")
 

@@ -130,11 +130,7 @@ class LLaDA(nn.Module):
         d, layers = self.config["d_model"], self.config["n_layers"]
         for name, p in self.named_parameters():
             if p.dim() == 2:
-                residual = (
-                    name.endswith(("attn_out.weight", "blocks.ff_out.weight"))
-                    or ".blocks." in name
-                    and (".ff_out." in name)
-                )
+                residual = name.endswith("attn_out.weight") or ".blocks." in name and (".ff_out." in name)
                 std = 1.0 if ".wte." in name else d**-0.5
                 nn.init.normal_(p, std=std / (2 * layers) ** 0.5 if residual else std)
         nn.init.zeros_(self.model["transformer"]["ff_out"].weight)

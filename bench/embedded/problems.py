@@ -23,16 +23,15 @@ def held_out(
 ) -> list[tasks.Problem]:
     """``n`` different problems of ``kind`` from the test part whose answer and end-of-text fit into ``gen_length``.
 
-    ``countdown`` takes the third-party test set first, in its order.
+    ``countdown`` takes the third-party test set, in its order, and after its end generated problems.
     """
     if kind not in DIFFICULTY:
         raise ValueError(f"kind={kind!r} is not one of {tuple(DIFFICULTY)}")
-    if kind == "countdown" and n <= len(tasks.third_party_countdown()):
-        return list(tasks.third_party_countdown()[:n])
     rng = random.Random(f"held-out-{seed}")
+    given = iter(tasks.third_party_countdown() if kind == "countdown" else ())
     chosen: dict[str, tasks.Problem] = {}
     for _ in range(1000 * n):
-        problem = tasks.sample(kind, rng, held_out=True, **DIFFICULTY[kind])
+        problem = next(given, None) or tasks.sample(kind, rng, held_out=True, **DIFFICULTY[kind])
         answer = len(text.encode(problem.answer))
         fits = len(text.encode(chat(problem.question))) + gen_length <= max_length
         if SHORTEST_ANSWER[kind] <= answer < gen_length and fits:

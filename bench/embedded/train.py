@@ -196,13 +196,15 @@ def quick_exact(model: LLaDA, tokenizer, kind: str, n: int, threshold: float = 0
             rows.append(prompt + [mask_id] * (256 - len(prompt)))
     prompts = [row.index(mask_id) for row in rows]
     ids = torch.tensor(rows, device=model.cos.device)
-    while (masked := ids == mask_id).any():
+    masked = ids == mask_id
+    while masked.any():
         logits = model(ids, masked).float()
         confidence = torch.full(ids.shape, -1.0, device=ids.device)
         token = torch.zeros_like(ids)
         confidence[masked], token[masked] = logits.softmax(-1).max(-1)
         commit = (confidence > threshold) | ((confidence == confidence.amax(1, keepdim=True)) & masked)
         ids = torch.where(commit, token, ids)
+        masked = masked & ~commit
     right = 0
     for row, start, problem in zip(ids.tolist(), prompts, problems, strict=True):
         answer = row[start:]
@@ -227,6 +229,7 @@ class Run:
 
     def save(self) -> None:
         state = {
+            "identity": self.identity(),
             "model": self.model.state_dict(),
             "optimisers": [o.state_dict() for o in self.optimisers],
             "step": self.step,
@@ -237,10 +240,18 @@ class Run:
         torch.save(state, partial)
         os.replace(partial, self.folder / "state.pt")
 
+    def identity(self) -> dict:
+        """What a saved state must agree on with the run that takes it up."""
+        return {"config": self.config, "seed": self.seed, "tokenizer": self.tokenizer.to_str()}
+
     def resume(self) -> None:
+        """Take up ``state.pt`` where there is one; refuse one of another model, tokenizer or seed."""
         path = self.folder / "state.pt"
         if path.exists():
             state = torch.load(path, weights_only=True, map_location=self.device)
+            for name, mine in self.identity().items():
+                if state["identity"][name] != mine:
+                    raise SystemExit(f"error: {path} was saved with another {name}")
             self.model.load_state_dict(state["model"])
             for optimiser, saved in zip(self.optimisers, state["optimisers"], strict=True):
                 optimiser.load_state_dict(saved)

@@ -9,7 +9,7 @@ import torch
 
 from .. import ops
 from ..caching import CachePolicy, RowView
-from ..errors import StepCapExceeded
+from ..errors import NumericalFault, StepCapExceeded
 from ..models.cache import Scope
 from ..models.transformer import Transformer
 from ..samplers import Sampler, SlowFast
@@ -64,8 +64,13 @@ class EagerLoop:
         self._starts = state.start.tolist()
 
     def read(self, state: DecodeState) -> HostView:
-        """The one place where the host reads the device."""
+        """The one place where a step reads the device on the host."""
         control = state.control.tolist()
+        faults = [
+            f"row {i} at step {row[_COLUMN['fault']] - 1}" for i, row in enumerate(control) if row[_COLUMN["fault"]]
+        ]
+        if faults:
+            raise NumericalFault(f"the model produced NaN logits: {', '.join(faults)}")
         rows = {}
         for index, row in enumerate(control):
             if not row[_COLUMN["done"]]:
@@ -106,7 +111,7 @@ class EagerLoop:
         """Forward one group and put its choices at ``places [b, m]`` into ``state.token`` and ``state.score``."""
         widest = places.shape[1]
         rows = torch.tensor(members, device=places.device)
-        select = (places - 1).clamp(min=0) if self.model.spec.shifted else places
+        select = (places - 1).clamp(min=scope.first) if self.model.spec.shifted else places
         features = (prompt, getattr(self.policy, "ratio", 0.0)) if scope.features is not None else None
         whole = state.tokens[rows, scope.first : scope.stop]
         hidden = self.model.forward(whole, scope, self._caches[0], rows, select, features)

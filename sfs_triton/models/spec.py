@@ -7,7 +7,7 @@ is refused by name, never ignored.
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -46,6 +46,8 @@ class ModelSpec:
         return self.n_kv_heads * self.head_dim
 
 
+MOST_LAYERS = 1024
+
 # key -> values that leave the computation as this package does it; an absent key is fine
 LLADA_ALLOWED: dict[str, tuple] = {
     "alibi": (False, None),
@@ -55,6 +57,8 @@ LLADA_ALLOWED: dict[str, tuple] = {
     "block_type": ("llama",),
     "activation_type": ("silu",),
     "clip_qkv": (None,),
+    "rope_scaling": (None,),
+    "sliding_window": (None,),
     "include_bias": (False,),
     "input_emb_norm": (False, None),
     "layer_norm_type": ("rms",),
@@ -75,21 +79,29 @@ LLAMA_ALLOWED: dict[str, tuple] = {
 
 
 def _number(config: Mapping[str, Any], key: str, default: float | None = None) -> float:
-    value = config.get(key, default)
+    value = default if config.get(key) is None else config[key]
     if value is None:
         raise CheckpointError(f"config.json lacks the required key {key!r}")
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= sys.float_info.max:
         raise CheckpointError(f"config.json: {key}={value!r} is not a positive number")
     return float(value)
 
 
-def _integer(config: Mapping[str, Any], key: str, default: int | None = None, least: int = 1) -> int:
-    value = config.get(key, default)
+def _integer(config: Mapping[str, Any], key: str, default: int | None = None, least: int = 1, most: int = 2**24) -> int:
+    value = default if config.get(key) is None else config[key]
     if value is None:
         raise CheckpointError(f"config.json lacks the required key {key!r}")
-    if isinstance(value, bool) or not isinstance(value, int) or value < least or value > 2**31:
-        raise CheckpointError(f"config.json: {key}={value!r} is not an integer of at least {least}")
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise CheckpointError(f"config.json: {key}={value!r} is not an integer from {least} to {most}")
     return value
+
+
+def _flag(config: Mapping[str, Any], key: str) -> bool:
+    """A boolean that is false where it is absent."""
+    value = config.get(key)
+    if value not in (True, False, None) or isinstance(value, (int, float)) and not isinstance(value, bool):
+        raise CheckpointError(f"config.json: {key}={value!r} is not true or false")
+    return bool(value)
 
 
 def _refuse_unsupported(config: Mapping[str, Any], allowed: Mapping[str, tuple]) -> None:
@@ -113,12 +125,12 @@ def _special_ids(config: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
 def _llada_spec(config: Mapping[str, Any]) -> ModelSpec:
     _refuse_unsupported(config, LLADA_ALLOWED)
     heads = _integer(config, "n_heads")
-    kv_heads = 1 if config.get("multi_query_attention") else _integer(config, "n_kv_heads", default=heads)
+    kv_heads = 1 if _flag(config, "multi_query_attention") else _integer(config, "n_kv_heads", default=heads)
     d_model = _integer(config, "d_model")
     rows = _integer(config, "embedding_size", default=_integer(config, "vocab_size"))
     return ModelSpec(
         family="llada",
-        n_layers=_integer(config, "n_layers"),
+        n_layers=_integer(config, "n_layers", most=MOST_LAYERS),
         d_model=d_model,
         n_heads=heads,
         n_kv_heads=kv_heads,
@@ -127,8 +139,8 @@ def _llada_spec(config: Mapping[str, Any]) -> ModelSpec:
         max_length=_integer(config, "max_sequence_length"),
         rope_theta=_number(config, "rope_theta", 10000.0),
         norm_eps=_number(config, "rms_norm_eps", 1e-5),
-        qkv_bias=bool(config.get("include_qkv_bias", False)),
-        tied_head=bool(config.get("weight_tying", False)),
+        qkv_bias=_flag(config, "include_qkv_bias"),
+        tied_head=_flag(config, "weight_tying"),
         **_special_ids(config, rows),
     )
 
@@ -136,15 +148,19 @@ def _llada_spec(config: Mapping[str, Any]) -> ModelSpec:
 def _llama_spec(config: Mapping[str, Any], family: str) -> ModelSpec:
     _refuse_unsupported(config, LLAMA_ALLOWED)
     rope = config.get("rope_parameters") or {}
+    if not isinstance(rope, Mapping) or set(rope) - {"rope_type", "rope_theta"}:
+        raise UnsupportedConfigError(f"config.json: rope_parameters={rope!r} is not supported")
     if rope.get("rope_type", "default") != "default":
         raise UnsupportedConfigError(f"config.json: rope_parameters.rope_type={rope['rope_type']!r} is not supported")
+    if any(kind != "full_attention" for kind in config.get("layer_types") or []):
+        raise UnsupportedConfigError(f"config.json: layer_types={config['layer_types']!r} is not supported")
     d_model, heads = _integer(config, "hidden_size"), _integer(config, "num_attention_heads")
     if config.get("head_dim") not in (None, d_model // heads):
         raise UnsupportedConfigError(f"config.json: head_dim={config['head_dim']!r} is not hidden_size / heads")
     vocab_size = _integer(config, "vocab_size")
     return ModelSpec(
         family=family,
-        n_layers=_integer(config, "num_hidden_layers"),
+        n_layers=_integer(config, "num_hidden_layers", most=MOST_LAYERS),
         d_model=d_model,
         n_heads=heads,
         n_kv_heads=_integer(config, "num_key_value_heads", default=heads),
@@ -153,8 +169,8 @@ def _llama_spec(config: Mapping[str, Any], family: str) -> ModelSpec:
         max_length=_integer(config, "max_position_embeddings"),
         rope_theta=_number({**rope, **config}, "rope_theta", 10000.0),
         norm_eps=_number(config, "rms_norm_eps", 1e-6),
-        qkv_bias=family == "dream" or bool(config.get("attention_bias", False)),
-        tied_head=bool(config.get("tie_word_embeddings", False)),
+        qkv_bias=family == "dream" or _flag(config, "attention_bias"),
+        tied_head=_flag(config, "tie_word_embeddings"),
         shifted=family == "dream",
         **_special_ids(config, vocab_size),
     )
@@ -169,7 +185,10 @@ def read_spec(config: Mapping[str, Any]) -> ModelSpec:
     """
     if not isinstance(config, Mapping):
         raise CheckpointError(f"config.json holds a {type(config).__name__}, not an object")
-    names = [str(config.get("model_type", ""))] + [str(a) for a in config.get("architectures") or []]
+    architectures = config.get("architectures") or []
+    if not isinstance(architectures, list):
+        raise CheckpointError(f"config.json: architectures={architectures!r} is not a list")
+    names = [str(config.get("model_type", "")), *map(str, architectures)]
     named = " ".join(names).lower()
     if "moe" in named:
         raise UnsupportedConfigError(

@@ -20,7 +20,7 @@ class Transformer:
 
     def __init__(self, spec: ModelSpec, weights: Weights):
         self.spec, self.weights = spec, weights
-        self._cos, self._sin = ops.rope_tables(spec.max_length, spec.head_dim, spec.rope_theta, self.device)
+        self._cos, self._sin = ops.rope_tables(0, spec.head_dim, spec.rope_theta, self.device)
 
     @property
     def device(self) -> torch.device:
@@ -58,6 +58,7 @@ class Transformer:
             select: canvas positions ``[b, m]`` inside the scope. The last layer's queries and MLP run only there.
             features: prompt length and refresh ratio; needed when ``scope.features`` is set.
         """
+        self._reach(scope.keys)
         x = F.embedding(tokens, self.weights.embedding)
         local = None if select is None else (select - scope.first)[..., None].expand(-1, -1, x.shape[-1])
         if scope.features is not None:
@@ -96,6 +97,12 @@ class Transformer:
             k, v = cache.exchange(index, batch_rows, scope, k, v)
         x = x + F.linear(self._merge(ops.attention(q, k, v)), layer.out)
         return x + self._mlp(x, layer)
+
+    def _reach(self, length: int) -> None:
+        """Have rotary tables for ``length`` positions; a configuration may promise far more than anyone uses."""
+        if length > len(self._cos):
+            length = min(max(length, 2 * len(self._cos)), self.spec.max_length)
+            self._cos, self._sin = ops.rope_tables(length, self.spec.head_dim, self.spec.rope_theta, self.device)
 
     def _project(self, h: torch.Tensor, layer: LayerWeights, part: slice = slice(None)) -> torch.Tensor:
         return F.linear(h, layer.qkv[part], None if layer.qkv_bias is None else layer.qkv_bias[part])

@@ -2,7 +2,7 @@
 
 Scores are the softmax probability of the chosen token (``confidence``), the gap between the two largest probabilities
 (``margin``) or the negative entropy (``entropy``). LLaDA measures on untempered logits; Dream's own samplers measure
-after temperature, top-k and top-p (``tempered``).
+after temperature, top-p and top-k (``tempered``).
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ def confidence(
     A row with a NaN or +inf logit, or with nothing but -inf, has a NaN score.
     """
     logits = logits.float()
-    if draw.temperature == 0 and draw.metric == "confidence":
+    filtered = draw.tempered and (draw.top_k is not None or draw.top_p is not None)
+    if draw.temperature == 0 and draw.metric == "confidence" and not filtered:
         largest, token = logits.max(-1, keepdim=True)
         return token[:, 0], logits.sub_(largest).exp_().sum(-1).reciprocal_()
     drawn = logits

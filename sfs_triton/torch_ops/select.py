@@ -23,7 +23,7 @@ class BlockRules:
     schedule: str = "even"  # "even": counts spread over the block's steps; "timesteps": shares of what is left
     at_random: bool = False  # positions are drawn with the schedule's shares, not ranked (Dream's "origin")
     opening: str = "normal"  # "repeat": a block takes at least two forwards; "first": and the first of them commits
-    #                           only the block's first position
+    #                           only the block's first masked position, whose logits need the row before the block
     eos_stop: bool = False
 
 
@@ -42,10 +42,11 @@ def _count(state, inside: torch.Tensor, rules: BlockRules) -> torch.Tensor:
     left = inside.sum(1)
     if rules.schedule == "timesteps":
         count = torch.where(state.k == state.block_steps - 1, left, (left.float() * _share(state)).long())
-    else:
-        state.quota.copy_(torch.where(state.k == 0, left, state.quota))
-        count = state.quota // state.block_steps + (state.k < state.quota % state.block_steps)
-    return torch.where(state.k < state.block_steps, count, 0)
+        return torch.where(state.k < state.block_steps, count, 0)
+    done = 1 if rules.opening == "first" else 0  # the opening forward is not one of the steps that share the rest
+    steps, k = (state.block_steps - done).clamp(min=1), state.k - done
+    state.quota.copy_(torch.where(k == 0, left, state.quota))
+    return torch.where(k < steps, state.quota // steps + (k < state.quota % steps), 0)
 
 
 def _threshold_fill(state, inside: torch.Tensor, scores: torch.Tensor, rules: BlockRules) -> torch.Tensor:
@@ -86,7 +87,7 @@ def decide(state, rules: BlockRules, *, slow: bool = True) -> None:
     else:
         fill = (rank_by_score(scores) < _count(state, inside, rules)[:, None]) & inside
     if rules.opening == "first":
-        opening = inside & (state.position == state.block_start[:, None])
+        opening = inside & (state.position == first_masked(state, state.block_start)[:, None])
         fill = torch.where((state.k == 0)[:, None], opening, fill)
     fill &= (state.done == 0)[:, None]
     state.record_event()
@@ -101,7 +102,7 @@ def _advance(state, rules: BlockRules) -> None:
     state.k.add_(running)
     over = first_masked(state, state.block_start) >= state.block_end
     if rules.opening != "normal":
-        over &= state.k >= 2
+        over &= (state.k >= 2) | rules.eos_stop
     elif rules.tau is None and not rules.eos_stop:
         over &= state.k >= state.block_steps  # the references run every step of their schedule
     if rules.tau is None:
