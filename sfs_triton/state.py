@@ -28,6 +28,7 @@ CONTROL = (
     "done",
     "fault",  # fault: 1 + the step whose logits held NaN
 )
+COLUMN = {name: index for index, name in enumerate(CONTROL)}
 
 
 @dataclass(slots=True)
@@ -115,7 +116,7 @@ class DecodeState:
             "done": (~masked.any(1)).long(),
         }
         for name, value in values.items():
-            control[:, CONTROL.index(name)] = value
+            control[:, COLUMN[name]] = value
         return cls(
             tokens=tokens.to(device),
             masked=masked.to(device),

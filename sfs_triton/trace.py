@@ -6,10 +6,8 @@ from dataclasses import dataclass
 
 from .loops import StepReport
 from .samplers import Sampler, SlowFast
-from .state import CONTROL, DecodeState
+from .state import COLUMN, DecodeState
 from .torch_ops.cycle import FAST
-
-_COLUMN = {name: index for index, name in enumerate(CONTROL)}
 
 
 @dataclass(frozen=True)
@@ -55,16 +53,16 @@ class Tracer:
         ends = self._state.end.tolist()
         for index, scope in report.scopes.items():
             row, start = control[index], self._starts[index]
-            here = [p - start for p, step in enumerate(commits[index]) if step == row[_COLUMN["step"]]]
+            here = [p - start for p, step in enumerate(commits[index]) if step == row[COLUMN["step"]]]
             looked = event["inside"][index, start : ends[index]].tolist()
             scores = event["score"][index, start : ends[index]].tolist()
             confidence = [c if there else None for c, there in zip(scores, looked, strict=True)]
             self.rows[index].append(
                 StepTrace(
-                    step=row[_COLUMN["step"]],
-                    block=row[_COLUMN["block"]],
-                    cycle=row[_COLUMN["cycle"]],
-                    k=row[_COLUMN["k"]],
+                    step=row[COLUMN["step"]],
+                    block=row[COLUMN["block"]],
+                    cycle=row[COLUMN["cycle"]],
+                    k=row[COLUMN["k"]],
                     forwarded=scope.stop - start,
                     rows_forwarded=scope.rows,
                     committed=here,
@@ -82,24 +80,24 @@ class Tracer:
                 "history": None,
                 "spread": None,
                 "determined": False,
-                "e": row[_COLUMN["block_end"]] - row[_COLUMN["block_start"]],
+                "e": row[COLUMN["block_end"]] - row[COLUMN["block_start"]],
             }
-        begin = row[_COLUMN["block_start"]]
-        estimated = row[_COLUMN["estimate"]] >= 0
+        begin = row[COLUMN["block_start"]]
+        estimated = row[COLUMN["estimate"]] >= 0
         history = event["history"][index].tolist()
-        count, window = row[_COLUMN["n_history"]], len(history)
+        count, window = row[COLUMN["n_history"]], len(history)
         if not self._sampler.zero_history:
             oldest = count % window if count > window else 0
             history = (history[oldest:] + history[:oldest])[: min(count, window)]
         spread = event["spread"][index].item()
-        fast, determined = row[_COLUMN["phase"]] == FAST, bool(row[_COLUMN["determined"]])
+        fast, determined = row[COLUMN["phase"]] == FAST, bool(row[COLUMN["determined"]])
         known = fast or determined or (estimated and spread == spread)
         return {
             "phase": "fast" if fast else "slow",
-            "s": row[_COLUMN["s"]] - begin,
-            "e_cand": row[_COLUMN["estimate"]] - begin if estimated else None,
+            "s": row[COLUMN["s"]] - begin,
+            "e_cand": row[COLUMN["estimate"]] - begin if estimated else None,
             "history": history if estimated else None,
             "spread": spread if estimated and spread == spread else None,
             "determined": determined,
-            "e": row[_COLUMN["e"]] - begin if known else None,
+            "e": row[COLUMN["e"]] - begin if known else None,
         }

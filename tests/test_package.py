@@ -20,6 +20,7 @@ LAYERS = [
     "cli",
     "render",
     "plot",
+    "reference",
     "engine",
     "trace",
     "loops",

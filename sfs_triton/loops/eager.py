@@ -13,10 +13,8 @@ from ..errors import NumericalFault, StepCapExceeded
 from ..models.cache import Scope
 from ..models.transformer import Transformer
 from ..samplers import Sampler, SlowFast
-from ..state import CONTROL, DecodeState
+from ..state import COLUMN, DecodeState
 from ..torch_ops.cycle import FAST
-
-_COLUMN = {name: index for index, name in enumerate(CONTROL)}
 
 
 class StepReport(NamedTuple):
@@ -67,22 +65,22 @@ class EagerLoop:
         """The one place where a step reads the device on the host."""
         control = state.control.tolist()
         faults = [
-            f"row {i} at step {row[_COLUMN['fault']] - 1}" for i, row in enumerate(control) if row[_COLUMN["fault"]]
+            f"row {i} at step {row[COLUMN['fault']] - 1}" for i, row in enumerate(control) if row[COLUMN["fault"]]
         ]
         if faults:
             raise NumericalFault(f"the model produced NaN logits: {', '.join(faults)}")
         rows = {}
         for index, row in enumerate(control):
-            if not row[_COLUMN["done"]]:
+            if not row[COLUMN["done"]]:
                 rows[index] = RowView(
-                    start=row[_COLUMN["start"]],
-                    limit=row[_COLUMN["limit"]],
-                    block_start=row[_COLUMN["block_start"]],
-                    block_end=row[_COLUMN["block_end"]],
-                    e=row[_COLUMN["e"]],
-                    fast=row[_COLUMN["phase"]] == FAST,
-                    k=row[_COLUMN["k"]],
-                    step=row[_COLUMN["step"]],
+                    start=row[COLUMN["start"]],
+                    limit=row[COLUMN["limit"]],
+                    block_start=row[COLUMN["block_start"]],
+                    block_end=row[COLUMN["block_end"]],
+                    e=row[COLUMN["e"]],
+                    fast=row[COLUMN["phase"]] == FAST,
+                    k=row[COLUMN["k"]],
+                    step=row[COLUMN["step"]],
                 )
         inside = self._plan(state)
         pieces = inside.nonzero()[:, 1].split(inside.sum(1).tolist())
