@@ -243,7 +243,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse(argv)
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 140)  # a log has room for the whole table
     try:
         tallies = select(arguments)
         engine = sfs_triton.load(arguments.model, arguments.device, arguments.dtype)
