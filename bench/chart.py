@@ -16,15 +16,15 @@ def _label(row: dict) -> str:
 
 
 def draw_throughput(record: dict, path: Path) -> Path:
-    """Tokens a second as bars and, where answers were checked, accuracy against tokens a second."""
+    """Tokens a second as bars and, where answers were checked, the accuracy of each row beside them."""
     rows = record["rows"]
-    checked = [row for row in rows if row["accuracy"] is not None]
+    checked = any(row["accuracy"] is not None for row in rows)
     figure = Figure(figsize=(11 if checked else 6.5, 0.45 * len(rows) + 1.9), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(1, 2 if checked else 1, squeeze=False)[0]
+    axes = figure.subplots(1, 2 if checked else 1, squeeze=False, sharey=True)[0]
     _bars(axes[0], rows)
     if checked:
-        _scatter(axes[1], checked)
+        _accuracies(axes[1], rows)
     where = record["machine"]["gpu"] or f"{record['machine']['cpu']}, {record['machine']['threads']} threads"
     figure.suptitle(
         f"{record['model']} model, {record['problems']} x {record['prompts']}, "
@@ -58,26 +58,16 @@ def _bars(axis, rows: list[dict]) -> None:
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def _scatter(axis, rows: list[dict]) -> None:
-    for row in rows:
+def _accuracies(axis, rows: list[dict]) -> None:
+    """A dot and its interval for each row, on the lines of the bars beside it."""
+    for place, row in enumerate(rows):
+        if row["accuracy"] is None:
+            continue
         low, high = row["accuracy"] - row["accuracy_low"], row["accuracy_high"] - row["accuracy"]
-        axis.errorbar(
-            row["tokens_per_second"],
-            100 * row["accuracy"],
-            yerr=[[100 * low], [100 * high]],
-            fmt="o",
-            color=COLOURS.get(row["sampler"], "#333333"),
-            capsize=3,
-        )
-        axis.annotate(
-            _label(row),
-            (row["tokens_per_second"], 100 * row["accuracy"]),
-            xytext=(5, 5),
-            textcoords="offset points",
-            fontsize=8,
-        )
-    axis.set_xlabel("tokens/s")
-    axis.set_ylabel("accuracy, % (95% interval)")
-    axis.set_ylim(-3, 106)
-    axis.margins(x=0.2)
+        colour = COLOURS.get(row["sampler"], "#333333")
+        axis.errorbar(100 * row["accuracy"], place, xerr=[[100 * low], [100 * high]], fmt="o", color=colour, capsize=3)
+    axis.set_xlabel("accuracy, % (95% interval)")
+    axis.set_xlim(-3, 103)
+    axis.grid(axis="x", color="#dddddd", linewidth=0.6)
+    axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)

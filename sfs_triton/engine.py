@@ -45,7 +45,7 @@ class Generation:
 
     ``tokens`` is the response up to and including its first end-of-text; ``canvas`` the whole row, prompt included.
     ``nfe`` counts steps of the sampler, ``forwards`` calls of the model (two a step under guidance),
-    ``rows_forwarded`` positions that went through the model; ``forward_lengths`` has the latter step by step.
+    ``rows_forwarded`` positions that went through the layers; ``forward_lengths`` is what each step's forward covered.
     """
 
     text: str | None
@@ -299,7 +299,7 @@ class Engine:
                     prompt_length=starts[index],
                     nfe=steps[index],
                     forwards=branches * len(lengths),
-                    rows_forwarded=branches * sum(lengths),
+                    rows_forwarded=branches * tracer.rows_forwarded[index],
                     forward_lengths=lengths,
                     commit_step=commits,
                     masks_left=masks_left[index],

@@ -40,12 +40,14 @@ class Tracer:
         self._starts = state.start.tolist()
         batch = len(self._starts)
         self.forward_lengths: list[list[int]] = [[] for _ in range(batch)]
+        self.rows_forwarded = [0] * batch
         self.rows: list[list[StepTrace]] = [[] for _ in range(batch)]
 
     def after(self, report: StepReport) -> None:
         """Note a step that has just been decided."""
         for index, scope in report.scopes.items():
             self.forward_lengths[index].append(scope.rows)
+            self.rows_forwarded[index] += report.recomputed[index]
         if self._state.events is None:
             return
         event = self._state.events.pop()
@@ -64,7 +66,7 @@ class Tracer:
                     cycle=row[COLUMN["cycle"]],
                     k=row[COLUMN["k"]],
                     forwarded=scope.stop - start,
-                    rows_forwarded=scope.rows,
+                    rows_forwarded=report.recomputed[index],
                     committed=here,
                     confidence=confidence,
                     **self._stage(row, event, index),

@@ -370,3 +370,11 @@ def test_seeds_and_samplers_are_checked_by_both_ways_in(engines, options, named)
 def test_odd_prompts(engines, prompt):
     with pytest.raises(ArgumentError, match="prompt"):
         engines["llada-mha"].generate(prompt, gen_length=8)
+
+
+def test_rows_forwarded_counts_what_was_recomputed(engines):
+    """Prompt every 4 steps, response every 2, and in between a quarter of it."""
+    sampler, policy = FixedSteps(steps=8), RefreshCache(4, 2, 0.25)
+    done = engines["llada-mha"].generate(PROMPT, gen_length=32, sampler=sampler, cache=policy, trace=True)
+    assert [step.rows_forwarded for step in done.trace] == [42, 8, 32, 8, 42, 8, 32, 8]
+    assert done.rows_forwarded == 180 and done.forward_lengths == [42] * 8

@@ -18,10 +18,11 @@ from ..torch_ops.cycle import FAST
 
 
 class StepReport(NamedTuple):
-    """What one step did, for traces: each running row's scope, by row number."""
+    """What one step did, for traces: each running row's scope and how many rows were recomputed, by row number."""
 
     step: int
     scopes: dict[int, Scope]
+    recomputed: dict[int, int]
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class EagerLoop:
     def __init__(self, model: Transformer, sampler: Sampler, policy: CachePolicy):
         self.model, self.sampler, self.policy = model, sampler, policy
         self._draw = sampler.draw()
+        self._ratio = getattr(policy, "ratio", 0.0)
         if isinstance(sampler, SlowFast):
             self._rules, self._plan, self._decide = sampler.rules(), ops.plan_cycle, ops.decide_cycle
         else:
@@ -103,14 +105,15 @@ class EagerLoop:
         for (scope, prompt), members in groups.items():
             self._forward(state, scope, prompt, members, _padded([view.wanted[i] for i in members], scope.stop - 1))
         self._decide(state, self._rules, slow=not all(row.fast for row in view.rows.values()))
-        return StepReport(max(row.step for row in view.rows.values()), scopes)
+        recomputed = {index: scope.recomputed(self._starts[index], self._ratio) for index, scope in scopes.items()}
+        return StepReport(max(row.step for row in view.rows.values()), scopes, recomputed)
 
     def _forward(self, state: DecodeState, scope: Scope, prompt: int, members: list[int], places: torch.Tensor) -> None:
         """Forward one group and put its choices at ``places [b, m]`` into ``state.token`` and ``state.score``."""
         widest = places.shape[1]
         rows = torch.tensor(members, device=places.device)
         select = (places - 1).clamp(min=scope.first) if self.model.spec.shifted else places
-        features = (prompt, getattr(self.policy, "ratio", 0.0)) if scope.features is not None else None
+        features = (prompt, self._ratio) if scope.features is not None else None
         whole = state.tokens[rows, scope.first : scope.stop]
         hidden = self.model.forward(whole, scope, self._caches[0], rows, select, features)
         if self.sampler.cfg_scale:

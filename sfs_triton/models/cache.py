@@ -27,6 +27,13 @@ class Scope:
     def rows(self) -> int:
         return self.stop - self.first
 
+    def recomputed(self, prompt: int, ratio: float) -> int:
+        """How many rows go through the layers; over cached features, those of the parts that are due."""
+        if self.features is None:
+            return self.rows
+        response = self.stop - prompt
+        return prompt * self.features[0] + (response if self.features[1] else int(response * ratio))
+
 
 class KVCache:
     """Keys (rotated) and values of every layer, ``[layers, B, Hkv, L, D]`` each, allocated once."""
