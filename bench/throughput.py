@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import sys
 import time
 from dataclasses import dataclass, field
@@ -61,7 +62,9 @@ class Tally:
 
     row: Row
     cache: str
-    seconds: float = 0.0
+    seconds: list[float] = field(default_factory=list)  # of each generation
+    rates: list[float] = field(default_factory=list)  # tokens/s of each
+    paces: list[float] = field(default_factory=list)  # seconds a forward of each
     nfe: int = 0
     tokens: int = 0
     rows_forwarded: int = 0
@@ -70,7 +73,9 @@ class Tally:
     generations: int = 0
 
     def add(self, done: sfs_triton.Generation, seconds: float, correct: bool | None) -> None:
-        self.seconds += seconds
+        self.seconds.append(seconds)
+        self.rates.append(len(done.tokens) / seconds)
+        self.paces.append(seconds / done.nfe)
         self.nfe += done.nfe
         self.tokens += len(done.tokens)
         self.rows_forwarded += done.rows_forwarded
@@ -80,7 +85,8 @@ class Tally:
             self.correct += correct
 
     def summary(self, vanilla_rate: float | None) -> dict:
-        rate = self.tokens / self.seconds
+        """Counts as means, speeds as medians over the generations, so that a hiccup of the machine does not show."""
+        rate = statistics.median(self.rates)
         low, high = wilson_interval(self.correct, self.checked)
         return {
             "sampler": self.row.sampler,
@@ -92,7 +98,7 @@ class Tally:
             "tpf": self.tokens / self.nfe,
             "tokens_per_second": rate,
             "speedup": rate / vanilla_rate if vanilla_rate else None,
-            "ms_per_forward": 1e3 * self.seconds / self.nfe,
+            "ms_per_forward": 1e3 * statistics.median(self.paces),
             "accuracy": self.correct / self.checked if self.checked else None,
             "accuracy_low": low if self.checked else None,
             "accuracy_high": high if self.checked else None,
@@ -101,7 +107,7 @@ class Tally:
             "generations": self.generations,
             "tokens": self.tokens,
             "rows_forwarded": self.rows_forwarded / self.generations,
-            "seconds": self.seconds,
+            "seconds": sum(self.seconds),
         }
 
 
@@ -163,8 +169,7 @@ def select(arguments: argparse.Namespace) -> list[Tally]:
 def measure(engine: sfs_triton.Engine, work: Work, tallies: list[Tally], gen_length: int, console: Console) -> None:
     """Run every row on every prompt, row after row within a prompt, after one warm-up each."""
     for tally in tallies:
-        block = getattr(tally.row.settings, "block_length", None) or min(gen_length, 32)
-        engine.generate(work.prompts[0], gen_length=block, cache=tally.cache, sampler=tally.row.settings)
+        engine.generate(work.prompts[0], gen_length=gen_length, cache=tally.cache, sampler=tally.row.settings)
     with Progress(console=console, transient=True) as progress:
         total = progress.add_task("decoding", total=len(work.prompts) * len(tallies))
         for prompt, known in zip(work.prompts, work.known, strict=True):
@@ -209,9 +214,19 @@ def show(record: dict, console: Console) -> None:
     console.print(table)
 
 
+def check_writable(path: Path) -> None:
+    """Refuse a place for the results that cannot be written, before anything is measured."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        probe = path.with_name(path.name + ".partial")
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise sfs_triton.ArgumentError(f"--json {path} cannot be written: {error.strerror}") from None
+
+
 def write_json(record: dict, path: Path) -> None:
     """Write the record whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     try:
         partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
@@ -243,9 +258,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse(argv)
+    path = arguments.json or RESULTS / "throughput.json"
     console = Console(width=None if sys.stdout.isatty() else 140)  # a log has room for the whole table
     try:
         tallies = select(arguments)
+        check_writable(path)
         engine = sfs_triton.load(arguments.model, arguments.device, arguments.dtype)
         if engine.text is None:
             raise sfs_triton.ArgumentError(f"--model {arguments.model} has no tokenizer.json, which the prompts need")
@@ -255,7 +272,7 @@ def main(argv: list[str] | None = None) -> int:
         console.print(f"error: {error}", style="red", highlight=False)
         return 2
     vanilla = next((t for t in tallies if t.row.sampler == "vanilla"), None)
-    rate = vanilla.tokens / vanilla.seconds if vanilla else None
+    rate = statistics.median(vanilla.rates) if vanilla else None
     record = {
         "machine": machine(engine.model.device),
         "model": arguments.model,
@@ -266,7 +283,6 @@ def main(argv: list[str] | None = None) -> int:
         "seed": arguments.seed,
         "rows": [tally.summary(rate) for tally in tallies],
     }
-    path = arguments.json or RESULTS / "throughput.json"
     write_json(record, path)
     picture = chart.draw_throughput(record, path.with_suffix(".png"))
     show(record, console)

@@ -92,9 +92,13 @@ def load(
         require(dtype in DTYPES, f"dtype={dtype!r} is not one of {tuple(DTYPES)}")
         dtype = DTYPES[dtype]
     require(dtype in DTYPES.values(), f"dtype={dtype!r} is not one of {tuple(DTYPES)}")
+    named = isinstance(path_or_hub_id, (str, Path)) and str(path_or_hub_id) not in ("", ".")
+    require(named, f"path_or_hub_id={path_or_hub_id!r} is neither a folder nor a hub id")
     embedded = str(path_or_hub_id) == "embedded"
     folder = EMBEDDED if embedded else Path(path_or_hub_id)
     if not embedded and not folder.is_dir():
+        if folder.is_absolute() or folder.exists():
+            raise CheckpointError(f"{str(folder)!r} is not a folder")
         folder = _download(str(path_or_hub_id))
     spec = read_spec(read_json(folder / "config.json"))
     weights = load_weights(folder, spec, device, dtype)
@@ -214,7 +218,8 @@ class Engine:
     def _encode(self, prompt: Prompt, raw: bool, index: int) -> list[int]:
         if isinstance(prompt, torch.Tensor):
             prompt = prompt.tolist()
-        require(isinstance(prompt, (str, Sequence)), f"prompt {index} is {prompt!r}, neither text nor a sequence")
+        fine = isinstance(prompt, (str, Sequence)) and not isinstance(prompt, (bytes, bytearray))
+        require(fine, f"prompt {index} is {prompt!r}, neither text nor a sequence of token ids")
         if isinstance(prompt, str) or (prompt and isinstance(prompt[0], Mapping)):
             require(self.text is not None, f"prompt {index} is text, but the checkpoint has no tokenizer.json")
             require(bool(prompt), f"prompt {index} is empty: {prompt!r}")
@@ -321,12 +326,14 @@ def _is_single(prompts: Any) -> bool:
     if isinstance(prompts, torch.Tensor):
         require(prompts.dim() in (1, 2), f"prompts is a tensor of {prompts.dim()} dimensions, not of 1 or 2")
         return prompts.dim() == 1
-    require(isinstance(prompts, (str, Sequence)), f"prompts={prompts!r} is neither text nor a sequence")
+    fine = isinstance(prompts, (str, Sequence)) and not isinstance(prompts, (bytes, bytearray))
+    require(fine, f"prompts={prompts!r} is neither text nor a sequence")
     return isinstance(prompts, str) or bool(prompts) and not isinstance(prompts[0], (str, Sequence, torch.Tensor))
 
 
 def _per_row(name: str, value: int | Sequence[int], rows: int) -> list[int]:
-    require(isinstance(value, (int, Sequence)), f"{name}={value!r} is neither an integer nor a sequence of them")
+    listed = isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+    require(isinstance(value, int) or listed, f"{name}={value!r} is neither an integer nor a sequence of them")
     values = [value] * rows if isinstance(value, int) else list(value)
     require(len(values) == rows, f"{name}={value!r} has {len(values)} entries for {rows} prompts")
     for v in values:

@@ -49,6 +49,10 @@ class TextCodec:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of ``text``, with nothing added to it."""
+        try:
+            text.encode()
+        except UnicodeError as error:
+            raise ArgumentError(f"text={text!r} is not valid Unicode: {error}") from None
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int]) -> str:

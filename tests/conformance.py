@@ -275,6 +275,8 @@ def main() -> int:
         check_implementation(arguments.impl)
     except sfs_triton.ArgumentError as error:
         parser.error(str(error))
+    if arguments.limit is not None and arguments.limit < 1:
+        parser.error(f"--limit {arguments.limit} is not positive")
     if not (arguments.folder / "cases").is_dir():
         parser.error(f"{arguments.folder} has no folder 'cases'")
     torch.set_num_threads(1)  # the recordings' own setting; the models are tiny

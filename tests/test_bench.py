@@ -85,3 +85,9 @@ def test_wilson_interval():
     low, high = wilson_interval(8, 10)
     assert (round(low, 3), round(high, 3)) == (0.490, 0.943)
     assert wilson_interval(0, 10)[0] == 0.0 and wilson_interval(10, 10)[1] == 1.0
+
+
+def test_unwritable_results_are_refused_before_measuring(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert throughput.main(["--json", str(tmp_path / "file" / "run.json")]) == 2
+    assert "cannot be written" in capsys.readouterr().out

@@ -335,3 +335,9 @@ def test_named_templates(embedded, tmp_path):
     path.write_text(json.dumps({"chat_template": [{"name": "tools", "template": "hello"}]}))
     with pytest.raises(CheckpointError, match="chat_template"):
         TextCodec.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize("path", [None, "", "/nowhere/at/all"])
+def test_what_is_no_folder(path):
+    with pytest.raises(sfs_triton.SfsError, match="folder"):
+        sfs_triton.load(path, "cpu")

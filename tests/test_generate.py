@@ -109,6 +109,7 @@ def test_empty_text(embedded, prompt):
         ({"gen_length": 0}, "gen_length=0"),
         ({"gen_length": -8}, "gen_length=-8"),
         ({"gen_length": 2.5}, "gen_length=2.5"),
+        ({"gen_length": "64"}, "gen_length='64'"),
         ({"gen_length": True}, "gen_length=True"),
         ({"gen_length": 600}, r"10 \+ 600 = 610 positions, the model allows 512"),
         (
@@ -366,7 +367,9 @@ def test_seeds_and_samplers_are_checked_by_both_ways_in(engines, options, named)
         engines["llada-mha"].infill([*PROMPT, 500], **options)
 
 
-@pytest.mark.parametrize("prompt", [torch.tensor(3), torch.ones(2, 2, 2), torch.tensor([]), [[1, 2], 5], [1.0, 2.0]])
+@pytest.mark.parametrize(
+    "prompt", [torch.tensor(3), torch.ones(2, 2, 2), torch.tensor([]), [[1, 2], 5], [1.0, 2.0], b"12"]
+)
 def test_odd_prompts(engines, prompt):
     with pytest.raises(ArgumentError, match="prompt"):
         engines["llada-mha"].generate(prompt, gen_length=8)

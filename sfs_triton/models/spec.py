@@ -57,6 +57,7 @@ LLADA_ALLOWED: dict[str, tuple] = {
     "block_type": ("llama",),
     "activation_type": ("silu",),
     "clip_qkv": (None,),
+    "rope_full_precision": (True, None),
     "rope_scaling": (None,),
     "sliding_window": (None,),
     "include_bias": (False,),
