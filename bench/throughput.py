@@ -30,7 +30,7 @@ from rich.table import Table  # noqa: E402
 import sfs_triton  # noqa: E402
 from bench import chart  # noqa: E402
 from bench.embedded import problems, tasks  # noqa: E402
-from bench.statistics import machine, wilson_interval  # noqa: E402
+from bench.figures import machine, wilson_interval  # noqa: E402
 
 RESULTS = ROOT / "bench" / "results"
 

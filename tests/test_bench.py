@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from bench import throughput
-from bench.statistics import wilson_interval
+from bench.figures import wilson_interval
 
 KEYS = {
     "sampler",
@@ -43,6 +46,18 @@ def test_records_and_picture(tmp_path, capsys):
     assert (tmp_path / "run.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["run.json", "run.png"]
     assert "slowfast (paper)" in capsys.readouterr().out
+
+
+def test_as_a_script(tmp_path):
+    """The way users start it: nothing beside the script may shadow what it imports."""
+    out = tmp_path / "run.json"
+    script = Path(throughput.__file__)
+    arguments = ["--samplers", "slowfast", "--cache", "none", "--limit", "1", "--json", str(out)]
+    done = subprocess.run(
+        [sys.executable, script, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(out.read_text())["rows"][0]["tokens_per_second"] > 0
 
 
 def test_own_prompts_without_answers(tmp_path):

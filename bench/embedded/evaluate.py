@@ -11,7 +11,7 @@ import time
 
 import sfs_triton
 from bench.embedded import problems, tasks
-from bench.statistics import wilson_interval
+from bench.figures import wilson_interval
 
 SAMPLERS = {
     "vanilla": sfs_triton.FixedSteps(),
