@@ -11,7 +11,8 @@ from .torch_ops.confidence import Draw, confidence
 from .torch_ops.cycle import CycleRules
 from .torch_ops.cycle import decide as decide_cycle
 from .torch_ops.cycle import plan as plan_cycle
-from .torch_ops.layers import attention, rms_norm, rope, rope_tables, silu_mul
+from .torch_ops.layers import attention, rope, rope_tables, silu_mul
+from .torch_ops.norm import rms_norm
 from .torch_ops.select import BlockRules
 from .torch_ops.select import decide as decide_block
 from .torch_ops.select import plan as plan_block

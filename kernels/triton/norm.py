@@ -1,0 +1,110 @@
+"""RMSNorm, alone and with the residual addition before it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from .check import FLOATS, check_tensor, refuse_unless
+from .cost import Cost
+from .launch import launch
+
+
+@triton.jit(do_not_specialize=["eps"])
+def _rms_norm_kernel(
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    out_ptr,
+    n_columns,
+    stride_x_row,
+    stride_residual_row,
+    stride_out_row,
+    eps,
+    HAS_RESIDUAL: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK_N)
+    inside = columns < n_columns
+    x = tl.load(x_ptr + row * stride_x_row + columns, mask=inside, other=0.0)
+    if HAS_RESIDUAL:
+        at = residual_ptr + row * stride_residual_row + columns
+        # the sum is rounded to the residual's dtype before it is normalised, as an unfused addition would be
+        x = (x.to(tl.float32) + tl.load(at, mask=inside, other=0.0).to(tl.float32)).to(x.dtype)
+        tl.store(at, x, mask=inside)
+    wide = x.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(wide * wide, axis=0) / n_columns + eps)
+    weight = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out_ptr + row * stride_out_row + columns, (wide * scale * weight).to(x.dtype), mask=inside)
+
+
+@dataclass(frozen=True)
+class NormConfig:
+    BLOCK_N: int
+    num_warps: int
+
+
+def norm_config(n_columns: int) -> NormConfig:
+    """A row a program, held in registers: 16 values or fewer a thread up to 8,192 columns."""
+    block = triton.next_power_of_2(n_columns)
+    return NormConfig(BLOCK_N=block, num_warps=min(16, max(1, block // 512)))
+
+
+def rms_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    *,
+    residual: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    config: NormConfig | None = None,
+) -> torch.Tensor:
+    """``x / sqrt(mean(x^2) + eps) * weight`` over the last axis, reduced in float32 and cast once.
+
+    Args:
+        x: ``[..., d]``, float32, float16 or bfloat16.
+        weight: ``[d]`` in a float dtype.
+        residual: like ``x``; becomes ``x + residual`` (in its dtype), and that sum is what is normalised.
+        out: like ``x``, dense; allocated if None. May be ``x``.
+
+    NaN and infinities go where the equation takes them, and stay in their row.
+    """
+    check_tensor("x", x, dtype=FLOATS, shape=[..., None])
+    n_columns = x.shape[-1]
+    refuse_unless(0 < n_columns <= 65536, f"x has {n_columns} columns, not 1 to 65536")
+    check_tensor("weight", weight, dtype=FLOATS, shape=[n_columns], device=x.device)
+    if out is None:
+        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    check_tensor("out", out, dtype=x.dtype, shape=x.shape, device=x.device, dense=True)
+    if residual is not None:
+        check_tensor("residual", residual, dtype=x.dtype, shape=x.shape, device=x.device, dense=True)
+    rows = x.reshape(-1, n_columns)
+    if rows.shape[0] == 0:
+        return out
+    config = config or norm_config(n_columns)
+    launch(
+        _rms_norm_kernel,
+        (rows.shape[0],),
+        x_ptr=rows,
+        residual_ptr=residual,
+        weight_ptr=weight,
+        out_ptr=out,
+        n_columns=n_columns,
+        stride_x_row=rows.stride(0),
+        stride_residual_row=n_columns,
+        stride_out_row=n_columns,
+        eps=eps,
+        HAS_RESIDUAL=residual is not None,
+        BLOCK_N=config.BLOCK_N,
+        num_warps=config.num_warps,
+    )
+    return out
+
+
+def rms_norm_cost(n_rows: int, n_columns: int, itemsize: int, residual: bool = False) -> Cost:
+    """Rows in and out once, the weight once; the residual is read and written as well."""
+    return Cost(bytes=((4 if residual else 2) * n_rows + 1) * n_columns * itemsize, flops=4 * n_rows * n_columns)

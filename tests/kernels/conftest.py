@@ -1,0 +1,29 @@
+"""Kernel tests run on a GPU where there is one, else in Triton's interpreter (where bfloat16 is wrong)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sfs_triton.testing import Guards
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(
+    params=[torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)],
+    ids=["float32", "float16", "bfloat16"],
+)
+def dtype(request) -> torch.dtype:
+    return request.param
+
+
+@pytest.fixture
+def guards(device) -> Guards:
+    """Places for inputs and outputs between guard bands; what was touched outside is found at the test's end."""
+    bands = Guards(device)
+    yield bands
+    bands.check()
