@@ -126,6 +126,7 @@ def test_kernels_import_only_torch_triton_and_siblings():
         "math",
         "functools",
         "os",
+        "contextlib",
         "enum",
         "collections",
         "sfs_triton.kernels",
