@@ -6,29 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-# The per-row numbers of a generation. They live in one matrix, so that the host can read them all at once.
-CONTROL = (
-    "start",  # first position that may be decoded
-    "end",  # one past the last one
-    "limit",  # positions from here on follow a committed end-of-text
-    "block",
-    "block_start",
-    "block_end",
-    "s",
-    "e",  # the span of the cycle; e is -1 while it is not known
-    "phase",
-    "k",  # stage, and steps done in it (block samplers: in the block)
-    "cycle",
-    "determined",
-    "n_history",
-    "estimate",
-    "block_steps",  # fixed schedules: steps of a block
-    "quota",  # block samplers: what the schedule carries from step to step
-    "step",  # forwards done (NFE)
-    "done",
-    "fault",  # fault: 1 + the step whose logits held NaN
-)
-COLUMN = {name: index for index, name in enumerate(CONTROL)}
+from .kernels.control import COLUMN, CONTROL
 
 
 @dataclass(slots=True)
@@ -41,6 +19,9 @@ class DecodeState:
     token: torch.Tensor  # int64 [B, L]: what the last forward chose, where it was looked at
     score: torch.Tensor  # float32 [B, L]: the score of that choice
     commit_step: torch.Tensor  # int64 [B, L]: step that filled a position, -1 never or given
+    fill: torch.Tensor  # bool [B, L]: scratch of ``decide``
+    dirty: torch.Tensor  # bool [B, L]: committed since it was last forwarded
+    forwarded: torch.Tensor  # int64 [B, L]: step at which a row list last held the position, -1 never
     position: torch.Tensor  # int64 [L]
     history: torch.Tensor  # int64 [B, W]: candidate horizons, counted from the block's start
     history_slot: torch.Tensor  # int64 [W]
@@ -70,6 +51,8 @@ class DecodeState:
     block_steps: torch.Tensor = field(init=False)
     quota: torch.Tensor = field(init=False)
     step: torch.Tensor = field(init=False)
+    cap: torch.Tensor = field(init=False)
+    masks_left: torch.Tensor = field(init=False)
     done: torch.Tensor = field(init=False)
     fault: torch.Tensor = field(init=False)
 
@@ -88,10 +71,14 @@ class DecodeState:
         window: int,
         block_length: int | None,
         seeds: list[int],
+        caps: list[int],
         device: torch.device,
         trace: bool,
     ) -> DecodeState:
-        """State for canvases ``rows`` (token ids, undecided positions hold ``mask_id``), decoded from ``starts`` on."""
+        """State for canvases ``rows`` (token ids, undecided positions hold ``mask_id``), decoded from ``starts`` on.
+
+        ``caps`` are the most steps that each row can need; one that needs more ends with a fault.
+        """
         length = max(len(row) for row in rows)
         tokens = torch.full((len(rows), length), eos_id, dtype=torch.int64)
         for index, row in enumerate(rows):
@@ -113,6 +100,8 @@ class DecodeState:
             "s": block,
             "e": -1,
             "estimate": -1,
+            "cap": torch.tensor(caps),
+            "masks_left": masked.sum(1),
             "done": (~masked.any(1)).long(),
         }
         for name, value in values.items():
@@ -124,6 +113,9 @@ class DecodeState:
             token=torch.zeros((batch, length), dtype=torch.int64, device=device),
             score=torch.zeros((batch, length), dtype=torch.float32, device=device),
             commit_step=torch.full((batch, length), -1, dtype=torch.int64, device=device),
+            fill=torch.zeros_like(masked, device=device),
+            dirty=torch.zeros_like(masked, device=device),
+            forwarded=torch.full((batch, length), -1, dtype=torch.int64, device=device),
             position=torch.arange(length, device=device),
             history=torch.zeros((batch, window), dtype=torch.int64, device=device),
             history_slot=torch.arange(window, device=device),
@@ -138,15 +130,14 @@ class DecodeState:
             events=[] if trace else None,
         )
 
-    def record_event(self) -> None:
-        """Keep what this step decided, before it is committed and the stage moves on (only when tracing)."""
-        if self.events is not None:
-            self.events.append(
-                {
-                    "control": self.control.clone(),
-                    "history": self.history.clone(),
-                    "spread": self.spread.clone(),
-                    "score": self.score.clone(),
-                    "inside": self.inside.clone(),
-                }
-            )
+    def record_event(self, control: torch.Tensor, history: torch.Tensor) -> None:
+        """Keep what this step decided: ``control`` and ``history`` as they were before it was committed."""
+        self.events.append(
+            {
+                "control": control,
+                "history": history,
+                "spread": self.spread.clone(),
+                "score": self.score.clone(),
+                "inside": self.inside.clone(),
+            }
+        )

@@ -11,6 +11,8 @@ def commit(state, fill: torch.Tensor, *, eos_stop: bool) -> None:
     With ``eos_stop`` the leftmost end-of-text that was ever committed is the row's limit: everything after it becomes
     end-of-text, whether it was decided or not, and leaves the canvas' masks. Given positions stay.
     """
+    state.fill.copy_(fill)
+    state.dirty.logical_or_(fill)
     state.tokens.copy_(torch.where(fill, state.token, state.tokens))
     state.masked.logical_and_(~fill)
     state.commit_step.copy_(torch.where(fill, state.step[:, None], state.commit_step))
@@ -23,10 +25,12 @@ def commit(state, fill: torch.Tensor, *, eos_stop: bool) -> None:
         state.masked.logical_and_(~beyond)
 
 
-def look_inside(state, first: torch.Tensor, stop: torch.Tensor) -> torch.Tensor:
-    """Note in ``state.inside`` the undecided positions in ``[first, stop)`` of each running row; boolean ``[B, L]``."""
-    after = state.position >= torch.where(state.done == 0, first, state.length)[:, None]
-    return torch.logical_and(state.masked & after, state.position < stop[:, None], out=state.inside)
+def finish_step(state, running: torch.Tensor, over: torch.Tensor) -> None:
+    """End the rows that are ``over``; a running row that is not, at its step cap, ends with a fault."""
+    state.masks_left.copy_(torch.where(running, state.masked.sum(1), state.masks_left))
+    stuck = running & ~over & (state.step >= state.cap)
+    state.fault.copy_(torch.where(stuck, -state.step, state.fault))
+    state.done.copy_(torch.where(over | stuck, 1, state.done))
 
 
 def inside_scores(state) -> torch.Tensor:

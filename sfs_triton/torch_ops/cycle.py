@@ -11,9 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .commit import commit, first_masked, inside_scores, look_inside, mark_faults
-
-SLOW, FAST = 0, 1
+from ..kernels.control import FAST, SLOW
+from .commit import commit, finish_step, first_masked, inside_scores, mark_faults
 
 
 @dataclass(frozen=True)
@@ -37,12 +36,6 @@ class CycleRules:
     block_length: int | None
     max_cycles: int | None  # in a block
     eos_stop: bool
-
-
-def plan(state) -> torch.Tensor:
-    """The positions ``decide`` will look at, boolean ``[B, L]``: in the slow stage of the block, in the fast one of the
-    span. Kept in ``state.inside``."""
-    return look_inside(state, state.s, torch.where(state.phase == SLOW, state.block_end, state.e))
 
 
 def spread_of(history: torch.Tensor, count: torch.Tensor, kind: str) -> torch.Tensor:
@@ -123,7 +116,7 @@ def _advance(state, rules: CycleRules) -> None:
         following = torch.where(exhausted & ~block_over, first_masked(state, state.block_end), first)
         block_over = block_over | exhausted
     over = (block_over & (following >= state.length)) | (running & nothing_left & rules.eos_stop)
-    state.done.copy_(torch.where(over, 1, state.done))
+    finish_step(state, running, over)
 
     state.phase.copy_(torch.where(to_fast, FAST, torch.where(cycle_over, SLOW, state.phase)))
     state.k.masked_fill_(to_fast | cycle_over, 0)
@@ -157,6 +150,7 @@ def decide(state, rules: CycleRules, *, slow: bool = True) -> None:
     if slow:
         _horizon(state, scores, rules)
     fill = _fill(state, scores, rules) & (state.done == 0)[:, None]
-    state.record_event()
+    if state.events is not None:
+        state.record_event(state.control.clone(), state.history.clone())
     commit(state, fill, eos_stop=rules.eos_stop)
     _advance(state, rules)

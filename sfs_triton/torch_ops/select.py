@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .commit import commit, first_masked, inside_scores, look_inside, mark_faults, rank_by_score
+from .commit import commit, finish_step, first_masked, inside_scores, mark_faults, rank_by_score
 from .cycle import enter_block
 
 
@@ -25,11 +25,6 @@ class BlockRules:
     opening: str = "normal"  # "repeat": a block takes at least two forwards; "first": and the first of them commits
     #                           only the block's first masked position, whose logits need the row before the block
     eos_stop: bool = False
-
-
-def plan(state) -> torch.Tensor:
-    """The positions ``decide`` will look at, boolean ``[B, L]``: those of the block. Kept in ``state.inside``."""
-    return look_inside(state, state.block_start, state.block_end)
 
 
 def _share(state) -> torch.Tensor:
@@ -90,7 +85,8 @@ def decide(state, rules: BlockRules, *, slow: bool = True) -> None:
         opening = inside & (state.position == first_masked(state, state.block_start)[:, None])
         fill = torch.where((state.k == 0)[:, None], opening, fill)
     fill &= (state.done == 0)[:, None]
-    state.record_event()
+    if state.events is not None:
+        state.record_event(state.control.clone(), state.history.clone())
     commit(state, fill, eos_stop=rules.eos_stop)
     _advance(state, rules)
 
@@ -109,7 +105,7 @@ def _advance(state, rules: BlockRules) -> None:
         over |= state.k >= (state.block_steps.clamp(min=2) if rules.opening == "first" else state.block_steps)
     over &= running
     following = first_masked(state, state.block_end)
-    state.done.copy_(torch.where(over & (following >= state.length), 1, state.done))
+    finish_step(state, running, over & (following >= state.length))
     state.k.masked_fill_(over, 0)
     if rules.block_length is not None:
         enter_block(state, over, following, rules.block_length)

@@ -1,0 +1,40 @@
+"""The slow/fast cycle machine: one launch a step for all rows of a batch."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+
+from sfs_triton import SlowFast, torch_ops, triton_ops
+from sfs_triton.kernels.cycle import decide_cost
+
+from .case import Case
+from .states import decode_state
+
+SAMPLERS = {
+    "paper": SlowFast(),
+    "paper-eos": SlowFast(eos_stop=True),
+    "llada-blocks": SlowFast.preset("llada-reference", block_length=32, max_cycles=256),
+    "dream": SlowFast.preset("dream-reference", eos_stop=True),
+}
+
+
+def _build(device: torch.device, *, sampler: SlowFast, trace: bool, **sizes: int) -> dict:
+    return {"state": decode_state(sampler, device=device, trace=trace, **sizes), "rules": sampler.rules()}
+
+
+def cases(toy: bool = False) -> list[Case]:
+    sizes = [(2, 8, 24)] if toy else [(1, 1100, 1024), (256, 1100, 1024), (16, 4096, 4096)]
+    return [
+        Case(
+            name=f"{name}-{batch}x{prompt + response}{'-trace' if trace else ''}",
+            kernel=triton_ops.decide_cycle,
+            twin=torch_ops.decide_cycle,
+            build=partial(_build, sampler=sampler, trace=trace, batch=batch, prompt=prompt, response=response),
+            cost=decide_cost(batch, prompt + response),
+        )
+        for name, sampler in SAMPLERS.items()
+        for batch, prompt, response in sizes
+        for trace in ((False, True) if name == "paper" and batch == 1 else (False,))
+    ]

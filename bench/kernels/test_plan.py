@@ -1,0 +1,50 @@
+"""Where a step looks, and the row list it forwards."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+
+from sfs_triton import SlowFast, torch_ops, triton_ops
+from sfs_triton.kernels.plan import plan_cost
+
+from .case import Case
+from .states import decode_state
+
+
+def _build(device: torch.device, *, capacity: int, shift: int, **sizes: int) -> dict:
+    state = decode_state(SlowFast(), device=device, **sizes)
+    lists = {
+        name: torch.zeros((sizes["batch"], capacity), dtype=torch.int32, device=device) for name in ("rows", "target")
+    }
+    count = torch.zeros(sizes["batch"], dtype=torch.int32, device=device)
+    how = {"by_stage": True, "span_cap": 64, "look_ahead": 16, "shift": shift}
+    return {"state": state, **lists, "count": count, **how}
+
+
+def cases(toy: bool = False) -> list[Case]:
+    sizes = [(2, 8, 24, 16)] if toy else [(1, 1100, 1024, 128), (16, 4096, 4096, 128)]
+    lists = [
+        Case(
+            name=f"{batch}x{prompt + response}-{capacity}{'-shift' if shift else ''}",
+            kernel=triton_ops.plan,
+            twin=torch_ops.plan,
+            build=partial(_build, capacity=capacity, shift=shift, batch=batch, prompt=prompt, response=response),
+            cost=plan_cost(batch, prompt + response, capacity),
+        )
+        for batch, prompt, response, capacity in sizes
+        for shift in (0, 1)
+    ]
+    batch, prompt, response, _ = sizes[0]
+    look = partial(decode_state, SlowFast(), batch=batch, prompt=prompt, response=response)
+    return lists + [
+        Case(
+            name=f"look-{batch}x{prompt + response}{'' if by_stage else '-block'}",
+            kernel=triton_ops.look,
+            twin=torch_ops.look,
+            build=lambda device, by_stage=by_stage: {"state": look(device=device), "by_stage": by_stage},
+            cost=plan_cost(batch, prompt + response, 0),
+        )
+        for by_stage in (True, False)
+    ]

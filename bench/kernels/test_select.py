@@ -1,0 +1,42 @@
+"""The block machine of the other samplers: thresholds, quotas, fixed counts, random positions."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+
+from sfs_triton import FixedSteps, Threshold, torch_ops, triton_ops
+from sfs_triton.kernels.select import decide_cost
+
+from .case import Case
+from .states import decode_state
+
+SAMPLERS = {
+    "threshold": (Threshold(block_length=32, eos_stop=True), "normal"),
+    "threshold-dual": (Threshold(block_length=32), "repeat"),
+    "paced": (Threshold(block_length=None, steps=64), "normal"),
+    "even": (FixedSteps(block_length=32), "normal"),
+    "even-first": (FixedSteps(block_length=32), "first"),
+    "timesteps": (FixedSteps(steps=64, metric="entropy"), "normal"),
+    "random": (FixedSteps(steps=64, metric="origin"), "normal"),
+}
+
+
+def _build(device: torch.device, *, sampler, opening: str, **sizes: int) -> dict:
+    return {"state": decode_state(sampler, device=device, **sizes), "rules": sampler.rules(opening)}
+
+
+def cases(toy: bool = False) -> list[Case]:
+    sizes = [(2, 8, 32)] if toy else [(1, 1100, 1024), (256, 1100, 1024)]
+    return [
+        Case(
+            name=f"{name}-{batch}x{prompt + response}",
+            kernel=triton_ops.decide_block,
+            twin=torch_ops.decide_block,
+            build=partial(_build, sampler=sampler, opening=opening, batch=batch, prompt=prompt, response=response),
+            cost=decide_cost(batch, prompt + response),
+        )
+        for name, (sampler, opening) in SAMPLERS.items()
+        for batch, prompt, response in sizes
+    ]

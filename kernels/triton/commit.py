@@ -1,0 +1,131 @@
+"""What the kernels of both step machines share: the columns of a row's numbers, and committing what a step fills.
+
+Scalars are loaded by all threads of a program and stored by one, and Triton orders neither. So a machine loads all it
+needs, has a barrier, and stores once at its end; what one thread stores and another loads has a barrier between.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .check import check_tensor, refuse_unless
+from .control import COLUMN, CONTROL
+
+MAX_LENGTH = 2**20
+MAX_REGISTERS = 128  # given no limit, ptxas spills a little for an occupancy that one program a row has no use for
+
+START: tl.constexpr = tl.constexpr(COLUMN["start"])
+END: tl.constexpr = tl.constexpr(COLUMN["end"])
+LIMIT: tl.constexpr = tl.constexpr(COLUMN["limit"])
+BLOCK: tl.constexpr = tl.constexpr(COLUMN["block"])
+BLOCK_START: tl.constexpr = tl.constexpr(COLUMN["block_start"])
+BLOCK_END: tl.constexpr = tl.constexpr(COLUMN["block_end"])
+S: tl.constexpr = tl.constexpr(COLUMN["s"])
+E: tl.constexpr = tl.constexpr(COLUMN["e"])
+PHASE: tl.constexpr = tl.constexpr(COLUMN["phase"])
+K: tl.constexpr = tl.constexpr(COLUMN["k"])
+CYCLE: tl.constexpr = tl.constexpr(COLUMN["cycle"])
+DETERMINED: tl.constexpr = tl.constexpr(COLUMN["determined"])
+N_HISTORY: tl.constexpr = tl.constexpr(COLUMN["n_history"])
+ESTIMATE: tl.constexpr = tl.constexpr(COLUMN["estimate"])
+BLOCK_STEPS: tl.constexpr = tl.constexpr(COLUMN["block_steps"])
+QUOTA: tl.constexpr = tl.constexpr(COLUMN["quota"])
+STEP: tl.constexpr = tl.constexpr(COLUMN["step"])
+CAP: tl.constexpr = tl.constexpr(COLUMN["cap"])
+MASKS_LEFT: tl.constexpr = tl.constexpr(COLUMN["masks_left"])
+DONE: tl.constexpr = tl.constexpr(COLUMN["done"])
+FAULT: tl.constexpr = tl.constexpr(COLUMN["fault"])
+N_CONTROL: tl.constexpr = tl.constexpr(len(CONTROL))
+
+
+@triton.jit
+def load_number(control_ptr, COLUMN: tl.constexpr):
+    """One of a row's numbers, in 32 bits: they all fit, and 64-bit division is a call."""
+    return tl.load(control_ptr + COLUMN).to(tl.int32)
+
+
+@triton.jit
+def commit_row(
+    tokens_ptr,
+    masked_ptr,
+    commit_step_ptr,
+    dirty_ptr,
+    token_ptr,
+    fill_ptr,
+    length,
+    limit,
+    step,
+    eos_id,
+    from_a,
+    from_b,
+    EOS_STOP: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+):
+    """Commit a row's chosen tokens where ``fill`` says. Pointers are the row's own.
+
+    With EOS_STOP the leftmost end-of-text that was ever committed is the row's limit: everything after it becomes
+    end-of-text, whether it was decided or not, and leaves the masks; given positions stay.
+
+    Returns the limit, the number of masks left, and the lowest undecided positions at or after ``from_a`` and
+    ``from_b`` (``length`` where there is none).
+    """
+    if EOS_STOP:
+        ended = tl.zeros([BLOCK_L], tl.int32) + length
+        for begin in range(0, length, BLOCK_L):
+            place = begin + tl.arange(0, BLOCK_L)
+            fill = tl.load(fill_ptr + place, mask=place < length, other=0) != 0
+            token = tl.load(token_ptr + place, mask=fill, other=-1)
+            ended = tl.minimum(ended, tl.where(fill & (token == eos_id), place, length))
+        limit = tl.minimum(limit, tl.min(ended, axis=0) + 1)
+    left = tl.zeros([BLOCK_L], tl.int32)
+    first_a = tl.zeros([BLOCK_L], tl.int32) + length
+    first_b = tl.zeros([BLOCK_L], tl.int32) + length
+    for begin in range(0, length, BLOCK_L):
+        place = begin + tl.arange(0, BLOCK_L)
+        there = place < length
+        fill = tl.load(fill_ptr + place, mask=there, other=0) != 0
+        masked = (tl.load(masked_ptr + place, mask=there, other=0) != 0) & (fill == 0)
+        token = tl.load(token_ptr + place, mask=fill, other=0)
+        written = fill
+        if EOS_STOP:
+            committed = tl.load(commit_step_ptr + place, mask=there, other=-1) >= 0
+            beyond = (masked | fill | committed) & (place >= limit)
+            token = tl.where(beyond, eos_id, token)
+            written = fill | beyond
+            masked = masked & (beyond == 0)
+        tl.debug_barrier()  # another thread may load what this one stores
+        tl.store(tokens_ptr + place, token, mask=written)
+        tl.store(masked_ptr + place, masked, mask=there)
+        tl.store(commit_step_ptr + place, (tl.zeros([BLOCK_L], tl.int64) + step), mask=fill)
+        tl.store(dirty_ptr + place, fill, mask=fill)
+        left += masked.to(tl.int32)
+        first_a = tl.minimum(first_a, tl.where(masked & (place >= from_a), place, length))
+        first_b = tl.minimum(first_b, tl.where(masked & (place >= from_b), place, length))
+    return limit, tl.sum(left, axis=0), tl.min(first_a, axis=0), tl.min(first_b, axis=0)
+
+
+@triton.jit
+def block_at(start, end, following, block_length):
+    """Index, begin and end of the block that holds position ``following``."""
+    index = (following - start) // block_length
+    begin = start + index * block_length
+    return index, begin, tl.minimum(begin + block_length, end)
+
+
+def check_canvas(control: torch.Tensor, **tensors: tuple[torch.Tensor, torch.dtype]) -> tuple[int, int]:
+    """Batch and length of canvas tensors ``[B, L]``, given with their dtypes; all must agree with ``control``."""
+    check_tensor("control", control, dtype=torch.int64, shape=[None, len(CONTROL)], dense=True)
+    length = None
+    for name, (tensor, dtype) in tensors.items():
+        check_tensor(name, tensor, dtype=dtype, shape=[len(control), length], device=control.device, dense=True)
+        length = tensor.shape[1]
+    refuse_unless(length <= MAX_LENGTH, f"the canvas has {length} positions, more than {MAX_LENGTH}")
+    return len(control), length
+
+
+def block_of(length: int) -> tuple[int, int]:
+    """Positions that one turn of a scan takes, and warps: four values a thread, so that several int64 fit registers."""
+    block = min(1024, max(16, triton.next_power_of_2(length)))
+    return block, max(1, min(8, block // 128))

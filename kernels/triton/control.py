@@ -1,0 +1,34 @@
+"""The numbers that say where each row of a batch stands: one int64 row of these columns a canvas row.
+
+They live in one matrix, so that a host can read them all at once and a kernel takes one pointer. Nothing here needs
+triton.
+"""
+
+from __future__ import annotations
+
+CONTROL = (
+    "start",  # first position that may be decoded
+    "end",  # one past the last one
+    "limit",  # positions from here on follow a committed end-of-text
+    "block",
+    "block_start",
+    "block_end",
+    "s",
+    "e",  # the span of the cycle; e is -1 while it is not known
+    "phase",
+    "k",  # stage, and steps done in it (block samplers: in the block)
+    "cycle",
+    "determined",
+    "n_history",
+    "estimate",
+    "block_steps",  # fixed schedules: steps of a block
+    "quota",  # block samplers: what the schedule carries from step to step
+    "step",  # forwards done (NFE)
+    "cap",  # most steps that the sampler can need
+    "masks_left",  # undecided positions
+    "done",
+    "fault",  # 0, or 1 + the step whose logits held NaN, or -1 - the step at which the cap was reached
+)
+COLUMN = {name: index for index, name in enumerate(CONTROL)}
+
+SLOW, FAST = 0, 1  # values of "phase"

@@ -1,0 +1,456 @@
+"""The slow/fast cycle machine of SlowFast Sampling (arXiv 2506.10848): one launch a step for all rows of a batch.
+
+A program is a row of the canvas. It scans the scores of the positions that the step looked at, estimates the candidate
+horizon and its stability, chooses and commits positions, and moves its row on to the fast stage, the next cycle, the
+next block or the end. Nothing is read by the host.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from .check import check_tensor, refuse_unless
+from .commit import (
+    BLOCK,
+    BLOCK_END,
+    BLOCK_START,
+    CAP,
+    CYCLE,
+    DETERMINED,
+    DONE,
+    END,
+    ESTIMATE,
+    FAULT,
+    LIMIT,
+    MASKS_LEFT,
+    MAX_REGISTERS,
+    N_CONTROL,
+    N_HISTORY,
+    PHASE,
+    START,
+    STEP,
+    E,
+    K,
+    S,
+    block_at,
+    block_of,
+    check_canvas,
+    commit_row,
+    load_number,
+)
+from .control import CONTROL
+from .cost import Cost
+from .launch import launch
+
+MAX_WINDOW = 1024  # the sum of as many horizons still fits an int32
+SPREADS = ("variance", "std", "unbiased")
+SLOW_ENDS = ("stable", "fixed", "filled")
+ROUNDINGS = ("floor", "even")
+
+
+@triton.jit
+def _scan(score_ptr, inside_ptr, length, tau_min, tau, STRICT: tl.constexpr, BLOCK_L: tl.constexpr):
+    """Over the positions looked at: the highest whose score reaches ``tau_min`` (-1: none), how many reach ``tau``, the
+    lowest with the largest score, and whether a score is NaN."""
+    furthest = tl.full([BLOCK_L], -1, tl.int32)
+    high = tl.zeros([BLOCK_L], tl.int32)
+    bad = tl.zeros([BLOCK_L], tl.int32)
+    best_score = tl.full([BLOCK_L], float("-inf"), tl.float32)
+    best_place = tl.zeros([BLOCK_L], tl.int32)
+    for begin in range(0, length, BLOCK_L):
+        place = begin + tl.arange(0, BLOCK_L)
+        inside = tl.load(inside_ptr + place, mask=place < length, other=0) != 0
+        score = tl.load(score_ptr + place, mask=inside, other=float("-inf"))
+        candidate = (score > tau_min) if STRICT else (score >= tau_min)
+        reached = (score > tau) if STRICT else (score >= tau)
+        furthest = tl.maximum(furthest, tl.where(inside & candidate, place, -1))
+        high += (inside & reached).to(tl.int32)
+        bad |= (score != score).to(tl.int32)
+        better = score > best_score
+        best_score = tl.where(better, score, best_score)
+        best_place = tl.where(better, place, best_place)
+    top = tl.max(best_score, axis=0)
+    best = tl.min(tl.where(best_score == top, best_place, length), axis=0)
+    return tl.max(furthest, axis=0), tl.sum(high, axis=0), best, tl.max(bad, axis=0) != 0
+
+
+@triton.jit
+def _spread_and_mean(history, count, SPREAD: tl.constexpr, ROUNDING: tl.constexpr):
+    """Spread (float64) and rounded mean of ``count`` integers; unused slots are zero. Sums are exact."""
+    wide = history.to(tl.int64)
+    total = tl.sum(wide, axis=0)
+    numerator = (count * tl.sum(wide * wide, axis=0) - total * total).to(tl.float64)
+    if SPREAD == "unbiased":
+        spread = numerator / tl.maximum(count * (count - 1), 1).to(tl.float64)  # of one value it is 0
+    else:
+        spread = numerator / tl.maximum(count * count, 1).to(tl.float64)
+        if SPREAD == "std":
+            spread = tl.sqrt(spread)
+    count = tl.maximum(count, 1)
+    total = total.to(tl.int32)
+    mean = total // count
+    if ROUNDING == "even":  # halves go to the even neighbour
+        twice = 2 * (total - mean * count)
+        up = (twice > count) | ((twice == count) & (mean % 2 == 1))
+        mean = tl.maximum(mean + up.to(tl.int32), 1)
+    return spread, mean
+
+
+@triton.jit
+def _horizon(
+    history,
+    n_history,
+    estimate,
+    origin,
+    e,
+    last,
+    estimating,
+    window,
+    SPREAD: tl.constexpr,
+    SPREAD_LIMIT: tl.constexpr,
+    INCLUSIVE: tl.constexpr,
+    ROUNDING: tl.constexpr,
+    ZERO_HISTORY: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+):
+    """Push a slow step's candidate horizon: new history and its size, spread (NaN until the window is full), the span's
+    end and whether that is final. ``last``: this is the last slow step of the cycle."""
+    slot = tl.arange(0, BLOCK_W)
+    history = tl.where(estimating & (slot == n_history % window), estimate - origin, history)
+    n_history += estimating.to(tl.int32)
+    count = tl.minimum(n_history, window)
+    if ZERO_HISTORY:
+        count = count * 0 + window
+    spread, mean = _spread_and_mean(history, count, SPREAD, ROUNDING)
+    full = estimating & (count >= window)
+    stable = full & ((spread <= SPREAD_LIMIT) if INCLUSIVE else (spread < SPREAD_LIMIT))
+    e = tl.where(full | (estimating & last), tl.where(stable, estimate, mean + origin), e)
+    return history, n_history, tl.where(full, spread, float("nan")), e, stable | (full & last)
+
+
+@triton.jit
+def _fill(score_ptr, inside_ptr, fill_ptr, length, tau, best, all_high, STRICT: tl.constexpr, BLOCK_L: tl.constexpr):
+    """Mark what this step commits: everything looked at that reaches ``tau``, or only the best position."""
+    for begin in range(0, length, BLOCK_L):
+        place = begin + tl.arange(0, BLOCK_L)
+        there = place < length
+        inside = tl.load(inside_ptr + place, mask=there, other=0) != 0
+        score = tl.load(score_ptr + place, mask=inside, other=float("-inf"))
+        reached = (score > tau) if STRICT else (score >= tau)
+        chosen = (all_high & reached) | ((all_high == 0) & (place == best))
+        tl.store(fill_ptr + place, inside & chosen, mask=there)
+
+
+@triton.jit
+def _stage_end(
+    slow,
+    determined,
+    k,
+    cycle,
+    e,
+    block_end,
+    first,
+    first_after_block,
+    length,
+    k_max,
+    max_cycles,
+    SLOW_END: tl.constexpr,
+    HAS_MAX_CYCLES: tl.constexpr,
+    EOS_STOP: tl.constexpr,
+):
+    """What ends with this step, from where masks are left: whether the row goes on to its fast stage; whether its
+    cycle, its block and the row itself are over; and the first undecided position of the block that comes next."""
+    slow_over = k >= k_max
+    if SLOW_END != "fixed":
+        slow_over = slow_over | (first >= block_end)
+    if SLOW_END == "stable":
+        slow_over = slow_over | determined
+    stage_over = tl.where(slow, slow_over, first >= e)
+    to_fast = stage_over & slow & (first < e)
+    cycle_over = stage_over & (to_fast == 0)
+    block_over = cycle_over & (first >= block_end)
+    following = first
+    if HAS_MAX_CYCLES:
+        exhausted = cycle_over & (cycle + 1 >= max_cycles)
+        following = tl.where(exhausted & (block_over == 0), first_after_block, first)
+        block_over = block_over | exhausted
+    over = block_over & (following >= length)
+    if EOS_STOP:
+        over = over | (first >= length)
+    return to_fast, cycle_over, block_over, following, over
+
+
+@triton.jit(
+    do_not_specialize=[
+        "length",
+        "eos_id",
+        "min_parallel_slow",
+        "min_parallel",
+        "k_max",
+        "window",
+        "block_length",
+        "max_cycles",
+    ]
+)
+def _decide_kernel(
+    token_ptr,
+    score_ptr,
+    inside_ptr,
+    tokens_ptr,
+    masked_ptr,
+    commit_step_ptr,
+    dirty_ptr,
+    fill_ptr,
+    history_ptr,
+    spread_ptr,
+    control_ptr,
+    event_control_ptr,
+    event_history_ptr,
+    length,
+    eos_id,
+    tau_min,
+    tau_slow,
+    tau_fast,
+    min_parallel_slow,
+    min_parallel,
+    k_max,
+    window,
+    block_length,
+    max_cycles,
+    SPREAD: tl.constexpr,
+    SPREAD_LIMIT: tl.constexpr,
+    INCLUSIVE: tl.constexpr,
+    STRICT: tl.constexpr,
+    SLOW_END: tl.constexpr,
+    ROUNDING: tl.constexpr,
+    ZERO_HISTORY: tl.constexpr,
+    EOS_STOP: tl.constexpr,
+    HAS_BLOCKS: tl.constexpr,
+    HAS_MAX_CYCLES: tl.constexpr,
+    HAS_EVENT: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    at = row * length
+    control_ptr += row * N_CONTROL
+    tl.store(control_ptr + ESTIMATE, -1)
+    tl.store(spread_ptr + row, float("nan"))
+    if tl.load(control_ptr + DONE) != 0:
+        return
+    step = load_number(control_ptr, STEP)
+    slow = load_number(control_ptr, PHASE) == 0
+    determined = load_number(control_ptr, DETERMINED) != 0
+    n_history = load_number(control_ptr, N_HISTORY)
+    s, e, k = load_number(control_ptr, S), load_number(control_ptr, E), load_number(control_ptr, K)
+    origin, block_end = load_number(control_ptr, BLOCK_START), load_number(control_ptr, BLOCK_END)
+    limit, cycle = load_number(control_ptr, LIMIT), load_number(control_ptr, CYCLE)
+    slot = tl.arange(0, BLOCK_W)
+    history = tl.load(history_ptr + row * window + slot, mask=slot < window, other=0).to(tl.int32)
+    column = tl.arange(0, BLOCK_COLUMNS)
+    numbers = tl.load(control_ptr + column, mask=column < N_CONTROL, other=0)
+
+    tau = tl.where(slow, tau_slow, tau_fast)
+    furthest, n_high, best, bad = _scan(score_ptr + at, inside_ptr + at, length, tau_min, tau, STRICT, BLOCK_L)
+    tl.debug_barrier()
+    if bad:
+        tl.store(control_ptr + FAULT, step + 1)
+        tl.store(control_ptr + DONE, 1)
+        return
+    estimating = slow & (determined == 0)
+    estimate = tl.where(furthest >= 0, furthest + 1, s + 1)
+    history, n_history, spread, e, final = _horizon(
+        history, n_history, estimate, origin, e, k == k_max - 1, estimating, window,
+        SPREAD, SPREAD_LIMIT, INCLUSIVE, ROUNDING, ZERO_HISTORY, BLOCK_W,
+    )  # fmt: skip
+    determined = determined | final
+    estimate = tl.where(estimating, estimate, -1)
+    if HAS_EVENT:
+        numbers = tl.where(column == ESTIMATE, estimate, numbers)
+        numbers = tl.where(column == E, e, numbers)
+        numbers = tl.where(column == DETERMINED, determined.to(tl.int32), numbers)
+        numbers = tl.where(column == N_HISTORY, n_history, numbers)
+        tl.store(event_control_ptr + row * N_CONTROL + column, numbers, mask=column < N_CONTROL)
+        tl.store(event_history_ptr + row * window + slot, history, mask=slot < window)
+
+    all_high = n_high >= tl.where(slow, min_parallel_slow, min_parallel)
+    _fill(score_ptr + at, inside_ptr + at, fill_ptr + at, length, tau, best, all_high, STRICT, BLOCK_L)
+    tl.debug_barrier()
+    limit, masks_left, first, first_after_block = commit_row(
+        tokens_ptr + at, masked_ptr + at, commit_step_ptr + at, dirty_ptr + at, token_ptr + at, fill_ptr + at,
+        length, limit, step, eos_id, s, block_end, EOS_STOP, BLOCK_L,
+    )  # fmt: skip
+
+    k += 1
+    step += 1
+    to_fast, cycle_over, block_over, following, over = _stage_end(
+        slow, determined, k, cycle, e, block_end, first, first_after_block, length, k_max, max_cycles,
+        SLOW_END, HAS_MAX_CYCLES, EOS_STOP,
+    )  # fmt: skip
+    if (over == 0) & (step >= load_number(control_ptr, CAP)):
+        tl.store(control_ptr + FAULT, -step)
+        over = over | True
+
+    tl.store(spread_ptr + row, spread)
+    tl.store(history_ptr + row * window + slot, tl.where(cycle_over, 0, history), mask=slot < window)
+    tl.store(control_ptr + ESTIMATE, estimate)
+    tl.store(control_ptr + LIMIT, limit)
+    tl.store(control_ptr + STEP, step)
+    tl.store(control_ptr + MASKS_LEFT, masks_left)
+    tl.store(control_ptr + DONE, over.to(tl.int32))
+    tl.store(control_ptr + N_HISTORY, tl.where(cycle_over, 0, n_history))
+    tl.store(control_ptr + K, tl.where(to_fast | cycle_over, 0, k))
+    tl.store(control_ptr + PHASE, tl.where(to_fast, 1, tl.where(slow | cycle_over, 0, 1)))
+    tl.store(control_ptr + DETERMINED, ((determined | to_fast) & (cycle_over == 0)).to(tl.int32))
+    tl.store(control_ptr + E, tl.where(cycle_over, -1, e))
+    s = tl.where(cycle_over, e, s)
+    cycle += cycle_over.to(tl.int32)
+    if HAS_BLOCKS:
+        start, end = load_number(control_ptr, START), load_number(control_ptr, END)
+        index, begin, stop = block_at(start, end, following, block_length)
+        s = tl.where(block_over, begin, s)
+        cycle = tl.where(block_over, 0, cycle)
+        if block_over:
+            tl.store(control_ptr + BLOCK, index)
+            tl.store(control_ptr + BLOCK_START, begin)
+            tl.store(control_ptr + BLOCK_END, stop)
+    tl.store(control_ptr + S, s)
+    tl.store(control_ptr + CYCLE, cycle)
+
+
+@dataclass(frozen=True)
+class DecideConfig:
+    BLOCK_L: int
+    num_warps: int
+
+
+def decide_config(length: int) -> DecideConfig:
+    """See :func:`~.commit.block_of`."""
+    return DecideConfig(*block_of(length))
+
+
+def decide(
+    token: torch.Tensor,
+    score: torch.Tensor,
+    inside: torch.Tensor,
+    tokens: torch.Tensor,
+    masked: torch.Tensor,
+    commit_step: torch.Tensor,
+    dirty: torch.Tensor,
+    fill: torch.Tensor,
+    history: torch.Tensor,
+    spread: torch.Tensor,
+    control: torch.Tensor,
+    *,
+    eos_id: int,
+    tau_min: float,
+    tau_slow: float | None,
+    tau_fast: float,
+    min_parallel_slow: int,
+    min_parallel: int,
+    k_max: int,
+    window: int,
+    spread_kind: str,
+    spread_limit: float,
+    inclusive: bool,
+    strict: bool,
+    slow_end: str,
+    rounding: str,
+    zero_history: bool,
+    block_length: int | None,
+    max_cycles: int | None,
+    eos_stop: bool,
+    event: tuple[torch.Tensor, torch.Tensor] | None = None,
+    config: DecideConfig | None = None,
+) -> None:
+    """One step of the cycle machine for ``B`` rows, in place. Rows that are done stay as they are.
+
+    Args:
+        token, score, inside: ``[B, L]`` int64, float32, bool: what the model chose, how sure it is, where to look.
+        tokens, masked, commit_step: ``[B, L]`` int64, bool, int64: the canvas, what is undecided, when it was filled.
+        dirty: bool ``[B, L]``; set where a token is committed.
+        fill: bool ``[B, L]``, scratch; holds what this step committed.
+        history, spread: int64 ``[B, W]`` candidate horizons counted from the block's start; float64 ``[B]``.
+        control: int64 ``[B, n]``, the columns of :data:`~sfs_triton.kernels.control.CONTROL`.
+        event: int64 tensors like ``control`` and ``history``, to hold them as they are after the horizon was estimated
+            and before anything is committed.
+
+    The other arguments are the rules: ``torch_ops/cycle.py`` has their meaning, and is what this equals. Of equal
+    scores the lowest position is best. A NaN score ends its row with a fault and commits nothing.
+    """
+    canvas = {"token": (token, torch.int64), "score": (score, torch.float32), "inside": (inside, torch.bool),
+              "tokens": (tokens, torch.int64), "masked": (masked, torch.bool), "dirty": (dirty, torch.bool),
+              "commit_step": (commit_step, torch.int64), "fill": (fill, torch.bool)}  # fmt: skip
+    batch, length = check_canvas(control, **canvas)
+    check_tensor("history", history, dtype=torch.int64, shape=[batch, window], device=control.device, dense=True)
+    check_tensor("spread", spread, dtype=torch.float64, shape=[batch], device=control.device, dense=True)
+    for name, value, allowed in (
+        ("spread_kind", spread_kind, SPREADS),
+        ("slow_end", slow_end, SLOW_ENDS),
+        ("rounding", rounding, ROUNDINGS),
+    ):
+        refuse_unless(value in allowed, f"{name}={value!r} is not one of {allowed}")
+    refuse_unless(window <= MAX_WINDOW, f"window={window} is more than {MAX_WINDOW}")
+    for name, value in (("window", window), ("k_max", k_max), ("block_length", block_length)):
+        refuse_unless(value is None or value >= 1, f"{name}={value} is not positive")
+    event_control, event_history = event or (None, None)
+    if event is not None:
+        for name, copy, original in (("event[0]", event_control, control), ("event[1]", event_history, history)):
+            check_tensor(name, copy, dtype=torch.int64, shape=original.shape, device=control.device, dense=True)
+    if batch == 0 or length == 0:
+        return
+    config = config or decide_config(length)
+    launch(
+        _decide_kernel,
+        (batch,),
+        token_ptr=token,
+        score_ptr=score,
+        inside_ptr=inside,
+        tokens_ptr=tokens,
+        masked_ptr=masked,
+        commit_step_ptr=commit_step,
+        dirty_ptr=dirty,
+        fill_ptr=fill,
+        history_ptr=history,
+        spread_ptr=spread,
+        control_ptr=control,
+        event_control_ptr=event_control,
+        event_history_ptr=event_history,
+        length=length,
+        eos_id=eos_id,
+        tau_min=tau_min,
+        tau_slow=float("inf") if tau_slow is None else tau_slow,
+        tau_fast=tau_fast,
+        min_parallel_slow=min_parallel_slow,
+        min_parallel=min_parallel,
+        k_max=k_max,
+        window=window,
+        block_length=block_length or 0,
+        max_cycles=max_cycles or 0,
+        SPREAD=spread_kind,
+        SPREAD_LIMIT=float(spread_limit),
+        INCLUSIVE=inclusive,
+        STRICT=strict,
+        SLOW_END=slow_end,
+        ROUNDING=rounding,
+        ZERO_HISTORY=zero_history,
+        EOS_STOP=eos_stop,
+        HAS_BLOCKS=block_length is not None,
+        HAS_MAX_CYCLES=max_cycles is not None,
+        HAS_EVENT=event is not None,
+        BLOCK_COLUMNS=triton.next_power_of_2(len(CONTROL)),
+        BLOCK_W=triton.next_power_of_2(window),
+        BLOCK_L=config.BLOCK_L,
+        num_warps=config.num_warps,
+        maxnreg=MAX_REGISTERS,
+    )
+
+
+def decide_cost(batch: int, length: int) -> Cost:
+    """Scores, flags and tokens once; the canvas is written where something is committed, at most everywhere."""
+    return Cost(bytes=batch * length * (8 + 4 + 1 + 1 + 8 + 8 + 1), flops=8 * batch * length)

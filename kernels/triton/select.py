@@ -1,0 +1,394 @@
+"""Block-wise selection: confidence thresholds and fixed counts; one launch a step for all rows of a batch.
+
+A program is a row of the canvas. How many positions to take, the k-th largest score among 65,536 and more, and the ties
+at it (the lowest positions win) are all found on the device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from .check import check_tensor, refuse_unless
+from .commit import (
+    BLOCK,
+    BLOCK_END,
+    BLOCK_START,
+    BLOCK_STEPS,
+    CAP,
+    CYCLE,
+    DONE,
+    END,
+    ESTIMATE,
+    FAULT,
+    LIMIT,
+    MASKS_LEFT,
+    MAX_REGISTERS,
+    N_CONTROL,
+    QUOTA,
+    START,
+    STEP,
+    K,
+    S,
+    block_at,
+    block_of,
+    check_canvas,
+    commit_row,
+    load_number,
+)
+from .cost import Cost
+from .launch import launch
+
+SCHEDULES = ("even", "timesteps")
+OPENINGS = ("normal", "repeat", "first")
+
+
+@triton.jit
+def _load_keys(score_ptr, inside_ptr, place, length):
+    """Scores as integers in the same order, the least integer where the step does not look; and where it looks."""
+    inside = tl.load(inside_ptr + place, mask=place < length, other=0) != 0
+    score = tl.load(score_ptr + place, mask=inside, other=0.0) + 0.0  # -0.0 and 0.0 are the same score
+    bits = score.to(tl.int32, bitcast=True)
+    return tl.where(inside, bits ^ ((bits >> 31) & 0x7FFFFFFF), -0x80000000), inside
+
+
+@triton.jit
+def _scan(score_ptr, inside_ptr, length, BLOCK_L: tl.constexpr):
+    """Over the positions looked at: how many, the lowest, the lowest with the largest score, whether one is NaN."""
+    left = tl.zeros([BLOCK_L], tl.int32)
+    bad = tl.zeros([BLOCK_L], tl.int32)
+    lowest = tl.zeros([BLOCK_L], tl.int32) + length
+    best_key = tl.full([BLOCK_L], -0x80000000, tl.int32)
+    best_place = tl.zeros([BLOCK_L], tl.int32) + length
+    for begin in range(0, length, BLOCK_L):
+        place = begin + tl.arange(0, BLOCK_L)
+        key, inside = _load_keys(score_ptr, inside_ptr, place, length)
+        score = tl.load(score_ptr + place, mask=inside, other=0.0)
+        left += inside.to(tl.int32)
+        bad |= (score != score).to(tl.int32)
+        lowest = tl.minimum(lowest, tl.where(inside, place, length))
+        better = key > best_key
+        best_key = tl.where(better, key, best_key)
+        best_place = tl.where(better, place, best_place)
+    top = tl.max(best_key, axis=0)
+    best = tl.min(tl.where(best_key == top, best_place, length), axis=0)
+    return tl.sum(left, axis=0), tl.min(lowest, axis=0), best, tl.max(bad, axis=0) != 0
+
+
+@triton.jit
+def _count_above(score_ptr, inside_ptr, length, bound, BLOCK_L: tl.constexpr):
+    """How many positions looked at have a key of more than ``bound``."""
+    total = tl.zeros([BLOCK_L], tl.int32)
+    for begin in range(0, length, BLOCK_L):
+        key, inside = _load_keys(score_ptr, inside_ptr, begin + tl.arange(0, BLOCK_L), length)
+        total += (inside & (key > bound)).to(tl.int32)
+    return tl.sum(total, axis=0)
+
+
+@triton.jit
+def _kth_largest(score_ptr, inside_ptr, length, count, BLOCK_L: tl.constexpr):
+    """The key of the ``count``-th largest score (at least 1), by bisection, and how many positions of that very key
+    belong to the ``count`` largest."""
+    low = tl.full([], -0x80000000, tl.int64)  # int64, so that the sum of two does not overflow
+    high = tl.full([], 0x7FFFFFFF, tl.int64)
+    while low < high:  # the smallest key that fewer than ``count`` exceed
+        middle = (low + high) >> 1
+        fewer = _count_above(score_ptr, inside_ptr, length, middle.to(tl.int32), BLOCK_L) < count
+        high = tl.where(fewer, middle, high)
+        low = tl.where(fewer, low, middle + 1)
+    bound = low.to(tl.int32)
+    return bound, count - _count_above(score_ptr, inside_ptr, length, bound, BLOCK_L)
+
+
+@triton.jit
+def _fill_ranked(
+    score_ptr, inside_ptr, fill_ptr, length, count, left, tau, best, HAS_TAU: tl.constexpr, BLOCK_L: tl.constexpr
+):
+    """Mark the ``count`` best of ``left`` positions, with HAS_TAU only those of them that reach ``tau`` or are the best
+    one; returns how many."""
+    total = tl.zeros([BLOCK_L], tl.int32)
+    bound = tl.full([], -0x80000000, tl.int32)  # where all are taken, every one exceeds it
+    ties = count
+    if (count > 0) & (count < left):
+        bound, ties = _kth_largest(score_ptr, inside_ptr, length, count, BLOCK_L)
+    for begin in range(0, length, BLOCK_L):
+        place = begin + tl.arange(0, BLOCK_L)
+        key, inside = _load_keys(score_ptr, inside_ptr, place, length)
+        tie = inside & (key == bound)
+        rank = tl.cumsum(tie.to(tl.int32), axis=0) - 1
+        chosen = inside & ((key > bound) | (tie & (rank < ties))) & (count > 0)
+        ties -= tl.sum(tie.to(tl.int32), axis=0)
+        if HAS_TAU:
+            score = tl.load(score_ptr + place, mask=inside, other=0.0)
+            chosen = chosen & ((score >= tau) | (place == best))
+        tl.store(fill_ptr + place, chosen, mask=place < length)
+        total += chosen.to(tl.int32)
+    return tl.sum(total, axis=0)
+
+
+@triton.jit
+def _fill_over(score_ptr, inside_ptr, fill_ptr, length, tau, best, BLOCK_L: tl.constexpr):
+    """Mark all positions that reach ``tau``, and the best one."""
+    for begin in range(0, length, BLOCK_L):
+        place = begin + tl.arange(0, BLOCK_L)
+        inside = tl.load(inside_ptr + place, mask=place < length, other=0) != 0
+        score = tl.load(score_ptr + place, mask=inside, other=0.0)
+        tl.store(fill_ptr + place, inside & ((score >= tau) | (place == best)), mask=place < length)
+
+
+@triton.jit
+def _fill_at_random(uniform_ptr, inside_ptr, fill_ptr, length, n_uniform, drawn, share, BLOCK_L: tl.constexpr):
+    """Mark each position looked at with probability ``share``, by the row's numbers from place ``drawn`` on."""
+    for begin in range(0, length, BLOCK_L):
+        place = begin + tl.arange(0, BLOCK_L)
+        inside = tl.load(inside_ptr + place, mask=place < length, other=0) != 0
+        index = tl.cumsum(inside.to(tl.int32), axis=0) - 1 + drawn
+        number = tl.load(uniform_ptr + tl.minimum(index, n_uniform - 1), mask=inside, other=1.0)
+        tl.store(fill_ptr + place, inside & (number < share), mask=place < length)
+        drawn += tl.sum(inside.to(tl.int32), axis=0)
+
+
+@triton.jit
+def _fill_one(fill_ptr, length, only, BLOCK_L: tl.constexpr):
+    """Mark one position."""
+    for begin in range(0, length, BLOCK_L):
+        place = begin + tl.arange(0, BLOCK_L)
+        tl.store(fill_ptr + place, place == only, mask=place < length)
+
+
+@triton.jit
+def _scheduled(left, k, steps, quota, share, TIMESTEPS: tl.constexpr, OPENING_FIRST: tl.constexpr):
+    """How many positions this step of a fixed schedule commits, and the quota it carries on."""
+    if TIMESTEPS:
+        part = (left.to(tl.float32) * share).to(tl.int32)
+        count = tl.where(k == steps - 1, left, part)
+        return tl.where(k < steps, count, 0), quota
+    if OPENING_FIRST:  # the opening forward is not one of the steps that share the rest
+        steps = tl.maximum(steps - 1, 1)
+        k = k - 1
+    quota = tl.where(k == 0, left, quota)
+    return tl.where(k < steps, quota // steps + (k < quota % steps).to(tl.int32), 0), quota
+
+
+@triton.jit(do_not_specialize=["length", "eos_id", "paced_steps", "block_length", "n_uniform", "n_shares"])
+def _decide_kernel(
+    token_ptr,
+    score_ptr,
+    inside_ptr,
+    uniform_ptr,
+    shares_ptr,
+    tokens_ptr,
+    masked_ptr,
+    commit_step_ptr,
+    dirty_ptr,
+    fill_ptr,
+    control_ptr,
+    length,
+    n_uniform,
+    n_shares,
+    eos_id,
+    tau,
+    paced_steps,
+    block_length,
+    HAS_TAU: tl.constexpr,
+    IS_PACED: tl.constexpr,
+    TIMESTEPS: tl.constexpr,
+    AT_RANDOM: tl.constexpr,
+    OPENING: tl.constexpr,
+    EOS_STOP: tl.constexpr,
+    HAS_BLOCKS: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    at = row * length
+    control_ptr += row * N_CONTROL
+    tl.store(control_ptr + ESTIMATE, -1)
+    if tl.load(control_ptr + DONE) != 0:
+        return
+    step, k, quota = load_number(control_ptr, STEP), load_number(control_ptr, K), load_number(control_ptr, QUOTA)
+    start, end = load_number(control_ptr, START), load_number(control_ptr, END)
+    block_start, block_end = load_number(control_ptr, BLOCK_START), load_number(control_ptr, BLOCK_END)
+    steps, limit = load_number(control_ptr, BLOCK_STEPS), load_number(control_ptr, LIMIT)
+    cap = load_number(control_ptr, CAP)
+    left, lowest, best, bad = _scan(score_ptr + at, inside_ptr + at, length, BLOCK_L)
+    tl.debug_barrier()  # all threads have their numbers before one of them stores
+    if bad:
+        tl.store(control_ptr + FAULT, step + 1)
+        tl.store(control_ptr + DONE, 1)
+        return
+
+    share = 0.0
+    if TIMESTEPS:
+        share = tl.load(shares_ptr + row * n_shares + tl.minimum(k, n_shares - 1))
+    if HAS_TAU and not IS_PACED:
+        _fill_over(score_ptr + at, inside_ptr + at, fill_ptr + at, length, tau, best, BLOCK_L)
+    elif AT_RANDOM:
+        share = tl.where(k >= steps - 1, 1.0, share)  # the last step takes all
+        _fill_at_random(
+            uniform_ptr + row * n_uniform,
+            inside_ptr + at,
+            fill_ptr + at,
+            length,
+            n_uniform,
+            quota,
+            share,
+            BLOCK_L,
+        )
+        quota += left
+    else:
+        if IS_PACED:
+            quota += (end - start + paced_steps - 1) // paced_steps
+            count = quota
+        else:
+            count, quota = _scheduled(left, k, steps, quota, share, TIMESTEPS, OPENING == "first")
+        taken = _fill_ranked(
+            score_ptr + at, inside_ptr + at, fill_ptr + at, length, count, left, tau, best, HAS_TAU, BLOCK_L
+        )
+        if IS_PACED:
+            quota -= taken
+    tl.debug_barrier()
+    if OPENING == "first":
+        if k == 0:
+            _fill_one(fill_ptr + at, length, lowest, BLOCK_L)
+            tl.debug_barrier()
+    limit, masks_left, first, following = commit_row(
+        tokens_ptr + at, masked_ptr + at, commit_step_ptr + at, dirty_ptr + at, token_ptr + at, fill_ptr + at,
+        length, limit, step, eos_id, block_start, block_end, EOS_STOP, BLOCK_L,
+    )  # fmt: skip
+
+    k += 1
+    step += 1
+    block_over = first >= block_end
+    if OPENING != "normal":
+        if not EOS_STOP:
+            block_over = block_over & (k >= 2)
+    elif not HAS_TAU and not EOS_STOP:
+        block_over = block_over & (k >= steps)  # the references run every step of their schedule
+    if not HAS_TAU:
+        block_over = block_over | (k >= (tl.maximum(steps, 2) if OPENING == "first" else steps))
+    over = block_over & (following >= length)
+    if (over == 0) & (step >= cap):
+        tl.store(control_ptr + FAULT, -step)
+        over = over | True
+    tl.store(control_ptr + LIMIT, limit)
+    tl.store(control_ptr + STEP, step)
+    tl.store(control_ptr + QUOTA, quota)
+    tl.store(control_ptr + MASKS_LEFT, masks_left)
+    tl.store(control_ptr + DONE, over.to(tl.int32))
+    tl.store(control_ptr + K, tl.where(block_over, 0, k))
+    if HAS_BLOCKS:
+        if block_over:
+            index, begin, stop = block_at(start, end, following, block_length)
+            tl.store(control_ptr + BLOCK, index)
+            tl.store(control_ptr + BLOCK_START, begin)
+            tl.store(control_ptr + BLOCK_END, stop)
+            tl.store(control_ptr + S, begin)
+            tl.store(control_ptr + CYCLE, 0)
+
+
+@dataclass(frozen=True)
+class DecideConfig:
+    BLOCK_L: int
+    num_warps: int
+
+
+def decide_config(length: int) -> DecideConfig:
+    """See :func:`~.commit.block_of`."""
+    return DecideConfig(*block_of(length))
+
+
+def decide(
+    token: torch.Tensor,
+    score: torch.Tensor,
+    inside: torch.Tensor,
+    uniform: torch.Tensor,
+    shares: torch.Tensor,
+    tokens: torch.Tensor,
+    masked: torch.Tensor,
+    commit_step: torch.Tensor,
+    dirty: torch.Tensor,
+    fill: torch.Tensor,
+    control: torch.Tensor,
+    *,
+    eos_id: int,
+    tau: float | None,
+    paced_steps: int | None,
+    schedule: str,
+    at_random: bool,
+    opening: str,
+    block_length: int | None,
+    eos_stop: bool,
+    config: DecideConfig | None = None,
+) -> None:
+    """One step of the block machine for ``B`` rows, in place. Rows that are done stay as they are.
+
+    Args:
+        token, score, inside: ``[B, L]`` int64, float32, bool: what the model chose, how sure it is, where to look.
+        uniform: float32 ``[B, n]``, each row's stream of uniform numbers; read with ``at_random``.
+        shares: float32 ``[B, n]``, each row's schedule; read with ``schedule="timesteps"``.
+        tokens, masked, commit_step: ``[B, L]`` int64, bool, int64: the canvas, what is undecided, when it was filled.
+        dirty: bool ``[B, L]``; set where a token is committed.
+        fill: bool ``[B, L]``, scratch; holds what this step committed.
+        control: int64 ``[B, n]``, the columns of :data:`~sfs_triton.kernels.control.CONTROL`.
+
+    The other arguments are the rules: ``torch_ops/select.py`` has their meaning, and is what this equals. Of equal
+    scores the lowest position is best; 0.0 and -0.0 are equal. A NaN score ends its row with a fault and commits
+    nothing.
+    """
+    canvas = {"token": (token, torch.int64), "score": (score, torch.float32), "inside": (inside, torch.bool),
+              "tokens": (tokens, torch.int64), "masked": (masked, torch.bool), "dirty": (dirty, torch.bool),
+              "commit_step": (commit_step, torch.int64), "fill": (fill, torch.bool)}  # fmt: skip
+    batch, length = check_canvas(control, **canvas)
+    for name, value in (("uniform", uniform), ("shares", shares)):
+        check_tensor(name, value, dtype=torch.float32, shape=[batch, None], device=control.device, dense=True)
+    timesteps = schedule == "timesteps" and tau is None
+    refuse_unless(schedule in SCHEDULES, f"schedule={schedule!r} is not one of {SCHEDULES}")
+    refuse_unless(opening in OPENINGS, f"opening={opening!r} is not one of {OPENINGS}")
+    refuse_unless(not timesteps or shares.shape[1] > 0, "shares is empty and schedule='timesteps'")
+    refuse_unless(not at_random or timesteps, f"at_random goes with schedule='timesteps', not {schedule!r}")
+    refuse_unless(not at_random or uniform.shape[1] > 0, "uniform is empty and at_random is set")
+    for name, value in (("paced_steps", paced_steps), ("block_length", block_length)):
+        refuse_unless(value is None or value >= 1, f"{name}={value} is not positive")
+    if batch == 0 or length == 0:
+        return
+    config = config or decide_config(length)
+    launch(
+        _decide_kernel,
+        (batch,),
+        token_ptr=token,
+        score_ptr=score,
+        inside_ptr=inside,
+        uniform_ptr=uniform if at_random else None,
+        shares_ptr=shares if timesteps else None,
+        tokens_ptr=tokens,
+        masked_ptr=masked,
+        commit_step_ptr=commit_step,
+        dirty_ptr=dirty,
+        fill_ptr=fill,
+        control_ptr=control,
+        length=length,
+        n_uniform=uniform.shape[1],
+        n_shares=shares.shape[1],
+        eos_id=eos_id,
+        tau=0.0 if tau is None else tau,
+        paced_steps=paced_steps or 0,
+        block_length=block_length or 0,
+        HAS_TAU=tau is not None,
+        IS_PACED=tau is not None and paced_steps is not None,
+        TIMESTEPS=timesteps,
+        AT_RANDOM=at_random,
+        OPENING=opening,
+        EOS_STOP=eos_stop,
+        HAS_BLOCKS=block_length is not None,
+        BLOCK_L=config.BLOCK_L,
+        num_warps=config.num_warps,
+        maxnreg=MAX_REGISTERS,
+    )
+
+
+def decide_cost(batch: int, length: int) -> Cost:
+    """Scores, flags and tokens once; the canvas is written where something is committed, at most everywhere."""
+    return Cost(bytes=batch * length * (8 + 4 + 1 + 1 + 8 + 8 + 1), flops=8 * batch * length)

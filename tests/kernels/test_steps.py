@@ -1,0 +1,355 @@
+"""The step machines and their row lists against their torch twins, on random states."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import random
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sfs_triton import FixedSteps, SlowFast, Threshold, torch_ops, triton_ops
+from sfs_triton.kernels import cycle, plan, select
+from sfs_triton.kernels.commit import block_of
+from sfs_triton.kernels.control import COLUMN, FAST, SLOW
+from sfs_triton.samplers import PRESETS
+from sfs_triton.state import DecodeState
+from sfs_triton.testing import Guards
+from sfs_triton.torch_ops.cycle import CycleRules
+from sfs_triton.torch_ops.select import BlockRules
+
+MASK, EOS, VOCAB = 99, 98, 100
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+SCORES = (0.05, 0.1, 0.3, 0.3, 0.5, 0.8, 0.85, 0.9, 0.9, 0.99, 1.0, 0.0, -0.0)  # ties, and thresholds met exactly
+BLOCK_SIZES = st.sampled_from([None, 16])  # the second takes several turns
+SCRATCH = ("fill", "position", "history_slot")  # not part of what a step means
+
+CYCLES = {
+    **{name: preset.rules() for name, preset in PRESETS.items()},
+    "blocks": SlowFast.preset("llada-reference", block_length=8, max_cycles=3, eos_stop=True).rules(),
+    "odd limit": SlowFast(spread="std", spread_limit=0.3, window=3, k_max=5, tau_slow=0.8).rules(),
+    "even": SlowFast(spread="unbiased", rounding="even", inclusive=True, window=3, eos_stop=True).rules(),
+    "one value": SlowFast(spread="unbiased", window=1, slow_end="filled", block_length=8).rules(),
+}
+BLOCKS = {
+    "threshold": Threshold(block_length=8, tau=0.85).rules(),
+    "threshold, one block": Threshold(block_length=None, eos_stop=True).rules("first"),
+    "paced": Threshold(block_length=None, tau=0.3, steps=5).rules(),
+    "paced blocks": Threshold(block_length=8, tau=0.3, steps=3).rules("repeat"),
+    "even": FixedSteps(steps=6, block_length=8).rules(),
+    "even, first": FixedSteps(steps=6, block_length=8).rules("first"),
+    "even, stop": FixedSteps(steps=6, eos_stop=True).rules("repeat"),
+    "timesteps": FixedSteps(steps=6, metric="maskgit_plus").rules(),
+    "random": FixedSteps(steps=6, metric="origin").rules(),
+    "random, first": FixedSteps(steps=6, metric="origin", block_length=8).rules("first"),
+}
+
+
+def random_state(rng: random.Random, rules: CycleRules | BlockRules, batch: int, length: int) -> DecodeState:
+    """A state somewhere in the middle of a generation: all that is consistent, and little else, is likely."""
+    window = getattr(rules, "window", 1)
+    rows, starts = [], []
+    for _ in range(batch):
+        size = rng.randint(2, length)
+        start = rng.randint(0, size - 1)
+        share = rng.random()
+        rows.append([MASK if p >= start and rng.random() < share else rng.randrange(90) for p in range(size)])
+        starts.append(start)
+    rows[0] += [MASK] * (length - len(rows[0]))
+    state = DecodeState.allocate(
+        rows, starts, mask_id=MASK, eos_id=EOS, window=window, block_length=rules.block_length,
+        seeds=[0] * batch, caps=[1000] * batch, device=torch.device("cpu"), trace=True,
+    )  # fmt: skip
+    for row in range(batch):
+        where = {name: state.control[row, index] for name, index in COLUMN.items()}
+        put = lambda name, value, where=where: where[name].fill_(value)  # noqa: E731
+        begin, stop = where["block_start"].item(), where["block_end"].item()
+        put("step", rng.randint(0, 40))
+        put("cap", where["step"].item() + rng.choice([1, 2, 500, 500, 500]))
+        put("block_steps", rng.randint(1, 7))
+        put("k", rng.randint(0, (rules.k_max if isinstance(rules, CycleRules) else where["block_steps"].item()) - 1))
+        put("cycle", rng.randint(0, 3))
+        if rules.eos_stop and rng.random() < 0.2:
+            put("limit", rng.randint(starts[row] + 1, len(rows[row])))
+            beyond = state.masked[row] & (state.position >= where["limit"])
+            state.tokens[row, beyond] = EOS
+            state.masked[row, beyond] = False
+        if rng.random() < 0.15:
+            put("done", 1)
+        for place in range(starts[row], len(rows[row])):
+            given = place >= where["limit"] and state.tokens[row, place] != EOS
+            if not state.masked[row, place] and not given and rng.random() < 0.7:
+                state.commit_step[row, place] = rng.randint(0, where["step"].item())
+        if isinstance(rules, BlockRules):
+            put("quota", rng.randint(0, stop - begin))
+            continue
+        put("s", rng.randint(begin, stop - 1))
+        put("phase", rng.choice([SLOW, FAST]))
+        fast = where["phase"].item() == FAST
+        if fast or rng.random() < 0.5:
+            put("e", rng.randint(where["s"].item() + 1, stop))
+        put("determined", int(fast or rng.random() < 0.3))
+        if not fast:
+            put("n_history", rng.randint(0, min(where["k"].item(), 3)))
+            for slot in range(min(where["n_history"].item(), window)):
+                state.history[row, slot] = rng.randint(1, stop - begin)
+    state.masks_left.copy_(state.masked.sum(1))
+    state.dirty.copy_(torch.tensor([[rng.random() < 0.1 for _ in range(length)] for _ in range(batch)]))
+    ages = [[rng.randint(-1, max(0, step - 1)) for _ in range(length)] for step in state.step.tolist()]
+    state.forwarded.copy_(torch.tensor(ages))
+    state.shares = torch.tensor([[rng.random() for _ in range(7)] for _ in range(batch)])
+    state.uniform = torch.tensor([[rng.random() for _ in range(2 * length)] for _ in range(batch)])
+    return state
+
+
+def look_and_score(rng: random.Random, state: DecodeState, rules: CycleRules | BlockRules, faults: bool) -> None:
+    """Fill in what a model would have said."""
+    torch_ops.look(state, by_stage=isinstance(rules, CycleRules))
+    batch, length = state.masked.shape
+    token = [[rng.choice([EOS, *range(20)]) for _ in range(length)] for _ in range(batch)]
+    state.token.copy_(torch.tensor(token))
+    state.score.copy_(torch.tensor([[rng.choice(SCORES) for _ in range(length)] for _ in range(batch)]))
+    if faults and rng.random() < 0.3:
+        state.score[rng.randrange(batch), rng.randrange(length)] = math.nan
+
+
+@contextmanager
+def block_size(size: int | None) -> Iterator[None]:
+    """Force the scans of all step kernels into pieces of ``size`` positions."""
+    config = None if size is None else (size, 1)
+    with ExitStack() as stack:
+        for module, name in ((cycle, "decide_config"), (select, "decide_config"), (plan, "plan_config")):
+            if config:
+                kind = type(getattr(module, name)(1))
+                stack.enter_context(mock.patch.object(module, name, lambda length, kind=kind: kind(*config)))
+        yield
+
+
+def copied(state: DecodeState, guards: Guards | None = None) -> DecodeState:
+    """The same state elsewhere: on the tests' device, its tensors between guard bands if there are any."""
+    place = guards.copy if guards else lambda x: x.to(DEVICE, copy=True)
+    given = {field.name: getattr(state, field.name) for field in dataclasses.fields(state) if field.init}
+    tensors = {name: place(value) for name, value in given.items() if isinstance(value, torch.Tensor)}
+    return dataclasses.replace(state, **{**tensors, "events": []})
+
+
+def assert_same(kernel: DecodeState, twin: DecodeState) -> None:
+    done = twin.done.bool()
+    for field in dataclasses.fields(twin):
+        mine, wanted = getattr(kernel, field.name), getattr(twin, field.name)
+        if not field.init or field.name in SCRATCH or not isinstance(wanted, torch.Tensor):
+            continue
+        mine = mine.cpu()
+        if field.name == "control":  # a row that is done has no use for its quota
+            for name, column in COLUMN.items():
+                keep = ~done if name == "quota" else torch.ones_like(done)
+                assert mine[keep, column].tolist() == wanted[keep, column].tolist(), name
+        else:
+            assert torch.equal(mine.nan_to_num(7.5), wanted.nan_to_num(7.5)), field.name
+    for event, wanted in zip(kernel.events, twin.events, strict=True):
+        decided = (wanted["control"][:, COLUMN["done"]] == 0) & (twin.fault <= 0)  # others record nothing of use
+        for name in ("control", "history"):
+            ours, theirs = event[name].cpu()[decided], wanted[name][decided]
+            if name == "control":
+                ours[:, COLUMN["quota"]] = theirs[:, COLUMN["quota"]]  # which the event of a block may or may not have
+            assert torch.equal(ours, theirs), name
+
+
+@pytest.mark.parametrize("name", CYCLES)
+@settings(max_examples=12, deadline=None)
+@given(seed=st.integers(0, 2**32), batch=st.integers(1, 3), length=st.integers(2, 40), block=BLOCK_SIZES)
+def test_cycle_equals_its_twin(name, seed, batch, length, block):
+    rng, rules, guards = random.Random(seed), CYCLES[name], Guards(DEVICE)
+    state = random_state(rng, rules, batch, length)
+    look_and_score(rng, state, rules, faults=True)
+    mine, twin = copied(state, guards), state
+    twin.events.clear()
+    with block_size(block):
+        triton_ops.decide_cycle(mine, rules)
+    torch_ops.decide_cycle(twin, rules)
+    assert_same(mine, twin)
+    guards.check()
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+@settings(max_examples=12, deadline=None)
+@given(seed=st.integers(0, 2**32), batch=st.integers(1, 3), length=st.integers(2, 40), block=BLOCK_SIZES)
+def test_block_selection_equals_its_twin(name, seed, batch, length, block):
+    rng, rules, guards = random.Random(seed), BLOCKS[name], Guards(DEVICE)
+    state = random_state(rng, rules, batch, length)
+    look_and_score(rng, state, rules, faults=True)
+    mine, twin = copied(state, guards), state
+    twin.events.clear()
+    with block_size(block):
+        triton_ops.decide_block(mine, rules)
+    torch_ops.decide_block(twin, rules)
+    assert_same(mine, twin)
+    guards.check()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    batch=st.integers(1, 3),
+    length=st.integers(2, 40),
+    capacity=st.integers(1, 48),
+    by_stage=st.booleans(),
+    span_cap=st.none() | st.integers(1, 12),
+    look_ahead=st.integers(0, 5),
+    shift=st.integers(0, 1),
+    block=BLOCK_SIZES,
+)
+def test_row_lists_equal_their_twin(seed, batch, length, capacity, by_stage, span_cap, look_ahead, shift, block):
+    rng, guards = random.Random(seed), Guards(DEVICE)
+    state = random_state(rng, CYCLES["blocks"] if by_stage else BLOCKS["even"], batch, length)
+    mine, twin = copied(state, guards), state
+    twin.events.clear()
+    how = {"by_stage": by_stage, "span_cap": span_cap, "look_ahead": look_ahead, "shift": shift}
+    lists = [guards.empty(batch, capacity, dtype=torch.int32) for _ in range(2)]
+    lists.append(guards.empty(batch, dtype=torch.int32))
+    wanted = [x.cpu().clone() for x in lists]
+    with block_size(block):
+        triton_ops.plan(mine, *lists, **how)
+    torch_ops.plan(twin, *wanted, **how)
+    for name, ours, theirs in zip(("rows", "target", "count"), lists, wanted, strict=True):
+        assert ours.tolist() == theirs.tolist(), name
+    assert_same(mine, twin)
+    triton_ops.look(mine, by_stage=by_stage, span_cap=span_cap)
+    torch_ops.look(twin, by_stage=by_stage, span_cap=span_cap)
+    assert_same(mine, twin)
+    guards.check()
+
+
+@pytest.mark.parametrize(("batch", "length"), [(1, 8192), (3, 2000), (256, 6)])
+def test_large_canvases(batch, length):
+    rng = random.Random(batch)
+    for rules, op in ((CYCLES["blocks"], "decide_cycle"), (BLOCKS["paced"], "decide_block")):
+        state = random_state(rng, rules, batch, length)
+        look_and_score(rng, state, rules, faults=False)
+        mine, twin = copied(state), state
+        twin.events.clear()
+        getattr(triton_ops, op)(mine, rules)
+        getattr(torch_ops, op)(twin, rules)
+        assert_same(mine, twin)
+    lists = [torch.zeros((batch, 128), dtype=torch.int32) for _ in range(2)] + [torch.zeros(batch, dtype=torch.int32)]
+    ours = [x.to(DEVICE) for x in lists]
+    triton_ops.plan(mine, *ours, by_stage=False, look_ahead=7, shift=1)
+    torch_ops.plan(twin, *lists, by_stage=False, look_ahead=7, shift=1)
+    assert all(a.tolist() == b.tolist() for a, b in zip(ours, lists, strict=True))
+    assert_same(mine, twin)
+
+
+def test_scans_take_several_values_a_thread_and_never_more_than_1024_positions():
+    assert [block_of(length) for length in (1, 64, 300, 8192)] == [(16, 1), (64, 1), (512, 4), (1024, 8)]
+
+
+def test_a_row_at_its_cap_ends_with_a_fault():
+    for rules, op in ((CYCLES["paper"], "decide_cycle"), (BLOCKS["even"], "decide_block")):
+        for ops in (triton_ops, torch_ops):
+            state = DecodeState.allocate(
+                [[1] + [MASK] * 30], [1], mask_id=MASK, eos_id=EOS, window=2, block_length=rules.block_length,
+                seeds=[0], caps=[1], device=DEVICE, trace=False,
+            )  # fmt: skip
+            state.block_steps.fill_(6)
+            ops.look(state, by_stage=isinstance(rules, CycleRules))
+            getattr(ops, op)(state, rules)
+            assert (state.done.item(), state.fault.item(), state.step.item()) == (1, -1, 1)
+
+
+def _state() -> DecodeState:
+    rng = random.Random(0)
+    state = random_state(rng, CYCLES["paper"], 2, 12)
+    look_and_score(rng, state, CYCLES["paper"], faults=False)
+    return copied(state)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"token": torch.int32}, "token has dtype int32, not int64"),
+        ({"score": torch.float16}, "score has dtype float16, not float32"),
+        ({"masked": "narrow"}, r"masked has shape \[2, 11\]"),
+        ({"tokens": "strided"}, "tokens has strides"),
+        ({"inside": "meta"}, "inside is on device 'meta'"),
+        ({"history": "narrow"}, r"history has shape \[2, 1\]"),
+    ],
+)
+def test_states_are_checked(change, named):
+    (name, how), state = next(iter(change.items())), _state()
+    value = getattr(state, name)
+    spoiled = {
+        "narrow": lambda: value[:, :-1].contiguous(),
+        "strided": lambda: torch.stack((value, value), -1)[..., 0],
+        "meta": lambda: value.to("meta"),
+    }.get(how, lambda: value.to(how))()
+    setattr(state, name, spoiled)
+    with pytest.raises(ValueError, match=named):
+        triton_ops.decide_cycle(state, CYCLES["paper"])
+
+
+@pytest.mark.parametrize(
+    ("rules", "named"),
+    [
+        ({"spread": "range"}, "spread_kind='range'"),
+        ({"slow_end": "never"}, "slow_end='never'"),
+        ({"rounding": "up"}, "rounding='up'"),
+        ({"k_max": 0}, "k_max=0"),
+        ({"block_length": 0}, "block_length=0"),
+    ],
+)
+def test_cycle_rules_are_checked(rules, named):
+    with pytest.raises(ValueError, match=named):
+        triton_ops.decide_cycle(_state(), dataclasses.replace(CYCLES["paper"], **rules))
+
+
+@pytest.mark.parametrize(
+    ("rules", "named"),
+    [
+        ({"schedule": "odd"}, "schedule='odd'"),
+        ({"opening": "last"}, "opening='last'"),
+        ({"at_random": True}, "at_random goes with"),
+        ({"tau": 0.5, "paced_steps": 0}, "paced_steps=0"),
+        ({"block_length": -1}, "block_length=-1"),
+    ],
+)
+def test_block_rules_are_checked(rules, named):
+    with pytest.raises(ValueError, match=named):
+        triton_ops.decide_block(_state(), dataclasses.replace(BLOCKS["even"], **rules))
+
+
+def test_empty_schedules_and_streams_are_refused():
+    state = _state()
+    state.shares = state.shares[:, :0].contiguous()
+    with pytest.raises(ValueError, match="shares is empty"):
+        triton_ops.decide_block(state, BLOCKS["timesteps"])
+    state = _state()
+    state.uniform = state.uniform[:, :0].contiguous()
+    with pytest.raises(ValueError, match="uniform is empty"):
+        triton_ops.decide_block(state, BLOCKS["random"])
+
+
+@pytest.mark.parametrize(
+    ("how", "named"),
+    [
+        ({"span_cap": 0}, "span_cap=0"),
+        ({"look_ahead": -1}, "look_ahead=-1"),
+        ({"shift": 2}, "shift=2"),
+        ({"rows": (2, 0)}, "rows has no room"),
+        ({"target": (2, 3)}, r"target has shape \[2, 3\]"),
+        ({"count": (3,)}, r"count has shape \[3\]"),
+    ],
+)
+def test_row_lists_are_checked(how, named):
+    shapes = {"rows": (2, 4), "target": how.get("rows", (2, 4)), "count": (2,)}
+    lists = {
+        name: torch.zeros(how.get(name, shape), dtype=torch.int32, device=DEVICE) for name, shape in shapes.items()
+    }
+    options = {name: value for name, value in how.items() if name not in lists}
+    with pytest.raises(ValueError, match=named):
+        triton_ops.plan(_state(), **lists, by_stage=True, **options)
