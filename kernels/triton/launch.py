@@ -63,7 +63,11 @@ def launch(kernel, grid: tuple[int, ...], **arguments: Any) -> None:
 
 @cache
 def multiprocessors(device: torch.device) -> int:
-    """Streaming multiprocessors of a GPU; elsewhere those of an H200, so that its variants are what is checked."""
-    if device.type != "cuda":
-        return 132
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    """Streaming multiprocessors of a GPU.
+
+    On the CPU 1, since the interpreter runs programs one after another; on the meta device those of an H200, whose
+    variants are what is compiled ahead of time.
+    """
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return 1 if device.type == "cpu" else 132

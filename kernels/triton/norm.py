@@ -10,26 +10,29 @@ import triton.language as tl
 
 from .check import FLOATS, check_tensor, refuse_unless
 from .cost import Cost
-from .launch import launch
+from .launch import launch, multiprocessors
 
 
-@triton.jit(do_not_specialize=["eps"])
+@triton.jit(do_not_specialize=["n_rows", "eps"])
 def _rms_norm_kernel(
     x_ptr,
     residual_ptr,
     weight_ptr,
     out_ptr,
+    n_rows,
     n_columns,
     stride_x_row,
     stride_residual_row,
     stride_out_row,
     eps,
     HAS_RESIDUAL: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, BLOCK_N)
-    inside = columns < n_columns
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+    columns = tl.arange(0, BLOCK_N)[None, :]
+    live = row < n_rows
+    inside = live & (columns < n_columns)
     x = tl.load(x_ptr + row * stride_x_row + columns, mask=inside, other=0.0)
     if HAS_RESIDUAL:
         at = residual_ptr + row * stride_residual_row + columns
@@ -37,21 +40,27 @@ def _rms_norm_kernel(
         x = (x.to(tl.float32) + tl.load(at, mask=inside, other=0.0).to(tl.float32)).to(x.dtype)
         tl.store(at, x, mask=inside)
     wide = x.to(tl.float32)
-    scale = tl.rsqrt(tl.sum(wide * wide, axis=0) / n_columns + eps)
-    weight = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+    scale = tl.rsqrt(tl.sum(wide * wide, axis=1, keep_dims=True) / n_columns + eps)
+    weight = tl.load(weight_ptr + columns, mask=columns < n_columns, other=0.0).to(tl.float32)
     tl.store(out_ptr + row * stride_out_row + columns, (wide * scale * weight).to(x.dtype), mask=inside)
 
 
 @dataclass(frozen=True)
 class NormConfig:
+    BLOCK_M: int
     BLOCK_N: int
     num_warps: int
 
 
-def norm_config(n_columns: int) -> NormConfig:
-    """A row a program, held in registers: 16 values or fewer a thread up to 8,192 columns."""
+def norm_config(n_rows: int, n_columns: int, n_multiprocessors: int) -> NormConfig:
+    """Rows are held in registers, 16 values a thread up to 8,192 columns; short ones share a program of 2,048 values.
+
+    Where there is one processor, programs are as large as Triton has them.
+    """
     block = triton.next_power_of_2(n_columns)
-    return NormConfig(BLOCK_N=block, num_warps=min(16, max(1, block // 512)))
+    values = 2048 if n_multiprocessors > 1 else 2**20
+    rows = max(1, min(values // block, triton.next_power_of_2(n_rows)))
+    return NormConfig(BLOCK_M=rows, BLOCK_N=block, num_warps=min(16, max(1, rows * block // 512)))
 
 
 def rms_norm(
@@ -85,20 +94,22 @@ def rms_norm(
     rows = x.reshape(-1, n_columns)
     if rows.shape[0] == 0:
         return out
-    config = config or norm_config(n_columns)
+    config = config or norm_config(len(rows), n_columns, multiprocessors(x.device))
     launch(
         _rms_norm_kernel,
-        (rows.shape[0],),
+        (triton.cdiv(len(rows), config.BLOCK_M),),
         x_ptr=rows,
         residual_ptr=residual,
         weight_ptr=weight,
         out_ptr=out,
+        n_rows=len(rows),
         n_columns=n_columns,
         stride_x_row=rows.stride(0),
         stride_residual_row=n_columns,
         stride_out_row=n_columns,
         eps=eps,
         HAS_RESIDUAL=residual is not None,
+        BLOCK_M=config.BLOCK_M,
         BLOCK_N=config.BLOCK_N,
         num_warps=config.num_warps,
     )

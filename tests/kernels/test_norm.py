@@ -52,13 +52,13 @@ def test_bad_values_stay_in_their_row(device, bad):
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.integers(1, 6), st.integers(1, 700), st.sampled_from([1, 4]))
-def test_any_shape_and_config(n_rows, n_columns, num_warps):
+@given(st.integers(1, 6), st.integers(1, 700), st.sampled_from([1, 2, 8]), st.sampled_from([1, 4]))
+def test_any_shape_and_config(n_rows, n_columns, rows_a_program, num_warps):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     guards = Guards(device)
     x = guards.copy(random(n_rows, n_columns, dtype=torch.float32, device="cpu", seed=n_columns))
     weight = guards.copy(torch.ones(n_columns))
-    config = NormConfig(norm_config(n_columns).BLOCK_N * 2, num_warps)
+    config = NormConfig(rows_a_program, norm_config(1, n_columns, 132).BLOCK_N * 2, num_warps)
     out = rms_norm(x, weight, EPS, out=guards.empty(n_rows, n_columns), config=config)
     torch.testing.assert_close(out, twin.rms_norm(x, weight, EPS))
     guards.check()
