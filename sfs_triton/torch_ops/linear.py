@@ -1,0 +1,38 @@
+"""Linear layer with float8 weights in plain torch, and how such weights are made."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+_LARGEST = torch.finfo(torch.float8_e4m3fn).max
+
+
+def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Float8 e4m3 codes and a float32 scale for each row of ``weight [N, K]``: it is near ``codes * scale[:, None]``.
+
+    A row's largest magnitude becomes 448, the largest code; zeros only: scale 1. Rounding is to the nearest, ties to
+    even, so an element is off by at most ``max(|w| / 16, scale / 1024)``. Reads the device.
+
+    Raises:
+        ValueError: not a float matrix, or NaN or infinities in it (in float32).
+    """
+    if weight.dim() != 2 or not weight.is_floating_point():
+        raise ValueError(f"weight is a {weight.dtype} tensor of shape {list(weight.shape)}, not a float matrix")
+    wide = weight.float()
+    if not wide.isfinite().all():
+        row = int((~wide.isfinite()).any(1).nonzero()[0])
+        raise ValueError(f"weight has NaN or infinities, the first in row {row}")
+    largest = wide.abs().amax(1) if wide.shape[1] else wide.new_zeros(wide.shape[0])
+    # rows of next to nothing: a scale that is no subnormal number keeps the quotients finite
+    scale = torch.where(largest > 0, (largest / _LARGEST).clamp(min=torch.finfo(torch.float32).tiny), 1.0)
+    return (wide / scale[:, None]).to(torch.float8_e4m3fn), scale
+
+
+def linear(
+    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, *, residual: torch.Tensor | None = None
+) -> torch.Tensor:
+    """``x @ (weight * scale[:, None])^T``, plus ``residual`` if given. Weights are brought to ``x``'s dtype first."""
+    wide = weight.to(torch.promote_types(x.dtype, torch.float32)) * scale[:, None]
+    out = F.linear(x, wide.to(x.dtype))
+    return out if residual is None else out + residual
