@@ -1,23 +1,41 @@
-# make bench   install into .venv and run the main benchmark
-# make test    install into .venv and run the test suite
+# make bench           install into .venv and run the main benchmark
+# make bench-kernels   each kernel beside eager torch, torch.compile and libraries; toy sizes where there is no GPU
+# make test            install into .venv and run the test suite
+# make test-oldest     the kernels' tests under the oldest triton that will do, in .venv-oldest
+# make resources       compile every kernel variant ahead of time and write kernels/resources.json
 #
 # Variables, read when .venv is made (remove it to choose anew): PYTHON (interpreter), TORCH (what to install where
-# torch is missing or older than 2.11), EXTRAS (optional dependencies). ARGS is passed on to the benchmark or to pytest.
+# torch is missing or older than 2.11), EXTRAS (optional dependencies), PINS (versions of others). ARGS is passed on to
+# the benchmark or to pytest.
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 EXTRAS ?= test,bench,cli
+PINS ?=
 ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: bench test lint install
+# The interpreter of this triton fails with newer numpy.
+OLDEST := "triton==3.6.0" "numpy<2.4"
+
+.PHONY: bench bench-kernels test test-oldest resources lint install
 
 bench: install
 	$(BIN)/python bench/throughput.py $(ARGS)
 
+bench-kernels: install
+	$(BIN)/python -m pytest bench/kernels --benchmark-json=bench/results/kernels.json $(ARGS)
+
 test: install
 	$(BIN)/python -m pytest -n auto $(ARGS)
+
+test-oldest:
+	$(MAKE) test VENV=.venv-oldest EXTRAS=test PINS='$(OLDEST)' \
+	  ARGS='tests/kernels tests/test_aot.py tests/test_kernel_benchmarks.py tests/test_ops.py $(ARGS)'
+
+resources: install
+	$(BIN)/python -m bench.kernels.resources --write
 
 lint: install
 	$(BIN)/python -m pip install --quiet ruff
@@ -35,5 +53,5 @@ $(VENV)/.installed: setup.py pyproject.toml sfs_triton/__init__.py
 	  $(PYTHON) -m venv $$own $(VENV) || { rm -rf $(VENV); \
 	    echo "error: $(PYTHON) -m venv failed (Debian and Ubuntu need the package python3-venv)"; exit 1; }; }
 	$(BIN)/python -c '$(HAS_TORCH)' 2>/dev/null || $(BIN)/python -m pip install --quiet "$(TORCH)"
-	$(BIN)/python -m pip install --quiet -e ".[$(EXTRAS)]"
+	$(BIN)/python -m pip install --quiet -e ".[$(EXTRAS)]" $(PINS)
 	@touch $@

@@ -41,6 +41,7 @@ class Case:
 
     ``build(device)`` makes the keyword arguments that ``kernel`` and ``twin`` take alike; the meta device will do for
     recording launches. ``libraries`` are other people's implementations, by name, with the same arguments.
+    ``min_capability`` is the oldest GPU that has what the kernel needs: 90 stands for sm_90.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Case:
     build: Callable[[torch.device], dict[str, Any]]
     cost: Cost
     libraries: dict[str, Callable[..., Any]] = field(default_factory=dict)
+    min_capability: int = 80
 
 
 def random(*shape: int, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:

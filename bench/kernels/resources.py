@@ -2,7 +2,8 @@
 
 Launchers are called on meta tensors at the shapes of :mod:`bench.kernels`, their launches are recorded, and each
 distinct variant is compiled by triton's own path for sm_80, sm_90 and sm_100. Registers, stack (a spill) and shared
-memory of the sm_90 variants are kept in ``kernels/resources.json``, with the triton that made them.
+memory of the sm_90 variants are kept in ``kernels/resources.json``, with the triton that made them. The exit status is
+1 if a variant cannot ship: it spills, or asks for more memory on the chip than there is.
 """
 
 from __future__ import annotations
@@ -19,12 +20,19 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sfs_triton.kernels.launch import Launch
+
+    from .case import Case
 
 ROOT = Path(__file__).resolve().parents[2]
 TABLE = ROOT / "kernels" / "resources.json"
 TARGETS = (80, 90, 100)
 TABLE_TARGET = 90
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes that a block can ask for
+TENSOR_MEMORY_LIMIT = 512  # columns; only sm_100 has such memory
 
 
 class CompilingDriver:
@@ -50,13 +58,13 @@ def operations() -> list[str]:
     return sorted(path.stem.removeprefix("test_") for path in Path(__file__).parent.glob("test_*.py"))
 
 
-def launches(operation: str) -> Iterator[tuple[str, Any]]:
-    """Every launch that ``operation`` makes at the shipped shapes, with the name of its case."""
+def launches(cases: list[Case]) -> Iterator[tuple[str, Launch]]:
+    """Every launch that the cases make, with the name of the case."""
     import torch
 
     from sfs_triton.kernels.launch import recording
 
-    for case in importlib.import_module(f"bench.kernels.test_{operation}").cases():
+    for case in cases:
         arguments = case.build(torch.device("meta"))
         with recording() as recorded:
             case.kernel(**arguments)
@@ -64,42 +72,84 @@ def launches(operation: str) -> Iterator[tuple[str, Any]]:
             yield case.name, launch
 
 
-def _usage(cubin: bytes) -> dict[str, int]:
-    """Registers, stack and static shared memory by triton's own cuobjdump."""
+def _usage(compiled) -> dict[str, int]:
+    """Registers and stack by triton's own cuobjdump, the rest as triton says. Registers spill to the stack."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
-        path.write_bytes(cubin)
+        path.write_bytes(compiled.asm["cubin"])
         text = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True).stdout
-    numbers = dict(re.findall(r"(REG|STACK):(\d+)", text))
-    return {"registers": int(numbers["REG"]), "stack": int(numbers["STACK"])}
+    numbers = {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+    return {
+        "registers": numbers["REG"],
+        "stack": numbers["STACK"] + numbers["LOCAL"],
+        "shared": compiled.metadata.shared,
+        "tensor_memory": getattr(compiled.metadata, "tmem_size", None) or 0,
+        "num_warps": compiled.metadata.num_warps,
+    }
 
 
-def compile_operation(operation: str, capability: int) -> dict[str, dict[str, Any]]:
-    """Compile all variants of an operation; what each uses, by a name made of kernel and first case."""
-    from triton.runtime.driver import driver
-
-    driver.set_active(CompilingDriver(capability))
-    found: dict[str, dict[str, Any]] = {}
-    variants: dict[str, str] = {}  # by hash
-    for case, launch in launches(operation):
-        compiled = launch.kernel.warmup(grid=launch.grid, **launch.arguments)
-        name = f"{operation}.{launch.kernel.__name__.strip('_').removesuffix('_kernel')}.{case}"
-        if variants.setdefault(compiled.hash, name) == name:
-            shared, warps = compiled.metadata.shared, compiled.metadata.num_warps
-            found[name] = {**_usage(compiled.asm["cubin"]), "shared": shared, "num_warps": warps}
+def faults(usage: dict[str, int], target: int) -> list[str]:
+    """Why a variant cannot ship for a target; empty if it can."""
+    found = []
+    if usage["stack"]:
+        found.append(f"spills: {usage['stack']} B of stack")
+    if usage["shared"] > SHARED_LIMIT[target]:
+        found.append(f"asks for {usage['shared']} B of shared memory, there are {SHARED_LIMIT[target]}")
+    if usage["tensor_memory"] > TENSOR_MEMORY_LIMIT:
+        found.append(f"asks for {usage['tensor_memory']} columns of tensor memory, there are {TENSOR_MEMORY_LIMIT}")
     return found
 
 
-def compile_all(operations_: list[str], targets: tuple[int, ...] = TARGETS, workers: int | None = None) -> dict:
-    """``{capability: {variant: usage}}`` for the given operations, over several processes."""
-    os.environ.pop("TRITON_INTERPRET", None)  # for the workers, which import triton anew
-    jobs = [(operation, target) for operation in operations_ for target in targets]
-    with ProcessPoolExecutor(workers or os.cpu_count(), mp_context=get_context("spawn")) as pool:
-        results = list(pool.map(compile_operation, *zip(*jobs, strict=True)))
-    table: dict[int, dict] = {target: {} for target in targets}
+def differences(table: dict[str, dict], compiled: dict[str, dict]) -> list[str]:
+    """Where a table of variants and what the compiler makes of them differ, a line each."""
+    lines = [f"{name} is not in the table" for name in sorted(compiled.keys() - table.keys())]
+    lines += [f"{name} is in the table and nowhere else" for name in sorted(table.keys() - compiled.keys())]
+    for name in sorted(table.keys() & compiled.keys()):
+        old, new = table[name], compiled[name]
+        changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+        lines += [f"{name}: {key} {old.get(key)} is now {new.get(key)}" for key in changed]
+    return lines
+
+
+def compile_cases(operation: str, cases: list[Case], target: int) -> dict[str, dict[str, int]]:
+    """Compile all variants that the cases launch; what each uses, by a name made of kernel and first case."""
+    from triton.runtime.driver import driver
+
+    driver.set_active(CompilingDriver(target))
+    found: dict[str, dict[str, int]] = {}
+    variants: set[str] = set()
+    for case, launch in launches([case for case in cases if target >= case.min_capability]):
+        compiled = launch.kernel.warmup(grid=launch.grid, **launch.arguments)
+        if compiled.hash in variants:
+            continue
+        variants.add(compiled.hash)
+        kernel = launch.kernel.__name__.strip("_").removesuffix("_kernel")
+        name, number = f"{operation}.{kernel}.{case}", 1
+        while name in found:
+            number += 1
+            name = f"{operation}.{kernel}.{case}.{number}"
+        found[name] = _usage(compiled)
+    return found
+
+
+def compile_operation(operation: str, target: int) -> dict[str, dict[str, int]]:
+    """:func:`compile_cases` of an operation's file."""
+    return compile_cases(operation, importlib.import_module(f"bench.kernels.test_{operation}").cases(), target)
+
+
+def compile_all(operations_: list[str], processes: int) -> dict[int, dict[str, dict[str, int]]]:
+    """``{target: {variant: usage}}`` for the given operations."""
+    os.environ.pop("TRITON_INTERPRET", None)  # read when triton is imported, which nothing here has done yet
+    jobs = [(operation, target) for operation in operations_ for target in TARGETS]
+    if processes == 1:
+        results = [compile_operation(*job) for job in jobs]
+    else:
+        with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+            results = list(pool.map(compile_operation, *zip(*jobs, strict=True)))
+    table: dict[int, dict] = {target: {} for target in TARGETS}
     for (_, target), result in zip(jobs, results, strict=True):
         table[target].update(result)
     return table
@@ -109,23 +159,32 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("operations", nargs="*", metavar="OP", help=f"default: all of {', '.join(operations())}")
     parser.add_argument("--write", action="store_true", help=f"write {TABLE.relative_to(ROOT)}")
+    parser.add_argument("--json", type=Path, help="write what was found for all targets")
+    parser.add_argument("--processes", type=int, default=os.cpu_count())
     arguments = parser.parse_args()
     unknown = set(arguments.operations) - set(operations())
     if unknown:
         parser.error(f"unknown operations {sorted(unknown)}")
     if arguments.write and arguments.operations:
         parser.error("--write takes the whole table, not some operations")
-    table = compile_all(arguments.operations or operations())
+    if arguments.processes < 1:
+        parser.error(f"--processes {arguments.processes} is not positive")
+    table = compile_all(arguments.operations or operations(), arguments.processes)
+    wrong = 0
     for target, variants in table.items():
         for name, usage in variants.items():
-            spill = "  SPILLS" if usage["stack"] else ""
-            print(f"sm_{target} {name:60} {usage['registers']:4} registers {usage['shared']:7} B shared{spill}")
+            found = faults(usage, target)
+            wrong += len(found)
+            numbers = f"{usage['registers']:4} registers {usage['shared']:7} B shared"
+            print(f"sm_{target} {name:60} {numbers}  {', '.join(found).upper()}".rstrip())
+    if arguments.json:
+        arguments.json.write_text(json.dumps(table))
     if arguments.write:
         import triton
 
         document = {"triton": triton.__version__, "target": TABLE_TARGET, "variants": table[TABLE_TARGET]}
         TABLE.write_text(json.dumps(document, indent=1, sort_keys=True) + "\n")
-    return int(any(usage["stack"] for variants in table.values() for usage in variants.values()))
+    return int(wrong > 0)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from sfs_triton.kernels.norm import rms_norm, rms_norm_cost
 from sfs_triton.torch_ops import norm as twin
 
 from .case import GEOMETRIES, TOY, Case, random
+from .harness import benchmark_of
 
 
 def _build(device: torch.device, *, n_rows: int, n_columns: int, residual: bool, dtype: torch.dtype) -> dict:
@@ -33,3 +34,6 @@ def cases(toy: bool = False) -> list[Case]:
         for n_rows in rows
         for residual in (False, True)
     ]
+
+
+test_norm = benchmark_of(cases)

@@ -1,0 +1,128 @@
+"""Every kernel variant that ships is compiled for three generations of GPUs, in a process without the interpreter."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+from filelock import FileLock  # noqa: E402
+
+from bench.kernels.resources import SHARED_LIMIT, TABLE, TABLE_TARGET, TARGETS, differences, faults, operations  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+KERNELS = ROOT / "kernels" / "triton"
+
+
+def _run(*command: str | Path) -> subprocess.CompletedProcess:
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=ROOT,
+        env=environment | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory):
+    """``compiled(operation)``: what its variants use, by target. One worker compiles an operation, for all of them."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # that of this run, which holds a folder for each worker
+
+    def compile_once(operation: str) -> dict[int, dict[str, dict[str, int]]]:
+        path = folder / f"aot-{operation}.json"
+        with FileLock(f"{path}.lock"):
+            if not path.exists():
+                done = _run("-m", "bench.kernels.resources", operation, "--processes", "1", "--json", path)
+                assert path.exists(), done.stderr[-3000:]
+        return {int(target): variants for target, variants in json.loads(path.read_text()).items()}
+
+    return compile_once
+
+
+@pytest.fixture(scope="session")
+def table() -> dict:
+    return json.loads(TABLE.read_text())
+
+
+@pytest.mark.parametrize("operation", operations())
+def test_every_variant_fits_its_gpu(compiled, operation):
+    found = compiled(operation)
+    assert sorted(found) == list(TARGETS) and found[TABLE_TARGET]
+    wrong = [
+        f"sm_{target} {name} {fault}"
+        for target, variants in found.items()
+        for name, usage in variants.items()
+        for fault in faults(usage, target)
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("operation", operations())
+def test_table_is_up_to_date(compiled, table, operation):
+    installed = importlib.metadata.version("triton")
+    if installed != table["triton"]:
+        pytest.skip(f"kernels/resources.json is of triton {table['triton']}, installed is {installed}")
+    rows = {name: usage for name, usage in table["variants"].items() if name.startswith(f"{operation}.")}
+    stale = differences(rows, compiled(operation)[TABLE_TARGET])
+    assert not stale, "\n".join(["kernels/resources.json is out of date, run `make resources`:", *stale])
+
+
+def test_table_and_kernels_are_of_one_mind(table):
+    """Every kernel there is was compiled by some case, and the table holds no kernel that is gone."""
+    sources = "\n".join(path.read_text() for path in KERNELS.glob("*.py"))
+    kernels = set(re.findall(r"^def _(\w+)_kernel\(", sources, re.MULTILINE))
+    assert {name.split(".")[1] for name in table["variants"]} == kernels
+    assert {name.split(".")[0] for name in table["variants"]} == set(operations())
+
+
+def test_a_spill_is_found():
+    done = _run(ROOT / "tests" / "kernels" / "spilling.py", *map(str, TARGETS))
+    assert done.returncode == 0, done.stderr[-3000:]
+    for target, found in json.loads(done.stdout).items():
+        spills, fits = (found[f"spilling.scale.{case}"] for case in ("spills", "fits"))
+        assert spills["stack"] > 0 and faults(spills, int(target))
+        assert fits["stack"] == 0 and not faults(fits, int(target))
+
+
+USAGE = {"registers": 40, "stack": 0, "shared": 1024, "tensor_memory": 0, "num_warps": 4}
+
+
+def test_faults():
+    assert faults(USAGE, 80) == []
+    assert faults(USAGE | {"stack": 16}, 80) == ["spills: 16 B of stack"]
+    large = USAGE | {"shared": 200 * 1024}
+    assert faults(large, 90) == [] and "204800 B of shared memory, there are 166912" in faults(large, 80)[0]
+    assert faults(USAGE | {"shared": SHARED_LIMIT[90] + 1}, 90) and not faults(USAGE | {"shared": SHARED_LIMIT[90]}, 90)
+    assert faults(USAGE | {"tensor_memory": 1024}, 100)
+
+
+def test_a_stale_table_is_found():
+    table = {"norm.a": USAGE, "norm.gone": USAGE}
+    assert differences(table, dict(table)) == []
+    assert differences(table, {"norm.a": USAGE | {"registers": 41}, "norm.new": USAGE}) == [
+        "norm.new is not in the table",
+        "norm.gone is in the table and nowhere else",
+        "norm.a: registers 40 is now 41",
+    ]
+
+
+def test_command_refuses():
+    for arguments, message in {
+        ("nothing",): "unknown operations ['nothing']",
+        ("norm", "--write"): "--write takes the whole table",
+        ("--processes", "0"): "--processes 0",
+    }.items():
+        done = _run("-m", "bench.kernels.resources", *arguments)
+        assert done.returncode == 2 and message in done.stderr
