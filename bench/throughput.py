@@ -240,6 +240,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", default="embedded", help="checkpoint folder, hub id, or 'embedded'")
     parser.add_argument("--device", help="default: a GPU if there is one")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--impl", choices=("torch", "triton"), help="of the operations; default: see sfs_triton.load")
     parser.add_argument("--samplers", help="comma-separated; default all")
     parser.add_argument("--cache", help="comma-separated cache policies; default all")
     parser.add_argument("--gen-length", type=int, default=128)
@@ -263,7 +264,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         tallies = select(arguments)
         check_writable(path)
-        engine = sfs_triton.load(arguments.model, arguments.device, arguments.dtype)
+        engine = sfs_triton.load(arguments.model, arguments.device, arguments.dtype, arguments.impl)
         if engine.text is None:
             raise sfs_triton.ArgumentError(f"--model {arguments.model} has no tokenizer.json, which the prompts need")
         work = read_work(arguments, engine)
@@ -277,6 +278,7 @@ def main(argv: list[str] | None = None) -> int:
         "machine": machine(engine.model.device),
         "model": arguments.model,
         "dtype": str(engine.model.dtype),
+        "impl": arguments.impl or "default",
         "prompts": work.name,
         "problems": len(work.prompts),
         "gen_length": arguments.gen_length,

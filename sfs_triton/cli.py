@@ -16,6 +16,7 @@ from . import __version__
 from .caching import POLICIES, CachePolicy, cache_policy
 from .engine import DTYPES, Engine, Generation, load
 from .errors import ArgumentError, MissingDependencyError, SfsError, require
+from .ops import IMPLEMENTATIONS
 from .samplers import PRESETS, FixedSteps, Sampler, SlowFast, Threshold
 
 try:
@@ -62,6 +63,9 @@ class Request:
     raw: Annotated[bool, typer.Option("--raw", help="Use the prompt as it is, without the chat template.")] = False
     device: Annotated[str | None, typer.Option(help="Default: a GPU if there is one.", show_default=False)] = None
     dtype: Annotated[str | None, typer.Option(metavar="|".join(DTYPES), help="Default: by device.")] = None
+    impl: Annotated[
+        str | None, typer.Option(metavar="|".join(IMPLEMENTATIONS), help="Of the operations. Default: by device.")
+    ] = None
 
     def text(self) -> str:
         """The prompt itself, read from stdin if it is ``-``."""
@@ -111,7 +115,7 @@ class Job:
         sampler.check_length(request.gen_length)
         require(0 <= request.seed < 2**63, f"seed={request.seed} is not in [0, 2**63)")
         prompt = request.text()
-        engine = load(request.model, request.device, request.dtype)
+        engine = load(request.model, request.device, request.dtype, request.impl)
         require(engine.text is not None, f"model={request.model!r} has no tokenizer.json, which a text prompt needs")
         room = engine.spec.max_length
         require(request.gen_length < room, f"gen_length={request.gen_length}: the model has only {room} positions")

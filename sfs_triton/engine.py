@@ -16,6 +16,7 @@ from .errors import ArgumentError, CheckpointError, require
 from .loops import EagerLoop
 from .models import Transformer, load_weights, read_spec
 from .models.weights import read_json
+from .ops import implementation
 from .samplers import FixedSteps, Sampler, SlowFast, Threshold
 from .state import DecodeState
 from .text import TextCodec
@@ -73,7 +74,10 @@ class Generation:
 
 
 def load(
-    path_or_hub_id: str | Path, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None
+    path_or_hub_id: str | Path,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    impl: str | None = None,
 ) -> Engine:
     """An :class:`Engine` for a checkpoint folder, a hub id, or ``"embedded"`` (the small model in this package).
 
@@ -81,11 +85,15 @@ def load(
         path_or_hub_id: a folder with ``config.json`` and safetensors, or a hub id (``GSAI-ML/LLaDA-8B-Instruct``).
         device: default: a GPU if there is one.
         dtype: default: bfloat16 on a GPU, float32 on a CPU.
+        impl: ``"torch"`` or ``"triton"`` for all operations; default: torch on a CPU, on a GPU whatever a committed
+            record shows to be faster.
 
     Raises:
+        ArgumentError: names the argument and its value.
         CheckpointError: names the file, key or tensor at fault. Code and pickles in a checkpoint are never touched.
     """
     device = _device(device)
+    implementation(impl, device)  # refused before gigabytes are read
     if dtype is None:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     if isinstance(dtype, str):
@@ -102,7 +110,7 @@ def load(
         folder = _download(str(path_or_hub_id))
     spec = read_spec(read_json(folder / "config.json"))
     weights = load_weights(folder, spec, device, dtype)
-    return Engine(Transformer(spec, weights), TextCodec.from_folder(folder))
+    return Engine(Transformer(spec, weights, impl), TextCodec.from_folder(folder))
 
 
 def _device(device: str | torch.device | None) -> torch.device:
@@ -260,6 +268,7 @@ class Engine:
             window=getattr(sampler, "window", 1),
             block_length=getattr(sampler, "block_length", None),
             seeds=seeds,
+            caps=[sampler.step_cap(len(c) - s) for c, s in zip(canvases, starts, strict=True)],
             device=self.model.device,
             trace=trace,
         )

@@ -1,43 +1,126 @@
 """One name an operation, whatever implements it. Models, samplers and loops call these and nothing below.
 
-Today every operation is plain torch (:mod:`sfs_triton.torch_ops`). Triton kernels join one by one in
-:data:`IMPLEMENTATIONS`; an entry becomes a default only with a record of it passing and being faster on a GPU.
+``implementation`` picks once, for a device: plain torch (:mod:`sfs_triton.torch_ops`), Triton kernels
+(:mod:`sfs_triton.kernels`), or for each operation what :data:`DEFAULTS` says.
 """
 
 from __future__ import annotations
 
-from .errors import require
-from .torch_ops.confidence import Draw, confidence
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from .errors import ArgumentError, MissingDependencyError, require
+from .torch_ops.confidence import Draw, filter_logits
 from .torch_ops.cycle import CycleRules
-from .torch_ops.cycle import decide as decide_cycle
-from .torch_ops.cycle import plan as plan_cycle
-from .torch_ops.layers import attention, rope, rope_tables, silu_mul
-from .torch_ops.norm import rms_norm
+from .torch_ops.rope_cache import rope_tables
 from .torch_ops.select import BlockRules
-from .torch_ops.select import decide as decide_block
-from .torch_ops.select import plan as plan_block
 
-IMPLEMENTATIONS = ("torch",)
+IMPLEMENTATIONS = ("torch", "triton")
 
 
-def check_implementation(impl: str) -> None:
-    """Raise :class:`~sfs_triton.errors.ArgumentError` unless ``impl`` is one of :data:`IMPLEMENTATIONS`."""
-    require(impl in IMPLEMENTATIONS, f"impl={impl!r} is not one of {IMPLEMENTATIONS}")
+class Default(NamedTuple):
+    """What an operation is done with on a GPU, and the record under ``bench/results/`` that shows why."""
+
+    impl: str
+    record: str | None
 
 
-__all__ = [
-    "BlockRules",
-    "CycleRules",
-    "Draw",
-    "attention",
-    "check_implementation",
-    "confidence",
-    "decide_block",
-    "decide_cycle",
-    "plan_block",
-    "plan_cycle",
-    "rms_norm",
-    "rope",
-    "rope_tables",
-    "silu_mul",
-]
+# A kernel becomes the default on a GPU with a record of it passing its tests and being faster there. There is none yet.
+DEFAULTS = {
+    "attention": Default("torch", None),
+    "compact": Default("torch", None),
+    "confidence": Default("torch", None),
+    "decide_block": Default("torch", None),
+    "decide_cycle": Default("torch", None),
+    "embedding": Default("torch", None),
+    "linear": Default("torch", None),
+    "lm_head": Default("torch", None),
+    "look": Default("torch", None),
+    "plan": Default("torch", None),
+    "rms_norm": Default("torch", None),
+    "rope_cache": Default("torch", None),
+    "silu_mul": Default("torch", None),
+}
+
+
+@dataclass(frozen=True)
+class Ops:
+    """An implementation of every operation; ``torch_ops/`` says what each computes."""
+
+    attention: Callable[..., torch.Tensor]
+    compact: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    confidence: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    decide_block: Callable[..., None]
+    decide_cycle: Callable[..., None]
+    embedding: Callable[..., torch.Tensor]
+    linear: Callable[..., torch.Tensor]
+    lm_head: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    look: Callable[..., torch.Tensor]
+    plan: Callable[..., None]
+    rms_norm: Callable[..., torch.Tensor]
+    rope_cache: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+    silu_mul: Callable[..., torch.Tensor]
+
+    def choose(
+        self, hidden: torch.Tensor, head: torch.Tensor, draw: Draw, **keys: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ``[T]`` (int32) and score ``[T]`` (float32) for each row of ``hidden [T, d]``, by ``head [V, d]``.
+
+        ``keys`` are ``seed``, ``position`` and ``step`` (int64 ``[T]``), needed when the temperature is positive.
+        """
+        filtered = draw.top_k is not None or draw.top_p is not None
+        if draw.metric == "confidence" and not draw.tempered and not filtered:
+            return self.lm_head(hidden, head, temperature=draw.temperature, **keys)
+        logits = F.linear(hidden, head)
+        how = {"metric": draw.metric, "temperature": draw.temperature, "tempered": draw.tempered}
+        if not filtered:
+            return self.confidence(logits, **how, **keys)
+        logits = logits.float()
+        if draw.tempered and draw.temperature > 0:  # what is filtered is tempered already
+            logits, how["temperature"] = logits / draw.temperature, 1.0
+        drawn = filter_logits(logits, draw.top_k, draw.top_p)
+        token, score = self.confidence(drawn, **how, **keys)
+        if not draw.tempered:
+            score = logits.softmax(-1).gather(-1, token[:, None].long())[:, 0]
+        return token, score
+
+
+def check_implementation(impl: str | None) -> None:
+    """Raise :class:`~sfs_triton.errors.ArgumentError` unless ``impl`` is None or one of :data:`IMPLEMENTATIONS`."""
+    require(impl is None or impl in IMPLEMENTATIONS, f"impl={impl!r} is not one of {IMPLEMENTATIONS}")
+
+
+def implementation(impl: str | None, device: torch.device) -> Ops:
+    """The operations for tensors on ``device``, all by ``impl``; None takes :data:`DEFAULTS` on a GPU, torch elsewhere.
+
+    Raises:
+        ArgumentError: ``impl`` is unknown, or cannot run on ``device``.
+        MissingDependencyError: ``impl="triton"`` and triton is not installed.
+    """
+    check_implementation(impl)
+    on_gpu = device.type == "cuda"
+    wanted = {name: impl or (default.impl if on_gpu else "torch") for name, default in DEFAULTS.items()}
+    modules = {name: _module(name, device) for name in set(wanted.values())}
+    return Ops(**{field.name: getattr(modules[wanted[field.name]], field.name) for field in fields(Ops)})
+
+
+def _module(impl: str, device: torch.device):
+    if impl == "triton":
+        try:
+            import triton
+        except ImportError:
+            raise MissingDependencyError("impl='triton' needs the package triton: pip install triton") from None
+        if device.type != "cuda" and not triton.knobs.runtime.interpret:
+            raise ArgumentError(
+                f"impl='triton' cannot run on device {str(device)!r}: kernels need a GPU, or TRITON_INTERPRET=1 in the "
+                "environment before triton is imported (slow; for tests)"
+            )
+    return importlib.import_module(f".{impl}_impl", __package__)
+
+
+__all__ = ["BlockRules", "CycleRules", "Draw", "Ops", "check_implementation", "implementation", "rope_tables"]

@@ -100,7 +100,7 @@ class DecodeState:
             "s": block,
             "e": -1,
             "estimate": -1,
-            "cap": torch.tensor(caps),
+            "cap": torch.tensor([min(cap, 2**31 - 1) for cap in caps]),  # kernels count in 32 bits
             "masks_left": masked.sum(1),
             "done": (~masked.any(1)).long(),
         }

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .kernels.control import COLUMN, FAST
 from .loops import StepReport
 from .samplers import Sampler, SlowFast
-from .state import COLUMN, DecodeState
-from .torch_ops.cycle import FAST
+from .state import DecodeState
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Check every recorded case of a golden directory: ``python tests/conformance.py DIR [--impl torch] [--limit N]``.
+"""Check every recorded case of a golden directory: ``python tests/conformance.py DIR [--impl torch|triton]``.
 
 Output tokens, the number of steps and, for SlowFast, the whole per-step trace must equal the recording exactly. Prints
 one line a system, then ``N passed, M failed``; exits 1 on any failure. An unknown kind of case is a failure.
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -227,12 +228,14 @@ def check_logits(engine: sfs_triton.Engine, path: Path) -> Iterator[str | None]:
     """Raw logits of each recorded input, to 1e-4."""
     recorded = load_file(path)
     for index in sorted({name.split(".")[0] for name in recorded}):
-        worst = (engine.model.logits(recorded[f"{index}.input_ids"]) - recorded[f"{index}.logits"]).abs().max().item()
+        logits = engine.model.logits(recorded[f"{index}.input_ids"].to(engine.model.device)).cpu()
+        worst = (logits - recorded[f"{index}.logits"]).abs().max().item()
         yield None if worst <= 1e-4 else f"{path.name} {index}: logits differ by {worst:.2e}"
 
 
-def run(folder: Path, limit: int | None, report: Callable[[str], None] = print) -> tuple[int, int]:
-    """Check ``folder``; returns how many cases passed and failed."""
+def run(folder: Path, limit: int | None, impl: str, report: Callable[[str], None] = print) -> tuple[int, int]:
+    """Check ``folder`` with the operations of ``impl``; returns how many cases passed and failed."""
+    device = "cuda" if impl == "triton" and torch.cuda.is_available() else "cpu"
     passed: Counter[str] = Counter()
     total: Counter[str] = Counter()
 
@@ -242,7 +245,7 @@ def run(folder: Path, limit: int | None, report: Callable[[str], None] = print) 
         if wrong is not None:
             report(f"FAIL {system} {name}: {wrong}")
 
-    engines = {p.name: sfs_triton.load(p, device="cpu", dtype="float32") for p in sorted((folder / "models").iterdir())}
+    engines = {p.name: sfs_triton.load(p, device, "float32", impl) for p in sorted((folder / "models").iterdir())}
     for path in sorted((folder / "logits").glob("*.safetensors")):
         for wrong in check_logits(engines[path.stem], path):
             note("logits/" + path.stem, path.name, wrong)
@@ -268,7 +271,11 @@ def run(folder: Path, limit: int | None, report: Callable[[str], None] = print) 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, metavar="DIR")
-    parser.add_argument("--impl", default="torch", help="which implementation of the operations to use")
+    parser.add_argument(
+        "--impl",
+        default="torch",
+        help="what implements the operations: torch (on the CPU) or triton (on a GPU; without one, in its interpreter)",
+    )
     parser.add_argument("--limit", type=int, help="check only the first N cases of each file")
     arguments = parser.parse_args()
     try:
@@ -279,8 +286,10 @@ def main() -> int:
         parser.error(f"--limit {arguments.limit} is not positive")
     if not (arguments.folder / "cases").is_dir():
         parser.error(f"{arguments.folder} has no folder 'cases'")
+    if arguments.impl == "triton" and not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which nothing has done yet
     torch.set_num_threads(1)  # the recordings' own setting; the models are tiny
-    passed, failed = run(arguments.folder, arguments.limit)
+    passed, failed = run(arguments.folder, arguments.limit, arguments.impl)
     print(f"{passed} passed, {failed} failed")
     return 1 if failed or not passed else 0
 

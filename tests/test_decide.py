@@ -27,12 +27,13 @@ LENGTH = 32
 
 
 @cache
-def engine_of(name: str, eos_id: int | None = None) -> sfs_triton.Engine:
-    """A small trained model, on request with another id as its end-of-text."""
-    engine = sfs_triton.load(MODELS / name, device="cpu", dtype="float32")
+def engine_of(name: str, eos_id: int | None = None, impl: str = "torch") -> sfs_triton.Engine:
+    """A small trained model, on request with another id as its end-of-text, or computed by the kernels."""
+    device = "cuda" if impl == "triton" and torch.cuda.is_available() else "cpu"
+    engine = sfs_triton.load(MODELS / name, device, "float32", impl)
     if eos_id is None:
         return engine
-    return sfs_triton.Engine(Transformer(dataclasses.replace(engine.spec, eos_id=eos_id), engine.model.weights))
+    return sfs_triton.Engine(Transformer(dataclasses.replace(engine.spec, eos_id=eos_id), engine.model.weights, impl))
 
 
 def random_prompt(rng: random.Random, low: int = 4, high: int = 24) -> list[int]:
@@ -90,9 +91,16 @@ def compare(done: Generation, wanted: ReferenceRun) -> str | None:
     return None if done.response == wanted.tokens else f"tokens {done.response} are not {wanted.tokens}"
 
 
-def check(engine: sfs_triton.Engine, prompt: list[int], length: int, sampler: Sampler, seed: int = 0) -> None:
+def check(
+    engine: sfs_triton.Engine,
+    prompt: list[int],
+    length: int,
+    sampler: Sampler,
+    seed: int = 0,
+    oracle: sfs_triton.Engine | None = None,
+) -> None:
     done = engine.generate(prompt, gen_length=length, sampler=sampler, seed=seed, trace=True)
-    wanted = reference(engine, prompt + [engine.spec.mask_id] * length, len(prompt), sampler, seed)
+    wanted = reference(oracle or engine, prompt + [engine.spec.mask_id] * length, len(prompt), sampler, seed)
     wrong = compare(done, wanted)
     if wrong and wanted.margin < MARGIN:
         pytest.skip(f"a decision has a margin of {wanted.margin:.1e}")
@@ -201,6 +209,18 @@ def test_noise(changes: dict, name: str):
     ]
     for seed, sampler in enumerate(samplers):
         check(engine_of(name), random_prompt(rng), 16, sampler.replace(temperature=0.8, **changes), seed)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("make", [random_slowfast, random_threshold, random_fixed])
+def test_kernels(make, seed: int, name: str):
+    """The same through the Triton kernels: with an early end, with noise, with guidance."""
+    rng = random.Random(f"kernels/{make.__name__}/{name}/{seed}")
+    eos_id = common_token(name) if seed == 0 else None
+    changes = [{"eos_stop": True}, {"temperature": 0.8}, {"cfg_scale": 0.5}][seed]
+    kernels, oracle = engine_of(name, eos_id, "triton"), engine_of(name, eos_id)
+    check(kernels, random_prompt(rng), 16, make(rng).replace(**changes), seed, oracle)
 
 
 @pytest.mark.parametrize("metric", ["maskgit_plus", "entropy"])

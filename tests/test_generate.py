@@ -9,6 +9,7 @@ import torch
 
 import sfs_triton
 from sfs_triton import ArgumentError, FixedSteps, NumericalFault, RefreshCache, SlowFast, Threshold
+from sfs_triton.ops import Draw, implementation
 
 PROMPT = [3, 14, 15, 92, 65, 35, 89, 79, 32, 38]
 SAMPLERS = [
@@ -343,11 +344,10 @@ def test_masks_that_a_bound_leaves_are_counted(engines):
 
 
 def test_filters_change_scores_where_scores_are_tempered():
-    from sfs_triton.ops import Draw, confidence
-
-    logits = torch.tensor([[2.0, 1.9, 1.8, -1.0]])
-    assert confidence(logits.clone(), Draw(top_k=1, tempered=True))[1].item() == 1.0
-    assert confidence(logits.clone(), Draw(top_k=1))[1].item() < 0.4
+    logits = torch.tensor([[2.0], [1.9], [1.8], [-1.0]])
+    ops = implementation("torch", torch.device("cpu"))
+    assert ops.choose(torch.ones(1, 1), logits, Draw(top_k=1, tempered=True))[1].item() == 1.0
+    assert ops.choose(torch.ones(1, 1), logits, Draw(top_k=1))[1].item() < 0.4
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,10 @@ import math
 import pytest
 import torch
 
-from sfs_triton.ops import Draw, confidence
+from sfs_triton.ops import Draw, implementation
+from sfs_triton.reference.confidence import look
 from sfs_triton.torch_ops.commit import rank_by_score
-from sfs_triton.torch_ops.confidence import filter_logits
+from sfs_triton.torch_ops.confidence import confidence, filter_logits
 from sfs_triton.torch_ops.philox import gumbel, philox
 
 
@@ -52,22 +53,22 @@ def test_gumbel_max_draws_with_softmax_frequencies():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_confidence_is_the_softmax_of_the_argmax(dtype):
     logits = (torch.randn(33, 257, generator=torch.Generator().manual_seed(1)) * 4).to(dtype)
-    token, score = confidence(logits.clone(), Draw())
+    token, score = confidence(logits.clone())
     exact = logits.double().softmax(-1)
-    assert torch.equal(token, logits.float().argmax(-1))
+    assert torch.equal(token.long(), logits.float().argmax(-1))
     torch.testing.assert_close(score.double(), exact.gather(-1, token[:, None])[:, 0], atol=1e-6, rtol=1e-6)
 
 
 def test_ties_go_to_the_lowest_id_and_lowest_position():
     logits = torch.tensor([[1.0, 3.0, 3.0, 0.0], [2.0, 2.0, 2.0, 2.0]])
-    assert confidence(logits, Draw())[0].tolist() == [1, 0]
+    assert confidence(logits)[0].tolist() == [1, 0]
     assert rank_by_score(torch.tensor([[0.5, 0.9, 0.9, 0.5]])).tolist() == [[2, 0, 1, 3]]
 
 
 @pytest.mark.parametrize("row", [[math.nan, 1.0], [math.inf, 1.0], [-math.inf, -math.inf]])
 @pytest.mark.parametrize("metric", ["confidence", "entropy"])
 def test_bad_rows_have_nan_scores_and_do_not_touch_others(row, metric):
-    score = confidence(torch.tensor([row, [0.0, 1.0]]), Draw(metric=metric))[1]
+    score = confidence(torch.tensor([row, [0.0, 1.0]]), metric=metric)[1]
     assert score[0].isnan() and not score[1].isnan()
 
 
@@ -76,11 +77,11 @@ def test_metrics_follow_their_definitions():
     p = (logits / 0.7).softmax(-1)
     top = p.sort(-1, descending=True).values
     # a vanishing share of noise would still move ties; temperature only tempers here, tokens come from top_k=1
-    draw = {"temperature": 0.7, "tempered": True}
     zero = torch.zeros(9, dtype=torch.int64)
-    margin = confidence(logits.clone(), Draw(metric="margin", **draw), zero, zero, zero)[1]
+    draw = {"temperature": 0.7, "tempered": True, "seed": zero, "position": zero, "step": zero}
+    margin = confidence(logits.clone(), metric="margin", **draw)[1]
     torch.testing.assert_close(margin, top[:, 0] - top[:, 1])
-    entropy = confidence(logits.clone(), Draw(metric="entropy", **draw), zero, zero, zero)[1]
+    entropy = confidence(logits.clone(), metric="entropy", **draw)[1]
     torch.testing.assert_close(entropy, (p * p.log()).sum(-1), atol=1e-5, rtol=1e-5)
 
 
@@ -89,3 +90,24 @@ def test_nucleus_keeps_the_smallest_set_that_reaches_top_p():
     kept = [filter_logits(logits, None, p).isfinite().sum().item() for p in (0.4, 0.6, 0.9, 1.0)]
     assert kept == [1, 2, 3, 4]
     assert filter_logits(logits, 2, None).isfinite().tolist() == [[True, True, False, False]]
+
+
+@pytest.mark.parametrize("tempered", [False, True])
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize(("top_k", "top_p"), [(None, None), (4, None), (None, 0.8), (5, 0.7)])
+@pytest.mark.parametrize("metric", ["confidence", "margin", "entropy"])
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_choices_are_the_oracles(impl, metric, top_k, top_p, temperature, tempered):
+    if metric != "confidence" and not tempered:
+        pytest.skip("LLaDA's samplers have no other metric")
+    generator = torch.Generator().manual_seed(3)
+    hidden, head = torch.randn(7, 16, generator=generator), torch.randn(40, 16, generator=generator)
+    draw = Draw(metric=metric, temperature=temperature, top_k=top_k, top_p=top_p, tempered=tempered)
+    keys = {"seed": torch.arange(7) + 2**40, "position": torch.arange(7) * 3, "step": torch.full((7,), 5)}
+    noise = gumbel(*(keys[name][:, None] if name == "seed" else torch.arange(40) for name in ("seed", "token")),
+                   keys["position"][:, None], keys["step"][:, None])  # fmt: skip
+    wanted = look(hidden @ head.T, metric, temperature, top_k, top_p, tempered, noise)
+    ops = implementation(impl, torch.device("cpu"))
+    token, score = ops.choose(hidden, head, draw, **keys)
+    assert token.tolist() == wanted.tokens
+    torch.testing.assert_close(score, torch.tensor(wanted.scores), atol=1e-6, rtol=1e-5)

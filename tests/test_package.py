@@ -30,7 +30,10 @@ LAYERS = [
     "text",
     "models",
     "ops",
+    "torch_impl",
+    "triton_impl",
     "torch_ops",
+    "testing",
     "errors",
 ]
 

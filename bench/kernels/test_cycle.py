@@ -6,10 +6,11 @@ from functools import partial
 
 import torch
 
-from sfs_triton import SlowFast, torch_ops, triton_ops
+from sfs_triton import SlowFast, torch_impl, triton_impl
 from sfs_triton.kernels.cycle import decide_cost
 
 from .case import Case
+from .harness import benchmark_of
 from .states import decode_state
 
 SAMPLERS = {
@@ -25,12 +26,13 @@ def _build(device: torch.device, *, sampler: SlowFast, trace: bool, **sizes: int
 
 
 def cases(toy: bool = False) -> list[Case]:
+    prefix = "toy-" if toy else ""
     sizes = [(2, 8, 24)] if toy else [(1, 1100, 1024), (256, 1100, 1024), (16, 4096, 4096)]
     return [
         Case(
-            name=f"{name}-{batch}x{prompt + response}{'-trace' if trace else ''}",
-            kernel=triton_ops.decide_cycle,
-            twin=torch_ops.decide_cycle,
+            name=f"{prefix}{name}-{batch}x{prompt + response}{'-trace' if trace else ''}",
+            kernel=triton_impl.decide_cycle,
+            twin=torch_impl.decide_cycle,
             build=partial(_build, sampler=sampler, trace=trace, batch=batch, prompt=prompt, response=response),
             cost=decide_cost(batch, prompt + response),
         )
@@ -38,3 +40,6 @@ def cases(toy: bool = False) -> list[Case]:
         for batch, prompt, response in sizes
         for trace in ((False, True) if name == "paper" and batch == 1 else (False,))
     ]
+
+
+test_cycle = benchmark_of(cases)

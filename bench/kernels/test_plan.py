@@ -6,10 +6,11 @@ from functools import partial
 
 import torch
 
-from sfs_triton import SlowFast, torch_ops, triton_ops
+from sfs_triton import SlowFast, torch_impl, triton_impl
 from sfs_triton.kernels.plan import plan_cost
 
 from .case import Case
+from .harness import benchmark_of
 from .states import decode_state
 
 
@@ -24,12 +25,13 @@ def _build(device: torch.device, *, capacity: int, shift: int, **sizes: int) -> 
 
 
 def cases(toy: bool = False) -> list[Case]:
+    prefix = "toy-" if toy else ""
     sizes = [(2, 8, 24, 16)] if toy else [(1, 1100, 1024, 128), (16, 4096, 4096, 128)]
     lists = [
         Case(
-            name=f"{batch}x{prompt + response}-{capacity}{'-shift' if shift else ''}",
-            kernel=triton_ops.plan,
-            twin=torch_ops.plan,
+            name=f"{prefix}{batch}x{prompt + response}-{capacity}{'-shift' if shift else ''}",
+            kernel=triton_impl.plan,
+            twin=torch_impl.plan,
             build=partial(_build, capacity=capacity, shift=shift, batch=batch, prompt=prompt, response=response),
             cost=plan_cost(batch, prompt + response, capacity),
         )
@@ -40,11 +42,14 @@ def cases(toy: bool = False) -> list[Case]:
     look = partial(decode_state, SlowFast(), batch=batch, prompt=prompt, response=response)
     return lists + [
         Case(
-            name=f"look-{batch}x{prompt + response}{'' if by_stage else '-block'}",
-            kernel=triton_ops.look,
-            twin=torch_ops.look,
+            name=f"{prefix}look-{batch}x{prompt + response}{'' if by_stage else '-block'}",
+            kernel=triton_impl.look,
+            twin=torch_impl.look,
             build=lambda device, by_stage=by_stage: {"state": look(device=device), "by_stage": by_stage},
             cost=plan_cost(batch, prompt + response, 0),
         )
         for by_stage in (True, False)
     ]
+
+
+test_plan = benchmark_of(cases)

@@ -6,10 +6,11 @@ from functools import partial
 
 import torch
 
-from sfs_triton import FixedSteps, Threshold, torch_ops, triton_ops
+from sfs_triton import FixedSteps, Threshold, torch_impl, triton_impl
 from sfs_triton.kernels.select import decide_cost
 
 from .case import Case
+from .harness import benchmark_of
 from .states import decode_state
 
 SAMPLERS = {
@@ -28,15 +29,19 @@ def _build(device: torch.device, *, sampler, opening: str, **sizes: int) -> dict
 
 
 def cases(toy: bool = False) -> list[Case]:
+    prefix = "toy-" if toy else ""
     sizes = [(2, 8, 32)] if toy else [(1, 1100, 1024), (256, 1100, 1024)]
     return [
         Case(
-            name=f"{name}-{batch}x{prompt + response}",
-            kernel=triton_ops.decide_block,
-            twin=torch_ops.decide_block,
+            name=f"{prefix}{name}-{batch}x{prompt + response}",
+            kernel=triton_impl.decide_block,
+            twin=torch_impl.decide_block,
             build=partial(_build, sampler=sampler, opening=opening, batch=batch, prompt=prompt, response=response),
             cost=decide_cost(batch, prompt + response),
         )
         for name, (sampler, opening) in SAMPLERS.items()
         for batch, prompt, response in sizes
     ]
+
+
+test_select = benchmark_of(cases)

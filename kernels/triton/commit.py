@@ -2,6 +2,7 @@
 
 Scalars are loaded by all threads of a program and stored by one, and Triton orders neither. So a machine loads all it
 needs, has a barrier, and stores once at its end; what one thread stores and another loads has a barrier between.
+Numbers are taken in 32 bits, which they all fit, since 64-bit division is a call.
 """
 
 from __future__ import annotations
@@ -38,12 +39,6 @@ MASKS_LEFT: tl.constexpr = tl.constexpr(COLUMN["masks_left"])
 DONE: tl.constexpr = tl.constexpr(COLUMN["done"])
 FAULT: tl.constexpr = tl.constexpr(COLUMN["fault"])
 N_CONTROL: tl.constexpr = tl.constexpr(len(CONTROL))
-
-
-@triton.jit
-def load_number(control_ptr, COLUMN: tl.constexpr):
-    """One of a row's numbers, in 32 bits: they all fit, and 64-bit division is a call."""
-    return tl.load(control_ptr + COLUMN).to(tl.int32)
 
 
 @triton.jit

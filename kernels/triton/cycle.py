@@ -40,7 +40,6 @@ from .commit import (
     block_of,
     check_canvas,
     commit_row,
-    load_number,
 )
 from .control import CONTROL
 from .cost import Cost
@@ -243,13 +242,17 @@ def _decide_kernel(
     tl.store(spread_ptr + row, float("nan"))
     if tl.load(control_ptr + DONE) != 0:
         return
-    step = load_number(control_ptr, STEP)
-    slow = load_number(control_ptr, PHASE) == 0
-    determined = load_number(control_ptr, DETERMINED) != 0
-    n_history = load_number(control_ptr, N_HISTORY)
-    s, e, k = load_number(control_ptr, S), load_number(control_ptr, E), load_number(control_ptr, K)
-    origin, block_end = load_number(control_ptr, BLOCK_START), load_number(control_ptr, BLOCK_END)
-    limit, cycle = load_number(control_ptr, LIMIT), load_number(control_ptr, CYCLE)
+    step = tl.load(control_ptr + STEP).to(tl.int32)
+    slow = tl.load(control_ptr + PHASE) == 0
+    determined = tl.load(control_ptr + DETERMINED) != 0
+    n_history = tl.load(control_ptr + N_HISTORY).to(tl.int32)
+    s, e, k = (
+        tl.load(control_ptr + S).to(tl.int32),
+        tl.load(control_ptr + E).to(tl.int32),
+        tl.load(control_ptr + K).to(tl.int32),
+    )
+    origin, block_end = tl.load(control_ptr + BLOCK_START).to(tl.int32), tl.load(control_ptr + BLOCK_END).to(tl.int32)
+    limit, cycle = tl.load(control_ptr + LIMIT).to(tl.int32), tl.load(control_ptr + CYCLE).to(tl.int32)
     slot = tl.arange(0, BLOCK_W)
     history = tl.load(history_ptr + row * window + slot, mask=slot < window, other=0).to(tl.int32)
     column = tl.arange(0, BLOCK_COLUMNS)
@@ -292,7 +295,7 @@ def _decide_kernel(
         slow, determined, k, cycle, e, block_end, first, first_after_block, length, k_max, max_cycles,
         SLOW_END, HAS_MAX_CYCLES, EOS_STOP,
     )  # fmt: skip
-    if (over == 0) & (step >= load_number(control_ptr, CAP)):
+    if (over == 0) & (step >= tl.load(control_ptr + CAP).to(tl.int32)):
         tl.store(control_ptr + FAULT, -step)
         over = over | True
 
@@ -311,7 +314,7 @@ def _decide_kernel(
     s = tl.where(cycle_over, e, s)
     cycle += cycle_over.to(tl.int32)
     if HAS_BLOCKS:
-        start, end = load_number(control_ptr, START), load_number(control_ptr, END)
+        start, end = tl.load(control_ptr + START).to(tl.int32), tl.load(control_ptr + END).to(tl.int32)
         index, begin, stop = block_at(start, end, following, block_length)
         s = tl.where(block_over, begin, s)
         cycle = tl.where(block_over, 0, cycle)

@@ -27,7 +27,6 @@ from .commit import (
     S,
     block_of,
     check_canvas,
-    load_number,
 )
 from .cost import Cost
 from .launch import launch
@@ -36,12 +35,12 @@ from .launch import launch
 @triton.jit
 def _window(control_ptr, span_cap, BY_STAGE: tl.constexpr, HAS_SPAN_CAP: tl.constexpr):
     """The range in which a running row decides: the block, or of its block what the stage looks at."""
-    first = load_number(control_ptr, S if BY_STAGE else BLOCK_START)
-    stop = load_number(control_ptr, BLOCK_END)
+    first = tl.load(control_ptr + (S if BY_STAGE else BLOCK_START)).to(tl.int32)
+    stop = tl.load(control_ptr + BLOCK_END).to(tl.int32)
     if BY_STAGE:
         if HAS_SPAN_CAP:
             stop = tl.minimum(stop, first + span_cap)
-        stop = tl.where(load_number(control_ptr, PHASE) == 0, stop, load_number(control_ptr, E))
+        stop = tl.where(tl.load(control_ptr + PHASE) == 0, stop, tl.load(control_ptr + E).to(tl.int32))
     return first, stop
 
 
@@ -136,9 +135,9 @@ def _plan_kernel(
     rows_ptr += row * capacity
     target_ptr += row * capacity
     first, stop = _window(control_ptr, span_cap, BY_STAGE, HAS_SPAN_CAP)
-    step = load_number(control_ptr, STEP)
+    step = tl.load(control_ptr + STEP).to(tl.int32)
     limit = tl.where(
-        load_number(control_ptr, DONE) != 0, 0, load_number(control_ptr, LIMIT)
+        tl.load(control_ptr + DONE) != 0, 0, tl.load(control_ptr + LIMIT).to(tl.int32)
     )  # a row that is done has none
     stop = tl.minimum(stop, limit)
     ahead = tl.minimum(stop + look_ahead, limit)

@@ -37,7 +37,6 @@ from .commit import (
     block_of,
     check_canvas,
     commit_row,
-    load_number,
 )
 from .cost import Cost
 from .launch import launch
@@ -208,11 +207,18 @@ def _decide_kernel(
     tl.store(control_ptr + ESTIMATE, -1)
     if tl.load(control_ptr + DONE) != 0:
         return
-    step, k, quota = load_number(control_ptr, STEP), load_number(control_ptr, K), load_number(control_ptr, QUOTA)
-    start, end = load_number(control_ptr, START), load_number(control_ptr, END)
-    block_start, block_end = load_number(control_ptr, BLOCK_START), load_number(control_ptr, BLOCK_END)
-    steps, limit = load_number(control_ptr, BLOCK_STEPS), load_number(control_ptr, LIMIT)
-    cap = load_number(control_ptr, CAP)
+    step, k, quota = (
+        tl.load(control_ptr + STEP).to(tl.int32),
+        tl.load(control_ptr + K).to(tl.int32),
+        tl.load(control_ptr + QUOTA).to(tl.int32),
+    )
+    start, end = tl.load(control_ptr + START).to(tl.int32), tl.load(control_ptr + END).to(tl.int32)
+    block_start, block_end = (
+        tl.load(control_ptr + BLOCK_START).to(tl.int32),
+        tl.load(control_ptr + BLOCK_END).to(tl.int32),
+    )
+    steps, limit = tl.load(control_ptr + BLOCK_STEPS).to(tl.int32), tl.load(control_ptr + LIMIT).to(tl.int32)
+    cap = tl.load(control_ptr + CAP).to(tl.int32)
     left, lowest, best, bad = _scan(score_ptr + at, inside_ptr + at, length, BLOCK_L)
     tl.debug_barrier()  # all threads have their numbers before one of them stores
     if bad:

@@ -7,14 +7,13 @@ from typing import NamedTuple
 
 import torch
 
-from .. import ops
 from ..caching import CachePolicy, RowView
 from ..errors import NumericalFault, StepCapExceeded
+from ..kernels.control import FAST
 from ..models.cache import Scope
 from ..models.transformer import Transformer
 from ..samplers import Sampler, SlowFast
 from ..state import COLUMN, DecodeState
-from ..torch_ops.cycle import FAST
 
 
 class StepReport(NamedTuple):
@@ -45,11 +44,11 @@ class EagerLoop:
         self.model, self.sampler, self.policy = model, sampler, policy
         self._draw = sampler.draw()
         self._ratio = getattr(policy, "ratio", 0.0)
-        if isinstance(sampler, SlowFast):
-            self._rules, self._plan, self._decide = sampler.rules(), ops.plan_cycle, ops.decide_cycle
+        self._by_stage = isinstance(sampler, SlowFast)
+        if self._by_stage:
+            self._rules, self._decide = sampler.rules(), model.ops.decide_cycle
         else:
-            self._rules = sampler.rules(policy.opening(model.spec.shifted))
-            self._plan, self._decide = ops.plan_block, ops.decide_block
+            self._rules, self._decide = sampler.rules(policy.opening(model.spec.shifted)), model.ops.decide_block
 
     @torch.inference_mode()
     def start(self, state: DecodeState) -> None:
@@ -59,18 +58,18 @@ class EagerLoop:
         make = self.policy.cache_class
         branches = 2 if self.sampler.cfg_scale else 1
         self._caches = [make(*shape) if make else None for _ in range(branches)]
-        lengths = (state.end - state.start).tolist()
-        self._steps_left = max(self.sampler.step_cap(length) for length in lengths)
         self._starts = state.start.tolist()
 
     def read(self, state: DecodeState) -> HostView:
         """The one place where a step reads the device on the host."""
         control = state.control.tolist()
-        faults = [
-            f"row {i} at step {row[COLUMN['fault']] - 1}" for i, row in enumerate(control) if row[COLUMN["fault"]]
-        ]
-        if faults:
-            raise NumericalFault(f"the model produced NaN logits: {', '.join(faults)}")
+        faults = {index: row[COLUMN["fault"]] for index, row in enumerate(control) if row[COLUMN["fault"]]}
+        broken = [f"row {index} at step {fault - 1}" for index, fault in faults.items() if fault > 0]
+        if broken:
+            raise NumericalFault(f"the model produced NaN logits: {', '.join(broken)}")
+        stuck = [f"row {index} at step {-fault}" for index, fault in faults.items() if fault < 0]
+        if stuck:
+            raise StepCapExceeded(f"still undecided at the step cap of their sampler: {', '.join(stuck)}")
         rows = {}
         for index, row in enumerate(control):
             if not row[COLUMN["done"]]:
@@ -84,7 +83,7 @@ class EagerLoop:
                     k=row[COLUMN["k"]],
                     step=row[COLUMN["step"]],
                 )
-        inside = self._plan(state)
+        inside = self.model.ops.look(state, by_stage=self._by_stage)
         pieces = inside.nonzero()[:, 1].split(inside.sum(1).tolist())
         return HostView(rows, {index: pieces[index] for index in rows})
 
@@ -94,9 +93,6 @@ class EagerLoop:
         view = self.read(state)
         if not view.rows:
             return None
-        if self._steps_left == 0:
-            raise StepCapExceeded(f"rows {sorted(view.rows)} still run after the step cap of their sampler")
-        self._steps_left -= 1
         scopes = {index: self.policy.scope(row) for index, row in view.rows.items()}
         groups: dict[tuple[Scope, int], list[int]] = {}
         for index, scope in scopes.items():
@@ -120,16 +116,15 @@ class EagerLoop:
             blank = whole.masked_fill(self._given[rows, scope.first : scope.stop], state.mask_id)
             unconditional = self.model.forward(blank, scope, self._caches[1], rows, select, features)
             hidden = hidden + self.sampler.cfg_scale * (hidden - unconditional)
-        logits = self.model.head(hidden.flatten(0, 1))
-        keys = (None, None, None)
+        keys = {}
         if self._draw.temperature > 0:
-            keys = (
-                state.seed[rows].repeat_interleave(widest),
-                places.flatten(),
-                state.step[rows].repeat_interleave(widest),
-            )
-        token, score = ops.confidence(logits, self._draw, *keys)
-        state.token[rows[:, None], places] = token.view(places.shape)
+            keys = {
+                "seed": state.seed[rows].repeat_interleave(widest),
+                "position": places.flatten(),
+                "step": state.step[rows].repeat_interleave(widest),
+            }
+        token, score = self.model.ops.choose(hidden.flatten(0, 1), self.model.weights.head, self._draw, **keys)
+        state.token[rows[:, None], places] = token.view(places.shape).long()
         state.score[rows[:, None], places] = score.view(places.shape)
 
 

@@ -43,20 +43,13 @@ class KVCache:
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros(shape, device=device, dtype=dtype)
 
-    def exchange(
-        self,
-        layer: int,
-        batch_rows: torch.Tensor,
-        scope: Scope,
-        k: torch.Tensor,
-        v: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store ``k, v [b, Hkv, rows, D]`` and return those of all keys, ``[b, Hkv, keys, D]``."""
-        cached = []
-        for store, fresh in ((self.k[layer], k), (self.v[layer], v)):
-            store[batch_rows, :, scope.first : scope.stop] = fresh
-            cached.append(fresh if scope.rows == scope.keys else store[batch_rows, :, : scope.keys])
-        return cached[0], cached[1]
+    def store(self, layer: int, batch_rows: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Where ``rope_cache`` stores a layer's keys and values, ``[B, L, Hkv, D]``, for these rows of the batch."""
+        return {
+            "k_cache": self.k[layer].transpose(1, 2),
+            "v_cache": self.v[layer].transpose(1, 2),
+            "cache_row": batch_rows,
+        }
 
 
 class FeatureCache:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from .. import ops
+from ..ops import Ops, implementation, rope_tables
 from .cache import FeatureCache, KVCache, Scope
 from .spec import ModelSpec
 from .weights import LayerWeights, Weights
@@ -15,12 +15,14 @@ class Transformer:
     """RMSNorm, rotary attention (MHA or GQA) and SwiGLU over ``spec.n_layers`` layers.
 
     :meth:`forward` returns normalised hidden states, :meth:`head` turns rows of them into logits: callers combine and
-    select hidden states first, so that no logits are computed that nobody looks at.
+    select hidden states first, so that no logits are computed that nobody looks at. ``impl`` says what implements the
+    operations, ``"torch"`` or ``"triton"``; None takes the defaults for the weights' device.
     """
 
-    def __init__(self, spec: ModelSpec, weights: Weights):
+    def __init__(self, spec: ModelSpec, weights: Weights, impl: str | None = None):
         self.spec, self.weights = spec, weights
-        self._cos, self._sin = ops.rope_tables(0, spec.head_dim, spec.rope_theta, self.device)
+        self.ops: Ops = implementation(impl, self.device)
+        self._cos, self._sin = rope_tables(0, spec.head_dim, spec.rope_theta, self.device)
 
     @property
     def device(self) -> torch.device:
@@ -59,7 +61,7 @@ class Transformer:
             features: prompt length and refresh ratio; needed when ``scope.features`` is set.
         """
         self._reach(scope.keys)
-        x = F.embedding(tokens, self.weights.embedding)
+        x = self.ops.embedding(self.weights.embedding, tokens)
         local = None if select is None else (select - scope.first)[..., None].expand(-1, -1, x.shape[-1])
         if scope.features is not None:
             x = self._forward_features(x, scope, cache, batch_rows, *features)
@@ -69,7 +71,7 @@ class Transformer:
             for index, layer in enumerate(self.weights.layers):
                 at = local if index == last else None
                 x = self._layer(x, index, layer, scope, cache, batch_rows, select if at is not None else None, at)
-        return ops.rms_norm(x, self.weights.norm, self.spec.norm_eps)
+        return self.ops.rms_norm(x, self.weights.norm, self.spec.norm_eps)
 
     def _layer(
         self,
@@ -83,47 +85,49 @@ class Transformer:
         local: torch.Tensor | None,
     ) -> torch.Tensor:
         spec = self.spec
-        h = ops.rms_norm(x, layer.attn_norm, spec.norm_eps)
-        rows = slice(scope.first, scope.stop)
+        h = self.ops.rms_norm(x, layer.attn_norm, spec.norm_eps)
+        position = torch.arange(scope.first, scope.stop, device=x.device)
+        store = cache.store(index, batch_rows) if scope.store else {}
         if local is None:
-            qk, v = self._heads(self._project(h, layer)).split((spec.n_heads + spec.n_kv_heads, spec.n_kv_heads), 1)
-            q, k = self._rotate(qk, rows).split((spec.n_heads, spec.n_kv_heads), 1)
+            sizes = (spec.n_heads, spec.n_kv_heads, spec.n_kv_heads)
+            q, k, v = self._rotate(*self._heads(self._project(h, layer)).split(sizes, 2), position, **store)
         else:
             x = x.gather(1, local)
-            q = self._rotate(self._heads(self._project(h.gather(1, local), layer, slice(0, spec.d_model))), select)
-            k, v = self._heads(self._project(h, layer, slice(spec.d_model, None))).chunk(2, 1)
-            k = self._rotate(k, rows)
+            q = self._heads(self._project(h.gather(1, local), layer, slice(0, spec.d_model)))
+            q, _, _ = self._rotate(q, None, None, select)
+            k, v = self._heads(self._project(h, layer, slice(spec.d_model, None))).chunk(2, 2)
+            _, k, v = self._rotate(None, k, v, position, **store)
         if scope.store:
-            k, v = cache.exchange(index, batch_rows, scope, k, v)
-        x = x + F.linear(self._merge(ops.attention(q, k, v)), layer.out)
-        return x + self._mlp(x, layer)
+            k, v = (cached[batch_rows, : scope.keys] for cached in (k, v))
+        attended = F.linear(self.ops.attention(q, k, v).flatten(2), layer.out)
+        h = self.ops.rms_norm(attended, layer.mlp_norm, spec.norm_eps, residual=x)  # x is now x + attended
+        return x + self._mlp(h, layer)
 
     def _reach(self, length: int) -> None:
         """Have rotary tables for ``length`` positions; a configuration may promise far more than anyone uses."""
         if length > len(self._cos):
             length = min(max(length, 2 * len(self._cos)), self.spec.max_length)
-            self._cos, self._sin = ops.rope_tables(length, self.spec.head_dim, self.spec.rope_theta, self.device)
+            self._cos, self._sin = rope_tables(length, self.spec.head_dim, self.spec.rope_theta, self.device)
 
     def _project(self, h: torch.Tensor, layer: LayerWeights, part: slice = slice(None)) -> torch.Tensor:
         return F.linear(h, layer.qkv[part], None if layer.qkv_bias is None else layer.qkv_bias[part])
 
-    def _mlp(self, x: torch.Tensor, layer: LayerWeights) -> torch.Tensor:
-        h = ops.rms_norm(x, layer.mlp_norm, self.spec.norm_eps)
-        return F.linear(ops.silu_mul(F.linear(h, layer.gate_up)), layer.down)
+    def _mlp(self, h: torch.Tensor, layer: LayerWeights) -> torch.Tensor:
+        return F.linear(self.ops.silu_mul(F.linear(h, layer.gate_up)), layer.down)
 
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
-        """``[b, n, H D]`` to ``[b, H, n, D]``."""
-        return x.unflatten(-1, (-1, self.spec.head_dim)).transpose(1, 2)
+        """``[b, n, H D]`` to ``[b, n, H, D]``."""
+        return x.unflatten(-1, (-1, self.spec.head_dim))
 
-    def _merge(self, x: torch.Tensor) -> torch.Tensor:
-        return x.transpose(1, 2).flatten(2)
-
-    def _rotate(self, x: torch.Tensor, positions: slice | torch.Tensor) -> torch.Tensor:
-        """Rotary embedding of ``x [b, H, n, D]`` at a range of positions, or at ``[b, n]`` of them."""
-        cos, sin = self._cos[positions], self._sin[positions]
-        if isinstance(positions, torch.Tensor):
-            cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-        return ops.rope(x, cos, sin)
+    def _rotate(
+        self,
+        q: torch.Tensor | None,
+        k: torch.Tensor | None,
+        v: torch.Tensor | None,
+        position: torch.Tensor,
+        **store: torch.Tensor,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        return self.ops.rope_cache(q, k, v, self._cos, self._sin, position, **store)
 
     # ---------------------------------------------------------------------------------------- dLLM-Cache features
 
@@ -141,7 +145,7 @@ class Transformer:
         response = torch.arange(prompt, stop, device=x.device).expand(batch, -1)
         moved = int((stop - prompt) * ratio)
         for index, layer in enumerate(self.weights.layers):
-            h = ops.rms_norm(x, layer.attn_norm, self.spec.norm_eps)
+            h = self.ops.rms_norm(x, layer.attn_norm, self.spec.norm_eps)
             k, v, mixed, mlp = (t[index][batch_rows, :stop] for t in (cache.k, cache.v, cache.attention, cache.mlp))
             rows = at_prompt
             if scope.features[1]:
@@ -180,8 +184,10 @@ class Transformer:
         q, k_new, v_new = projected.split((spec.d_model, spec.kv_width, spec.kv_width), -1)
         k.scatter_(1, wide(spec.kv_width), k_new)
         v.scatter_(1, wide(spec.kv_width), v_new)
-        keys = self._rotate(self._heads(k), slice(0, k.shape[1]))
-        attended = ops.attention(self._rotate(self._heads(q), rows), keys, self._heads(v))
-        out = F.linear(self._merge(attended), layer.out)
+        keys = self._heads(k.clone())  # rotated in place, and kept unrotated
+        q, _, _ = self._rotate(self._heads(q), None, None, rows)
+        _, keys, values = self._rotate(None, keys, self._heads(v), torch.arange(k.shape[1], device=k.device))
+        out = F.linear(self.ops.attention(q, keys, values).flatten(2), layer.out)
         mixed.scatter_(1, wide(spec.d_model), out)
-        mlp.scatter_(1, wide(spec.d_model), self._mlp(x.gather(1, wide(spec.d_model)) + out, layer))
+        h = self.ops.rms_norm(out, layer.mlp_norm, spec.norm_eps, residual=x.gather(1, wide(spec.d_model)))
+        mlp.scatter_(1, wide(spec.d_model), self._mlp(h, layer))

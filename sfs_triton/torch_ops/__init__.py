@@ -1,1 +1,1 @@
-"""Plain-torch implementations, one op a file, mirroring the kernels: the CPU product path and the kernels' twins."""
+"""The operations in plain torch, one op a file, mirroring the kernels: the CPU product path and the kernels' twins."""

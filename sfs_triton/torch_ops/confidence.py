@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from .philox import gumbel
 
@@ -41,43 +42,48 @@ def filter_logits(logits: torch.Tensor, top_k: int | None, top_p: float | None) 
     return logits
 
 
+def confidence(
+    logits: torch.Tensor,
+    *,
+    metric: str = "confidence",
+    temperature: float = 0.0,
+    tempered: bool = False,
+    seed: torch.Tensor | None = None,
+    position: torch.Tensor | None = None,
+    step: torch.Tensor | None = None,
+    sequence_length: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ``[T]`` (int32) and score ``[T]`` (float32) for each row of ``logits [T, V]``, which may be overwritten.
+
+    ``argmax(logits + temperature * gumbel)``, scored by ``softmax(logits)``, or ``softmax(logits / temperature)`` if
+    ``tempered``. ``seed``, ``position`` and ``step`` (int64 ``[T]``) key the noise and are needed when the temperature
+    is positive. With ``sequence_length`` rows are sequences of that many, and each row looks at the logits of the row
+    before it; the first of a sequence at its own.
+
+    Ties go to the lowest token id. A row with a NaN or +inf logit, or with nothing but -inf, has a NaN score.
+    """
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    if sequence_length is not None:
+        row = torch.arange(logits.shape[0], device=logits.device)
+        logits = logits[torch.where(row % sequence_length == 0, row, row - 1)]
+    if temperature == 0 and metric == "confidence":
+        largest, token = logits.max(-1, keepdim=True)
+        return token[:, 0].int(), logits.sub_(largest).exp_().sum(-1).reciprocal_().float()
+    measured = logits / temperature if tempered and temperature > 0 else logits
+    drawn = measured
+    if temperature > 0:
+        ids = torch.arange(logits.shape[-1], device=logits.device)
+        noise = gumbel(seed[:, None], ids, position[:, None], step[:, None])
+        drawn = measured + noise * (1.0 if tempered else temperature)
+    token = drawn.argmax(-1)
+    return token.int(), _score(measured, token, metric).float()
+
+
 def _score(logits: torch.Tensor, token: torch.Tensor, metric: str) -> torch.Tensor:
     probabilities = logits.softmax(-1)
     if metric == "margin":
-        top = probabilities.topk(2, dim=-1).values
+        top = F.pad(probabilities, (0, 1)).topk(2, dim=-1).values  # of a single token the second is none
         return top[:, 0] - top[:, 1]
     if metric == "entropy":
         return (probabilities * (probabilities + 1e-10).log()).sum(-1)
     return probabilities.gather(-1, token[:, None])[:, 0]
-
-
-def confidence(
-    logits: torch.Tensor,
-    draw: Draw,
-    seed: torch.Tensor | None = None,
-    position: torch.Tensor | None = None,
-    step: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ``[T]`` (int64) and score ``[T]`` (float32) for each row of ``logits [T, V]``, which may be overwritten.
-
-    ``seed``, ``position`` and ``step`` (int64 ``[T]``) key the noise and are needed when the temperature is positive.
-    A row with a NaN or +inf logit, or with nothing but -inf, has a NaN score.
-    """
-    logits = logits.float()
-    filtered = draw.tempered and (draw.top_k is not None or draw.top_p is not None)
-    if draw.temperature == 0 and draw.metric == "confidence" and not filtered:
-        largest, token = logits.max(-1, keepdim=True)
-        return token[:, 0], logits.sub_(largest).exp_().sum(-1).reciprocal_()
-    drawn = logits
-    if draw.tempered and draw.temperature > 0:
-        drawn = logits / draw.temperature
-    if draw.top_k is not None or draw.top_p is not None:
-        drawn = filter_logits(drawn, draw.top_k, draw.top_p)
-    if draw.temperature > 0:
-        noise = gumbel(
-            seed[:, None], torch.arange(logits.shape[-1], device=logits.device), position[:, None], step[:, None]
-        )
-        token = (drawn + noise * (1.0 if draw.tempered else draw.temperature)).argmax(-1)
-    else:
-        token = drawn.argmax(-1)
-    return token, _score(drawn if draw.tempered else logits, token, draw.metric)

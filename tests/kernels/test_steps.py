@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sfs_triton import FixedSteps, SlowFast, Threshold, torch_ops, triton_ops
+from sfs_triton import FixedSteps, SlowFast, Threshold, torch_impl, triton_impl
 from sfs_triton.kernels import cycle, plan, select
 from sfs_triton.kernels.commit import block_of
 from sfs_triton.kernels.control import COLUMN, FAST, SLOW
@@ -110,7 +110,7 @@ def random_state(rng: random.Random, rules: CycleRules | BlockRules, batch: int,
 
 def look_and_score(rng: random.Random, state: DecodeState, rules: CycleRules | BlockRules, faults: bool) -> None:
     """Fill in what a model would have said."""
-    torch_ops.look(state, by_stage=isinstance(rules, CycleRules))
+    torch_impl.look(state, by_stage=isinstance(rules, CycleRules))
     batch, length = state.masked.shape
     token = [[rng.choice([EOS, *range(20)]) for _ in range(length)] for _ in range(batch)]
     state.token.copy_(torch.tensor(token))
@@ -171,8 +171,8 @@ def test_cycle_equals_its_twin(name, seed, batch, length, block):
     mine, twin = copied(state, guards), state
     twin.events.clear()
     with block_size(block):
-        triton_ops.decide_cycle(mine, rules)
-    torch_ops.decide_cycle(twin, rules)
+        triton_impl.decide_cycle(mine, rules)
+    torch_impl.decide_cycle(twin, rules)
     assert_same(mine, twin)
     guards.check()
 
@@ -187,8 +187,8 @@ def test_block_selection_equals_its_twin(name, seed, batch, length, block):
     mine, twin = copied(state, guards), state
     twin.events.clear()
     with block_size(block):
-        triton_ops.decide_block(mine, rules)
-    torch_ops.decide_block(twin, rules)
+        triton_impl.decide_block(mine, rules)
+    torch_impl.decide_block(twin, rules)
     assert_same(mine, twin)
     guards.check()
 
@@ -215,13 +215,13 @@ def test_row_lists_equal_their_twin(seed, batch, length, capacity, by_stage, spa
     lists.append(guards.empty(batch, dtype=torch.int32))
     wanted = [x.cpu().clone() for x in lists]
     with block_size(block):
-        triton_ops.plan(mine, *lists, **how)
-    torch_ops.plan(twin, *wanted, **how)
+        triton_impl.plan(mine, *lists, **how)
+    torch_impl.plan(twin, *wanted, **how)
     for name, ours, theirs in zip(("rows", "target", "count"), lists, wanted, strict=True):
         assert ours.tolist() == theirs.tolist(), name
     assert_same(mine, twin)
-    triton_ops.look(mine, by_stage=by_stage, span_cap=span_cap)
-    torch_ops.look(twin, by_stage=by_stage, span_cap=span_cap)
+    triton_impl.look(mine, by_stage=by_stage, span_cap=span_cap)
+    torch_impl.look(twin, by_stage=by_stage, span_cap=span_cap)
     assert_same(mine, twin)
     guards.check()
 
@@ -234,13 +234,13 @@ def test_large_canvases(batch, length):
         look_and_score(rng, state, rules, faults=False)
         mine, twin = copied(state), state
         twin.events.clear()
-        getattr(triton_ops, op)(mine, rules)
-        getattr(torch_ops, op)(twin, rules)
+        getattr(triton_impl, op)(mine, rules)
+        getattr(torch_impl, op)(twin, rules)
         assert_same(mine, twin)
     lists = [torch.zeros((batch, 128), dtype=torch.int32) for _ in range(2)] + [torch.zeros(batch, dtype=torch.int32)]
     ours = [x.to(DEVICE) for x in lists]
-    triton_ops.plan(mine, *ours, by_stage=False, look_ahead=7, shift=1)
-    torch_ops.plan(twin, *lists, by_stage=False, look_ahead=7, shift=1)
+    triton_impl.plan(mine, *ours, by_stage=False, look_ahead=7, shift=1)
+    torch_impl.plan(twin, *lists, by_stage=False, look_ahead=7, shift=1)
     assert all(a.tolist() == b.tolist() for a, b in zip(ours, lists, strict=True))
     assert_same(mine, twin)
 
@@ -251,7 +251,7 @@ def test_scans_take_several_values_a_thread_and_never_more_than_1024_positions()
 
 def test_a_row_at_its_cap_ends_with_a_fault():
     for rules, op in ((CYCLES["paper"], "decide_cycle"), (BLOCKS["even"], "decide_block")):
-        for ops in (triton_ops, torch_ops):
+        for ops in (triton_impl, torch_impl):
             state = DecodeState.allocate(
                 [[1] + [MASK] * 30], [1], mask_id=MASK, eos_id=EOS, window=2, block_length=rules.block_length,
                 seeds=[0], caps=[1], device=DEVICE, trace=False,
@@ -290,7 +290,7 @@ def test_states_are_checked(change, named):
     }.get(how, lambda: value.to(how))()
     setattr(state, name, spoiled)
     with pytest.raises(ValueError, match=named):
-        triton_ops.decide_cycle(state, CYCLES["paper"])
+        triton_impl.decide_cycle(state, CYCLES["paper"])
 
 
 @pytest.mark.parametrize(
@@ -305,7 +305,7 @@ def test_states_are_checked(change, named):
 )
 def test_cycle_rules_are_checked(rules, named):
     with pytest.raises(ValueError, match=named):
-        triton_ops.decide_cycle(_state(), dataclasses.replace(CYCLES["paper"], **rules))
+        triton_impl.decide_cycle(_state(), dataclasses.replace(CYCLES["paper"], **rules))
 
 
 @pytest.mark.parametrize(
@@ -320,18 +320,18 @@ def test_cycle_rules_are_checked(rules, named):
 )
 def test_block_rules_are_checked(rules, named):
     with pytest.raises(ValueError, match=named):
-        triton_ops.decide_block(_state(), dataclasses.replace(BLOCKS["even"], **rules))
+        triton_impl.decide_block(_state(), dataclasses.replace(BLOCKS["even"], **rules))
 
 
 def test_empty_schedules_and_streams_are_refused():
     state = _state()
     state.shares = state.shares[:, :0].contiguous()
     with pytest.raises(ValueError, match="shares is empty"):
-        triton_ops.decide_block(state, BLOCKS["timesteps"])
+        triton_impl.decide_block(state, BLOCKS["timesteps"])
     state = _state()
     state.uniform = state.uniform[:, :0].contiguous()
     with pytest.raises(ValueError, match="uniform is empty"):
-        triton_ops.decide_block(state, BLOCKS["random"])
+        triton_impl.decide_block(state, BLOCKS["random"])
 
 
 @pytest.mark.parametrize(
@@ -352,4 +352,4 @@ def test_row_lists_are_checked(how, named):
     }
     options = {name: value for name, value in how.items() if name not in lists}
     with pytest.raises(ValueError, match=named):
-        triton_ops.plan(_state(), **lists, by_stage=True, **options)
+        triton_impl.plan(_state(), **lists, by_stage=True, **options)

@@ -1,0 +1,43 @@
+"""Token and score from logits: kernel, eager torch and torch.compile."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+
+from sfs_triton.kernels.confidence import confidence, confidence_cost
+from sfs_triton.torch_ops import confidence as twin
+
+from .case import GEOMETRIES, TOY, Case, random
+
+VARIANTS = {
+    "noise": {"temperature": 0.7},
+    "margin": {"metric": "margin"},
+    "entropy": {"metric": "entropy"},
+}
+
+
+def _build(device: torch.device, *, n_rows: int, n_columns: int, dtype: torch.dtype, settings: dict) -> dict:
+    keys = {}
+    if settings.get("temperature"):
+        keys = {name: torch.arange(n_rows, device=device) for name in ("seed", "position", "step")}
+    return {"logits": random(n_rows, n_columns, device=device, dtype=dtype), **settings, **keys}
+
+
+def cases(toy: bool = False) -> list[Case]:
+    rows = (4,) if toy else (1, 32, 512)
+    dtype = torch.float32 if toy else torch.bfloat16
+    shapes = [(n_rows, "", {}) for n_rows in rows]
+    shapes += [(rows[-1] if toy else 32, f"-{name}", settings) for name, settings in VARIANTS.items()]
+    return [
+        Case(
+            name=f"{name}-{n_rows}{suffix}",
+            kernel=confidence,
+            twin=twin.confidence,
+            build=partial(_build, n_rows=n_rows, n_columns=geometry.vocab, dtype=dtype, settings=settings),
+            cost=confidence_cost(n_rows, geometry.vocab, dtype.itemsize),
+        )
+        for name, geometry in (TOY if toy else GEOMETRIES).items()
+        for n_rows, suffix, settings in shapes
+    ]

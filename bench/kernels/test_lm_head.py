@@ -1,0 +1,66 @@
+"""From hidden states to tokens: kernel, eager torch and torch.compile; and one shard of four of the vocabulary."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+
+from sfs_triton.kernels.lm_head import lm_head, lm_head_cost, lm_head_partials
+from sfs_triton.kernels.partials import merge_partials, merge_partials_cost
+from sfs_triton.torch_ops import lm_head as twin
+
+from .case import GEOMETRIES, TOY, Case, Geometry, random
+
+SHARDS = 4
+
+
+def _build(
+    device: torch.device, *, n_rows: int, n_columns: int, n_features: int, dtype: torch.dtype, noise: bool
+) -> dict:
+    keys = {name: torch.arange(n_rows, device=device) for name in ("seed", "position", "step")}
+    return {
+        "hidden": random(n_rows, n_features, device=device, dtype=dtype),
+        "weight": random(n_columns, n_features, device=device, dtype=dtype),
+        "rows": torch.arange(n_rows, device=device, dtype=torch.int32),
+        "count": torch.full((1,), n_rows, device=device, dtype=torch.int32),
+        **({"temperature": 0.7, **keys} if noise else {}),
+    }
+
+
+def _build_merge(device: torch.device, *, n_rows: int) -> dict:
+    values = random(SHARDS, 4, n_rows, device=device, dtype=torch.float32)
+    winner = torch.arange(SHARDS * n_rows, device=device, dtype=torch.int32).view(SHARDS, n_rows)
+    return {"values": values, "winner": winner}
+
+
+def _case(name: str, geometry: Geometry, n_rows: int, dtype: torch.dtype, noise: bool = False, shards: int = 1) -> Case:
+    sizes = {"n_rows": n_rows, "n_columns": geometry.vocab // shards, "n_features": geometry.d_model}
+    return Case(
+        name=f"{name}-{n_rows}{'-noise' if noise else ''}{'-shard' if shards > 1 else ''}",
+        kernel=lm_head if shards == 1 else lm_head_partials,
+        twin=twin.lm_head if shards == 1 else twin.lm_head_partials,
+        build=partial(_build, **sizes, dtype=dtype, noise=noise),
+        cost=lm_head_cost(**sizes, itemsize=dtype.itemsize),
+    )
+
+
+def cases(toy: bool = False) -> list[Case]:
+    dtype = torch.float32 if toy else torch.bfloat16
+    sizes = [(4, False), (4, True)] if toy else [(16, False), (64, False), (128, False), (64, True)]
+    geometries = TOY if toy else GEOMETRIES
+    found = [
+        _case(name, geometry, n_rows, dtype, noise) for name, geometry in geometries.items() for n_rows, noise in sizes
+    ]
+    name, geometry = next(iter(geometries.items()))
+    if not toy:  # the tiles that are left
+        found += [_case(name, geometry, *at) for at in ((32, dtype, False), (16, dtype, True), (32, dtype, True))]
+    n_rows = sizes[1][0]
+    merge = Case(
+        name=f"{name}-{n_rows}-merge",
+        kernel=merge_partials,
+        twin=twin.merge_partials,
+        build=partial(_build_merge, n_rows=n_rows),
+        cost=merge_partials_cost(SHARDS, n_rows),
+    )
+    return [*found, _case(name, geometry, n_rows, dtype, shards=SHARDS), merge]

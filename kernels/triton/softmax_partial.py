@@ -1,0 +1,56 @@
+"""A row of logits in parts: what is found of a part so that parts merge into the softmax of a chosen token.
+
+Tiles are ``[rows, columns]``, results ``[rows, 1]``. Exponents are taken to base 2 (``scale`` is log2(e), over the
+temperature if there is one): ``tl.exp`` of the same costs twice the instructions, for the care it takes of tiny
+results. NaN loses every comparison, so it reaches sums alone: the score becomes NaN and the token stays a valid id.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .check import check_tensor
+
+LOG2E = 1.4426950408889634
+NO_TOKEN = tl.constexpr(2147483647)  # loses every tie
+
+
+@triton.jit
+def largest(key, ids):
+    """The largest key of each row and the lowest of its ids; where all keys are NaN, ``NO_TOKEN``."""
+    top = tl.max(key, axis=1, keep_dims=True)
+    return top, tl.min(tl.where(key == top, ids, NO_TOKEN), axis=1, keep_dims=True)
+
+
+@triton.jit
+def runner_up(x, top, second):
+    """The second largest, which may equal ``top``, the largest. ``second``: the second largest of each part ``x``."""
+    equals = tl.sum((x == top).to(tl.int32), axis=1, keep_dims=True)
+    below = tl.max(tl.where(x == top, second, x), axis=1, keep_dims=True)
+    return tl.where(equals > 1, top, below)
+
+
+@triton.jit
+def finite_or_zero(top):
+    """What to subtract from logits of which ``top`` is the largest: minus infinity less itself would be NaN."""
+    return tl.where(top > float("-inf"), top, 0.0)
+
+
+@triton.jit
+def value_of(x, ids, winner):
+    """``x`` at the id ``winner``; minus infinity where it is not among ``ids``."""
+    return tl.max(tl.where(ids == winner, x, float("-inf")), axis=1, keep_dims=True)
+
+
+def result_of(
+    out: tuple[torch.Tensor, torch.Tensor] | None, n_rows: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``out`` if it is a token int32 ``[n_rows]`` and a score float32 ``[n_rows]``, both dense; new ones if None."""
+    if out is None:
+        out = (torch.empty(n_rows, dtype=dtype, device=device) for dtype in (torch.int32, torch.float32))
+    token, score = out
+    check_tensor("out[0]", token, dtype=torch.int32, shape=[n_rows], device=device, dense=True)
+    check_tensor("out[1]", score, dtype=torch.float32, shape=[n_rows], device=device, dense=True)
+    return token, score

@@ -1,0 +1,77 @@
+"""Rotary embedding of queries and keys, and storing keys and values at their positions, in plain torch."""
+
+from __future__ import annotations
+
+import torch
+
+
+def rope_tables(length: int, head_dim: int, theta: float, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """``(cos, sin)`` in float32, each ``[length, head_dim]``, for the half-split rotary embedding."""
+    inverse = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
+    angle = torch.arange(length, dtype=torch.float32, device=device)[:, None] * inverse
+    return torch.cat((angle.cos(), angle.cos()), -1), torch.cat((angle.sin(), angle.sin()), -1)
+
+
+def rope_cache(
+    q: torch.Tensor | None,
+    k: torch.Tensor | None,
+    v: torch.Tensor | None,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    position: torch.Tensor,
+    *,
+    k_cache: torch.Tensor | None = None,
+    v_cache: torch.Tensor | None = None,
+    cache_row: torch.Tensor | None = None,
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """``x * cos[position] + cat(-x[D/2:], x[:D/2]) * sin[position]`` for ``q`` and ``k``; ``k`` and ``v`` to the cache.
+
+    Args:
+        q: queries ``[b, n, H, D]`` or None; overwritten.
+        k, v: keys and values ``[b, n, Hkv, D]``, or both None; ``k`` is overwritten unless there are caches.
+        cos, sin: float32 tables ``[P, D]``, as :func:`rope_tables` makes them.
+        position: canvas positions ``[b, n]``, or ``[n]`` for all batch rows alike. In ``[b, n]`` a row at -1 is idle:
+            neither rotated nor stored. No two rows of a batch row have the same position unless they are idle.
+        k_cache, v_cache: ``[B, L, Hkv, D]``; if given, keys and values are stored at ``[cache_row, position]``.
+        cache_row: index ``[b]`` of each batch row in the caches; None is ``0..b-1``.
+
+    Returns:
+        Rotated queries, keys and values; the last two are the caches if those are given. What is None stays None.
+    """
+    turn = [table[position].unsqueeze(-2) for table in (cos, sin)]
+    if position.dim() == 2:
+        # idle rows turn by an angle of zero, which is cheaper than choosing between rows afterwards
+        turn = [x.masked_fill_((position < 0)[..., None, None], rest) for x, rest in zip(turn, (1, 0), strict=True)]
+    if q is not None:
+        q.copy_(_rotated(q, *turn))
+    if k_cache is None:
+        return q, None if k is None else k.copy_(_rotated(k, *turn)), v
+    batch = len(k)
+    row = (torch.arange(batch, device=k.device) if cache_row is None else cache_row)[:, None]
+    for cache, fresh in ((k_cache, _rotated(k, *turn).to(k.dtype)), (v_cache, v)):
+        if position.dim() == 1:
+            cache[row, position] = fresh
+        elif fresh.numel():
+            _store_live(cache, row, position, fresh)
+    return q, k_cache, v_cache
+
+
+def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """In float32 (or better)."""
+    wide = x if x.dtype == torch.float64 else x.float()
+    low, high = wide.chunk(2, -1)
+    return torch.cat((-high, low), -1).mul_(sin).add_(wide * cos)
+
+
+def _store_live(cache: torch.Tensor, row: torch.Tensor, position: torch.Tensor, fresh: torch.Tensor) -> None:
+    """``cache[row, position] = fresh`` but for idle rows, without asking the device how many they are.
+
+    An idle row repeats what the first live row of its batch row stores. In a batch row without any, position 0 is
+    rewritten with what it holds.
+    """
+    live = position >= 0
+    each, itself = (torch.arange(size, device=position.device) for size in position.shape)
+    source = torch.where(live, itself, live.byte().argmax(1, keepdim=True))
+    target = position.gather(1, source).clamp(min=0)
+    any_live = live.any(1)[:, None, None, None]
+    cache[row, target] = torch.where(any_live, fresh[each[:, None], source], cache[row, target])

@@ -1,0 +1,134 @@
+"""The operations by Triton kernels, under the names and with the arguments of :mod:`sfs_triton.torch_impl`.
+
+Most kernels take those arguments as they are. The step machines take every tensor of a :class:`DecodeState` and every
+rule one by one, since kernels know neither of those classes; that is unpacked here.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .kernels import cycle as _cycle
+from .kernels import plan as _plan
+from .kernels import select as _select
+from .kernels.attention import attention
+from .kernels.confidence import confidence
+from .kernels.gather import compact, embedding
+from .kernels.linear import linear
+from .kernels.lm_head import lm_head
+from .kernels.mlp import silu_mul
+from .kernels.norm import rms_norm
+from .kernels.rope_cache import rope_cache
+
+__all__ = [
+    "attention",
+    "compact",
+    "confidence",
+    "decide_block",
+    "decide_cycle",
+    "embedding",
+    "linear",
+    "lm_head",
+    "look",
+    "plan",
+    "rms_norm",
+    "rope_cache",
+    "silu_mul",
+]
+
+
+def look(state, *, by_stage: bool, span_cap: int | None = None) -> torch.Tensor:
+    _plan.look(state.masked, state.control, state.inside, by_stage=by_stage, span_cap=span_cap)
+    return state.inside
+
+
+def plan(
+    state,
+    rows: torch.Tensor,
+    target: torch.Tensor,
+    count: torch.Tensor,
+    *,
+    by_stage: bool,
+    span_cap: int | None = None,
+    look_ahead: int = 0,
+    shift: int = 0,
+) -> None:
+    _plan.plan(
+        state.masked,
+        state.control,
+        state.dirty,
+        state.forwarded,
+        state.inside,
+        rows,
+        target,
+        count,
+        by_stage=by_stage,
+        span_cap=span_cap,
+        look_ahead=look_ahead,
+        shift=shift,
+    )
+
+
+def decide_cycle(state, rules, *, slow: bool = True) -> None:
+    event = None if state.events is None else (state.control.clone(), state.history.clone())
+    _cycle.decide(
+        state.token,
+        state.score,
+        state.inside,
+        state.tokens,
+        state.masked,
+        state.commit_step,
+        state.dirty,
+        state.fill,
+        state.history,
+        state.spread,
+        state.control,
+        eos_id=state.eos_id,
+        tau_min=rules.tau_min,
+        tau_slow=rules.tau_slow,
+        tau_fast=rules.tau_fast,
+        min_parallel_slow=rules.min_parallel_slow,
+        min_parallel=rules.min_parallel,
+        k_max=rules.k_max,
+        window=rules.window,
+        spread_kind=rules.spread,
+        spread_limit=rules.spread_limit,
+        inclusive=rules.inclusive,
+        strict=rules.strict,
+        slow_end=rules.slow_end,
+        rounding=rules.rounding,
+        zero_history=rules.zero_history,
+        block_length=rules.block_length,
+        max_cycles=rules.max_cycles,
+        eos_stop=rules.eos_stop,
+        event=event,
+    )
+    if event is not None:
+        state.record_event(*event)
+
+
+def decide_block(state, rules, *, slow: bool = True) -> None:
+    event = None if state.events is None else (state.control.clone(), state.history.clone())
+    _select.decide(
+        state.token,
+        state.score,
+        state.inside,
+        state.uniform,
+        state.shares,
+        state.tokens,
+        state.masked,
+        state.commit_step,
+        state.dirty,
+        state.fill,
+        state.control,
+        eos_id=state.eos_id,
+        tau=rules.tau,
+        paced_steps=rules.paced_steps,
+        schedule=rules.schedule,
+        at_random=rules.at_random,
+        opening=rules.opening,
+        block_length=rules.block_length,
+        eos_stop=rules.eos_stop,
+    )
+    if event is not None:
+        state.record_event(*event)
