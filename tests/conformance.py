@@ -20,6 +20,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,12 +28,15 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))  # so that a checkout needs no installation
 
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # the models are tiny: for them, threads only cost time
+
 import torch  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 import sfs_triton  # noqa: E402
 from sfs_triton import FixedSteps, RefreshCache, Sampler, SlowFast, StepTrace, Threshold  # noqa: E402
 from sfs_triton.ops import check_implementation  # noqa: E402
+from sfs_triton.testing import brisk_interpreter  # noqa: E402
 
 MARGIN = 1e-5  # traced decisions closer than this to a tie may fall either way under another order of summation
 
@@ -233,8 +237,8 @@ def check_logits(engine: sfs_triton.Engine, path: Path) -> Iterator[str | None]:
         yield None if worst <= 1e-4 else f"{path.name} {index}: logits differ by {worst:.2e}"
 
 
-def run(folder: Path, limit: int | None, impl: str, report: Callable[[str], None] = print) -> tuple[int, int]:
-    """Check ``folder`` with the operations of ``impl``; returns how many cases passed and failed."""
+def run(folder: Path, part: slice, impl: str, report: Callable[[str], None] = print) -> tuple[int, int]:
+    """Check a part of each file of ``folder`` by the operations of ``impl``; how many cases passed, and failed."""
     device = "cuda" if impl == "triton" and torch.cuda.is_available() else "cpu"
     passed: Counter[str] = Counter()
     total: Counter[str] = Counter()
@@ -251,7 +255,7 @@ def run(folder: Path, limit: int | None, impl: str, report: Callable[[str], None
             note("logits/" + path.stem, path.name, wrong)
     for path in sorted((folder / "cases").glob("*.jsonl")):
         model, family = path.name.removesuffix(".jsonl").split(".", 1)
-        for line in path.read_text().splitlines()[:limit]:
+        for line in path.read_text().splitlines()[part]:
             case = json.loads(line)
             if case["method"] not in METHODS:
                 note(f"{family}/unknown", case["id"], f"method={case['method']!r} is not known")
@@ -276,20 +280,24 @@ def main() -> int:
         default="torch",
         help="what implements the operations: torch (on the CPU) or triton (on a GPU; without one, in its interpreter)",
     )
-    parser.add_argument("--limit", type=int, help="check only the first N cases of each file")
+    parser.add_argument("--limit", type=int, metavar="N", help="check only the first N cases of each file")
+    parser.add_argument("--every", type=int, metavar="N", default=1, help="check only every Nth case of each file")
     arguments = parser.parse_args()
     try:
         check_implementation(arguments.impl)
     except sfs_triton.ArgumentError as error:
         parser.error(str(error))
-    if arguments.limit is not None and arguments.limit < 1:
-        parser.error(f"--limit {arguments.limit} is not positive")
+    for name in ("limit", "every"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name} {value} is not positive")
     if not (arguments.folder / "cases").is_dir():
         parser.error(f"{arguments.folder} has no folder 'cases'")
     if arguments.impl == "triton" and not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which nothing has done yet
-    torch.set_num_threads(1)  # the recordings' own setting; the models are tiny
-    passed, failed = run(arguments.folder, arguments.limit, arguments.impl)
+    torch.set_num_threads(1)  # the recordings' own setting
+    with brisk_interpreter(overflow_checks=False) if arguments.impl == "triton" else nullcontext():
+        passed, failed = run(arguments.folder, slice(None, arguments.limit, arguments.every), arguments.impl)
     print(f"{passed} passed, {failed} failed")
     return 1 if failed or not passed else 0
 

@@ -5,7 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sfs_triton.testing import Guards
+from sfs_triton.testing import Guards, brisk_interpreter
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interpreter():
+    with brisk_interpreter():
+        yield
 
 
 @pytest.fixture(scope="session")
