@@ -10,6 +10,7 @@ from sfs_triton.kernels.confidence import confidence, confidence_cost
 from sfs_triton.torch_ops import confidence as twin
 
 from .case import GEOMETRIES, TOY, Case, random
+from .harness import benchmark_of
 
 VARIANTS = {
     "noise": {"temperature": 0.7},
@@ -25,6 +26,11 @@ def _build(device: torch.device, *, n_rows: int, n_columns: int, dtype: torch.dt
     return {"logits": random(n_rows, n_columns, device=device, dtype=dtype), **settings, **keys}
 
 
+def _twin(logits: torch.Tensor, **settings) -> tuple[torch.Tensor, torch.Tensor]:
+    """The twin may overwrite float32 logits."""
+    return twin.confidence(logits.clone() if logits.dtype == torch.float32 else logits, **settings)
+
+
 def cases(toy: bool = False) -> list[Case]:
     rows = (4,) if toy else (1, 32, 512)
     dtype = torch.float32 if toy else torch.bfloat16
@@ -34,10 +40,13 @@ def cases(toy: bool = False) -> list[Case]:
         Case(
             name=f"{name}-{n_rows}{suffix}",
             kernel=confidence,
-            twin=twin.confidence,
+            twin=_twin,
             build=partial(_build, n_rows=n_rows, n_columns=geometry.vocab, dtype=dtype, settings=settings),
             cost=confidence_cost(n_rows, geometry.vocab, dtype.itemsize),
         )
         for name, geometry in (TOY if toy else GEOMETRIES).items()
         for n_rows, suffix, settings in shapes
     ]
+
+
+test_confidence = benchmark_of(cases)

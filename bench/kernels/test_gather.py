@@ -31,7 +31,7 @@ def cases(toy: bool = False) -> list[Case]:
     dtype = torch.float32 if toy else torch.bfloat16
     rows = [
         Case(
-            name=f"embedding-{name}-{'canvas' if n is None else n}",
+            name=f"{name}-embedding-{'canvas' if n is None else n}",
             kernel=embedding,
             twin=twin.embedding,
             build=partial(_build_embedding, geometry=geometry, length=length, n_rows=n, dtype=dtype),
@@ -42,7 +42,7 @@ def cases(toy: bool = False) -> list[Case]:
     ]
     lists = [
         Case(
-            name=f"compact-{n}",
+            name=f"{'toy-' if toy else ''}compact-{n}",
             kernel=compact,
             twin=twin.compact,
             build=partial(_build_compact, n=n, capacity=capacity),

@@ -12,7 +12,7 @@ from .check import FLOATS, check_tensor, refuse_unless
 from .cost import Cost
 from .launch import launch
 from .philox import gumbel, noise_keys
-from .softmax_partial import LOG2E, NO_TOKEN, finite_or_zero, largest, result_of, runner_up, value_of
+from .softmax_partial import LOG2E, NO_TOKEN, finite_or_zero, largest, max_of, result_of, runner_up, sum_of, value_of
 
 METRICS = ("confidence", "margin", "entropy")
 _FIELDS = tl.constexpr(5)
@@ -27,22 +27,21 @@ def _part(x, ids, noise, chunk, scale, METRIC: tl.constexpr, HAS_NOISE: tl.const
     would cost a quarter of all instructions, and `_finish` can look for it in one group a row.
     """
     if HAS_NOISE:
-        top = tl.max(x, axis=1, keep_dims=True)
+        top = max_of(x)
         key, winner = largest(x + noise, ids)
         logit = value_of(x, ids, winner)
     else:
-        groups: tl.constexpr = x.shape[1] // GROUP
-        group_ids = chunk * groups + tl.arange(0, groups)[None, :]
-        top, winner = largest(tl.max(tl.reshape(x, [1, groups, GROUP]), axis=2), group_ids)
+        groups: tl.constexpr = x.shape[0] // GROUP
+        top, winner = largest(tl.max(tl.reshape(x, [groups, GROUP]), axis=1), chunk * groups + tl.arange(0, groups))
         key, logit = top, top
     exponent = (x - finite_or_zero(top)) * scale
     weight = tl.exp2(exponent)
-    total = tl.sum(weight, axis=1, keep_dims=True)
+    total = sum_of(weight)
     extra = total
     if METRIC == "margin":
         extra = runner_up(x, top, float("-inf"))
     if METRIC == "entropy":
-        extra = tl.sum(weight * tl.where(weight > 0, exponent, 0.0), axis=1, keep_dims=True)
+        extra = sum_of(weight * tl.where(weight > 0, exponent, 0.0))
     return top, total, extra, key, logit, winner
 
 
@@ -62,7 +61,7 @@ def _store_part(at, winner_at, n_chunks, part, METRIC: tl.constexpr, HAS_NOISE: 
 @triton.jit
 def _merged(at, winner_at, n_chunks, scale, METRIC: tl.constexpr, HAS_NOISE: tl.constexpr, BLOCK_C: tl.constexpr):
     """Of a whole row, what `_part` finds of a chunk. Parts are read past L1: other programs wrote them."""
-    chunk = tl.arange(0, BLOCK_C)[None, :]
+    chunk = tl.arange(0, BLOCK_C)
     there = chunk < n_chunks
     tops = tl.load(at + chunk, mask=there, other=float("-inf"), cache_modifier=".cg")
     totals = tl.load(at + n_chunks + chunk, mask=there, other=0.0, cache_modifier=".cg")
@@ -70,7 +69,7 @@ def _merged(at, winner_at, n_chunks, scale, METRIC: tl.constexpr, HAS_NOISE: tl.
     if HAS_NOISE:
         keys = tl.load(at + 3 * n_chunks + chunk, mask=there, other=float("-inf"), cache_modifier=".cg")
         logits = tl.load(at + 4 * n_chunks + chunk, mask=there, other=float("-inf"), cache_modifier=".cg")
-        top = tl.max(tops, axis=1, keep_dims=True)
+        top = max_of(tops)
         key, winner = largest(keys, winners)
         logit = value_of(logits, winners, winner)
     else:
@@ -78,14 +77,14 @@ def _merged(at, winner_at, n_chunks, scale, METRIC: tl.constexpr, HAS_NOISE: tl.
         key, logit = top, top
     exponent = (tops - finite_or_zero(top)) * scale
     weight = tl.exp2(exponent)
-    total = tl.sum(weight * totals, axis=1, keep_dims=True)
+    total = sum_of(weight * totals)
     extra = total
     if METRIC != "confidence":
         extras = tl.load(at + 2 * n_chunks + chunk, mask=there, other=0.0, cache_modifier=".cg")
     if METRIC == "margin":
         extra = runner_up(tops, top, extras)
     if METRIC == "entropy":
-        extra = tl.sum(weight * (extras + tl.where(weight > 0, exponent, 0.0) * totals), axis=1, keep_dims=True)
+        extra = sum_of(weight * (extras + tl.where(weight > 0, exponent, 0.0) * totals))
     return top, total, extra, key, logit, winner
 
 
@@ -104,12 +103,12 @@ def _finish(
     """Store a row's token and score from what is found of the whole row. In a row of NaN nothing has won."""
     top, total, extra, _, logit, winner = found
     if not HAS_NOISE:
-        ids = tl.minimum(winner, n_columns // GROUP) * GROUP + tl.arange(0, GROUP)[None, :]
+        ids = tl.minimum(winner, n_columns // GROUP) * GROUP + tl.arange(0, GROUP)
         group = tl.load(row_ptr + ids, mask=ids < n_columns, other=float("-inf")).to(tl.float32)
-        winner = tl.min(tl.where(group == top, ids, NO_TOKEN), axis=1, keep_dims=True)
+        winner = tl.min(tl.where(group == top, ids, NO_TOKEN))
     base = finite_or_zero(top)
     if METRIC == "margin":
-        score = (1.0 - tl.exp2((extra - base) * scale)) / total
+        score = (tl.exp2((top - base) * scale) - tl.exp2((extra - base) * scale)) / total
     elif METRIC == "entropy":
         score = extra / total * _LN2 - tl.log(total)
     else:
@@ -148,21 +147,20 @@ def _confidence_kernel(
     if HAS_SHIFT:
         source = tl.where(row % sequence_length == 0, row, row - 1)
     row_ptr = logits_ptr + source * stride_logits_row
-    ids = chunk * BLOCK_V + tl.arange(0, BLOCK_V)[None, :]
+    ids = chunk * BLOCK_V + tl.arange(0, BLOCK_V)
     x = tl.load(row_ptr + ids, mask=ids < n_columns, other=float("-inf")).to(tl.float32)
     noise = x
     if HAS_NOISE:
         seed, position, step = tl.load(seed_ptr + row), tl.load(position_ptr + row), tl.load(step_ptr + row)
         noise = gumbel(seed, ids, position, step) * temperature
     part = _part(x, ids, noise, chunk, scale, METRIC, HAS_NOISE, GROUP)
-    one = tl.zeros([1, 1], tl.int32)
-    token_at, score_at = token_ptr + row + one, score_ptr + row + one
+    token_at, score_at = token_ptr + row, score_ptr + row
     if BLOCK_C == 1:
         _finish(row_ptr, token_at, score_at, n_columns, part, scale, METRIC, HAS_NOISE, GROUP)
     else:
         part_ptr += row * _FIELDS * n_chunks
         winner_ptr += row * n_chunks
-        _store_part(part_ptr + chunk + one, winner_ptr + chunk + one, n_chunks, part, METRIC, HAS_NOISE)
+        _store_part(part_ptr + chunk, winner_ptr + chunk, n_chunks, part, METRIC, HAS_NOISE)
         tl.debug_barrier()
         if tl.atomic_add(counter_ptr + row, 1, sem="acq_rel") == n_chunks - 1:  # all other parts are stored
             whole = _merged(part_ptr, winner_ptr, n_chunks, scale, METRIC, HAS_NOISE, BLOCK_C)

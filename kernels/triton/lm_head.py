@@ -13,7 +13,7 @@ from .cost import Cost
 from .launch import launch, multiprocessors
 from .partials import SCALE, Partials, live_rows, merge, shares, store_partials
 from .philox import gumbel, noise_keys
-from .softmax_partial import NO_TOKEN, finite_or_zero, largest, result_of, value_of
+from .softmax_partial import NO_TOKEN, finite_or_zero, largest, max_of, result_of, sum_of, value_of
 
 
 @triton.jit
@@ -35,12 +35,12 @@ def _absorb(found, x, first_id, noise, HAS_NOISE: tl.constexpr):
     winner = tl.where(better, tile_winner, winner)
     if HAS_NOISE:
         logit = tl.where(better, value_of(x, ids, tile_winner), logit)
-        tile_top = tl.max(x, axis=1, keep_dims=True)
+        tile_top = max_of(x)
         new_top = tl.where(tile_top > top, tile_top, top)
     else:
         logit, new_top = key, key
     base = finite_or_zero(new_top)
-    total = total * tl.exp2((top - base) * SCALE) + tl.sum(tl.exp2((x - base) * SCALE), axis=1, keep_dims=True)
+    total = total * tl.exp2((top - base) * SCALE) + sum_of(tl.exp2((x - base) * SCALE))
     return new_top, total, key, logit, winner
 
 
@@ -150,25 +150,27 @@ def lm_head_config(
     (a multiprocessor needs about 30 KB), and one computes on while the other looks at its tile. Programs share a row
     tile's columns evenly, to 16 columns, so none waits for the last. Above 64 rows L2 would be the bound: 128 x 128
     reads least of it. The noise's registers allow 64 x 64, a quarter at a time. float32 is there to be right, not fast.
-    Four waves of programs where the row tiles do not divide one.
+    Four waves of programs where the row tiles do not divide one. One processor (the interpreter) takes all in one tile.
     """
+    if multiprocessors == 1:
+        block_t = min(256, max(16, triton.next_power_of_2(n_rows)))
+        block_v = min(2048, max(16, triton.next_power_of_2(n_columns)))
+        return LmHeadConfig(block_t, block_v, 128, block_v, 4, 1, max(1, triton.cdiv(n_rows, block_t)))
+    # BLOCK_T, BLOCK_V, BLOCK_K, BLOCK_S, num_warps, num_stages
     if itemsize == 4:
-        block_t, block_v, block_k, block_s, warps, stages, resident = 16 if n_rows <= 16 else 32, 64, 32, 32, 4, 3, 2
-    elif n_rows <= 16:
-        block_t, block_v, block_k, block_s, warps, stages, resident = 16, 128, 64, 64 if noise else 128, 4, 4, 2
+        tile = (16, 64, 32, 64, 4, 3) if n_rows <= 16 else (32, 64, 32, 32 if noise else 64, 4, 3)
     elif n_rows <= 32:
-        block_t, block_v, block_k, block_s, warps, stages, resident = 32, 128, 64, 32 if noise else 128, 4, 4, 2
+        tile = (16 if n_rows <= 16 else 32, 128, 64, 32 if noise else 128, 4, 4)
     elif noise:
-        block_t, block_v, block_k, block_s, warps, stages, resident = 64, 64, 64, 16, 4, 4, 2
-    elif n_rows <= 64:
-        block_t, block_v, block_k, block_s, warps, stages, resident = 64, 128, 64, 32, 4, 4, 2
+        tile = (64, 64, 64, 16, 4, 4)
     else:
-        block_t, block_v, block_k, block_s, warps, stages, resident = 128, 128, 64, 32, 8, 4, 1
+        tile = (64, 128, 64, 32, 4, 4) if n_rows <= 64 else (128, 128, 64, 32, 8, 4)
+    block_t, block_v, _, _, num_warps, _ = tile
     n_tiles = max(1, triton.cdiv(n_rows, block_t))
-    slots = resident * multiprocessors
+    slots = 8 // num_warps * multiprocessors
     wave = slots if slots % n_tiles == 0 else 4 * slots
     programs = max(n_tiles, min(wave, n_tiles * triton.cdiv(n_columns, block_v)))
-    return LmHeadConfig(block_t, block_v, block_k, block_s, warps, stages, programs)
+    return LmHeadConfig(*tile, programs)
 
 
 def _checked_rows(

@@ -10,8 +10,8 @@ import triton.language as tl
 
 from .check import check_tensor, refuse_unless
 from .cost import Cost
-from .launch import launch
-from .softmax_partial import LOG2E, NO_TOKEN, finite_or_zero, largest, result_of, value_of
+from .launch import launch, multiprocessors
+from .softmax_partial import LOG2E, NO_TOKEN, finite_or_zero, largest, max_of, result_of, sum_of, value_of
 
 SCALE = tl.constexpr(LOG2E)
 
@@ -49,34 +49,35 @@ def _merge_kernel(
     tile_rows,
     HAS_COUNT: tl.constexpr,
     FINAL: tl.constexpr,
+    BLOCK_T: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    row = tl.program_id(0)
     n_live = live_rows(count_ptr, n_rows, HAS_COUNT)
-    if row >= n_live:
+    if tl.program_id(0) * BLOCK_T >= n_live:
         return
+    row = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)[:, None]
+    live = row < n_live
     n_tiles, n_shares = shares(n_live, n_programs, tile_rows)
     width = n_tiles * tile_rows
-    share = tl.arange(0, BLOCK_P)[None, :]
-    there = share < n_shares
+    share = tl.arange(0, BLOCK_P)
+    there = live & (share < n_shares)
     at = values_ptr + (share * 4).to(tl.int64) * width + row
     tops = tl.load(at, mask=there, other=float("-inf"))
     totals = tl.load(at + width, mask=there, other=0.0)
     keys = tl.load(at + 2 * width, mask=there, other=float("-inf"))
     logits = tl.load(at + 3 * width, mask=there, other=float("-inf"))
     winners = tl.load(winner_ptr + share.to(tl.int64) * width + row, mask=there, other=NO_TOKEN)
-    top = tl.max(tops, axis=1, keep_dims=True)
+    top = max_of(tops)
     base = finite_or_zero(top)
-    total = tl.sum(totals * tl.exp2((tops - base) * SCALE), axis=1, keep_dims=True)
+    total = sum_of(totals * tl.exp2((tops - base) * SCALE))
     key, winner = largest(keys, winners)
     logit = value_of(logits, winners, winner)
-    one = tl.zeros([1, 1], tl.int32)
     if FINAL:
-        tl.store(first_out_ptr + row + one, winner)
-        tl.store(second_out_ptr + row + one, tl.exp2((logit - base) * SCALE) / total)
+        tl.store(first_out_ptr + row, winner, mask=live)
+        tl.store(second_out_ptr + row, tl.exp2((logit - base) * SCALE) / total, mask=live)
     else:
-        store_partials(first_out_ptr + row + one, n_rows, (top, total, key, logit), row < n_live)
-        tl.store(second_out_ptr + row + one, winner)
+        store_partials(first_out_ptr + row, n_rows, (top, total, key, logit), live)
+        tl.store(second_out_ptr + row, winner, mask=live)
 
 
 class Partials(NamedTuple):
@@ -91,12 +92,17 @@ class Partials(NamedTuple):
 
 
 def merge(parts: Partials, *, final: bool, out: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Into token and score if ``final``, else into one partial. A program a row, with all its loads in flight."""
+    """Into token and score if ``final``, else into one partial.
+
+    A program a row, with all its loads in flight; where there is one processor, a program for all rows.
+    """
     if parts.n_rows > 0:
         block = triton.next_power_of_2(parts.n_programs)
+        alone = multiprocessors(out[0].device) == 1
+        rows = min(triton.next_power_of_2(parts.n_rows), max(1, 2**16 // block)) if alone else 1
         launch(
             _merge_kernel,
-            (parts.n_rows,),
+            (triton.cdiv(parts.n_rows, rows),),
             values_ptr=parts.values_ptr,
             winner_ptr=parts.winner_ptr,
             count_ptr=parts.count_ptr,
@@ -107,6 +113,7 @@ def merge(parts: Partials, *, final: bool, out: tuple[torch.Tensor, torch.Tensor
             tile_rows=parts.tile_rows,
             HAS_COUNT=parts.count_ptr is not None,
             FINAL=final,
+            BLOCK_T=rows,
             BLOCK_P=block,
             num_warps=min(4, max(1, block // 128)),
         )

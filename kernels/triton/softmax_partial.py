@@ -1,8 +1,9 @@
 """A row of logits in parts: what is found of a part so that parts merge into the softmax of a chosen token.
 
-Tiles are ``[rows, columns]``, results ``[rows, 1]``. Exponents are taken to base 2 (``scale`` is log2(e), over the
-temperature if there is one): ``tl.exp`` of the same costs twice the instructions, for the care it takes of tiny
-results. NaN loses every comparison, so it reaches sums alone: the score becomes NaN and the token stays a valid id.
+Of a row ``[columns]`` results are scalars, of a tile ``[rows, columns]`` they are ``[rows, 1]``. Exponents are taken
+to base 2 (``scale`` is log2(e), over the temperature if there is one): ``tl.exp`` of the same costs twice the
+instructions, for the care it takes of tiny results. NaN loses every comparison, so it reaches sums alone: the score
+becomes NaN and the token stays a valid id.
 """
 
 from __future__ import annotations
@@ -18,18 +19,27 @@ NO_TOKEN = tl.constexpr(2147483647)  # loses every tie
 
 
 @triton.jit
+def max_of(x):
+    return tl.max(x, axis=len(x.shape) - 1, keep_dims=len(x.shape) == 2)
+
+
+@triton.jit
+def sum_of(x):
+    return tl.sum(x, axis=len(x.shape) - 1, keep_dims=len(x.shape) == 2)
+
+
+@triton.jit
 def largest(key, ids):
-    """The largest key of each row and the lowest of its ids; where all keys are NaN, ``NO_TOKEN``."""
-    top = tl.max(key, axis=1, keep_dims=True)
-    return top, tl.min(tl.where(key == top, ids, NO_TOKEN), axis=1, keep_dims=True)
+    """The largest key and the lowest id that has it; where all keys are NaN, ``NO_TOKEN``."""
+    top = max_of(key)
+    return top, tl.min(tl.where(key == top, ids, NO_TOKEN), axis=len(key.shape) - 1, keep_dims=len(key.shape) == 2)
 
 
 @triton.jit
 def runner_up(x, top, second):
     """The second largest, which may equal ``top``, the largest. ``second``: the second largest of each part ``x``."""
-    equals = tl.sum((x == top).to(tl.int32), axis=1, keep_dims=True)
-    below = tl.max(tl.where(x == top, second, x), axis=1, keep_dims=True)
-    return tl.where(equals > 1, top, below)
+    equals = sum_of((x == top).to(tl.int32))
+    return tl.where(equals > 1, top, max_of(tl.where(x == top, second, x)))
 
 
 @triton.jit
@@ -41,7 +51,7 @@ def finite_or_zero(top):
 @triton.jit
 def value_of(x, ids, winner):
     """``x`` at the id ``winner``; minus infinity where it is not among ``ids``."""
-    return tl.max(tl.where(ids == winner, x, float("-inf")), axis=1, keep_dims=True)
+    return max_of(tl.where(ids == winner, x, float("-inf")))
 
 
 def result_of(

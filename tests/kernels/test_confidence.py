@@ -106,7 +106,7 @@ def test_counters_are_left_zero_for_a_thousand_launches(guards, metric):
     logits = guards.copy(random(1, 200, dtype=torch.float32))
     out = results(guards, 1)
     first = [x.clone() for x in confidence(logits, metric=metric, out=out, counters=counters, config=SMALL)]
-    for _ in range(1000 if metric == "confidence" else 10):
+    for _ in range(1000 if metric == "confidence" else 3):
         confidence(logits, metric=metric, out=out, counters=counters, config=SMALL)
         assert torch.equal(out[0], first[0]) and torch.equal(out[1], first[1])
     assert not counters.any()
@@ -115,7 +115,7 @@ def test_counters_are_left_zero_for_a_thousand_launches(guards, metric):
 LOGIT = st.sampled_from([-math.inf, -2.0, 0.0, 0.5, 3.0, 3.0]) | st.sampled_from([math.nan, math.inf, -math.inf])
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.data(), st.sampled_from(METRICS), st.booleans())
 def test_ties_infinities_and_nan(data, metric, noise):
     """Rows are short patterns repeated over several chunks: every value is tied, and some rows are all bad."""
@@ -216,7 +216,7 @@ def test_random_words_are_those_of_the_twin(device):
 
 def test_tokens_are_drawn_with_softmax_frequencies(device):
     logits = torch.tensor([0.0, 1.0, 2.0, -1.0, 0.5, -math.inf])
-    n = 20000 if device.type == "cuda" else 1200
+    n = 20000 if device.type == "cuda" else 250
     noise_keys = {"seed": torch.arange(n, device=device)}
     noise_keys |= {name: torch.full((n,), 7, device=device) for name in KEYS[1:]}
     token, score = confidence(logits.expand(n, -1).to(device), temperature=0.7, **noise_keys)
@@ -232,7 +232,7 @@ def test_configs_know_the_vocabulary_only():
         for noise in (False, True):
             config = confidence_config(n_columns, noise)
             assert 128 <= config.BLOCK_V <= 4096
-            assert config.BLOCK_V // (32 * config.num_warps) == (16 if noise else 32)
+            assert config.BLOCK_V <= (512 if noise else 1024) * config.num_warps
 
 
 def test_refuses_what_it_cannot_take(device):
