@@ -32,7 +32,7 @@ test: install
 
 test-oldest:
 	$(MAKE) test VENV=.venv-oldest EXTRAS=test PINS='$(OLDEST)' \
-	  ARGS='tests/kernels tests/test_aot.py tests/test_kernel_benchmarks.py tests/test_ops.py $(ARGS)'
+	  ARGS='tests/kernels tests/test_aot.py tests/test_kernel_benchmarks.py tests/test_ops.py tests/test_conformance.py $(ARGS)'
 
 resources: install
 	$(BIN)/python -m bench.kernels.resources --write

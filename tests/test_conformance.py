@@ -23,6 +23,12 @@ def test_all_recorded_cases(golden):
     assert done.stdout.splitlines()[-1] == "1247 passed, 0 failed"
 
 
+def test_some_cases_of_every_kind_through_the_kernels(golden):
+    done = _run(golden, "--impl", "triton", "--every", "60")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert done.stdout.splitlines()[-1] == "44 passed, 0 failed"
+
+
 @pytest.fixture
 def small(golden, tmp_path) -> Path:
     """One model with a few of its cases."""
@@ -79,3 +85,6 @@ def test_refusals(small, tmp_path):
     assert "no folder 'cases'" in _run(tmp_path / "models").stderr
     unknown = _run(small, "--impl", "cuda")
     assert unknown.returncode == 2 and "impl='cuda'" in unknown.stderr
+    for option in ("--limit", "--every"):
+        none = _run(small, option, "0")
+        assert none.returncode == 2 and f"{option} 0 is not positive" in none.stderr
