@@ -18,7 +18,7 @@ PACKAGES = [
 ]
 
 PICTURES = ["matplotlib>=3.8", "rich>=13.7"]
-TESTING = ["pytest>=8", "pytest-benchmark>=4", "pytest-xdist>=3.5", "hypothesis>=6.100"]
+TESTING = ["pytest>=8", "pytest-benchmark>=4", "pytest-xdist>=3.5", "hypothesis>=6.100", "filelock>=3"]
 CLI = ["typer>=0.16", *PICTURES]
 
 EXTRAS = {

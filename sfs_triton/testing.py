@@ -77,8 +77,8 @@ def assert_within_budget(
 def brisk_interpreter(*, overflow_checks: bool = True) -> Iterator[None]:
     """Triton's interpreter, which patches its language anew at every launch and every nested call, patched once.
 
-    That is a quarter of its time; its checks of integer overflow are a sixth. Nor does numpy warn of what it computes in
-    lanes that a mask discards. Results stay the same. Reaches into parts of triton (3.6 to 3.9) that are its own
+    That is a quarter of its time; its checks of integer overflow are a sixth. Nor does numpy warn of what is computed
+    in lanes that a mask discards. Results stay the same. Reaches into parts of triton (3.6 to 3.9) that are its own
     business, so it is for tests only. Does nothing where kernels are compiled.
     """
     import triton

@@ -136,8 +136,9 @@ def compile_cases(operation: str, cases: list[Case], target: int) -> dict[str, d
 
 
 def compile_operation(operation: str, target: int) -> dict[str, dict[str, int]]:
-    """:func:`compile_cases` of an operation's file."""
-    return compile_cases(operation, importlib.import_module(f"bench.kernels.test_{operation}").cases(), target)
+    """:func:`compile_cases` of an operation's file: in bfloat16 at real sizes, in float32 at those of tests."""
+    module = importlib.import_module(f"bench.kernels.test_{operation}")
+    return compile_cases(operation, [*module.cases(), *module.cases(toy=True)], target)
 
 
 def compile_all(operations_: list[str], processes: int) -> dict[int, dict[str, dict[str, int]]]:

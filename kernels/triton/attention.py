@@ -342,6 +342,7 @@ def attention(
         BLOCK_N=config.BLOCK_N,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        maxnreg=min(255, 2048 // config.num_warps),  # else ptxas may spill a little for occupancy
     )
     return out
 
@@ -351,6 +352,7 @@ def _check(q, k, v, cache_row, key_range, count, scale) -> float:
     check_tensor("q", q, dtype=FLOATS, shape=[None] * 4)
     batch, n_queries, n_heads, head_dim = q.shape
     refuse_unless(head_dim in HEAD_DIMS, f"q has head_dim {head_dim}, not one of {HEAD_DIMS}")
+    refuse_unless(batch < 65536, f"q has {batch} batch rows, not up to 65535")
     check_tensor("k", k, dtype=q.dtype, shape=[None, None, None, head_dim], device=q.device)
     check_tensor("v", v, dtype=q.dtype, shape=k.shape, device=q.device)
     rows, _, n_kv_heads, _ = k.shape

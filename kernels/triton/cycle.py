@@ -27,6 +27,7 @@ from .commit import (
     FAULT,
     LIMIT,
     MASKS_LEFT,
+    MAX_LENGTH,
     MAX_REGISTERS,
     N_CONTROL,
     N_HISTORY,
@@ -433,7 +434,7 @@ def decide(
         min_parallel=min_parallel,
         k_max=k_max,
         window=window,
-        block_length=block_length or 0,
+        block_length=min(block_length or 0, MAX_LENGTH + 1),  # of which a canvas has one; sums fit 32 bits
         max_cycles=max_cycles or 0,
         SPREAD=spread_kind,
         SPREAD_LIMIT=float(spread_limit),

@@ -13,7 +13,7 @@ from .cost import Cost
 from .launch import launch, multiprocessors
 
 _FLAGS = (torch.bool, torch.uint8)
-_MAX_FLAGS = 2**31 - 1  # indices are int32
+_MAX_FLAGS = 2**30  # indices and the ends of chunks are int32
 _COUNTS_AT_ONCE = tl.constexpr(512)
 
 

@@ -158,7 +158,7 @@ def lm_head_config(
         return LmHeadConfig(block_t, block_v, 128, block_v, 4, 1, max(1, triton.cdiv(n_rows, block_t)))
     # BLOCK_T, BLOCK_V, BLOCK_K, BLOCK_S, num_warps, num_stages
     if itemsize == 4:
-        tile = (16, 64, 32, 64, 4, 3) if n_rows <= 16 else (32, 64, 32, 32 if noise else 64, 4, 3)
+        tile = (16 if n_rows <= 16 else 32, 32, 32, 32, 4, 3)
     elif n_rows <= 32:
         tile = (16 if n_rows <= 16 else 32, 128, 64, 32 if noise else 128, 4, 4)
     elif noise:
@@ -199,6 +199,8 @@ def _project(hidden, weight, rows, count, temperature, keys, vocab_start, config
     config = config or lm_head_config(
         n_rows, n_columns, hidden.element_size(), temperature > 0, multiprocessors(hidden.device)
     )
+    n_tiles = triton.cdiv(n_rows, config.BLOCK_T)
+    refuse_unless(config.programs >= n_tiles, f"config has {config.programs} programs for {n_tiles} row tiles")
     slots = config.programs * config.BLOCK_T
     values = torch.empty(4 * slots, dtype=torch.float32, device=hidden.device)
     winner = torch.empty(slots, dtype=torch.int32, device=hidden.device)

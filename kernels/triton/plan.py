@@ -19,6 +19,7 @@ from .commit import (
     BLOCK_START,
     DONE,
     LIMIT,
+    MAX_LENGTH,
     MAX_REGISTERS,
     N_CONTROL,
     PHASE,
@@ -247,7 +248,7 @@ def look(
         control_ptr=control,
         inside_ptr=inside,
         length=length,
-        span_cap=span_cap or 0,
+        span_cap=min(span_cap or 0, MAX_LENGTH),  # positions are added up in 32 bits
         BY_STAGE=by_stage,
         HAS_SPAN_CAP=span_cap is not None,
         BLOCK_L=config.BLOCK_L,
@@ -313,8 +314,8 @@ def plan(
         count_ptr=count,
         length=length,
         capacity=rows.shape[1],
-        span_cap=span_cap or 0,
-        look_ahead=look_ahead,
+        span_cap=min(span_cap or 0, MAX_LENGTH),  # positions are added up in 32 bits
+        look_ahead=min(look_ahead, MAX_LENGTH),
         BY_STAGE=by_stage,
         HAS_SPAN_CAP=span_cap is not None,
         SHIFT=shift,

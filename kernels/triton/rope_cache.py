@@ -70,6 +70,7 @@ def _rope_cache_kernel(
     stride_v_cache_head,
     HAS_Q: tl.constexpr,
     HAS_K: tl.constexpr,
+    HAS_POSITION: tl.constexpr,
     HAS_CACHE: tl.constexpr,
     HAS_CACHE_ROW: tl.constexpr,
     HALF: tl.constexpr,
@@ -87,8 +88,10 @@ def _rope_cache_kernel(
     head = (item % heads).to(tl.int64)
     columns = tl.arange(0, BLOCK_HALF)[None, :]
     live = there & (columns < HALF)
-    position_ptr += batch * stride_position_batch
-    position = tl.load(position_ptr + row * stride_position_row, mask=there, other=-1).to(tl.int64)
+    position = row
+    if HAS_POSITION:
+        position_ptr += batch * stride_position_batch
+        position = tl.load(position_ptr + row * stride_position_row, mask=there, other=-1).to(tl.int64)
     # an idle row is read like any other and only not stored: reading does not wait for the position
     stored = live & (position >= 0)
     position = tl.maximum(position, 0)
@@ -146,7 +149,7 @@ def rope_cache(
     v: torch.Tensor | None,
     cos: torch.Tensor,
     sin: torch.Tensor,
-    position: torch.Tensor,
+    position: torch.Tensor | None,
     *,
     k_cache: torch.Tensor | None = None,
     v_cache: torch.Tensor | None = None,
@@ -164,7 +167,8 @@ def rope_cache(
         cos, sin: dense float32 tables ``[P, D]`` whose two halves are equal (the first is read).
         position: canvas positions, int32 or int64 ``[b, n]``, or ``[n]`` for all batch rows alike, below ``P`` and
             ``L``. In ``[b, n]`` a row at -1 is idle: neither rotated nor stored. No two rows of a batch row have the
-            same position unless they are idle: which one would be kept in the cache is not defined.
+            same position unless they are idle: which one would be kept in the cache is not defined. None: row ``i``
+            has the tables' row ``i``, and there are no caches.
         k_cache, v_cache: ``[B, L, Hkv, D]`` with any strides but a contiguous ``D``; keys and values are stored at
             ``[cache_row, position]``.
         cache_row: int32 or int64 index ``[b]`` of each batch row in the caches, all different; None is ``0..b-1``.
@@ -187,7 +191,7 @@ def rope_cache(
     batch, n_rows, _, head_dim = some.shape
     n_heads, n_kv_heads = (0 if x is None else x.shape[2] for x in (q, k))
     config = config or rope_cache_config(n_rows, max(n_heads, n_kv_heads), head_dim, multiprocessors(some.device))
-    position = position.expand(batch, n_rows)
+    position = None if position is None else position.expand(batch, n_rows)
     q_tiles, kv_tiles = (triton.cdiv(n_rows * heads, config.BLOCK_M) for heads in (n_heads, n_kv_heads))
     launch(
         _rope_cache_kernel,
@@ -214,6 +218,7 @@ def rope_cache(
         **_strides("v_cache", v_cache, ("batch", "row", "head")),
         HAS_Q=q is not None,
         HAS_K=k is not None,
+        HAS_POSITION=position is not None,
         HAS_CACHE=cached,
         HAS_CACHE_ROW=cache_row is not None,
         HALF=head_dim // 2,
@@ -250,8 +255,12 @@ def _check(q, k, v, cos, sin, position, k_cache, v_cache, cache_row) -> None:
     refuse_unless(most < 2**30, f"{name} has {n_rows} rows with {most} heads in all, not fewer than 2**30")
     check_tensor("cos", cos, dtype=torch.float32, shape=[None, head_dim], dense=True, **on)
     check_tensor("sin", sin, dtype=torch.float32, shape=cos.shape, dense=True, **on)
-    check_tensor("position", position, dtype=INTEGERS, shape=[batch, n_rows][2 - position.dim() :], **on)
     refuse_unless(some.numel() == 0 or len(cos) > 0, "cos has no rows")
+    if position is None:
+        refuse_unless(k_cache is None, "k_cache is given without position")
+        refuse_unless(len(cos) >= n_rows, f"cos has {len(cos)} rows, fewer than {name}'s {n_rows}")
+        return
+    check_tensor("position", position, dtype=INTEGERS, shape=[batch, n_rows][2 - position.dim() :], **on)
     length = len(cos)
     if k_cache is not None:
         check_tensor("k_cache", k_cache, dtype=k.dtype, shape=[None, None, *k.shape[2:]], **on)

@@ -26,6 +26,7 @@ from .commit import (
     FAULT,
     LIMIT,
     MASKS_LEFT,
+    MAX_LENGTH,
     MAX_REGISTERS,
     N_CONTROL,
     QUOTA,
@@ -380,8 +381,8 @@ def decide(
         n_shares=shares.shape[1],
         eos_id=eos_id,
         tau=0.0 if tau is None else tau,
-        paced_steps=paced_steps or 0,
-        block_length=block_length or 0,
+        paced_steps=min(paced_steps or 0, MAX_LENGTH),  # one position a step; sums fit 32 bits
+        block_length=min(block_length or 0, MAX_LENGTH + 1),  # of which a canvas has one
         HAS_TAU=tau is not None,
         IS_PACED=tau is not None and paced_steps is not None,
         TIMESTEPS=timesteps,

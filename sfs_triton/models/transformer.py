@@ -84,24 +84,46 @@ class Transformer:
         select: torch.Tensor | None,
         local: torch.Tensor | None,
     ) -> torch.Tensor:
-        spec = self.spec
-        h = self.ops.rms_norm(x, layer.attn_norm, spec.norm_eps)
-        position = torch.arange(scope.first, scope.stop, device=x.device)
+        h = self.ops.rms_norm(x, layer.attn_norm, self.spec.norm_eps)
         store = cache.store(index, batch_rows) if scope.store else {}
-        if local is None:
-            sizes = (spec.n_heads, spec.n_kv_heads, spec.n_kv_heads)
-            q, k, v = self._rotate(*self._heads(self._project(h, layer)).split(sizes, 2), position, **store)
-        else:
-            x = x.gather(1, local)
-            q = self._heads(self._project(h.gather(1, local), layer, slice(0, spec.d_model)))
-            q, _, _ = self._rotate(q, None, None, select)
-            k, v = self._heads(self._project(h, layer, slice(spec.d_model, None))).chunk(2, 2)
-            _, k, v = self._rotate(None, k, v, position, **store)
+        q, k, v = self._qkv(h, layer, scope, store, select, local)
         if scope.store:
             k, v = (cached[batch_rows, : scope.keys] for cached in (k, v))
+        if local is not None:
+            x = x.gather(1, local)
         attended = F.linear(self.ops.attention(q, k, v).flatten(2), layer.out)
-        h = self.ops.rms_norm(attended, layer.mlp_norm, spec.norm_eps, residual=x)  # x is now x + attended
+        h = self.ops.rms_norm(attended, layer.mlp_norm, self.spec.norm_eps, residual=x)  # x is now x + attended
         return x + self._mlp(h, layer)
+
+    def _qkv(
+        self,
+        h: torch.Tensor,
+        layer: LayerWeights,
+        scope: Scope,
+        store: dict[str, torch.Tensor],
+        select: torch.Tensor | None,
+        local: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Turned queries of all rows ``[b, rows, d]``, or of those selected, and keys and values of all: those of the
+        scope, or with ``store`` the whole cache after theirs have been put there."""
+        spec, rotate = self.spec, self.ops.rope_cache
+        rows = slice(scope.first, scope.stop)
+        here = (self._cos[rows], self._sin[rows], None)
+        if local is not None:
+            q = self._heads(self._project(h.gather(1, local), layer, slice(0, spec.d_model)))
+            q = rotate(q, None, None, self._cos, self._sin, select)[0]
+            k, v = self._heads(self._project(h, layer, slice(spec.d_model, None))).chunk(2, 2)
+        elif store:
+            q, k, v = self._heads(self._project(h, layer)).split((spec.n_heads, spec.n_kv_heads, spec.n_kv_heads), 2)
+            q = rotate(q, None, None, *here)[0]
+        else:  # queries and keys are turned alike, so at once
+            qk, v = self._heads(self._project(h, layer)).split((spec.n_heads + spec.n_kv_heads, spec.n_kv_heads), 2)
+            q, k = rotate(qk, None, None, *here)[0].split((spec.n_heads, spec.n_kv_heads), 2)
+            return q, k, v
+        if not store:
+            return q, *rotate(None, k, v, *here)[1:]
+        position = torch.arange(scope.first, scope.stop, device=h.device)
+        return q, *rotate(None, k, v, self._cos, self._sin, position, **store)[1:]
 
     def _reach(self, length: int) -> None:
         """Have rotary tables for ``length`` positions; a configuration may promise far more than anyone uses."""
@@ -118,16 +140,6 @@ class Transformer:
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
         """``[b, n, H D]`` to ``[b, n, H, D]``."""
         return x.unflatten(-1, (-1, self.spec.head_dim))
-
-    def _rotate(
-        self,
-        q: torch.Tensor | None,
-        k: torch.Tensor | None,
-        v: torch.Tensor | None,
-        position: torch.Tensor,
-        **store: torch.Tensor,
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        return self.ops.rope_cache(q, k, v, self._cos, self._sin, position, **store)
 
     # ---------------------------------------------------------------------------------------- dLLM-Cache features
 
@@ -185,8 +197,9 @@ class Transformer:
         k.scatter_(1, wide(spec.kv_width), k_new)
         v.scatter_(1, wide(spec.kv_width), v_new)
         keys = self._heads(k.clone())  # rotated in place, and kept unrotated
-        q, _, _ = self._rotate(self._heads(q), None, None, rows)
-        _, keys, values = self._rotate(None, keys, self._heads(v), torch.arange(k.shape[1], device=k.device))
+        q = self.ops.rope_cache(self._heads(q), None, None, self._cos, self._sin, rows)[0]
+        stop = k.shape[1]
+        _, keys, values = self.ops.rope_cache(None, keys, self._heads(v), self._cos[:stop], self._sin[:stop], None)
         out = F.linear(self.ops.attention(q, keys, values).flatten(2), layer.out)
         mixed.scatter_(1, wide(spec.d_model), out)
         h = self.ops.rms_norm(out, layer.mlp_norm, spec.norm_eps, residual=x.gather(1, wide(spec.d_model)))

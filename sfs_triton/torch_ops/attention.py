@@ -27,7 +27,10 @@ def attention(
         count: only the first ``count[b]`` queries of a batch row are wanted (all are computed here).
         scale: ``D ** -0.5`` if None.
     """
-    k, v = (x[: len(q)] if cache_row is None else x[cache_row] for x in (k, v))
+    if cache_row is not None:
+        k, v = k[cache_row], v[cache_row]
+    elif len(k) > len(q):
+        k, v = k[: len(q)], v[: len(q)]
     mask = None
     if key_range is not None:
         at = torch.arange(k.shape[1], device=q.device)

@@ -11,7 +11,6 @@ def commit(state, fill: torch.Tensor, *, eos_stop: bool) -> None:
     With ``eos_stop`` the leftmost end-of-text that was ever committed is the row's limit: everything after it becomes
     end-of-text, whether it was decided or not, and leaves the canvas' masks. Given positions stay.
     """
-    state.fill.copy_(fill)
     state.dirty.logical_or_(fill)
     state.tokens.copy_(torch.where(fill, state.token, state.tokens))
     state.masked.logical_and_(~fill)
@@ -27,10 +26,10 @@ def commit(state, fill: torch.Tensor, *, eos_stop: bool) -> None:
 
 def finish_step(state, running: torch.Tensor, over: torch.Tensor) -> None:
     """End the rows that are ``over``; a running row that is not, at its step cap, ends with a fault."""
-    state.masks_left.copy_(torch.where(running, state.masked.sum(1), state.masks_left))
-    stuck = running & ~over & (state.step >= state.cap)
-    state.fault.copy_(torch.where(stuck, -state.step, state.fault))
-    state.done.copy_(torch.where(over | stuck, 1, state.done))
+    torch.sum(state.masked, 1, out=state.masks_left)
+    stuck = (state.step >= state.cap) & running & ~over
+    state.fault.sub_(state.step * stuck)  # no running row has a fault yet
+    state.done.masked_fill_(over | stuck, 1)
 
 
 def inside_scores(state) -> torch.Tensor:

@@ -38,8 +38,11 @@ def lm_head(
     ``hidden [N, d]``, ``weight [V, d]``, ``rows`` ``[R]`` (all if None). With ``count`` (int32 ``[1]``) only so many of
     the first rows are looked at; the others have token 0 and score 0.
     """
+    noise = {"temperature": temperature, "seed": seed, "position": position, "step": step}
+    if rows is None and count is None:
+        return confidence(F.linear(hidden, weight), **noise)
     logits, live = _logits(hidden, weight, rows, count)
-    token, score = confidence(logits, temperature=temperature, seed=seed, position=position, step=step)
+    token, score = confidence(logits, **noise)
     return torch.where(live, token, 0), torch.where(live, score, 0.0)
 
 

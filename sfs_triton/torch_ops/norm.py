@@ -15,5 +15,7 @@ def rms_norm(
     """
     if residual is not None:
         x = residual.add_(x)
+    if x.dtype == weight.dtype and x.dtype.itemsize >= 4:
+        return F.rms_norm(x, weight.shape, weight, eps)
     wide = x if x.dtype == torch.float64 else x.float()
     return F.rms_norm(wide, weight.shape, weight.to(wide.dtype), eps).to(x.dtype)

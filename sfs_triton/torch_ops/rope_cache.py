@@ -18,7 +18,7 @@ def rope_cache(
     v: torch.Tensor | None,
     cos: torch.Tensor,
     sin: torch.Tensor,
-    position: torch.Tensor,
+    position: torch.Tensor | None,
     *,
     k_cache: torch.Tensor | None = None,
     v_cache: torch.Tensor | None = None,
@@ -31,24 +31,31 @@ def rope_cache(
         k, v: keys and values ``[b, n, Hkv, D]``, or both None; ``k`` is overwritten unless there are caches.
         cos, sin: float32 tables ``[P, D]``, as :func:`rope_tables` makes them.
         position: canvas positions ``[b, n]``, or ``[n]`` for all batch rows alike. In ``[b, n]`` a row at -1 is idle:
-            neither rotated nor stored. No two rows of a batch row have the same position unless they are idle.
+            neither rotated nor stored. No two rows of a batch row have the same position unless they are idle. None:
+            the tables ``[n, D]`` are those of the rows, one by one, and there are no caches.
         k_cache, v_cache: ``[B, L, Hkv, D]``; if given, keys and values are stored at ``[cache_row, position]``.
         cache_row: index ``[b]`` of each batch row in the caches; None is ``0..b-1``.
 
     Returns:
         Rotated queries, keys and values; the last two are the caches if those are given. What is None stays None.
     """
-    turn = [table[position].unsqueeze(-2) for table in (cos, sin)]
-    if position.dim() == 2:
-        # idle rows turn by an angle of zero, which is cheaper than choosing between rows afterwards
-        turn = [x.masked_fill_((position < 0)[..., None, None], rest) for x, rest in zip(turn, (1, 0), strict=True)]
+    half = cos.shape[1] // 2
+    if position is None:
+        cos, sin = cos[:, None, :half], sin[:, None, :half]
+    else:
+        cos, sin = (table[:, :half][position].unsqueeze(-2) for table in (cos, sin))
+        if position.dim() == 2:  # idle rows turn by no angle, which is cheaper than choosing between rows afterwards
+            idle = (position < 0)[..., None, None]
+            cos, sin = cos.masked_fill_(idle, 1), sin.masked_fill_(idle, 0)
     if q is not None:
-        q.copy_(_rotated(q, *turn))
+        _turn(q, cos, sin)
+    if k is not None and k_cache is None:
+        _turn(k, cos, sin)
     if k_cache is None:
-        return q, None if k is None else k.copy_(_rotated(k, *turn)), v
+        return q, k, v
     batch = len(k)
     row = (torch.arange(batch, device=k.device) if cache_row is None else cache_row)[:, None]
-    for cache, fresh in ((k_cache, _rotated(k, *turn).to(k.dtype)), (v_cache, v)):
+    for cache, fresh in ((k_cache, torch.cat(_turned(k, cos, sin), -1).to(k.dtype)), (v_cache, v)):
         if position.dim() == 1:
             cache[row, position] = fresh
         elif fresh.numel():
@@ -56,11 +63,21 @@ def rope_cache(
     return q, k_cache, v_cache
 
 
-def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """In float32 (or better)."""
-    wide = x if x.dtype == torch.float64 else x.float()
-    low, high = wide.chunk(2, -1)
-    return torch.cat((-high, low), -1).mul_(sin).add_(wide * cos)
+def _turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both halves of ``x``, turned, in float32 (or better)."""
+    low, high = (x if x.dtype == torch.float64 else x.float()).chunk(2, -1)
+    return torch.addcmul(low * cos, high, sin, value=-1), torch.addcmul(high * cos, low, sin)
+
+
+def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
+    """:func:`_turned`, in place."""
+    if x.dtype not in (torch.float32, torch.float64):
+        x.copy_(torch.cat(_turned(x, cos, sin), -1))
+        return
+    low, high = x.chunk(2, -1)
+    turned = torch.addcmul(low * cos, high, sin, value=-1)
+    torch.addcmul(high * cos, low, sin, out=high)
+    low.copy_(turned)
 
 
 def _store_live(cache: torch.Tensor, row: torch.Tensor, position: torch.Tensor, fresh: torch.Tensor) -> None:

@@ -226,6 +226,7 @@ def test_refuses_what_it_cannot_take(device, monkeypatch):
         "q has shape": lambda: attention(q[0], k, k),
         "q has strides": lambda: attention(q.mT.contiguous().mT, k, k),
         "q has head_dim 24": lambda: attention(wide, wide, wide),
+        "q has 65536 batch rows": lambda: attention(q[:1].expand(65536, -1, -1, -1), k, k),
         "k has dtype float16": lambda: attention(q, k.half(), k),
         "k has shape": lambda: attention(q, k[..., :8], k),
         "v has shape": lambda: attention(q, k, k[:, :4]),

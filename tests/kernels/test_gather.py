@@ -209,6 +209,7 @@ def test_compact_refuses_what_it_cannot_take(device):
         "flag has strides": lambda: compact(flag[::2]),
         "flag is a list": lambda: compact([True]),
         "capacity is -1": lambda: compact(flag, capacity=-1),
+        "capacity is 1073741825": lambda: compact(flag, capacity=2**30 + 1),
         r"out\[0\] has shape": lambda: compact(flag, capacity=3, out=(rows, count)),
         r"out\[0\] has dtype int64": lambda: compact(flag, out=(rows.long(), count)),
         r"out\[1\] has shape": lambda: compact(flag, out=(rows, rows)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -282,8 +283,10 @@ def test_refuses_what_it_cannot_take(device, monkeypatch):
     ids, one = torch.zeros(3, dtype=torch.int32, device=device), torch.ones(1, dtype=torch.int32, device=device)
     values, winner = torch.ones(2, 4, 3, device=device), torch.zeros(2, 3, dtype=torch.int32, device=device)
     keys = noise_keys(4, device)
+    config = lm_head_config(4, 40, 4)
     for message, call in {
         "hidden has dtype int32": lambda: lm_head(x.int(), w),
+        "config has 0 programs for 1 row tiles": lambda: lm_head(x, w, config=replace(config, programs=0)),
         "hidden has strides": lambda: lm_head(torch.ones(16, 16, device=device).T, w),
         r"weight has shape \[40, 8\]": lambda: lm_head(x, w[:, :8]),
         "weight has dtype float16": lambda: lm_head(x, w.half()),

@@ -194,6 +194,18 @@ def test_configuration_and_cost():
     assert cached.bytes - alone.bytes == 10 * 2 * 2 * 64 * 2 and cached.flops == alone.flops == 3 * 10 * 6 * 64
 
 
+def test_without_positions_the_tables_are_the_rows_own(guards, dtype):
+    first, n = 5, 7
+    named, unnamed = (Inputs(guards, dtype, 2, n, 3, 1, 16) for _ in range(2))
+    position = torch.arange(first, first + n, device=named.fused.device)
+    rope_cache(*named.qkv, named.cos, named.sin, position)
+    rope_cache(*unnamed.qkv, unnamed.cos[first : first + n], unnamed.sin[first : first + n], None)
+    assert torch.equal(named.fused, unnamed.fused)
+    plain = Inputs(guards, dtype, 2, n, 3, 1, 16)
+    twin(*plain.qkv, plain.cos[first : first + n], plain.sin[first : first + n], None)
+    torch.testing.assert_close(plain.fused, unnamed.fused)
+
+
 def test_refuses_what_it_cannot_take(device, monkeypatch):
     q, k = torch.ones(2, 3, 4, 16, device=device), torch.ones(2, 3, 2, 16, device=device)
     cos, sin = rope_tables(9, 16, 1e4, device)
@@ -236,6 +248,8 @@ def test_refuses_what_it_cannot_take(device, monkeypatch):
         r"cache_row holds values in \[2, 2\]": lambda: rope_cache(
             q, k, k, cos, sin, at, **both, cache_row=at[:, 0] + 2
         ),
+        "k_cache is given without position": lambda: rope_cache(q, k, k, cos, sin, None, **both),
+        "cos has 2 rows, fewer than q's 3": lambda: rope_cache(q, k, k, cos[:2], sin[:2], None),
         "k is on device 'meta'": lambda: rope_cache(q, k.to("meta"), k, cos, sin, at),
     }.items():
         with pytest.raises(ValueError, match=message):

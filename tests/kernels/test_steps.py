@@ -238,11 +238,37 @@ def test_large_canvases(batch, length):
         getattr(torch_impl, op)(twin, rules)
         assert_same(mine, twin)
     lists = [torch.zeros((batch, 128), dtype=torch.int32) for _ in range(2)] + [torch.zeros(batch, dtype=torch.int32)]
-    ours = [x.to(DEVICE) for x in lists]
+    ours = [x.to(DEVICE, copy=True) for x in lists]
     triton_impl.plan(mine, *ours, by_stage=False, look_ahead=7, shift=1)
     torch_impl.plan(twin, *lists, by_stage=False, look_ahead=7, shift=1)
     assert all(a.tolist() == b.tolist() for a, b in zip(ours, lists, strict=True))
     assert_same(mine, twin)
+
+
+@pytest.mark.parametrize("huge", [2**31 - 1, 2**40])
+def test_numbers_beyond_any_canvas_do_not_wrap(huge):
+    rng = random.Random(0)
+    for base, change, op in (
+        (CYCLES["blocks"], {"block_length": huge}, "decide_cycle"),
+        (BLOCKS["even"], {"block_length": huge}, "decide_block"),
+        (BLOCKS["paced"], {"paced_steps": huge}, "decide_block"),
+    ):
+        rules = dataclasses.replace(base, **change)
+        for _ in range(10):
+            state = random_state(rng, rules, 3, 20)
+            look_and_score(rng, state, rules, faults=False)
+            mine, twin = copied(state), state
+            twin.events.clear()
+            getattr(triton_impl, op)(mine, rules)
+            getattr(torch_impl, op)(twin, rules)
+            assert_same(mine, twin)
+    for how in ({"span_cap": huge}, {"span_cap": 2, "look_ahead": huge}):
+        state = random_state(rng, CYCLES["paper"], 8, 20)
+        wanted = [torch.zeros(shape, dtype=torch.int32) for shape in ((8, 20), (8, 20), (8,))]
+        ours = [x.to(DEVICE, copy=True) for x in wanted]
+        for ops, canvas, lists in ((triton_impl, copied(state), ours), (torch_impl, state, wanted)):
+            ops.plan(canvas, *lists, by_stage=True, **how)
+        assert all(a.tolist() == b.tolist() for a, b in zip(ours, wanted, strict=True))
 
 
 def test_scans_take_several_values_a_thread_and_never_more_than_1024_positions():
