@@ -7,6 +7,8 @@ Numbers are taken in 32 bits, which they all fit, since 64-bit division is a cal
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -120,7 +122,13 @@ def check_canvas(control: torch.Tensor, **tensors: tuple[torch.Tensor, torch.dty
     return len(control), length
 
 
-def block_of(length: int) -> tuple[int, int]:
+@dataclass(frozen=True)
+class ScanConfig:
+    BLOCK_L: int
+    num_warps: int
+
+
+def scan_config(length: int) -> ScanConfig:
     """Positions that one turn of a scan takes, and warps: four values a thread, so that several int64 fit registers."""
     block = min(1024, max(16, triton.next_power_of_2(length)))
-    return block, max(1, min(8, block // 128))
+    return ScanConfig(BLOCK_L=block, num_warps=max(1, min(8, block // 128)))

@@ -7,8 +7,6 @@ next block or the end. Nothing is read by the host.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
@@ -37,10 +35,11 @@ from .commit import (
     E,
     K,
     S,
+    ScanConfig,
     block_at,
-    block_of,
     check_canvas,
     commit_row,
+    scan_config,
 )
 from .control import CONTROL
 from .cost import Cost
@@ -327,17 +326,6 @@ def _decide_kernel(
     tl.store(control_ptr + CYCLE, cycle)
 
 
-@dataclass(frozen=True)
-class DecideConfig:
-    BLOCK_L: int
-    num_warps: int
-
-
-def decide_config(length: int) -> DecideConfig:
-    """See :func:`~.commit.block_of`."""
-    return DecideConfig(*block_of(length))
-
-
 def decide(
     token: torch.Tensor,
     score: torch.Tensor,
@@ -370,7 +358,7 @@ def decide(
     max_cycles: int | None,
     eos_stop: bool,
     event: tuple[torch.Tensor, torch.Tensor] | None = None,
-    config: DecideConfig | None = None,
+    config: ScanConfig | None = None,
 ) -> None:
     """One step of the cycle machine for ``B`` rows, in place. Rows that are done stay as they are.
 
@@ -408,7 +396,7 @@ def decide(
             check_tensor(name, copy, dtype=torch.int64, shape=original.shape, device=control.device, dense=True)
     if batch == 0 or length == 0:
         return
-    config = config or decide_config(length)
+    config = config or scan_config(length)
     launch(
         _decide_kernel,
         (batch,),

@@ -7,8 +7,6 @@ not forwarded for longest first. Within a class positions ascend.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
@@ -26,8 +24,9 @@ from .commit import (
     STEP,
     E,
     S,
-    block_of,
+    ScanConfig,
     check_canvas,
+    scan_config,
 )
 from .cost import Cost
 from .launch import launch
@@ -207,17 +206,6 @@ def _plan_kernel(
     tl.store(count_ptr + row, tl.minimum(next_stale, capacity))
 
 
-@dataclass(frozen=True)
-class PlanConfig:
-    BLOCK_L: int
-    num_warps: int
-
-
-def plan_config(length: int) -> PlanConfig:
-    """See :func:`~.commit.block_of`."""
-    return PlanConfig(*block_of(length))
-
-
 def look(
     masked: torch.Tensor,
     control: torch.Tensor,
@@ -225,7 +213,7 @@ def look(
     *,
     by_stage: bool,
     span_cap: int | None = None,
-    config: PlanConfig | None = None,
+    config: ScanConfig | None = None,
 ) -> None:
     """Mark in ``inside`` the undecided positions at which the step of each running row looks.
 
@@ -240,7 +228,7 @@ def look(
     refuse_unless(span_cap is None or span_cap >= 1, f"span_cap={span_cap} is not positive")
     if batch == 0 or length == 0:
         return
-    config = config or plan_config(length)
+    config = config or scan_config(length)
     launch(
         _look_kernel,
         (batch, triton.cdiv(length, config.BLOCK_L)),
@@ -270,7 +258,7 @@ def plan(
     span_cap: int | None = None,
     look_ahead: int = 0,
     shift: int = 0,
-    config: PlanConfig | None = None,
+    config: ScanConfig | None = None,
 ) -> None:
     """The row list of a step for ``B`` canvas rows, and where it looks. Rows that are done list nothing.
 
@@ -300,7 +288,7 @@ def plan(
     refuse_unless(rows.shape[1] > 0, "rows has no room for a position")
     if batch == 0 or length == 0:
         return
-    config = config or plan_config(length)
+    config = config or scan_config(length)
     launch(
         _plan_kernel,
         (batch,),

@@ -6,8 +6,6 @@ at it (the lowest positions win) are all found on the device.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
@@ -34,10 +32,11 @@ from .commit import (
     STEP,
     K,
     S,
+    ScanConfig,
     block_at,
-    block_of,
     check_canvas,
     commit_row,
+    scan_config,
 )
 from .cost import Cost
 from .launch import launch
@@ -296,17 +295,6 @@ def _decide_kernel(
             tl.store(control_ptr + CYCLE, 0)
 
 
-@dataclass(frozen=True)
-class DecideConfig:
-    BLOCK_L: int
-    num_warps: int
-
-
-def decide_config(length: int) -> DecideConfig:
-    """See :func:`~.commit.block_of`."""
-    return DecideConfig(*block_of(length))
-
-
 def decide(
     token: torch.Tensor,
     score: torch.Tensor,
@@ -328,7 +316,7 @@ def decide(
     opening: str,
     block_length: int | None,
     eos_stop: bool,
-    config: DecideConfig | None = None,
+    config: ScanConfig | None = None,
 ) -> None:
     """One step of the block machine for ``B`` rows, in place. Rows that are done stay as they are.
 
@@ -361,7 +349,7 @@ def decide(
         refuse_unless(value is None or value >= 1, f"{name}={value} is not positive")
     if batch == 0 or length == 0:
         return
-    config = config or decide_config(length)
+    config = config or scan_config(length)
     launch(
         _decide_kernel,
         (batch,),

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from sfs_triton import FixedSteps, SlowFast, Threshold, torch_impl, triton_impl
 from sfs_triton.kernels import cycle, plan, select
-from sfs_triton.kernels.commit import block_of
+from sfs_triton.kernels.commit import ScanConfig, scan_config
 from sfs_triton.kernels.control import COLUMN, FAST, SLOW
 from sfs_triton.samplers import PRESETS
 from sfs_triton.state import DecodeState
@@ -122,12 +122,9 @@ def look_and_score(rng: random.Random, state: DecodeState, rules: CycleRules | B
 @contextmanager
 def block_size(size: int | None) -> Iterator[None]:
     """Force the scans of all step kernels into pieces of ``size`` positions."""
-    config = None if size is None else (size, 1)
     with ExitStack() as stack:
-        for module, name in ((cycle, "decide_config"), (select, "decide_config"), (plan, "plan_config")):
-            if config:
-                kind = type(getattr(module, name)(1))
-                stack.enter_context(mock.patch.object(module, name, lambda length, kind=kind: kind(*config)))
+        for module in (cycle, select, plan) if size else ():
+            stack.enter_context(mock.patch.object(module, "scan_config", lambda length: ScanConfig(size, 1)))
         yield
 
 
@@ -161,34 +158,22 @@ def assert_same(kernel: DecodeState, twin: DecodeState) -> None:
             assert torch.equal(ours, theirs), name
 
 
-@pytest.mark.parametrize("name", CYCLES)
+@pytest.mark.parametrize(
+    ("rules", "op"),
+    [pytest.param(rules, "decide_cycle", id=f"cycle-{name}") for name, rules in CYCLES.items()]
+    + [pytest.param(rules, "decide_block", id=f"block-{name}") for name, rules in BLOCKS.items()],
+)
 @settings(max_examples=12, deadline=None)
 @given(seed=st.integers(0, 2**32), batch=st.integers(1, 3), length=st.integers(2, 40), block=BLOCK_SIZES)
-def test_cycle_equals_its_twin(name, seed, batch, length, block):
-    rng, rules, guards = random.Random(seed), CYCLES[name], Guards(DEVICE)
+def test_machines_equal_their_twins(rules, op, seed, batch, length, block):
+    rng, guards = random.Random(seed), Guards(DEVICE)
     state = random_state(rng, rules, batch, length)
     look_and_score(rng, state, rules, faults=True)
     mine, twin = copied(state, guards), state
     twin.events.clear()
     with block_size(block):
-        triton_impl.decide_cycle(mine, rules)
-    torch_impl.decide_cycle(twin, rules)
-    assert_same(mine, twin)
-    guards.check()
-
-
-@pytest.mark.parametrize("name", BLOCKS)
-@settings(max_examples=12, deadline=None)
-@given(seed=st.integers(0, 2**32), batch=st.integers(1, 3), length=st.integers(2, 40), block=BLOCK_SIZES)
-def test_block_selection_equals_its_twin(name, seed, batch, length, block):
-    rng, rules, guards = random.Random(seed), BLOCKS[name], Guards(DEVICE)
-    state = random_state(rng, rules, batch, length)
-    look_and_score(rng, state, rules, faults=True)
-    mine, twin = copied(state, guards), state
-    twin.events.clear()
-    with block_size(block):
-        triton_impl.decide_block(mine, rules)
-    torch_impl.decide_block(twin, rules)
+        getattr(triton_impl, op)(mine, rules)
+    getattr(torch_impl, op)(twin, rules)
     assert_same(mine, twin)
     guards.check()
 
@@ -272,7 +257,8 @@ def test_numbers_beyond_any_canvas_do_not_wrap(huge):
 
 
 def test_scans_take_several_values_a_thread_and_never_more_than_1024_positions():
-    assert [block_of(length) for length in (1, 64, 300, 8192)] == [(16, 1), (64, 1), (512, 4), (1024, 8)]
+    configs = [scan_config(length) for length in (1, 64, 300, 8192)]
+    assert configs == [ScanConfig(*sizes) for sizes in ((16, 1), (64, 1), (512, 4), (1024, 8))]
 
 
 def test_a_row_at_its_cap_ends_with_a_fault():
