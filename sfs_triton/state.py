@@ -19,7 +19,7 @@ class DecodeState:
     token: torch.Tensor  # int64 [B, L]: what the last forward chose, where it was looked at
     score: torch.Tensor  # float32 [B, L]: the score of that choice
     commit_step: torch.Tensor  # int64 [B, L]: step that filled a position, -1 never or given
-    fill: torch.Tensor  # bool [B, L]: scratch of the kernels' ``decide``
+    fill: torch.Tensor  # bool [B, L]: what the last step committed
     dirty: torch.Tensor  # bool [B, L]: committed since it was last forwarded
     forwarded: torch.Tensor  # int64 [B, L]: step at which a row list last held the position, -1 never
     position: torch.Tensor  # int64 [L]

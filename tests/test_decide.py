@@ -17,6 +17,7 @@ import sfs_triton
 from sfs_triton import FixedSteps, Generation, Sampler, SlowFast, StepTrace, Threshold
 from sfs_triton.models import Transformer
 from sfs_triton.reference import ReferenceRun, Step, decode, logits_of
+from sfs_triton.testing import brisk_interpreter
 from sfs_triton.torch_ops.cycle import spread_of
 from sfs_triton.torch_ops.philox import gumbel
 
@@ -220,7 +221,8 @@ def test_kernels(make, seed: int, name: str):
     eos_id = common_token(name) if seed == 0 else None
     changes = [{"eos_stop": True}, {"temperature": 0.8}, {"cfg_scale": 0.5}][seed]
     kernels, oracle = engine_of(name, eos_id, "triton"), engine_of(name, eos_id)
-    check(kernels, random_prompt(rng), 16, make(rng).replace(**changes), seed, oracle)
+    with brisk_interpreter():
+        check(kernels, random_prompt(rng), LENGTH, make(rng).replace(**changes), seed, oracle)
 
 
 @pytest.mark.parametrize("metric", ["maskgit_plus", "entropy"])

@@ -11,6 +11,7 @@ def commit(state, fill: torch.Tensor, *, eos_stop: bool) -> None:
     With ``eos_stop`` the leftmost end-of-text that was ever committed is the row's limit: everything after it becomes
     end-of-text, whether it was decided or not, and leaves the canvas' masks. Given positions stay.
     """
+    state.fill.copy_(fill)
     state.dirty.logical_or_(fill)
     state.tokens.copy_(torch.where(fill, state.token, state.tokens))
     state.masked.logical_and_(~fill)
