@@ -247,7 +247,10 @@ def attention_config(
 
     n_splits = min(range(1, max(1, min(64, n_keys // block_n)) + 1), key=path)
     num_warps = 8 if block_m == 128 or itemsize == 4 else 4  # float32 products take no tensor cores, but registers
-    return AttentionConfig(block_m, block_n, n_splits, num_warps, num_stages=3)
+    num_stages = 3
+    if block_m == 128 and n_heads > n_kv_heads:  # a group's addresses take registers too; as many keys are in flight
+        block_n, num_stages = 32, 5
+    return AttentionConfig(block_m, block_n, n_splits, num_warps, num_stages)
 
 
 def attention(
