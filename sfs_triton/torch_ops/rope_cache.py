@@ -40,13 +40,13 @@ def rope_cache(
         Rotated queries, keys and values; the last two are the caches if those are given. What is None stays None.
     """
     half = cos.shape[1] // 2
-    if position is None:
-        cos, sin = cos[:, None, :half], sin[:, None, :half]
-    else:
-        cos, sin = (table[:, :half][position].unsqueeze(-2) for table in (cos, sin))
+    cos, sin = cos.narrow(1, 0, half), sin.narrow(1, 0, half)
+    if position is not None:
+        cos, sin = cos[position], sin[position]
         if position.dim() == 2:  # idle rows turn by no angle, which is cheaper than choosing between rows afterwards
-            idle = (position < 0)[..., None, None]
+            idle = (position < 0).unsqueeze(-1)
             cos, sin = cos.masked_fill_(idle, 1), sin.masked_fill_(idle, 0)
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
     if q is not None:
         _turn(q, cos, sin)
     if k is not None and k_cache is None:
