@@ -9,11 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, so before anything imports it
 
 import sfs_triton  # noqa: E402
+
+# The same examples in every run, so that it tells of the code alone. HYPOTHESIS_PROFILE=default draws others.
+settings.register_profile("fixed", derandomize=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 
 GOLDEN = Path(__file__).parent / "golden"
 MODELS = ("llada-mha", "llada-gqa", "dream-gqa", "dream-r7")
