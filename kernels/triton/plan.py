@@ -45,7 +45,7 @@ def _window(control_ptr, span_cap, BY_STAGE: tl.constexpr, HAS_SPAN_CAP: tl.cons
 
 
 @triton.jit
-def _claims(masked_ptr, dirty_ptr, place, length, first, stop, ahead, limit, SHIFT: tl.constexpr):
+def _claims(masked_ptr, dirty_ptr, place, first, stop, ahead, limit, SHIFT: tl.constexpr):
     """Class of each position: 0 dirty, 1 decides, 2 look-ahead, 3 stale, 4 none; and whether a step decides (or looks
     ahead) with what this row of the model says, which is about the position ``SHIFT`` further on."""
     there = place < limit
@@ -80,7 +80,7 @@ def _stale_before(
     total = tl.zeros([BLOCK_L], tl.int32)
     for begin in range(0, length, BLOCK_L):
         place = begin + tl.arange(0, BLOCK_L)
-        kind, _decides, _seen = _claims(masked_ptr, dirty_ptr, place, length, first, stop, ahead, limit, SHIFT)
+        kind, _decides, _seen = _claims(masked_ptr, dirty_ptr, place, first, stop, ahead, limit, SHIFT)
         forwarded = tl.load(forwarded_ptr + place, mask=place < length, other=0)
         total += ((kind == 3) & (forwarded < step)).to(tl.int32)
     return tl.sum(total, axis=0)
@@ -147,7 +147,7 @@ def _plan_kernel(
     n_ahead = tl.zeros([BLOCK_L], tl.int32)
     for begin in range(0, length, BLOCK_L):
         place = begin + tl.arange(0, BLOCK_L)
-        kind, _decides, _seen = _claims(masked_ptr, dirty_ptr, place, length, first, stop, ahead, limit, SHIFT)
+        kind, _decides, _seen = _claims(masked_ptr, dirty_ptr, place, first, stop, ahead, limit, SHIFT)
         n_dirty += (kind == 0).to(tl.int32)
         n_decides += (kind == 1).to(tl.int32)
         n_ahead += (kind == 2).to(tl.int32)
@@ -181,7 +181,7 @@ def _plan_kernel(
 
     for begin in range(0, length, BLOCK_L):
         place = begin + tl.arange(0, BLOCK_L)
-        kind, decides, seen = _claims(masked_ptr, dirty_ptr, place, length, first, stop, ahead, limit, SHIFT)
+        kind, decides, seen = _claims(masked_ptr, dirty_ptr, place, first, stop, ahead, limit, SHIFT)
         forwarded = tl.load(forwarded_ptr + place, mask=place < length, other=0)
         tie = (kind == 3) & (forwarded == oldest)
         tie_rank = tl.cumsum(tie.to(tl.int32), axis=0) - 1

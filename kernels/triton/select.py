@@ -1,7 +1,7 @@
 """Block-wise selection: confidence thresholds and fixed counts; one launch a step for all rows of a batch.
 
-A program is a row of the canvas. How many positions to take, the k-th largest score among 65,536 and more, and the ties
-at it (the lowest positions win) are all found on the device.
+A program is a row of the canvas. How many positions to take, the k-th largest score, and the ties at it (the lowest
+positions win) are all found on the device.
 """
 
 from __future__ import annotations

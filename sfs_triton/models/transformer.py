@@ -108,22 +108,20 @@ class Transformer:
         scope, or with ``store`` the whole cache after theirs have been put there."""
         spec, rotate = self.spec, self.ops.rope_cache
         rows = slice(scope.first, scope.stop)
-        here = (self._cos[rows], self._sin[rows], None)
+        where = (self._cos[rows], self._sin[rows], None)
+        if store:
+            where = (self._cos, self._sin, torch.arange(scope.first, scope.stop, device=h.device))
         if local is not None:
             q = self._heads(self._project(h.gather(1, local), layer, slice(0, spec.d_model)))
             q = rotate(q, None, None, self._cos, self._sin, select)[0]
             k, v = self._heads(self._project(h, layer, slice(spec.d_model, None))).chunk(2, 2)
-        elif store:
-            q, k, v = self._heads(self._project(h, layer)).split((spec.n_heads, spec.n_kv_heads, spec.n_kv_heads), 2)
-            q = rotate(q, None, None, *here)[0]
-        else:  # queries and keys are turned alike, so at once
-            qk, v = self._heads(self._project(h, layer)).split((spec.n_heads + spec.n_kv_heads, spec.n_kv_heads), 2)
-            q, k = rotate(qk, None, None, *here)[0].split((spec.n_heads, spec.n_kv_heads), 2)
-            return q, k, v
-        if not store:
-            return q, *rotate(None, k, v, *here)[1:]
-        position = torch.arange(scope.first, scope.stop, device=h.device)
-        return q, *rotate(None, k, v, self._cos, self._sin, position, **store)[1:]
+            return q, *rotate(None, k, v, *where, **store)[1:]
+        heads = self._heads(self._project(h, layer))
+        if store:
+            return rotate(*heads.split((spec.n_heads, spec.n_kv_heads, spec.n_kv_heads), 2), *where, **store)
+        qk, v = heads.split((spec.n_heads + spec.n_kv_heads, spec.n_kv_heads), 2)  # turned alike, so at once
+        q, k = rotate(qk, None, None, *where)[0].split((spec.n_heads, spec.n_kv_heads), 2)
+        return q, k, v
 
     def _reach(self, length: int) -> None:
         """Have rotary tables for ``length`` positions; a configuration may promise far more than anyone uses."""
