@@ -4,17 +4,21 @@ engine = sfs_triton.load("embedded")
 print(engine.generate("15,44,79,50").text)
 """
 
-from .caching import DualCache, NoCache, PrefixCache, RefreshCache
-from .engine import Engine, Frame, Generation, load
+from .caching import DualCache, NoCache, PrefixCache, RefreshCache, RegionCache
+from .engine import Engine, load
 from .errors import (
     ArgumentError,
     CheckpointError,
+    LoopTimeout,
     MissingDependencyError,
     NumericalFault,
+    OutOfDeviceMemory,
     SfsError,
     StepCapExceeded,
     UnsupportedConfigError,
 )
+from .generation import Frame, Generation
+from .handles import Pending, Stream
 from .samplers import FixedSteps, Sampler, SlowFast, Threshold
 from .trace import StepTrace
 
@@ -28,16 +32,21 @@ __all__ = [
     "FixedSteps",
     "Frame",
     "Generation",
+    "LoopTimeout",
     "MissingDependencyError",
     "NoCache",
     "NumericalFault",
+    "OutOfDeviceMemory",
+    "Pending",
     "PrefixCache",
     "RefreshCache",
+    "RegionCache",
     "Sampler",
     "SfsError",
     "SlowFast",
     "StepCapExceeded",
     "StepTrace",
+    "Stream",
     "Threshold",
     "UnsupportedConfigError",
     "load",

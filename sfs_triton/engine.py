@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from contextlib import contextmanager
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -13,64 +14,21 @@ import torch
 
 from .caching import CachePolicy, cache_policy
 from .errors import ArgumentError, CheckpointError, require
-from .loops import EagerLoop
+from .generation import Frame, Generation
+from .handles import Pending, Stream
+from .loops import LoopChoice
 from .models import Transformer, load_weights, read_spec
 from .models.weights import read_json
 from .ops import implementation
-from .samplers import FixedSteps, Sampler, SlowFast, Threshold
-from .state import DecodeState
+from .samplers import Sampler, SlowFast
+from .session import Request, Run, Session
 from .text import TextCodec
-from .trace import StepTrace, Tracer
 
 EMBEDDED = Path(__file__).parent / "embedded"
+SPARE_SESSIONS = 1  # kept for the next generation of their kind, with their caches
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 Prompt = str | Sequence[int] | torch.Tensor | Sequence[Mapping[str, Any]]
-
-
-@dataclass(frozen=True)
-class Frame:
-    """The canvases after a step, for :meth:`Engine.generate`'s ``on_step``. Lists hold one entry a row."""
-
-    step: int
-    tokens: list[list[int]]
-    commit_step: list[list[int]]
-    running: list[bool]
-    fast: list[bool]
-    span: list[tuple[int, int]]  # [s, e) of each row; e is -1 while it is not known
-
-
-@dataclass(frozen=True)
-class Generation:
-    """One finished row.
-
-    ``tokens`` is the response up to and including its first end-of-text; ``canvas`` the whole row, prompt included.
-    ``nfe`` counts steps of the sampler, ``forwards`` calls of the model (two a step under guidance),
-    ``rows_forwarded`` positions that went through the layers; ``forward_lengths`` is what each step's forward covered.
-    """
-
-    text: str | None
-    tokens: list[int]
-    canvas: list[int]
-    prompt_length: int
-    nfe: int
-    forwards: int
-    rows_forwarded: int
-    forward_lengths: list[int]
-    commit_step: list[int]  # for each canvas position: the step that filled it, -1 if it was given
-    masks_left: int  # 0 but where a sampler's own bounds leave some (``max_cycles``, Dream's one-step blocks)
-    seconds: float  # of the whole batch, without the time spent in on_step
-    trace: list[StepTrace] | None = None
-
-    @property
-    def tokens_per_forward(self) -> float:
-        """Response tokens, end-of-text included, for each step."""
-        return len(self.tokens) / max(1, self.nfe)
-
-    @property
-    def response(self) -> list[int]:
-        """Everything decoded, padding after the end-of-text included."""
-        return self.canvas[self.prompt_length :]
 
 
 def load(
@@ -78,6 +36,7 @@ def load(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     impl: str | None = None,
+    loop: str | None = None,
 ) -> Engine:
     """An :class:`Engine` for a checkpoint folder, a hub id, or ``"embedded"`` (the small model in this package).
 
@@ -87,6 +46,8 @@ def load(
         dtype: default: bfloat16 on a GPU, float32 on a CPU.
         impl: ``"torch"`` or ``"triton"`` for all operations; default: torch on a CPU, on a GPU whatever a committed
             record shows to be faster.
+        loop: ``"eager"`` or ``"replay"`` (captured CUDA graphs); default: eager on a CPU, on a GPU whatever a committed
+            record shows to pass and to be faster.
 
     Raises:
         ArgumentError: names the argument and its value.
@@ -94,6 +55,7 @@ def load(
     """
     device = _device(device)
     implementation(impl, device)  # refused before gigabytes are read
+    LoopChoice(loop, device)
     if dtype is None:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     if isinstance(dtype, str):
@@ -110,7 +72,7 @@ def load(
         folder = _download(str(path_or_hub_id))
     spec = read_spec(read_json(folder / "config.json"))
     weights = load_weights(folder, spec, device, dtype)
-    return Engine(Transformer(spec, weights, impl), TextCodec.from_folder(folder))
+    return Engine(Transformer(spec, weights, impl), TextCodec.from_folder(folder), loop)
 
 
 def _device(device: str | torch.device | None) -> torch.device:
@@ -137,14 +99,23 @@ def _download(hub_id: str) -> Path:
 
 
 class Engine:
-    """A loaded model with its text codec. Not thread-safe; use one a thread."""
+    """A loaded model with its text codec. Generations may run at the same time, in threads or one inside another."""
 
-    def __init__(self, model: Transformer, text: TextCodec | None = None):
+    def __init__(self, model: Transformer, text: TextCodec | None = None, loop: str | None = None):
         self.model, self.text = model, text
+        self._loops = LoopChoice(loop, model.device)
+        self._spare: list[Session] = []  # sessions that no generation uses, newest last
+        self._lock = threading.Lock()
+        self._worker: ThreadPoolExecutor | None = None
 
     @property
     def spec(self):
         return self.model.spec
+
+    @property
+    def loop(self) -> str:
+        """The name of the loop that steps generations."""
+        return self._loops.loop.name
 
     def generate(
         self,
@@ -172,27 +143,12 @@ class Engine:
 
         Raises:
             ArgumentError: names the argument and its value.
-            NumericalFault: the model produced NaN; names row and step.
+            OutOfDeviceMemory: says how much is needed, and what would fit.
+            NumericalFault: the model produced NaN; names row and step. Its ``finished`` has the other rows.
         """
-        single = _is_single(prompts)
-        rows = [self._encode(p, raw, i) for i, p in enumerate([prompts] if single else prompts)]
-        require(bool(rows), "prompts=[] holds no prompt")
-        lengths = _per_row("gen_length", gen_length, len(rows))
-        canvases = []
-        for index, (ids, length) in enumerate(zip(rows, lengths, strict=True)):
-            require(length > 0, f"gen_length={length} is not positive")
-            self._check_room(index, len(ids), length)
-            if self.spec.mask_id in ids:
-                raise ArgumentError(
-                    f"prompt {index} holds the mask id {self.spec.mask_id} at position "
-                    f"{ids.index(self.spec.mask_id)}; use Engine.infill to fill in masks"
-                )
-            canvases.append(ids + [self.spec.mask_id] * length)
-        sampler = _checked(sampler)
-        for length in lengths:
-            sampler.check_length(length)
-        done = self._run(canvases, [len(ids) for ids in rows], sampler, cache_policy(cache), seed, trace, on_step)
-        return done[0] if single else done
+        options = {"gen_length": gen_length, "sampler": sampler, "cache": cache, "seed": seed, "raw": raw}
+        request, single = self._request(prompts, **options, trace=trace, frames=on_step is not None)
+        return self._finish(request, single, on_step)
 
     def infill(
         self,
@@ -213,9 +169,71 @@ class Engine:
         for index, ids in enumerate(rows):
             require(self.spec.mask_id in ids, f"canvas {index} holds no mask (id {self.spec.mask_id})")
             self._check_room(index, len(ids), 0)
-        sampler = _checked(sampler)
-        done = self._run(rows, [0] * len(rows), sampler, cache_policy(cache), seed, trace, on_step)
-        return done[0] if single else done
+        request = _request(rows, [0] * len(rows), sampler, cache, seed, trace, on_step is not None)
+        return self._finish(request, single, on_step)
+
+    def stream(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        gen_length: int | Sequence[int] = 128,
+        sampler: Sampler | None = None,
+        cache: str | CachePolicy = "none",
+        seed: int | Sequence[int] = 0,
+        raw: bool = False,
+        trace: bool = False,
+    ) -> Stream:
+        """An iterator of a :class:`Frame` a step, which the caller's pace drives; arguments as for :meth:`generate`.
+
+        ``Stream.result()`` finishes what is left and gives what :meth:`generate` would have given; a stream that is
+        closed or dropped before its end leaves the engine as it was.
+        """
+        options = {"gen_length": gen_length, "sampler": sampler, "cache": cache, "seed": seed, "raw": raw}
+        request, single = self._request(prompts, **options, trace=trace, frames=True)
+        return Stream(self._run(request), single)
+
+    def generate_async(
+        self, prompts: Prompt | Sequence[Prompt], *, on_step: Callable[[Frame], None] | None = None, **options: Any
+    ) -> Pending:
+        """As :meth:`generate`, whose arguments it takes, but returns a handle at once; ``on_step`` is called in another
+        thread. Arguments are checked before it returns; generations that are pending run one after another."""
+        request, single = self._request(prompts, frames=on_step is not None, **options)
+        with self._lock:
+            if self._worker is None:
+                self._worker = ThreadPoolExecutor(1, "sfs_triton")
+            return Pending(self._worker, lambda halt: self._finish(request, single, on_step, halt))
+
+    def _request(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        gen_length: int | Sequence[int] = 128,
+        sampler: Sampler | None = None,
+        cache: str | CachePolicy = "none",
+        seed: int | Sequence[int] = 0,
+        raw: bool = False,
+        trace: bool = False,
+        frames: bool = False,
+    ) -> tuple[Request, bool]:
+        """Checked canvases for prompts, and whether it was one prompt and not a list."""
+        single = _is_single(prompts)
+        rows = [self._encode(p, raw, i) for i, p in enumerate([prompts] if single else prompts)]
+        require(bool(rows), "prompts=[] holds no prompt")
+        lengths = _per_row("gen_length", gen_length, len(rows))
+        canvases = []
+        for index, (ids, length) in enumerate(zip(rows, lengths, strict=True)):
+            require(length > 0, f"gen_length={length} is not positive")
+            self._check_room(index, len(ids), length)
+            if self.spec.mask_id in ids:
+                raise ArgumentError(
+                    f"prompt {index} holds the mask id {self.spec.mask_id} at position "
+                    f"{ids.index(self.spec.mask_id)}; use Engine.infill to fill in masks"
+                )
+            canvases.append(ids + [self.spec.mask_id] * length)
+        request = _request(canvases, [len(ids) for ids in rows], sampler, cache, seed, trace, frames)
+        for length in lengths:
+            request.sampler.check_length(length)
+        return request, single
 
     def _check_room(self, index: int, given: int, length: int) -> None:
         require(
@@ -244,91 +262,57 @@ class Engine:
             )
         return ids
 
-    def _run(
+    def _finish(
         self,
-        canvases: list[list[int]],
-        starts: list[int],
-        sampler: Sampler,
-        policy: CachePolicy,
-        seed: int | Sequence[int],
-        trace: bool,
+        request: Request,
+        single: bool,
         on_step: Callable[[Frame], None] | None,
-    ) -> list[Generation]:
-        sampler.check_cache(policy)
-        seeds = _per_row("seed", seed, len(canvases))
-        if isinstance(seed, int):
-            seeds = [seed + index for index in range(len(canvases))]
-        for value in seeds:
-            require(0 <= value < 2**63, f"seed={value} is not in [0, 2**63)")
-        state = DecodeState.allocate(
-            canvases,
-            starts,
-            mask_id=self.spec.mask_id,
-            eos_id=self.spec.eos_id,
-            window=getattr(sampler, "window", 1),
-            block_length=getattr(sampler, "block_length", None),
-            seeds=seeds,
-            caps=[sampler.step_cap(len(c) - s) for c, s in zip(canvases, starts, strict=True)],
-            device=self.model.device,
-            trace=trace,
-        )
-        if isinstance(sampler, FixedSteps):
-            _set_schedule(state, sampler, [len(c) - s for c, s in zip(canvases, starts, strict=True)], seeds)
-        loop = EagerLoop(self.model, sampler, policy)
-        tracer = Tracer(state, sampler)
-        began = time.perf_counter()
-        loop.start(state)
-        while (report := loop.step(state)) is not None:
-            tracer.after(report)
-            if on_step is not None:
-                paused = time.perf_counter()
-                on_step(_frame(state, report.step))
-                began += time.perf_counter() - paused
-        return self._collect(state, tracer, canvases, starts, sampler, time.perf_counter() - began)
+        halt: threading.Event | None = None,
+    ) -> Generation | list[Generation]:
+        """Run a request to its end, or until ``halt`` is set."""
+        with self._run(request) as run:
+            steps = iter(run.advance, None) if on_step is None else run.frames()
+            for step in steps:
+                if on_step is not None:
+                    on_step(step)
+                if halt is not None and halt.is_set():
+                    raise CancelledError
+            done = run.results()
+        return done[0] if single else done
 
-    def _collect(
-        self,
-        state: DecodeState,
-        tracer: Tracer,
-        canvases: list[list[int]],
-        starts: list[int],
-        sampler: Sampler,
-        seconds: float,
-    ) -> list[Generation]:
-        steps, masks_left = state.step.tolist(), state.masked.sum(1).tolist()
-        branches = 2 if sampler.cfg_scale else 1
-        results = []
-        for index, (row, commits) in enumerate(zip(state.tokens.tolist(), state.commit_step.tolist(), strict=True)):
-            row, commits = row[: len(canvases[index])], commits[: len(canvases[index])]
-            response = row[starts[index] :]
-            eos = self.spec.eos_id
-            generated = starts[index] > 0 and eos in response  # a canvas that was filled in is kept whole
-            tokens = response[: response.index(eos) + 1] if generated else response
-            lengths = tracer.forward_lengths[index]
-            results.append(
-                Generation(
-                    text=None if self.text is None else self.text.decode(tokens),
-                    tokens=tokens,
-                    canvas=row,
-                    prompt_length=starts[index],
-                    nfe=steps[index],
-                    forwards=branches * len(lengths),
-                    rows_forwarded=branches * tracer.rows_forwarded[index],
-                    forward_lengths=lengths,
-                    commit_step=commits,
-                    masks_left=masks_left[index],
-                    seconds=seconds,
-                    trace=tracer.rows[index] if state.events is not None else None,
-                )
-            )
-        return results
+    @contextmanager
+    def _run(self, request: Request) -> Iterator[Run]:
+        """The request on a session of its own, which is kept for the next request of its kind."""
+        length = self._loops.loop.canvas_length(max(map(len, request.canvases)), self.spec.max_length)
+        with self._lock:
+            session = next((s for s in self._spare if s.fits(request, length)), None)
+            if session is not None:
+                self._spare.remove(session)
+        if session is None:
+            session = Session(self.model, request, length)
+        run = Run(session, request, self._loops, self.text)
+        try:
+            yield run
+        finally:
+            run.close()
+            with self._lock:
+                self._spare = [*self._spare, session][-SPARE_SESSIONS:]
 
 
-def _checked(sampler: Sampler | None) -> Sampler:
+def _request(
+    canvases: list[list[int]],
+    starts: list[int],
+    sampler: Sampler | None,
+    cache: str | CachePolicy,
+    seed: int | Sequence[int],
+    trace: bool,
+    frames: bool,
+) -> Request:
+    seeds = _per_row("seed", seed, len(canvases))
+    if isinstance(seed, int):
+        seeds = [seed + index for index in range(len(canvases))]
     sampler = SlowFast() if sampler is None else sampler
-    known = isinstance(sampler, (SlowFast, Threshold, FixedSteps))
-    require(known, f"sampler={sampler!r} is not a SlowFast, Threshold or FixedSteps")
-    return sampler
+    return Request(canvases, starts, sampler, cache_policy(cache), seeds, trace, frames)
 
 
 def _is_single(prompts: Any) -> bool:
@@ -348,28 +332,3 @@ def _per_row(name: str, value: int | Sequence[int], rows: int) -> list[int]:
     for v in values:
         require(isinstance(v, int) and not isinstance(v, bool), f"{name}={v!r} is not an integer")
     return values
-
-
-def _set_schedule(state: DecodeState, sampler: FixedSteps, lengths: list[int], seeds: list[int]) -> None:
-    """Write each row's steps a block, its time schedule and, for random positions, its stream of uniform numbers."""
-    device = state.tokens.device
-    steps = [sampler.block_steps(length) for length in lengths]
-    state.block_steps.copy_(torch.tensor(steps))
-    shares = [sampler.shares(length) for length in lengths]
-    state.shares = torch.tensor([row + [0.0] * (max(steps) - len(row)) for row in shares], device=device)
-    if sampler.metric == "origin":
-        draws = max(n * length for n, length in zip(steps, lengths, strict=True))
-        streams = [torch.rand(draws, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-        state.uniform = torch.stack(streams).to(device)
-
-
-def _frame(state: DecodeState, step: int) -> Frame:
-    done, phase, s, e = (t.tolist() for t in (state.done, state.phase, state.s, state.e))
-    return Frame(
-        step=step,
-        tokens=state.tokens.tolist(),
-        commit_step=state.commit_step.tolist(),
-        running=[not d for d in done],
-        fast=[p == 1 for p in phase],
-        span=list(zip(s, e, strict=True)),
-    )

@@ -19,12 +19,28 @@ class UnsupportedConfigError(CheckpointError):
     """The checkpoint's configuration asks for something this package does not compute."""
 
 
-class NumericalFault(SfsError, ArithmeticError):
+class RowFault(SfsError):
+    """Some rows of a batch could not be finished. ``finished`` has the :class:`Generation` of each other row."""
+
+    def __init__(self, message: str, finished: dict | None = None):
+        super().__init__(message)
+        self.finished = finished or {}
+
+
+class NumericalFault(RowFault, ArithmeticError):
     """The model produced NaN; names the row and the step."""
 
 
-class StepCapExceeded(SfsError, RuntimeError):
+class StepCapExceeded(RowFault, RuntimeError):
     """A generation took more steps than its sampler can need. A bug, or a sampler that makes no progress."""
+
+
+class LoopTimeout(SfsError, TimeoutError):
+    """The device did not finish a step in the time that is set for it."""
+
+
+class OutOfDeviceMemory(SfsError, MemoryError):
+    """The tensors of a generation do not fit; says how much they need and which canvas would fit."""
 
 
 class MissingDependencyError(SfsError, ImportError):

@@ -41,7 +41,10 @@ DEFAULTS = {
     "linear": Default("torch", None),
     "lm_head": Default("torch", None),
     "look": Default("torch", None),
+    "place": Default("torch", None),
     "plan": Default("torch", None),
+    "post": Default("triton", None),
+    "reach": Default("torch", None),
     "rms_norm": Default("torch", None),
     "rope_cache": Default("torch", None),
     "silu_mul": Default("torch", None),
@@ -61,21 +64,34 @@ class Ops:
     linear: Callable[..., torch.Tensor]
     lm_head: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     look: Callable[..., torch.Tensor]
+    place: Callable[..., None]
     plan: Callable[..., None]
+    post: Callable[..., None]
+    reach: Callable[..., None]
     rms_norm: Callable[..., torch.Tensor]
     rope_cache: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
     silu_mul: Callable[..., torch.Tensor]
 
     def choose(
-        self, hidden: torch.Tensor, head: torch.Tensor, draw: Draw, **keys: torch.Tensor | None
+        self,
+        hidden: torch.Tensor,
+        head: torch.Tensor,
+        draw: Draw,
+        *,
+        rows: torch.Tensor | None = None,
+        count: torch.Tensor | None = None,
+        **keys: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Token ``[T]`` (int32) and score ``[T]`` (float32) for each row of ``hidden [T, d]``, by ``head [V, d]``.
 
-        ``keys`` are ``seed``, ``position`` and ``step`` (int64 ``[T]``), needed when the temperature is positive.
+        ``rows`` int32 ``[T]`` names rows of ``hidden`` instead, of which the first ``count [1]`` are wanted. ``keys``
+        are ``seed``, ``position`` and ``step`` (int64 ``[T]``), needed when the temperature is positive.
         """
         filtered = draw.top_k is not None or draw.top_p is not None
         if draw.metric == "confidence" and not draw.tempered and not filtered:
-            return self.lm_head(hidden, head, temperature=draw.temperature, **keys)
+            return self.lm_head(hidden, head, rows=rows, count=count, temperature=draw.temperature, **keys)
+        if rows is not None:
+            hidden = hidden[rows.clamp(min=0)]
         logits = F.linear(hidden, head)
         how = {"metric": draw.metric, "temperature": draw.temperature, "tempered": draw.tempered}
         if not filtered:
@@ -97,6 +113,7 @@ def check_implementation(impl: str | None) -> None:
 
 def implementation(impl: str | None, device: torch.device) -> Ops:
     """The operations for tensors on ``device``, all by ``impl``; None takes :data:`DEFAULTS` on a GPU, torch elsewhere.
+    Only ``post`` is a kernel on every GPU.
 
     Raises:
         ArgumentError: ``impl`` is unknown, or cannot run on ``device``.
@@ -105,6 +122,8 @@ def implementation(impl: str | None, device: torch.device) -> Ops:
     check_implementation(impl)
     on_gpu = device.type == "cuda"
     wanted = {name: impl or (default.impl if on_gpu else "torch") for name, default in DEFAULTS.items()}
+    if on_gpu:
+        wanted["post"] = "triton"  # plain torch has no store to host memory that is ordered with its work
     modules = {name: _module(name, device) for name in set(wanted.values())}
     return Ops(**{field.name: getattr(modules[wanted[field.name]], field.name) for field in fields(Ops)})
 

@@ -15,9 +15,10 @@ class DecodeState:
 
     tokens: torch.Tensor  # int64 [B, L]; undecided positions hold the mask id
     masked: torch.Tensor  # bool [B, L]
+    given: torch.Tensor  # bool [B, L]: not to be decided
     inside: torch.Tensor  # bool [B, L]: where the step looks
-    token: torch.Tensor  # int64 [B, L]: what the last forward chose, where it was looked at
-    score: torch.Tensor  # float32 [B, L]: the score of that choice
+    choice_token: torch.Tensor  # int64 [B L + 1]: what the last forward chose, where it was looked at; one to spare
+    choice_score: torch.Tensor  # float32 [B L + 1]: the score of that choice
     commit_step: torch.Tensor  # int64 [B, L]: step that filled a position, -1 never or given
     fill: torch.Tensor  # bool [B, L]: what the last step committed
     dirty: torch.Tensor  # bool [B, L]: committed since it was last forwarded
@@ -33,7 +34,9 @@ class DecodeState:
     length: int
     mask_id: int
     eos_id: int
-    events: list[dict] | None  # a record a step, when a trace was asked for
+    events: dict[str, torch.Tensor] | None  # what the last step decided on, when a trace was asked for
+    token: torch.Tensor = field(init=False)  # int64 [B, L]: the choices by position
+    score: torch.Tensor = field(init=False)  # float32 [B, L]
     start: torch.Tensor = field(init=False)
     end: torch.Tensor = field(init=False)
     limit: torch.Tensor = field(init=False)
@@ -53,12 +56,15 @@ class DecodeState:
     step: torch.Tensor = field(init=False)
     cap: torch.Tensor = field(init=False)
     masks_left: torch.Tensor = field(init=False)
+    listed: torch.Tensor = field(init=False)
     done: torch.Tensor = field(init=False)
     fault: torch.Tensor = field(init=False)
 
     def __post_init__(self) -> None:
         for index, name in enumerate(CONTROL):
             setattr(self, name, self.control[:, index])
+        self.token = self.choice_token[:-1].view(self.tokens.shape)
+        self.score = self.choice_score[:-1].view(self.tokens.shape)
 
     @classmethod
     def allocate(
@@ -74,19 +80,70 @@ class DecodeState:
         caps: list[int],
         device: torch.device,
         trace: bool,
+        length: int | None = None,
     ) -> DecodeState:
         """State for canvases ``rows`` (token ids, undecided positions hold ``mask_id``), decoded from ``starts`` on.
 
-        ``caps`` are the most steps that each row can need; one that needs more ends with a fault.
+        ``caps`` are the most steps that each row can need; one that needs more ends with a fault. ``length`` is that of
+        the canvas; None: of the longest row.
         """
-        length = max(len(row) for row in rows)
-        tokens = torch.full((len(rows), length), eos_id, dtype=torch.int64)
+        batch, length = len(rows), max(map(len, rows)) if length is None else length
+
+        def empty(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+            return torch.empty(shape, dtype=dtype, device=device)
+
+        def canvas(dtype: torch.dtype = torch.int64) -> torch.Tensor:
+            return empty(batch, length, dtype=dtype)
+
+        control, history = empty(batch, len(CONTROL)), empty(batch, window)
+        spread = empty(batch, dtype=torch.float64)
+        events = None
+        if trace:
+            events = {
+                "control": torch.zeros_like(control),
+                "history": torch.zeros_like(history),
+                "spread": torch.zeros_like(spread),
+                "score": canvas(torch.float32).zero_(),
+                "inside": canvas(torch.bool).zero_(),
+            }
+        state = cls(
+            tokens=canvas(),
+            masked=canvas(torch.bool),
+            given=canvas(torch.bool),
+            inside=canvas(torch.bool),
+            choice_token=empty(batch * length + 1),
+            choice_score=empty(batch * length + 1, dtype=torch.float32),
+            commit_step=canvas(),
+            fill=canvas(torch.bool),
+            dirty=canvas(torch.bool),
+            forwarded=canvas(),
+            position=torch.arange(length, device=device),
+            history=history,
+            history_slot=torch.arange(window, device=device),
+            spread=spread,
+            seed=empty(batch),
+            uniform=torch.zeros((batch, 0), device=device),
+            shares=torch.zeros((batch, 0), device=device),
+            control=control,
+            length=length,
+            mask_id=mask_id,
+            eos_id=eos_id,
+            events=events,
+        )
+        state.begin(rows, starts, block_length=block_length, seeds=seeds, caps=caps)
+        return state
+
+    def begin(
+        self, rows: list[list[int]], starts: list[int], *, block_length: int | None, seeds: list[int], caps: list[int]
+    ) -> None:
+        """Put canvases into tensors that are there already; arguments as for :meth:`allocate`."""
+        tokens = torch.full(self.tokens.shape, self.eos_id, dtype=torch.int64)
         for index, row in enumerate(rows):
             tokens[index, : len(row)] = torch.tensor(row)
-        batch = len(rows)
         begin, end = torch.tensor(starts), torch.tensor([len(row) for row in rows])
-        masked = (tokens == mask_id) & (torch.arange(length) >= begin[:, None])
-        control = torch.zeros((batch, len(CONTROL)), dtype=torch.int64)
+        place = torch.arange(self.length)
+        masked = (tokens == self.mask_id) & (place >= begin[:, None]) & (place < end[:, None])
+        control = torch.zeros(self.control.shape, dtype=torch.int64)
         size = (end - begin if block_length is None else torch.full_like(end, block_length)).clamp(min=1)
         index = torch.where(masked.any(1), (masked.int().argmax(1) - begin) // size, 0)  # the first block with a mask
         block = begin + index * size
@@ -106,38 +163,15 @@ class DecodeState:
         }
         for name, value in values.items():
             control[:, COLUMN[name]] = value
-        return cls(
-            tokens=tokens.to(device),
-            masked=masked.to(device),
-            inside=torch.zeros_like(masked, device=device),
-            token=torch.zeros((batch, length), dtype=torch.int64, device=device),
-            score=torch.zeros((batch, length), dtype=torch.float32, device=device),
-            commit_step=torch.full((batch, length), -1, dtype=torch.int64, device=device),
-            fill=torch.zeros_like(masked, device=device),
-            dirty=torch.zeros_like(masked, device=device),
-            forwarded=torch.full((batch, length), -1, dtype=torch.int64, device=device),
-            position=torch.arange(length, device=device),
-            history=torch.zeros((batch, window), dtype=torch.int64, device=device),
-            history_slot=torch.arange(window, device=device),
-            spread=torch.full((batch,), float("nan"), dtype=torch.float64, device=device),
-            seed=torch.tensor(seeds, dtype=torch.int64, device=device),
-            uniform=torch.zeros((batch, 0), device=device),
-            shares=torch.zeros((batch, 0), device=device),
-            control=control.to(device),
-            length=length,
-            mask_id=mask_id,
-            eos_id=eos_id,
-            events=[] if trace else None,
-        )
+        given = {"tokens": tokens, "masked": masked, "given": ~masked, "control": control, "seed": torch.tensor(seeds)}
+        for name, value in given.items():
+            getattr(self, name).copy_(value)
+        blank = {"commit_step": -1, "forwarded": -1, "spread": float("nan")}
+        for name in ("inside", "choice_token", "choice_score", "fill", "dirty", "history", *blank):
+            getattr(self, name).fill_(blank.get(name, 0))
 
     def record_event(self, control: torch.Tensor, history: torch.Tensor) -> None:
-        """Keep what this step decided: ``control`` and ``history`` as they were before it was committed."""
-        self.events.append(
-            {
-                "control": control,
-                "history": history,
-                "spread": self.spread.clone(),
-                "score": self.score.clone(),
-                "inside": self.inside.clone(),
-            }
-        )
+        """Keep what this step decides on: ``control`` and ``history`` are those before anything is committed."""
+        values = {"control": control, "history": history, "spread": self.spread, "score": self.score}
+        for name, value in {**values, "inside": self.inside}.items():
+            self.events[name].copy_(value)

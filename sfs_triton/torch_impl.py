@@ -10,7 +10,10 @@ from .torch_ops.linear import linear
 from .torch_ops.lm_head import lm_head
 from .torch_ops.mlp import silu_mul
 from .torch_ops.norm import rms_norm
+from .torch_ops.place import place
 from .torch_ops.plan import look, plan
+from .torch_ops.post import post
+from .torch_ops.reach import reach
 from .torch_ops.rope_cache import rope_cache
 from .torch_ops.select import decide as decide_block
 
@@ -24,7 +27,10 @@ __all__ = [
     "linear",
     "lm_head",
     "look",
+    "place",
     "plan",
+    "post",
+    "reach",
     "rms_norm",
     "rope_cache",
     "silu_mul",

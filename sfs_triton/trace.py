@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy
+
+from .caching import CachePolicy, RowView
 from .kernels.control import COLUMN, FAST
-from .loops import StepReport
+from .loops import Report
 from .samplers import Sampler, SlowFast
-from .state import DecodeState
 
 
 @dataclass(frozen=True)
@@ -26,54 +30,53 @@ class StepTrace:
     spread: float | None  # of the window; None until it is full
     determined: bool  # whether the span's end is final
     e: int | None  # the span's end; None in a slow stage whose window has not been full
-    forwarded: int  # length of the forward, without what precedes the first decoded position
+    forwarded: int  # length of the forward, without what precedes the first decoded position; of a row list, its length
     rows_forwarded: int
     committed: list[int]
     confidence: list[float | None]  # over the decoded part; None where nothing was looked at or decided already
 
 
 class Tracer:
-    """Collects forward lengths of all rows, and traces if the state records events."""
+    """Counts what the forwards of all rows covered, and keeps traces if the state records events."""
 
-    def __init__(self, state: DecodeState, sampler: Sampler):
-        self._state, self._sampler = state, sampler
-        self._starts = state.start.tolist()
-        batch = len(self._starts)
-        self.forward_lengths: list[list[int]] = [[] for _ in range(batch)]
-        self.rows_forwarded = [0] * batch
-        self.rows: list[list[StepTrace]] = [[] for _ in range(batch)]
+    def __init__(self, sampler: Sampler, policy: CachePolicy, starts: Sequence[int], ends: Sequence[int]):
+        self._sampler, self._policy, self._starts, self._ends = sampler, policy, starts, ends
+        self.forward_lengths: list[list[int]] = [[] for _ in starts]
+        self.rows_forwarded = [0] * len(starts)
+        self.full_forwards = [0] * len(starts)
+        self.rows: list[list[StepTrace]] = [[] for _ in starts]
 
-    def after(self, report: StepReport) -> None:
+    def after(self, report: Report) -> None:
         """Note a step that has just been decided."""
-        for index, scope in report.scopes.items():
-            self.forward_lengths[index].append(scope.rows)
-            self.rows_forwarded[index] += report.recomputed[index]
-        if self._state.events is None:
-            return
-        event = self._state.events.pop()
-        control, commits = event["control"].tolist(), self._state.commit_step.tolist()
-        ends = self._state.end.tolist()
-        for index, scope in report.scopes.items():
-            row, start = control[index], self._starts[index]
-            here = [p - start for p, step in enumerate(commits[index]) if step == row[COLUMN["step"]]]
-            looked = event["inside"][index, start : ends[index]].tolist()
-            scores = event["score"][index, start : ends[index]].tolist()
-            confidence = [c if there else None for c, there in zip(scores, looked, strict=True)]
-            self.rows[index].append(
-                StepTrace(
-                    step=row[COLUMN["step"]],
-                    block=row[COLUMN["block"]],
-                    cycle=row[COLUMN["cycle"]],
-                    k=row[COLUMN["k"]],
-                    forwarded=scope.stop - start,
-                    rows_forwarded=report.recomputed[index],
-                    committed=here,
-                    confidence=confidence,
-                    **self._stage(row, event, index),
-                )
-            )
+        for row in report.rows:
+            covered = self._policy.covered(row, report.control[row.index][COLUMN["listed"]])
+            recomputed = self._policy.recomputed(row, covered)
+            self.forward_lengths[row.index].append(covered)
+            self.rows_forwarded[row.index] += recomputed
+            self.full_forwards[row.index] += recomputed >= row.limit
+            if "event_control" in report.letter:
+                self.rows[row.index].append(self._trace(report.letter, row, covered, recomputed))
 
-    def _stage(self, row: list[int], event: dict, index: int) -> dict:
+    def _trace(self, letter: dict[str, numpy.ndarray], row: RowView, covered: int, recomputed: int) -> StepTrace:
+        index, start, end = row.index, self._starts[row.index], self._ends[row.index]
+        event = {name: letter[f"event_{name}"][index].tolist() for name in ("control", "history", "spread")}
+        control = event["control"]
+        looked, scores = (letter[f"event_{name}"][index, start:end].tolist() for name in ("inside", "score"))
+        commits = letter["commit_step"][index, start:end].tolist()
+        return StepTrace(
+            step=control[COLUMN["step"]],
+            block=control[COLUMN["block"]],
+            cycle=control[COLUMN["cycle"]],
+            k=control[COLUMN["k"]],
+            forwarded=covered if self._policy.planned(row.step) else self._policy.span(row).stop - start,
+            rows_forwarded=recomputed,
+            committed=[p for p, step in enumerate(commits) if step == control[COLUMN["step"]]],
+            confidence=[c if there else None for c, there in zip(scores, looked, strict=True)],
+            **self._stage(event),
+        )
+
+    def _stage(self, event: dict) -> dict:
+        row, history, spread = event["control"], event["history"], event["spread"]
         if not isinstance(self._sampler, SlowFast):
             return {
                 "phase": "block",
@@ -86,20 +89,19 @@ class Tracer:
             }
         begin = row[COLUMN["block_start"]]
         estimated = row[COLUMN["estimate"]] >= 0
-        history = event["history"][index].tolist()
         count, window = row[COLUMN["n_history"]], len(history)
         if not self._sampler.zero_history:
             oldest = count % window if count > window else 0
             history = (history[oldest:] + history[:oldest])[: min(count, window)]
-        spread = event["spread"][index].item()
+        full = not math.isnan(spread)
         fast, determined = row[COLUMN["phase"]] == FAST, bool(row[COLUMN["determined"]])
-        known = fast or determined or (estimated and spread == spread)
+        known = fast or determined or (estimated and full)
         return {
             "phase": "fast" if fast else "slow",
             "s": row[COLUMN["s"]] - begin,
             "e_cand": row[COLUMN["estimate"]] - begin if estimated else None,
             "history": history if estimated else None,
-            "spread": spread if estimated and spread == spread else None,
+            "spread": spread if estimated and full else None,
             "determined": determined,
             "e": row[COLUMN["e"]] - begin if known else None,
         }

@@ -9,7 +9,9 @@ from __future__ import annotations
 import torch
 
 from .kernels import cycle as _cycle
+from .kernels import place as _place
 from .kernels import plan as _plan
+from .kernels import reach as _reach
 from .kernels import select as _select
 from .kernels.attention import attention
 from .kernels.confidence import confidence
@@ -18,6 +20,7 @@ from .kernels.linear import linear
 from .kernels.lm_head import lm_head
 from .kernels.mlp import silu_mul
 from .kernels.norm import rms_norm
+from .kernels.post import post
 from .kernels.rope_cache import rope_cache
 
 __all__ = [
@@ -30,7 +33,10 @@ __all__ = [
     "linear",
     "lm_head",
     "look",
+    "place",
     "plan",
+    "post",
+    "reach",
     "rms_norm",
     "rope_cache",
     "silu_mul",
@@ -52,6 +58,7 @@ def plan(
     span_cap: int | None = None,
     look_ahead: int = 0,
     shift: int = 0,
+    stale: bool = True,
 ) -> None:
     _plan.plan(
         state.masked,
@@ -66,7 +73,32 @@ def plan(
         span_cap=span_cap,
         look_ahead=look_ahead,
         shift=shift,
+        stale=stale,
     )
+
+
+def reach(
+    state,
+    rows: torch.Tensor | None,
+    count: torch.Tensor,
+    key_range: torch.Tensor,
+    *,
+    to_span_end: bool,
+    block: str | None,
+) -> None:
+    _reach.reach(state.control, rows, count, key_range, to_span_end=to_span_end, block=block)
+
+
+def place(
+    state,
+    token: torch.Tensor,
+    score: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    which: torch.Tensor | None = None,
+    row: torch.Tensor | None = None,
+) -> None:
+    _place.place(token, score, target, state.token, state.score, which=which, row=row)
 
 
 def decide_cycle(state, rules, *, slow: bool = True) -> None:

@@ -22,8 +22,8 @@ def _build_embedding(device: torch.device, *, geometry, length: int, n_rows: int
     }
 
 
-def _build_compact(device: torch.device, *, n: int, capacity: int) -> dict:
-    return {"flag": torch.rand(n, device=device) < 0.5, "capacity": capacity}
+def _build_compact(device: torch.device, *, batch: int, n: int, capacity: int) -> dict:
+    return {"flag": torch.rand((batch, n), device=device) < 0.5, "capacity": capacity}
 
 
 def cases(toy: bool = False) -> list[Case]:
@@ -40,15 +40,18 @@ def cases(toy: bool = False) -> list[Case]:
         for name, geometry in (TOY if toy else GEOMETRIES).items()
         for n in (None, n_rows)
     ]
+    sizes = [(1, 100, 16), (3, 40, 40)] if toy else [
+        (1, 1024, 128), (1, 8192, 8192), (16, 4096, 128), (1, 256 * 8192, 256 * 128)
+    ]  # fmt: skip
     lists = [
         Case(
-            name=f"{'toy-' if toy else ''}compact-{n}",
+            name=f"{'toy-' if toy else ''}compact-{batch}x{n}-{capacity}",
             kernel=compact,
             twin=twin.compact,
-            build=partial(_build_compact, n=n, capacity=capacity),
-            cost=compact_cost(n, capacity),
+            build=partial(_build_compact, batch=batch, n=n, capacity=capacity),
+            cost=compact_cost(batch, n, capacity),
         )
-        for n, capacity in (((100, 16),) if toy else ((1024, 128), (8192, 8192), (256 * 8192, 256 * 128)))
+        for batch, n, capacity in sizes
     ]
     return rows + lists
 

@@ -26,6 +26,7 @@ CONTROL = (
     "step",  # forwards done (NFE)
     "cap",  # most steps that the sampler can need
     "masks_left",  # undecided positions
+    "listed",  # rows that the last step forwarded
     "done",
     "fault",  # 0, or 1 + the step whose logits held NaN, or -1 - the step at which the cap was reached
 )

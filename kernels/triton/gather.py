@@ -1,4 +1,4 @@
-"""Embedding rows for a scope, and the row list of set flags. Row lists and counts stay on the device."""
+"""Embedding rows for a scope, and row lists of set flags. Row lists and counts stay on the device."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .cost import Cost
 from .launch import launch, multiprocessors
 
 _FLAGS = (torch.bool, torch.uint8)
-_MAX_FLAGS = 2**30  # indices and the ends of chunks are int32
+_MAX_FLAGS = 2**28  # in a row: indices and the ends of chunks are int32, and a grid has few places for chunks
 _COUNTS_AT_ONCE = tl.constexpr(512)
 
 
@@ -58,26 +58,28 @@ def _load_flags(flag_ptr, n, start, BLOCK_N: tl.constexpr):
 
 @triton.jit(do_not_specialize=["n"])
 def _count_flags_kernel(flag_ptr, counts_ptr, n, BLOCK_N: tl.constexpr):
-    chunk = tl.program_id(0)
-    flags = _load_flags(flag_ptr, n, chunk.to(tl.int64) * BLOCK_N, BLOCK_N)
-    tl.store(counts_ptr + chunk, tl.sum(flags, axis=0))
+    row = tl.program_id(0).to(tl.int64)
+    chunk = tl.program_id(1)
+    flags = _load_flags(flag_ptr + row * n, n, chunk * BLOCK_N, BLOCK_N)
+    tl.store(counts_ptr + row * tl.num_programs(1) + chunk, tl.sum(flags, axis=0))
 
 
 @triton.jit(do_not_specialize=["n", "capacity"])
 def _compact_kernel(
     flag_ptr, counts_ptr, rows_ptr, count_ptr, n, capacity, HAS_COUNTS: tl.constexpr, BLOCK_N: tl.constexpr
 ):
-    chunk = tl.program_id(0)
-    n_chunks = tl.num_programs(0)
-    start = chunk.to(tl.int64) * BLOCK_N
-    flags = _load_flags(flag_ptr, n, start, BLOCK_N)
+    row = tl.program_id(0).to(tl.int64)
+    chunk = tl.program_id(1)
+    n_chunks = tl.num_programs(1)
+    start = chunk * BLOCK_N
+    flags = _load_flags(flag_ptr + row * n, n, start, BLOCK_N)
     lane = tl.arange(0, BLOCK_N)
     if HAS_COUNTS:
         sums = tl.zeros([_COUNTS_AT_ONCE], tl.int32)
         sums_before = tl.zeros([_COUNTS_AT_ONCE], tl.int32)
         for first in range(0, n_chunks, _COUNTS_AT_ONCE):
             other = first + tl.arange(0, _COUNTS_AT_ONCE)
-            counts = tl.load(counts_ptr + other, mask=other < n_chunks, other=0)
+            counts = tl.load(counts_ptr + row * n_chunks + other, mask=other < n_chunks, other=0)
             sums += counts
             sums_before += tl.where(other < chunk, counts, 0)
         total = tl.sum(sums, axis=0)
@@ -86,13 +88,14 @@ def _compact_kernel(
         total = tl.sum(flags, axis=0)
         before = 0
     slot = before + tl.cumsum(flags, axis=0) - 1
-    tl.store(rows_ptr + slot, (start + lane).to(tl.int32), mask=(flags != 0) & (slot < capacity))
+    rows_ptr += row * capacity
+    tl.store(rows_ptr + slot, start + lane, mask=(flags != 0) & (slot < capacity))
     count = tl.minimum(total, capacity)
-    # what is left of the capacity, in blocks dealt out to the programs in turn
+    # what is left of the capacity, in blocks dealt out to the row's programs in turn
     for first in range(start, capacity, n_chunks * BLOCK_N):
         tl.store(rows_ptr + first + lane, -1, mask=(first + lane >= count) & (first + lane < capacity))
     if chunk == 0:
-        tl.store(count_ptr, count)
+        tl.store(count_ptr + row, count)
 
 
 @dataclass(frozen=True)
@@ -183,9 +186,11 @@ class CompactConfig:
 
 
 def compact_config(n: int) -> CompactConfig:
-    """One launch while a block of 8,192 flags, the longest canvas, holds them all; beyond it, chunks of that size.
+    """One launch, and a program a row, while a block of 8,192 flags, the longest canvas, holds a row; beyond it, chunks
+    of that size.
 
-    Two million flags are then 256 chunks, about two a multiprocessor, and their counts one load for each program.
+    Two million flags in a row are then 256 chunks, about two a multiprocessor, and their counts one load for each
+    program.
     """
     return CompactConfig(BLOCK_N=1024, num_warps=4) if n <= 1024 else CompactConfig(BLOCK_N=8192, num_warps=16)
 
@@ -197,38 +202,41 @@ def compact(
     out: tuple[torch.Tensor, torch.Tensor] | None = None,
     config: CompactConfig | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The indices of set flags, ascending, and how many they are: ``flag.flatten().nonzero()`` without its host read.
+    """Where each row's flags are set, ascending, and how many they are: ``flag[b].nonzero()`` without a host read.
 
     Args:
-        flag: ``[...]``, bool or uint8 (set where not 0), dense, numbered in its flattened order.
-        capacity: how many indices to keep, the first ones; None: as many as there are flags, or as ``out`` has room.
-        out: ``(rows, count)``, int32 of ``[capacity]`` and ``[1]``, dense; allocated if None.
+        flag: ``[B, n]``, bool or uint8 (set where not 0), dense. ``flag.view(1, -1)`` makes one list of all.
+        capacity: how many indices to keep, the first ones; None: as many as a row has flags, or as ``out`` has room.
+        out: ``(rows, count)``, int32 of ``[B, capacity]`` and ``[B]``, dense; allocated if None.
 
     Returns:
         ``rows``, with -1 from ``count`` on, and ``count``, at most ``capacity``. Both are always written.
     """
-    check_tensor("flag", flag, dtype=_FLAGS, shape=[...], dense=True)
-    n = flag.numel()
-    refuse_unless(n <= _MAX_FLAGS, f"flag has {n} elements, more than {_MAX_FLAGS}")
+    check_tensor("flag", flag, dtype=_FLAGS, shape=[None, None], dense=True)
+    batch, n = flag.shape
+    refuse_unless(n <= _MAX_FLAGS, f"flag has {n} columns, more than {_MAX_FLAGS}")
     if capacity is None:
-        capacity = n if out is None else out[0].numel()
+        capacity = n if out is None else out[0].shape[-1]
     refuse_unless(0 <= capacity <= _MAX_FLAGS, f"capacity is {capacity}, not 0 to {_MAX_FLAGS}")
     if out is None:
-        out = tuple(torch.empty(size, dtype=torch.int32, device=flag.device) for size in (capacity, 1))
+        shapes = ((batch, capacity), (batch,))
+        out = tuple(torch.empty(shape, dtype=torch.int32, device=flag.device) for shape in shapes)
     rows, count = out
-    check_tensor("out[0]", rows, dtype=torch.int32, shape=[capacity], device=flag.device, dense=True)
-    check_tensor("out[1]", count, dtype=torch.int32, shape=[1], device=flag.device)
+    check_tensor("out[0]", rows, dtype=torch.int32, shape=[batch, capacity], device=flag.device, dense=True)
+    check_tensor("out[1]", count, dtype=torch.int32, shape=[batch], device=flag.device, dense=True)
+    if batch == 0:
+        return out
     config = config or compact_config(n)
     n_chunks = max(1, triton.cdiv(n, config.BLOCK_N))  # no flags at all still have a count
     shared = {"n": n, "BLOCK_N": config.BLOCK_N, "num_warps": config.num_warps}
     bytes_ = flag.view(torch.uint8)
     counts = None
     if n_chunks > 1:
-        counts = torch.empty(n_chunks, dtype=torch.int32, device=flag.device)
-        launch(_count_flags_kernel, (n_chunks,), flag_ptr=bytes_, counts_ptr=counts, **shared)
+        counts = torch.empty((batch, n_chunks), dtype=torch.int32, device=flag.device)
+        launch(_count_flags_kernel, (batch, n_chunks), flag_ptr=bytes_, counts_ptr=counts, **shared)
     launch(
         _compact_kernel,
-        (n_chunks,),
+        (batch, n_chunks),
         flag_ptr=bytes_,
         counts_ptr=counts,
         rows_ptr=rows,
@@ -240,6 +248,6 @@ def compact(
     return out
 
 
-def compact_cost(n: int, capacity: int) -> Cost:
-    """The flags read and the row list written once."""
-    return Cost(bytes=n + 4 * capacity + 4, flops=n)
+def compact_cost(batch: int, n: int, capacity: int) -> Cost:
+    """The flags read and the row lists written once."""
+    return Cost(bytes=batch * (n + 4 * capacity + 4), flops=batch * n)

@@ -123,6 +123,7 @@ def _plan_kernel(
     BY_STAGE: tl.constexpr,
     HAS_SPAN_CAP: tl.constexpr,
     SHIFT: tl.constexpr,
+    STALE: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_L: tl.constexpr,
 ):
@@ -162,7 +163,7 @@ def _plan_kernel(
     next_stale = next_ahead + tl.sum(n_ahead, axis=0)
 
     # the stale positions that still fit: all older than a step, and of those forwarded at that step the lowest
-    need = tl.maximum(capacity - next_stale, 0)
+    need = tl.maximum(capacity - next_stale, 0) if STALE else 0
     low = step * 0
     high = step + 1
     while low < high:  # the smallest step before which there are enough
@@ -258,6 +259,7 @@ def plan(
     span_cap: int | None = None,
     look_ahead: int = 0,
     shift: int = 0,
+    stale: bool = True,
     config: ScanConfig | None = None,
 ) -> None:
     """The row list of a step for ``B`` canvas rows, and where it looks. Rows that are done list nothing.
@@ -274,6 +276,7 @@ def plan(
         look_ahead: how many positions beyond those that are decided are listed and predicted as well.
         shift: 1 for models whose row ``i`` predicts position ``i + 1``; that row is then listed with the position.
             Nothing predicts position 0 in such a list.
+        stale: use the room that is left for stale positions.
 
     Positions from the row's limit on are never listed.
     """
@@ -307,6 +310,7 @@ def plan(
         BY_STAGE=by_stage,
         HAS_SPAN_CAP=span_cap is not None,
         SHIFT=shift,
+        STALE=stale,
         BLOCK_C=min(1024, triton.next_power_of_2(rows.shape[1])),
         BLOCK_L=config.BLOCK_L,
         num_warps=config.num_warps,

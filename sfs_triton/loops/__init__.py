@@ -1,5 +1,9 @@
-"""Who turns the crank of a generation. Today: :class:`~sfs_triton.loops.eager.EagerLoop`."""
+"""Who turns the crank of a generation."""
 
-from .eager import EagerLoop, StepReport
+from .choose import Loop, LoopChoice
+from .eager import EagerLoop
+from .replay import ReplayLoop
+from .report import Report
+from .step import Step
 
-__all__ = ["EagerLoop", "StepReport"]
+__all__ = ["EagerLoop", "Loop", "LoopChoice", "ReplayLoop", "Report", "Step"]

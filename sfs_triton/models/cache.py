@@ -3,61 +3,95 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from .spec import ModelSpec
 
 
-@dataclass(frozen=True)
-class Scope:
-    """One forward over the rows ``[first, stop)`` of a canvas, attending to the keys ``[0, keys)``.
+class Features(NamedTuple):
+    """A forward over cached features (dLLM-Cache): whether prompts and responses are recomputed as a whole, or else
+    the share ``ratio`` of a response's rows. ``shortest`` and ``longest`` are the batch's extreme prompt lengths."""
 
-    ``store`` writes the rows' keys and values to the cache, from which those of all other keys are read. ``features``
-    asks for a forward over cached features instead (dLLM-Cache): whether prompt and response are recomputed.
+    prompt: bool
+    response: bool
+    ratio: float
+    shortest: int
+    longest: int
+
+    def moved(self, length: int) -> int:
+        """Most response rows that are recomputed where responses are not due, of canvases of ``length``."""
+        return int((length - self.shortest) * self.ratio)
+
+
+@dataclass(frozen=True, eq=False)
+class Scope:
+    """Which rows of each canvas one forward covers, and which keys they attend to.
+
+    What the host knows is ``[first, stop)`` and ``[0, keys)``, the same for all of the batch. The tensors say what it
+    does not: they are read by pointer, and no value of them changes a shape.
+
+    Args:
+        first, stop: the rows, where there is no list of them.
+        keys: one past the last position whose keys may be read.
+        rows: int32 ``[b, n]``, a list of rows, -1 idle; their keys and values are stored.
+        count: int32 ``[b]``, how many of the rows are not idle; the others' results are of no use.
+        key_range: int32 ``[b, 4]``, two ranges of keys of each canvas; None: ``[0, keys)``.
+        batch: int64 ``[b]``, the canvases' rows in the cache; None: all of it.
+        store: put the rows' keys and values into the cache, from which those of all other positions are read.
+        features: recompute from a :class:`FeatureCache` instead.
+        prompt: int64 ``[b]``, prompt lengths, for ``features``.
     """
 
     first: int
     stop: int
     keys: int
+    rows: torch.Tensor | None = None
+    count: torch.Tensor | None = None
+    key_range: torch.Tensor | None = None
+    batch: torch.Tensor | None = None
     store: bool = False
-    features: tuple[bool, bool] | None = None
-
-    @property
-    def rows(self) -> int:
-        return self.stop - self.first
-
-    def recomputed(self, prompt: int, ratio: float) -> int:
-        """How many rows go through the layers; over cached features, those of the parts that are due."""
-        if self.features is None:
-            return self.rows
-        response = self.stop - prompt
-        return prompt * self.features[0] + (response if self.features[1] else int(response * ratio))
+    features: Features | None = None
+    prompt: torch.Tensor | None = None
 
 
 class KVCache:
-    """Keys (rotated) and values of every layer, ``[layers, B, Hkv, L, D]`` each, allocated once."""
+    """Keys (rotated) and values of every layer and position, ``[layers, B, Hkv, L, D]`` each, allocated once."""
 
     def __init__(self, spec: ModelSpec, batch: int, length: int, device: torch.device, dtype: torch.dtype):
         shape = (spec.n_layers, batch, spec.n_kv_heads, length, spec.head_dim)
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros(shape, device=device, dtype=dtype)
 
-    def store(self, layer: int, batch_rows: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Where ``rope_cache`` stores a layer's keys and values, ``[B, L, Hkv, D]``, for these rows of the batch."""
-        return {
-            "k_cache": self.k[layer].transpose(1, 2),
-            "v_cache": self.v[layer].transpose(1, 2),
-            "cache_row": batch_rows,
-        }
+    @staticmethod
+    def values(spec: ModelSpec, length: int) -> int:
+        """How many values a canvas of ``length`` takes."""
+        return 2 * spec.n_layers * spec.kv_width * length
+
+    def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """A layer's keys and values, ``[B, L, Hkv, D]``."""
+        return self.k[index].transpose(1, 2), self.v[index].transpose(1, 2)
 
 
 class FeatureCache:
-    """dLLM-Cache's store: keys (unrotated) and values, attention and MLP outputs of every layer and position."""
+    """dLLM-Cache's store: keys (unrotated) and values, attention and MLP outputs of every layer and position.
+
+    ``[layers, B, L + 1, width]`` each; idle rows are written to the spare place at the end.
+    """
 
     def __init__(self, spec: ModelSpec, batch: int, length: int, device: torch.device, dtype: torch.dtype):
         def empty(width: int) -> torch.Tensor:
-            return torch.zeros((spec.n_layers, batch, length, width), device=device, dtype=dtype)
+            return torch.zeros((spec.n_layers, batch, length + 1, width), device=device, dtype=dtype)
 
         self.k, self.v = empty(spec.kv_width), empty(spec.kv_width)
         self.attention, self.mlp = empty(spec.d_model), empty(spec.d_model)
+
+    @staticmethod
+    def values(spec: ModelSpec, length: int) -> int:
+        """How many values a canvas of ``length`` takes."""
+        return 2 * spec.n_layers * (spec.kv_width + spec.d_model) * (length + 1)
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return self.k, self.v, self.attention, self.mlp

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from ..ops import Ops, implementation, rope_tables
-from .cache import FeatureCache, KVCache, Scope
+from .cache import FeatureCache, Features, KVCache, Scope
 from .spec import ModelSpec
 from .weights import LayerWeights, Weights
 
@@ -23,6 +23,7 @@ class Transformer:
         self.spec, self.weights = spec, weights
         self.ops: Ops = implementation(impl, self.device)
         self._cos, self._sin = rope_tables(0, spec.head_dim, spec.rope_theta, self.device)
+        self._position = torch.arange(0, device=self.device)
 
     @property
     def device(self) -> torch.device:
@@ -46,88 +47,84 @@ class Transformer:
         tokens: torch.Tensor,
         scope: Scope,
         cache: KVCache | FeatureCache | None = None,
-        batch_rows: torch.Tensor | None = None,
         select: torch.Tensor | None = None,
-        features: tuple[int, float] | None = None,
     ) -> torch.Tensor:
-        """Normalised hidden states of the scope's rows, ``[b, rows, d]``, or of ``select`` among them, ``[b, m, d]``.
+        """Normalised hidden states of the scope's rows, ``[b, n, d]``, or of ``select`` among them, ``[b, m, d]``.
 
         Args:
-            tokens: ids ``[b, rows]`` of the scope's rows.
-            scope: which rows of the canvas these are, and which keys they attend to.
-            cache: where keys and values (or features) live; needed when ``scope`` stores or reads any.
-            batch_rows: index ``[b]`` of these rows in the cache's batch.
-            select: canvas positions ``[b, m]`` inside the scope. The last layer's queries and MLP run only there.
-            features: prompt length and refresh ratio; needed when ``scope.features`` is set.
+            tokens: ids ``[b, L]`` of the canvases.
+            scope: which rows of the canvases are forwarded, and which keys they attend to.
+            cache: where keys and values (or features) live; needed when ``scope`` stores or recomputes any.
+            select: int64 ``[b, m]``, numbers of rows in the scope. The last layer's queries and MLP run only there.
         """
-        self._reach(scope.keys)
-        x = self.ops.embedding(self.weights.embedding, tokens)
-        local = None if select is None else (select - scope.first)[..., None].expand(-1, -1, x.shape[-1])
-        if scope.features is not None:
-            x = self._forward_features(x, scope, cache, batch_rows, *features)
-            x = x if local is None else x.gather(1, local)
+        self.reach(scope.keys)
+        if scope.rows is None:
+            x = self.ops.embedding(self.weights.embedding, tokens[:, scope.first : scope.stop])
         else:
-            last = len(self.weights.layers) - 1
-            for index, layer in enumerate(self.weights.layers):
-                at = local if index == last else None
-                x = self._layer(x, index, layer, scope, cache, batch_rows, select if at is not None else None, at)
-        return self.ops.rms_norm(x, self.weights.norm, self.spec.norm_eps)
+            x = self.ops.embedding(self.weights.embedding, tokens, scope.rows)
+        if scope.features is not None:
+            x = self._forward_features(x, scope, cache)
+            if select is not None:
+                x = x.gather(1, _wide(select, x))
+            return self.ops.rms_norm(x, self.weights.norm, self.spec.norm_eps)
+        added = None  # what the last MLP adds to x, once the next norm reads both
+        last = len(self.weights.layers) - 1
+        for index, layer in enumerate(self.weights.layers):
+            residual = None if added is None else x  # which becomes x + added
+            h = self.ops.rms_norm(x if added is None else added, layer.attn_norm, self.spec.norm_eps, residual=residual)
+            chosen = select if index == last else None
+            attended = self._attend(h, index, layer, scope, cache, chosen)
+            if chosen is not None:
+                x = x.gather(1, _wide(chosen, x))
+            h = self.ops.rms_norm(attended, layer.mlp_norm, self.spec.norm_eps, residual=x)  # x is now x + attended
+            added = self._mlp(h, layer)
+        return self.ops.rms_norm(added, self.weights.norm, self.spec.norm_eps, residual=x)
 
-    def _layer(
+    def _attend(
         self,
-        x: torch.Tensor,
+        h: torch.Tensor,
         index: int,
         layer: LayerWeights,
         scope: Scope,
         cache: KVCache | None,
-        batch_rows: torch.Tensor | None,
         select: torch.Tensor | None,
-        local: torch.Tensor | None,
     ) -> torch.Tensor:
-        h = self.ops.rms_norm(x, layer.attn_norm, self.spec.norm_eps)
-        store = cache.store(index, batch_rows) if scope.store else {}
-        q, k, v = self._qkv(h, layer, scope, store, select, local)
-        if scope.store:
-            k, v = (cached[batch_rows, : scope.keys] for cached in (k, v))
-        if local is not None:
-            x = x.gather(1, local)
-        attended = F.linear(self.ops.attention(q, k, v).flatten(2), layer.out)
-        h = self.ops.rms_norm(attended, layer.mlp_norm, self.spec.norm_eps, residual=x)  # x is now x + attended
-        return x + self._mlp(h, layer)
-
-    def _qkv(
-        self,
-        h: torch.Tensor,
-        layer: LayerWeights,
-        scope: Scope,
-        store: dict[str, torch.Tensor],
-        select: torch.Tensor | None,
-        local: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Turned queries of all rows ``[b, rows, d]``, or of those selected, and keys and values of all: those of the
-        scope, or with ``store`` the whole cache after theirs have been put there."""
+        """What attention adds to the rows of ``h [b, n, d]``, or to those selected."""
         spec, rotate = self.spec, self.ops.rope_cache
-        rows = slice(scope.first, scope.stop)
-        where = (self._cos[rows], self._sin[rows], None)
-        if store:
-            where = (self._cos, self._sin, torch.arange(scope.first, scope.stop, device=h.device))
-        if local is not None:
-            q = self._heads(self._project(h.gather(1, local), layer, slice(0, spec.d_model)))
-            q = rotate(q, None, None, self._cos, self._sin, select)[0]
+        tables, position, store = self._places(scope, cache, index)
+        if select is not None:
+            q = self._heads(self._project(h.gather(1, _wide(select, h)), layer, slice(0, spec.d_model)))
+            at = scope.first + select if scope.rows is None else scope.rows.gather(1, select)
+            q = rotate(q, None, None, self._cos, self._sin, at)[0]
             k, v = self._heads(self._project(h, layer, slice(spec.d_model, None))).chunk(2, 2)
-            return q, *rotate(None, k, v, *where, **store)[1:]
-        heads = self._heads(self._project(h, layer))
+            _, k, v = rotate(None, k, v, *tables, position, **store)
+        elif store:
+            heads = self._heads(self._project(h, layer)).split((spec.n_heads, spec.n_kv_heads, spec.n_kv_heads), 2)
+            q, k, v = rotate(*heads, *tables, position, **store)
+        else:
+            qk, v = self._heads(self._project(h, layer)).split((spec.n_heads + spec.n_kv_heads, spec.n_kv_heads), 2)
+            qk = rotate(qk, None, None, *tables, position)[0]  # queries and keys turn alike, so at once
+            q, k = qk.split((spec.n_heads, spec.n_kv_heads), 2)
+        ranges = {"key_range": scope.key_range, "count": None if select is not None else scope.count}
         if store:
-            return rotate(*heads.split((spec.n_heads, spec.n_kv_heads, spec.n_kv_heads), 2), *where, **store)
-        qk, v = heads.split((spec.n_heads + spec.n_kv_heads, spec.n_kv_heads), 2)  # turned alike, so at once
-        q, k = rotate(qk, None, None, *where)[0].split((spec.n_heads, spec.n_kv_heads), 2)
-        return q, k, v
+            k, v, ranges["cache_row"] = k[:, : scope.keys], v[:, : scope.keys], scope.batch
+        return F.linear(self.ops.attention(q, k, v, **ranges).flatten(2), layer.out)
 
-    def _reach(self, length: int) -> None:
+    def _places(self, scope: Scope, cache: KVCache | None, index: int) -> tuple[tuple, torch.Tensor | None, dict]:
+        """Rotary tables, the rows' positions in them (None: row by row), and where keys and values are stored."""
+        if not scope.store:
+            rows = slice(scope.first, scope.stop)
+            return (self._cos[rows], self._sin[rows]), None, {}
+        position = self._position[scope.first : scope.stop] if scope.rows is None else scope.rows
+        k, v = cache.layer(index)
+        return (self._cos, self._sin), position, {"k_cache": k, "v_cache": v, "cache_row": scope.batch}
+
+    def reach(self, length: int) -> None:
         """Have rotary tables for ``length`` positions; a configuration may promise far more than anyone uses."""
         if length > len(self._cos):
             length = min(max(length, 2 * len(self._cos)), self.spec.max_length)
             self._cos, self._sin = rope_tables(length, self.spec.head_dim, self.spec.rope_theta, self.device)
+            self._position = torch.arange(length, device=self.device)
 
     def _project(self, h: torch.Tensor, layer: LayerWeights, part: slice = slice(None)) -> torch.Tensor:
         return F.linear(h, layer.qkv[part], None if layer.qkv_bias is None else layer.qkv_bias[part])
@@ -141,37 +138,53 @@ class Transformer:
 
     # ---------------------------------------------------------------------------------------- dLLM-Cache features
 
-    def _forward_features(
-        self, x: torch.Tensor, scope: Scope, cache: FeatureCache, batch_rows: torch.Tensor, prompt: int, ratio: float
-    ) -> torch.Tensor:
+    def _forward_features(self, x: torch.Tensor, scope: Scope, cache: FeatureCache) -> torch.Tensor:
         """Hidden states ``[b, stop, d]`` before the final norm, recomputing only what ``scope.features`` asks for.
 
-        Prompt rows are recomputed or not as a whole. Response rows are, too, or else the ``ratio`` of them whose value
+        Prompt rows are recomputed or not as a whole. Response rows are, too, or else the share of them whose value
         vectors moved most. All other rows add the attention and MLP outputs they had when last computed to their
         present embeddings. A forward that is shorter than the canvas rewrites the front of what is kept.
         """
-        batch, stop, _ = x.shape
-        at_prompt = torch.arange(prompt if scope.features[0] else 0, device=x.device).expand(batch, -1)
-        response = torch.arange(prompt, stop, device=x.device).expand(batch, -1)
-        moved = int((stop - prompt) * ratio)
+        due, stop = scope.features, x.shape[1]
+        place = self._position[:stop]
+        count = torch.full_like(scope.prompt, stop) if scope.count is None else scope.count
+        at_prompt = place < scope.prompt[:, None]
+        at_response = ~at_prompt & (place < count[:, None])
+        recompute = at_prompt & due.prompt | at_response & due.response
+        width = due.longest * due.prompt + (stop - due.shortest) * due.response
+        listed, _ = self.ops.compact(recompute, capacity=min(width, stop))
+        moved = None if due.response or not due.moved(stop) else ((count - scope.prompt).double() * due.ratio).long()
         for index, layer in enumerate(self.weights.layers):
             h = self.ops.rms_norm(x, layer.attn_norm, self.spec.norm_eps)
-            k, v, mixed, mlp = (t[index][batch_rows, :stop] for t in (cache.k, cache.v, cache.attention, cache.mlp))
-            rows = at_prompt
-            if scope.features[1]:
-                rows = torch.cat((at_prompt, response), 1)
-            elif moved:
-                d_kv = self.spec.d_model + self.spec.kv_width
-                fresh = self._project(h[:, prompt:], layer, slice(d_kv, None))
-                likeness = F.cosine_similarity(fresh, v[:, prompt:], dim=-1)
-                rows = torch.cat((at_prompt, prompt + likeness.topk(moved, largest=False).indices), 1)
-                v[:, prompt:] = fresh
+            kept = [t[index] if scope.batch is None else t[index][scope.batch] for t in cache.tensors]
+            rows = listed
+            if moved is not None:
+                rows = torch.cat((listed, self._moved(h, kept[1], layer, at_response, moved, due)), 1)
             if rows.shape[1]:
-                self._recompute(x, h, rows, layer, k, v, mixed, mlp)
-                for store, kept in ((cache.k, k), (cache.v, v), (cache.attention, mixed), (cache.mlp, mlp)):
-                    store[index][batch_rows, :stop] = kept
-            x = x + mixed + mlp
+                self._recompute(x, h, rows, layer, scope, *kept)
+            if scope.batch is not None:
+                for t, mine in zip(cache.tensors, kept, strict=True):
+                    t[index][scope.batch] = mine
+            x = x + kept[2][:, :stop] + kept[3][:, :stop]
         return x
+
+    def _moved(
+        self,
+        h: torch.Tensor,
+        v: torch.Tensor,
+        layer: LayerWeights,
+        at_response: torch.Tensor,
+        moved: torch.Tensor,
+        due: Features,
+    ) -> torch.Tensor:
+        """The ``moved [b]`` response rows whose fresh values are least like those kept, then -1. Keeps the fresh ones."""
+        own = slice(due.shortest, h.shape[1])
+        fresh = self._project(h[:, own], layer, slice(self.spec.d_model + self.spec.kv_width, None))
+        here = at_response[:, own]
+        likeness = F.cosine_similarity(fresh, v[:, own], dim=-1).masked_fill(~here, float("inf"))
+        rows = due.shortest + likeness.topk(due.moved(h.shape[1]), largest=False).indices
+        v[:, own] = torch.where(here[..., None], fresh, v[:, own])
+        return torch.where(self._position[: rows.shape[1]] < moved[:, None], rows, -1).int()
 
     def _recompute(
         self,
@@ -179,26 +192,30 @@ class Transformer:
         h: torch.Tensor,
         rows: torch.Tensor,
         layer: LayerWeights,
+        scope: Scope,
         k: torch.Tensor,
         v: torch.Tensor,
         mixed: torch.Tensor,
         mlp: torch.Tensor,
     ) -> None:
-        """Recompute keys, values, attention and MLP outputs at ``rows [b, m]``, in place."""
-        spec = self.spec
-
-        def wide(width: int) -> torch.Tensor:
-            return rows[..., None].expand(-1, -1, width)
-
-        projected = self._project(h.gather(1, wide(spec.d_model)), layer)
+        """Recompute keys, values, attention and MLP outputs at ``rows [b, m]``, -1 idle, in place."""
+        spec, stop = self.spec, x.shape[1]
+        source = rows.clamp(min=0).long()
+        spare = torch.where(rows < 0, k.shape[1] - 1, rows.long())
+        projected = self._project(h.gather(1, _wide(source, h)), layer)
         q, k_new, v_new = projected.split((spec.d_model, spec.kv_width, spec.kv_width), -1)
-        k.scatter_(1, wide(spec.kv_width), k_new)
-        v.scatter_(1, wide(spec.kv_width), v_new)
-        keys = self._heads(k.clone())  # rotated in place, and kept unrotated
+        k.scatter_(1, _wide(spare, k), k_new)
+        v.scatter_(1, _wide(spare, v), v_new)
+        keys = self._heads(k[:, :stop].clone())  # rotated in place, and kept unrotated
         q = self.ops.rope_cache(self._heads(q), None, None, self._cos, self._sin, rows)[0]
-        stop = k.shape[1]
-        _, keys, values = self.ops.rope_cache(None, keys, self._heads(v), self._cos[:stop], self._sin[:stop], None)
-        out = F.linear(self.ops.attention(q, keys, values).flatten(2), layer.out)
-        mixed.scatter_(1, wide(spec.d_model), out)
-        h = self.ops.rms_norm(out, layer.mlp_norm, spec.norm_eps, residual=x.gather(1, wide(spec.d_model)))
-        mlp.scatter_(1, wide(spec.d_model), self._mlp(h, layer))
+        tables = self._cos[:stop], self._sin[:stop]
+        _, keys, values = self.ops.rope_cache(None, keys, self._heads(v[:, :stop]), *tables, None)
+        out = F.linear(self.ops.attention(q, keys, values, key_range=scope.key_range).flatten(2), layer.out)
+        mixed.scatter_(1, _wide(spare, mixed), out)
+        h = self.ops.rms_norm(out, layer.mlp_norm, spec.norm_eps, residual=x.gather(1, _wide(source, x)))
+        mlp.scatter_(1, _wide(spare, mlp), self._mlp(h, layer))
+
+
+def _wide(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """``rows [b, m]`` as an index along the second axis of ``like [b, n, width]``."""
+    return rows[..., None].expand(-1, -1, like.shape[-1])

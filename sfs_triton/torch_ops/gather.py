@@ -15,11 +15,22 @@ def embedding(table: torch.Tensor, tokens: torch.Tensor, position: torch.Tensor 
     return x.masked_fill_(idle[..., None], 0)
 
 
-def compact(flag: torch.Tensor, *, capacity: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """The first ``capacity`` indices of set flags in flattened order, then -1; and how many are kept, ``[1]``."""
-    flags = flag.flatten() != 0
-    capacity = flags.numel() if capacity is None else capacity
-    slot = torch.where(flags, flags.cumsum(0) - 1, capacity).clamp(max=capacity)  # the spare one takes the rest
-    rows = torch.full((capacity + 1,), -1, dtype=torch.int32, device=flag.device)
-    rows.scatter_(0, slot, torch.arange(flags.numel(), dtype=torch.int32, device=flag.device))
-    return rows[:capacity], flags.sum(0, keepdim=True).clamp(max=capacity).int()
+def compact(
+    flag: torch.Tensor, *, capacity: int | None = None, out: tuple[torch.Tensor, torch.Tensor] | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of each row of ``flag [B, n]``, the first ``capacity`` indices of set flags, then -1; and how many are kept.
+
+    Both are int32, ``[B, capacity]`` and ``[B]``; ``out`` if given, whose room is then the capacity if None.
+    """
+    flags = flag != 0
+    batch, n = flags.shape
+    if capacity is None:
+        capacity = n if out is None else out[0].shape[1]
+    if out is None:
+        out = flag.new_empty((batch, capacity), dtype=torch.int32), flag.new_empty(batch, dtype=torch.int32)
+    slot = torch.where(flags, flags.cumsum(1) - 1, capacity).clamp(max=capacity)  # the spare one takes the rest
+    rows = torch.full((batch, capacity + 1), -1, dtype=torch.int32, device=flag.device)
+    rows.scatter_(1, slot, torch.arange(n, dtype=torch.int32, device=flag.device).expand(batch, n))
+    out[0].copy_(rows[:, :capacity])
+    out[1].copy_(flags.sum(1).clamp(max=capacity))
+    return out

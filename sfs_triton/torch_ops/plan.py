@@ -36,12 +36,13 @@ def plan(
     span_cap: int | None = None,
     look_ahead: int = 0,
     shift: int = 0,
+    stale: bool = True,
 ) -> None:
     """The row list of a step, in place: ``rows`` and ``target`` int32 ``[B, C]``, ``count`` int32 ``[B]``.
 
     At most ``C`` positions of each running row, in this order of claim: dirty ones; those that the step decides (and,
-    with ``shift``, the rows before them, which predict them); ``look_ahead`` positions beyond; all others, those that
-    were not listed for longest first. Within a class positions ascend; of equally old ones the lowest are taken.
+    with ``shift``, the rows before them, which predict them); ``look_ahead`` positions beyond; with ``stale`` all others, those
+    that were not listed for longest first. Within a class positions ascend; of equally old ones the lowest are taken.
     ``target`` is the position that a listed row predicts, if that is to be decided or looked ahead at. Listed positions
     are no longer dirty and are noted in ``state.forwarded``; ``state.inside`` is where the step decides.
     """
@@ -62,6 +63,8 @@ def plan(
     here = place < limit
     kind = torch.where(decided | predicts, 1, torch.where(seen | shows, 2, 3))
     kind = torch.where(state.dirty, 0, kind)
+    if not stale:
+        here = here & (kind < 3)
     # one sort key a position: class, then age for stale ones, then place; what is not a row's own comes last
     age = torch.where(kind == 3, state.forwarded + 1, 0)
     key = torch.where(here, (kind * (state.step[:, None] + 2) + age) * length + place, torch.iinfo(torch.int64).max)

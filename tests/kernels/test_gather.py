@@ -45,15 +45,19 @@ def assert_rows(guards: Guards, table: torch.Tensor, tokens: torch.Tensor, posit
 
 def assert_compact(guards: Guards, flag: torch.Tensor, capacity: int | None = None, **options):
     flag = guards.copy(flag)
-    before, room = flag.clone(), flag.numel() if capacity is None else capacity
-    out = guards.empty(room, dtype=torch.int32), guards.empty(1, dtype=torch.int32)
-    rows, count = compact(flag, capacity=capacity, out=out, **options)
-    assert rows is out[0] and count is out[1]
-    want = flag.flatten().nonzero().flatten()[:room]
-    assert count.tolist() == [len(want)]
-    assert rows[: len(want)].tolist() == want.tolist() and (rows[len(want) :] == -1).all()
-    for ours, theirs in zip(out, twin.compact(flag, capacity=capacity), strict=True):
-        assert torch.equal(ours, theirs) and ours.dtype == theirs.dtype
+    before, (batch, n) = flag.clone(), flag.shape
+    room = n if capacity is None else capacity
+    outs = [(guards.empty(batch, room, dtype=torch.int32), guards.empty(batch, dtype=torch.int32)) for _ in range(2)]
+    wanted = [[i for i, value in enumerate(row) if value][:room] for row in flag.tolist()]
+    for out, (rows, count) in (
+        (outs[0], compact(flag, capacity=capacity, out=outs[0], **options)),
+        (outs[1], twin.compact(flag, capacity=capacity, out=outs[1])),
+        ((None, None), twin.compact(flag, capacity=capacity)),
+    ):
+        assert rows.shape == (batch, room) and rows.dtype == count.dtype == torch.int32 and rows.is_contiguous()
+        assert count.tolist() == [len(row) for row in wanted]
+        assert rows.tolist() == [row + [-1] * (room - len(row)) for row in wanted]
+        assert out[0] is None or (rows is out[0] and count is out[1])
     assert torch.equal(flag, before)
 
 
@@ -120,52 +124,67 @@ def test_embedding_configuration():
     assert embedding_config(130, 128, 1) == EmbeddingConfig(256, 128, 16)
 
 
+def flags(batch: int, n: int, share: float = 0.5) -> torch.Tensor:
+    return torch.rand(batch, n, generator=torch.Generator().manual_seed(n)) < share
+
+
 @pytest.mark.parametrize("kind", [torch.bool, torch.uint8], ids=["bool", "uint8"])
-@pytest.mark.parametrize("n", [0, 1, 2, 63, 1024, 1025, 8192, 8193, 20000])
-def test_compact_equals_its_twin(guards, n, kind):
-    flag = torch.rand(n, generator=torch.Generator().manual_seed(n)) < 0.4
+@pytest.mark.parametrize(
+    ("batch", "n"),
+    [(0, 5), (1, 0), (3, 0), (1, 1), (4, 2), (5, 63), (2, 1024), (3, 1025), (1, 8192), (2, 8193), (3, 20000)],
+)
+def test_compact_equals_its_twin(guards, batch, n, kind):
+    flag = flags(batch, n, 0.4)
     assert_compact(guards, flag if kind == torch.bool else flag.to(kind) * 7)
 
 
-@pytest.mark.parametrize("share", [0.0, 1.0], ids=["none", "all"])
 @pytest.mark.parametrize("n", [1, 1000, 9000])
-def test_compact_of_none_and_of_all(guards, n, share):
-    assert_compact(guards, torch.full((n,), bool(share)))
+def test_compact_of_none_and_of_all(guards, n):
+    assert_compact(guards, torch.tensor([[False], [True], [False]]).expand(3, n))
 
 
 @pytest.mark.parametrize("capacity", [0, 1, 7, 500, 4000])
 @pytest.mark.parametrize("n", [0, 600, 2050])
 def test_compact_keeps_the_first(guards, n, capacity):
-    flag = torch.rand(n, generator=torch.Generator().manual_seed(n)) < 0.5
-    assert_compact(guards, flag, capacity, config=CompactConfig(256, 1))
+    assert_compact(guards, flags(3, n), capacity, config=CompactConfig(256, 1))
 
 
 def test_compact_of_two_million_flags(guards):
-    flag = torch.rand(256, 8192, generator=torch.Generator().manual_seed(0)) < 0.01
-    assert_compact(guards, flag, 50_000)
+    """As one list, and as 256."""
+    flag = flags(256, 8192, 0.01)
+    assert_compact(guards, flag.view(1, -1), 50_000)
+    assert_compact(guards, flag, 128)
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.lists(st.booleans(), max_size=100), st.none() | st.integers(0, 120), st.sampled_from([1, 4, 16, 128]))
-def test_compact_of_any_flags_in_any_chunks(flags, capacity, block):
+@given(
+    st.integers(1, 4).flatmap(
+        lambda n: st.lists(st.lists(st.booleans(), min_size=25 * n, max_size=25 * n), max_size=4)
+    ),
+    st.none() | st.integers(0, 120),
+    st.sampled_from([1, 4, 16, 128]),
+)
+def test_compact_of_any_flags_in_any_chunks(rows, capacity, block):
     guards = Guards(DEVICE)
-    assert_compact(guards, torch.tensor(flags, dtype=torch.bool), capacity, config=CompactConfig(block, 1))
+    flag = torch.tensor(rows, dtype=torch.bool).view(len(rows), -1 if rows else 3)
+    assert_compact(guards, flag, capacity, config=CompactConfig(block, 1))
     guards.check()
 
 
 @pytest.mark.parametrize(("n", "launches"), [(0, 1), (1024, 1), (8192, 1), (8193, 2)])
-def test_compact_launches_once_while_a_block_holds_the_flags(n, launches):
+def test_compact_launches_once_while_a_block_holds_a_row(n, launches):
     with recording() as recorded:
-        compact(torch.empty(n, dtype=torch.bool, device="meta"))
-    assert len(recorded) == launches
+        compact(torch.empty((3, n), dtype=torch.bool, device="meta"))
+    assert len(recorded) == launches and recorded[-1].grid == (3, launches)
     assert compact_config(n).BLOCK_N == (1024 if n <= 1024 else 8192)
 
 
 def test_compact_takes_its_capacity_from_out(device):
-    flag = torch.tensor([[True, False], [True, True]], device=device)
-    out = torch.empty(2, dtype=torch.int32, device=device), torch.empty(1, dtype=torch.int32, device=device)
-    rows, count = compact(flag, out=out)
-    assert rows.tolist() == [0, 2] and count.tolist() == [2]
+    flag = torch.tensor([[True, False, True, True], [False, False, False, True]], device=device)
+    for ops in (compact, twin.compact):
+        out = torch.empty((2, 2), dtype=torch.int32, device=device), torch.empty(2, dtype=torch.int32, device=device)
+        rows, count = ops(flag, out=out)
+        assert rows.tolist() == [[0, 2], [3, -1]] and count.tolist() == [2, 1]
 
 
 def test_indices_are_checked_in_debug_mode(device, monkeypatch):
@@ -202,16 +221,18 @@ def test_embedding_refuses_what_it_cannot_take(device):
 
 
 def test_compact_refuses_what_it_cannot_take(device):
-    flag = torch.ones(4, dtype=torch.bool, device=device)
-    rows, count = (torch.ones(n, dtype=torch.int32, device=device) for n in (4, 1))
+    flag = torch.ones((2, 4), dtype=torch.bool, device=device)
+    rows, count = (torch.ones(shape, dtype=torch.int32, device=device) for shape in ((2, 4), (2,)))
     for message, call in {
         "flag has dtype int32": lambda: compact(rows),
-        "flag has strides": lambda: compact(flag[::2]),
+        "flag has shape": lambda: compact(flag[0]),
+        "flag has strides": lambda: compact(flag[:, ::2]),
         "flag is a list": lambda: compact([True]),
         "capacity is -1": lambda: compact(flag, capacity=-1),
-        "capacity is 1073741825": lambda: compact(flag, capacity=2**30 + 1),
+        "capacity is 268435457": lambda: compact(flag, capacity=2**28 + 1),
         r"out\[0\] has shape": lambda: compact(flag, capacity=3, out=(rows, count)),
         r"out\[0\] has dtype int64": lambda: compact(flag, out=(rows.long(), count)),
+        r"out\[0\] has strides": lambda: compact(flag, out=(rows.T.contiguous().T, count)),
         r"out\[1\] has shape": lambda: compact(flag, out=(rows, rows)),
         r"out\[1\] is on device 'meta'": lambda: compact(flag, out=(rows, count.to("meta"))),
     }.items():

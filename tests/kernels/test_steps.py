@@ -133,7 +133,8 @@ def copied(state: DecodeState, guards: Guards | None = None) -> DecodeState:
     place = guards.copy if guards else lambda x: x.to(DEVICE, copy=True)
     given = {field.name: getattr(state, field.name) for field in dataclasses.fields(state) if field.init}
     tensors = {name: place(value) for name, value in given.items() if isinstance(value, torch.Tensor)}
-    return dataclasses.replace(state, **{**tensors, "events": []})
+    events = {name: place(value) for name, value in state.events.items()}
+    return dataclasses.replace(state, **{**tensors, "events": events})
 
 
 def assert_same(kernel: DecodeState, twin: DecodeState) -> None:
@@ -149,13 +150,12 @@ def assert_same(kernel: DecodeState, twin: DecodeState) -> None:
                 assert mine[keep, column].tolist() == wanted[keep, column].tolist(), name
         else:
             assert torch.equal(mine.nan_to_num(7.5), wanted.nan_to_num(7.5)), field.name
-    for event, wanted in zip(kernel.events, twin.events, strict=True):
-        decided = (wanted["control"][:, COLUMN["done"]] == 0) & (twin.fault <= 0)  # others record nothing of use
-        for name in ("control", "history"):
-            ours, theirs = event[name].cpu()[decided], wanted[name][decided]
-            if name == "control":
-                ours[:, COLUMN["quota"]] = theirs[:, COLUMN["quota"]]  # which the event of a block may or may not have
-            assert torch.equal(ours, theirs), name
+    decided = (twin.events["control"][:, COLUMN["done"]] == 0) & (twin.fault <= 0)  # others record nothing of use
+    for name in ("control", "history"):
+        ours, theirs = kernel.events[name].cpu()[decided], twin.events[name][decided]
+        if name == "control":
+            ours[:, COLUMN["quota"]] = theirs[:, COLUMN["quota"]]  # which the event of a block may or may not have
+        assert torch.equal(ours, theirs), name
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,6 @@ def test_machines_equal_their_twins(rules, op, seed, batch, length, block):
     state = random_state(rng, rules, batch, length)
     look_and_score(rng, state, rules, faults=True)
     mine, twin = copied(state, guards), state
-    twin.events.clear()
     with block_size(block):
         getattr(triton_impl, op)(mine, rules)
     getattr(torch_impl, op)(twin, rules)
@@ -188,14 +187,14 @@ def test_machines_equal_their_twins(rules, op, seed, batch, length, block):
     span_cap=st.none() | st.integers(1, 12),
     look_ahead=st.integers(0, 5),
     shift=st.integers(0, 1),
+    stale=st.booleans(),
     block=BLOCK_SIZES,
 )
-def test_row_lists_equal_their_twin(seed, batch, length, capacity, by_stage, span_cap, look_ahead, shift, block):
+def test_row_lists_equal_their_twin(seed, batch, length, capacity, by_stage, span_cap, look_ahead, shift, stale, block):
     rng, guards = random.Random(seed), Guards(DEVICE)
     state = random_state(rng, CYCLES["blocks"] if by_stage else BLOCKS["even"], batch, length)
     mine, twin = copied(state, guards), state
-    twin.events.clear()
-    how = {"by_stage": by_stage, "span_cap": span_cap, "look_ahead": look_ahead, "shift": shift}
+    how = {"by_stage": by_stage, "span_cap": span_cap, "look_ahead": look_ahead, "shift": shift, "stale": stale}
     lists = [guards.empty(batch, capacity, dtype=torch.int32) for _ in range(2)]
     lists.append(guards.empty(batch, dtype=torch.int32))
     wanted = [x.cpu().clone() for x in lists]
@@ -218,7 +217,6 @@ def test_large_canvases(batch, length):
         state = random_state(rng, rules, batch, length)
         look_and_score(rng, state, rules, faults=False)
         mine, twin = copied(state), state
-        twin.events.clear()
         getattr(triton_impl, op)(mine, rules)
         getattr(torch_impl, op)(twin, rules)
         assert_same(mine, twin)
@@ -243,7 +241,6 @@ def test_numbers_beyond_any_canvas_do_not_wrap(huge):
             state = random_state(rng, rules, 3, 20)
             look_and_score(rng, state, rules, faults=False)
             mine, twin = copied(state), state
-            twin.events.clear()
             getattr(triton_impl, op)(mine, rules)
             getattr(torch_impl, op)(twin, rules)
             assert_same(mine, twin)

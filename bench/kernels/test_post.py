@@ -1,0 +1,54 @@
+"""What a step posts for its host. The rings are on the device here: this times the launches, not the bus."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+
+from sfs_triton.kernels.control import CONTROL
+from sfs_triton.kernels.post import post, post_cost
+from sfs_triton.torch_ops import post as twin
+
+from .case import Case
+from .harness import benchmark_of
+
+Shapes = list[tuple[tuple[int, ...], torch.dtype]]
+
+
+def _build(device: torch.device, *, shapes: Shapes, depth: int) -> dict:
+    return {
+        "sources": [torch.randint(2, shape, device=device).to(dtype) for shape, dtype in shapes],
+        "rings": [torch.zeros((depth, *shape), dtype=dtype, device=device) for shape, dtype in shapes],
+        "tick": torch.full((1,), 5, device=device),
+        "bell": torch.zeros(1, dtype=torch.int64, device=device),
+    }
+
+
+def _shapes(batch: int, length: int) -> dict[str, Shapes]:
+    """What a host paces itself by, what it draws a canvas from, and all that a trace tells."""
+    control = ((batch, len(CONTROL)), torch.int64)
+    canvas, flags, scores = (((batch, length), dtype) for dtype in (torch.int64, torch.bool, torch.float32))
+    return {
+        "control": [control],
+        "canvas": [control, canvas],
+        "trace": [control, canvas, flags, scores, ((batch,), torch.float64)],
+    }
+
+
+def cases(toy: bool = False) -> list[Case]:
+    sizes = [(2, 32)] if toy else [(1, 2124), (16, 8192)]
+    return [
+        Case(
+            name=f"{'toy-' if toy else ''}{batch}x{length}-{name}",
+            kernel=post,
+            twin=twin.post,
+            build=partial(_build, shapes=shapes, depth=8),
+            cost=post_cost(sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in shapes)),
+        )
+        for batch, length in sizes
+        for name, shapes in _shapes(batch, length).items()
+    ]
+
+
+test_post = benchmark_of(cases)

@@ -1,0 +1,57 @@
+"""Which contiguous rows a step forwards and which keys they attend to."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+
+from sfs_triton import SlowFast, torch_impl, triton_impl
+from sfs_triton.kernels.control import COLUMN, FAST
+from sfs_triton.kernels.reach import reach_cost
+
+from .case import Case
+from .harness import benchmark_of
+from .states import decode_state
+
+
+def _build(device: torch.device, *, capacity: int | None, to_span_end: bool, block: str | None, **sizes: int) -> dict:
+    """All rows in the second step of a fast stage whose span is half of the response."""
+    state = decode_state(SlowFast(), device=device, **sizes)
+    for name, value in {"phase": FAST, "k": 1, "e": sizes["prompt"] + sizes["response"] // 2}.items():
+        state.control[:, COLUMN[name]] = value
+    batch = sizes["batch"]
+    return {
+        "state": state,
+        "rows": None if capacity is None else torch.zeros((batch, capacity), dtype=torch.int32, device=device),
+        "count": torch.zeros(batch, dtype=torch.int32, device=device),
+        "key_range": torch.zeros((batch, 4), dtype=torch.int32, device=device),
+        "to_span_end": to_span_end,
+        "block": block,
+    }
+
+
+def cases(toy: bool = False) -> list[Case]:
+    sizes = [(2, 8, 24)] if toy else [(1, 1100, 1024), (16, 4096, 4096)]
+    return [
+        Case(
+            name=f"{'toy-' if toy else ''}{batch}x{prompt + response}-{name}",
+            kernel=triton_impl.reach,
+            twin=torch_impl.reach,
+            build=partial(
+                _build,
+                capacity=capacity,
+                to_span_end=block is None,
+                block=block,
+                batch=batch,
+                prompt=prompt,
+                response=response,
+            ),
+            cost=reach_cost(batch, capacity or 0),
+        )
+        for batch, prompt, response in sizes
+        for name, capacity, block in (("span", None, None), ("rest", response, "rest"), ("own", response // 8, "own"))
+    ]
+
+
+test_reach = benchmark_of(cases)

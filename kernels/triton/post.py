@@ -1,0 +1,144 @@
+"""The mailbox that a host reads without asking the device: copies of tensors in a ring of host memory, and a bell.
+
+A pinned tensor of the CPU has an address that kernels can use. The bell is rung by an atomic exchange that releases at
+system scope, after all copies: those of its own program before a barrier, those of earlier launches in the stream's
+order. So a host that sees ``bell = t`` sees what was posted at tick ``t - 1``, in slot ``(t - 1) % depth``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from .check import check_tensor, refuse_unless
+from .cost import Cost
+from .launch import launch
+
+_WORDS = {1: torch.uint8, 4: torch.int32, 8: torch.int64}  # by itemsize: what is copied is not looked at
+_DTYPES = (torch.bool, torch.uint8, torch.int32, torch.int64, torch.float32, torch.float64)
+_MAX_ELEMENTS = 2**30
+
+
+@triton.jit(do_not_specialize=["depth"])
+def _copy_kernel(source_ptr, ring_ptr, tick_ptr, n, depth, BLOCK_N: tl.constexpr):
+    slot = tl.load(tick_ptr) % depth
+    at = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    tl.store(ring_ptr + slot * n + at, tl.load(source_ptr + at, mask=at < n, other=0), mask=at < n)
+
+
+@triton.jit(do_not_specialize=["depth"])
+def _post_kernel(source_ptr, ring_ptr, tick_ptr, bell_ptr, n, depth, HAS_SOURCE: tl.constexpr, BLOCK_N: tl.constexpr):
+    tick = tl.load(tick_ptr)
+    if HAS_SOURCE:
+        ring_ptr += tick % depth * n
+        for begin in range(0, n, BLOCK_N):
+            at = begin + tl.arange(0, BLOCK_N)
+            tl.store(ring_ptr + at, tl.load(source_ptr + at, mask=at < n, other=0), mask=at < n)
+    tl.debug_barrier()  # all threads have the tick, and have written their share of the ring
+    tl.store(tick_ptr, tick + 1)
+    tl.atomic_xchg(bell_ptr, tick + 1, sem="release", scope="sys")
+
+
+@dataclass(frozen=True)
+class PostConfig:
+    BLOCK_N: int
+    num_warps: int
+    with_bell: bool
+
+
+def post_config(n: int, itemsize: int) -> PostConfig:
+    """How a source of ``n`` elements is copied: 64 bytes a thread at a time.
+
+    Up to 64 KiB the program that rings the bell can copy it: two turns of 32 KiB, which take less than a launch.
+    """
+    with_bell = n * itemsize <= 65536
+    block = min(triton.next_power_of_2(max(n, 1)), (32768 if with_bell else 8192) // itemsize)
+    return PostConfig(BLOCK_N=block, num_warps=max(1, block * itemsize // 2048), with_bell=with_bell)
+
+
+def post(
+    sources: Sequence[torch.Tensor],
+    rings: Sequence[torch.Tensor],
+    tick: torch.Tensor,
+    bell: torch.Tensor,
+    *,
+    config: PostConfig | None = None,
+) -> None:
+    """``ring[tick % depth] = source`` for each source, then ``tick += 1``, then ``bell = tick``.
+
+    One launch a source, and one more for the bell if even the smallest source is large.
+
+    Args:
+        sources: dense tensors of any shapes, of bool, uint8, int32, int64, float32 or float64.
+        rings: for each source ``[depth, *shape]`` of its dtype, dense, in pinned memory of the host, or where the
+            source is. ``depth`` is the same for all; a host has ``depth - 1`` further ticks to read a slot.
+        tick: int64 ``[1]`` where the sources are, never negative: how often something was posted.
+        bell: int64 ``[1]``, where the rings are.
+        config: for all sources.
+    """
+    check_tensor("tick", tick, dtype=torch.int64, shape=[1])
+    check_tensor("bell", bell, dtype=torch.int64, shape=[1])
+    _check_place("bell", bell, tick.device)
+    refuse_unless(len(sources) == len(rings), f"{len(sources)} sources and {len(rings)} rings")
+    depth = len(rings[0]) if rings and rings[0].dim() else 1
+    for index, (source, ring) in enumerate(zip(sources, rings, strict=True)):
+        name = f"sources[{index}]", f"rings[{index}]"
+        check_tensor(name[0], source, dtype=_DTYPES, shape=[...], device=tick.device, dense=True)
+        refuse_unless(source.numel() <= _MAX_ELEMENTS, f"{name[0]} has more than {_MAX_ELEMENTS} elements")
+        check_tensor(name[1], ring, dtype=source.dtype, shape=[depth, *source.shape], dense=True)
+        _check_place(name[1], ring, tick.device)
+    refuse_unless(depth > 0, "rings[0] has no slots")
+    pairs = [(source, ring) for source, ring in zip(sources, rings, strict=True) if source.numel()]
+    pairs.sort(key=lambda pair: -pair[0].nbytes)
+    last = None
+    if pairs and (config or post_config(pairs[-1][0].numel(), pairs[-1][0].itemsize)).with_bell:
+        last = pairs.pop()
+    for source, ring in pairs:
+        copy = config or post_config(source.numel(), source.itemsize)
+        launch(
+            _copy_kernel,
+            (triton.cdiv(source.numel(), copy.BLOCK_N),),
+            source_ptr=_words(source),
+            ring_ptr=_words(ring),
+            tick_ptr=tick,
+            n=source.numel(),
+            depth=depth,
+            BLOCK_N=copy.BLOCK_N,
+            num_warps=copy.num_warps,
+        )
+    n, itemsize = (0, 1) if last is None else (last[0].numel(), last[0].itemsize)
+    config = config or post_config(n, itemsize)
+    launch(
+        _post_kernel,
+        (1,),
+        source_ptr=None if last is None else _words(last[0]),
+        ring_ptr=None if last is None else _words(last[1]),
+        tick_ptr=tick,
+        bell_ptr=bell,
+        n=n,
+        depth=depth,
+        HAS_SOURCE=last is not None,
+        BLOCK_N=config.BLOCK_N,
+        num_warps=config.num_warps,
+    )
+
+
+def _words(x: torch.Tensor) -> torch.Tensor:
+    return x.view(_WORDS[x.itemsize])
+
+
+def _check_place(name: str, x: torch.Tensor, device: torch.device) -> None:
+    """Kernels reach memory of their own device, and of the host where it is pinned."""
+    if x.device == device:
+        return
+    refuse_unless(device.type == "cuda" and x.device.type == "cpu", f"{name} is on device {str(x.device)!r}")
+    refuse_unless(x.is_pinned(), f"{name} is in memory of the host that is not pinned")
+
+
+def post_cost(n_bytes: int) -> Cost:
+    """The sources read and their slots written once; the tick read and written, and the bell."""
+    return Cost(bytes=2 * n_bytes + 3 * 8, flops=0)

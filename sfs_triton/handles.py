@@ -1,0 +1,84 @@
+"""Generations that are under way: streamed, or in another thread."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor
+from contextlib import AbstractContextManager, ExitStack
+
+from .generation import Frame, Generation
+from .session import Run
+
+
+class Stream(Iterator[Frame]):
+    """Frames of a generation, one a step. Nothing runs between two of them; it starts with the first."""
+
+    def __init__(self, run: AbstractContextManager[Run], single: bool):
+        self._context, self._single = run, single
+        self._stack = ExitStack()
+        self._run: Run | None = None
+        self._frames: Iterator[Frame] | None = None
+        self._closed = False
+
+    def __next__(self) -> Frame:
+        if self._closed:
+            raise StopIteration
+        if self._run is None:
+            self._run = self._stack.enter_context(self._context)
+            self._frames = self._run.frames()
+        return next(self._frames)
+
+    def result(self) -> Generation | list[Generation]:
+        """Finish what is left; what :meth:`Engine.generate` gives.
+
+        Raises:
+            RuntimeError: the stream was closed before its end.
+        """
+        if self._closed:
+            raise RuntimeError("this stream was closed before its end")
+        for _ in self:
+            pass
+        done = self._run.results()
+        self.close()
+        return done[0] if self._single else done
+
+    def close(self) -> None:
+        """Stop here. Closing again does nothing."""
+        self._closed = True
+        self._stack.close()
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+
+class Pending:
+    """A generation that runs in another thread, or waits for its turn."""
+
+    def __init__(self, worker: Executor, work: Callable[[threading.Event], Generation | list[Generation]]):
+        self._halt = threading.Event()
+        self._future = worker.submit(work, self._halt)
+
+    def done(self) -> bool:
+        """Whether it has finished, failed or been cancelled."""
+        return self._future.done()
+
+    def result(self, timeout: float | None = None) -> Generation | list[Generation]:
+        """What :meth:`Engine.generate` gives or raises; waits for it at most ``timeout`` seconds.
+
+        Raises:
+            TimeoutError: it is not finished by then.
+            concurrent.futures.CancelledError: it was cancelled.
+        """
+        return self._future.result(timeout)
+
+    def cancel(self) -> None:
+        """End it before its next step."""
+        self._halt.set()
+        self._future.cancel()

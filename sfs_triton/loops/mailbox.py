@@ -1,0 +1,55 @@
+"""What a host reads of a running generation without asking the device."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+
+import numpy
+import torch
+
+from ..errors import LoopTimeout
+
+_SPINS = 200  # looks at the bell before the host sleeps between them
+
+
+class Mailbox:
+    """Rings of ``depth`` copies of some tensors in host memory, written by the device in step with its work.
+
+    On a GPU the memory is pinned, the copies are stores of a kernel, and the bell rings after them: reading takes no
+    CUDA call, and a letter may be read until ``depth`` more have been posted. On a CPU it is all there at once.
+    """
+
+    def __init__(
+        self, sources: Mapping[str, torch.Tensor], depth: int, post: Callable[..., None], device: torch.device
+    ):
+        pinned = device.type == "cuda"
+        self._sources, self._post, self.depth = list(sources.values()), post, depth
+        self._rings = [torch.zeros((depth, *x.shape), dtype=x.dtype, pin_memory=pinned) for x in self._sources]
+        self._bell = torch.zeros(1, dtype=torch.int64, pin_memory=pinned)
+        self._tick = torch.zeros(1, dtype=torch.int64, device=device)
+        self._pages = dict(zip(sources, (ring.numpy() for ring in self._rings), strict=True))
+        self._count = self._bell.numpy()
+        self.posted = 0
+
+    def post(self) -> None:
+        """Have the device post how its tensors then are. Who starts this, or replays it, counts it in ``posted``."""
+        self._post(self._sources, self._rings, self._tick, self._bell)
+
+    def read(self, number: int, limit: float) -> dict[str, numpy.ndarray]:
+        """The letter of this number, counted from 1; waits for it at most ``limit`` seconds.
+
+        Raises:
+            LoopTimeout: it has not come.
+        """
+        self.wait(number, limit)
+        return {name: page[(number - 1) % self.depth] for name, page in self._pages.items()}
+
+    def wait(self, number: int, limit: float) -> None:
+        deadline, spins = time.monotonic() + limit, 0
+        while self._count[0] < number:
+            spins += 1
+            if spins > _SPINS:
+                time.sleep(2e-5)
+                if time.monotonic() > deadline:
+                    raise LoopTimeout(f"the device has not finished step {number - 1} within {limit:g} s")

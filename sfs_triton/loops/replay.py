@@ -1,0 +1,83 @@
+"""The loop that replays captured CUDA graphs. It has not run on a GPU yet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from weakref import WeakKeyDictionary
+
+import torch
+
+from ..caching import Shape
+from .report import Report, Reports
+from .step import Step
+
+_LENGTHS = 64  # canvases are rounded up to a multiple, so that prompts of similar length share graphs
+
+Capture = Callable[[Step, Shape], Callable[[], None]]
+
+
+class ReplayLoop:
+    """Replays a graph a step: one for each shape that a policy's steps have (of ``region``: a step and a refresh).
+
+    The host queues ``ahead`` replays beyond the one that it waits for, where a step's shape follows from its number
+    alone; else it waits for each step's letter before it starts the next, which costs a read of pinned memory. Neither
+    asks the device. Replays that turn out to be surplus find no row running and change nothing.
+
+    Args:
+        ahead: replays that are queued beyond the one that is waited for.
+        step_limit: seconds that a step may take before the loop gives up.
+        capture: makes a replay of a step of one shape; tests run on a CPU with another one.
+    """
+
+    name = "replay"
+
+    def __init__(self, ahead: int = 1, step_limit: float = 60.0, capture: Capture | None = None):
+        self._ahead, self._step_limit, self._capture = ahead, step_limit, capture or capture_graph
+        self._graphs: WeakKeyDictionary[Step, dict[Shape, Callable[[], None]]] = WeakKeyDictionary()
+
+    def canvas_length(self, longest: int, most: int) -> int:
+        return min(-(-longest // _LENGTHS) * _LENGTHS, max(longest, most))
+
+    def prepare(self, step: Step) -> None:
+        """Capture what ``step`` can need and has not been captured."""
+        graphs = self._graphs.setdefault(step, {})
+        for shape in step.policy.shapes(step.canvas):
+            if shape not in graphs:
+                graphs[shape] = self._capture(step, shape)
+
+    def run(self, step: Step) -> Reports:
+        """Step to the end; yields a report a step."""
+        mailbox, graphs, first = step.mailbox, self._graphs[step], step.mailbox.posted
+        ahead = self._ahead if step.policy.foreseen else 0
+        before = mailbox.read(first, self._step_limit)["control"].tolist()
+        taken, started = 0, 0
+        try:
+            while rows := step.views(before):
+                while started <= taken + ahead:
+                    graphs[step.fixed(rows, started)]()
+                    mailbox.posted += 1
+                    started += 1
+                taken += 1
+                letter = mailbox.read(first + taken, self._step_limit)
+                after = letter["control"].tolist()
+                yield Report(rows, after, letter)
+                before = after
+        finally:
+            mailbox.wait(first + started, self._step_limit)  # whoever comes next finds a device at rest
+
+
+def capture_graph(step: Step, shape: Shape) -> Callable[[], None]:
+    """A graph of a step of this shape; rows that the state holds must be done."""
+    device = step.state.tokens.device
+    side = torch.cuda.Stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):
+        step.run([shape])  # loads and compiles what a capture must not
+        step.mailbox.posted += 1
+    torch.cuda.current_stream(device).wait_stream(side)
+    torch.cuda.synchronize(device)
+    graph = torch.cuda.CUDAGraph(keep_graph=True)
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        step.run([shape])
+    graph.instantiate()
+    return graph.replay

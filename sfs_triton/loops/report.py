@@ -1,0 +1,22 @@
+"""What a loop tells of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy
+
+from ..caching import RowView
+
+
+class Report(NamedTuple):
+    """A step that has been decided: the rows that took it, as they were before; all rows' control numbers after it;
+    and what else was posted. ``letter`` may be overwritten once the loop goes on."""
+
+    rows: list[RowView]
+    control: list[list[int]]
+    letter: dict[str, numpy.ndarray]
+
+
+Reports = Iterator[Report]
