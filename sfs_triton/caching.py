@@ -16,7 +16,6 @@ from typing import Any, ClassVar, NamedTuple
 from .errors import ArgumentError, require
 from .models.cache import FeatureCache, Features, KVCache
 
-
 _COARSE = 64  # prompt lengths are rounded for fixed shapes, so that more prompts share them
 
 
@@ -56,11 +55,11 @@ class Canvas(NamedTuple):
 class Shape(NamedTuple):
     """How large a step is: what the host must know to start it, and what a captured graph is kept for.
 
-    ``kind`` says where the rows come from: ``"same"``: ``[first, first + size)`` of every canvas, with all keys before
-    ``keys``; ``"prefix"``: the canvas' first ``size``, of which each uses as many as the device says; ``"list"``: a list
-    of ``size``, a contiguous stretch; ``"plan"``: a list of ``size`` that is planned. ``targets`` is the room for rows
-    whose tokens are wanted, ``ragged`` whether canvases differ in their keys, ``members`` the canvases that go along
-    (None: all of them).
+    ``kind`` says where the rows come from: ``"same"``, ``[first, first + size)`` of every canvas, with all keys before
+    ``keys``; ``"prefix"``, the canvas' first ``size``, of which each uses as many as the device says; ``"list"``, a
+    list of ``size`` with one contiguous stretch; ``"plan"``, a list of ``size`` that is planned. ``targets`` is the
+    room for rows whose tokens are wanted, ``ragged`` whether canvases differ in their keys, ``members`` the canvases
+    that go along (None: all of them).
     """
 
     kind: str
@@ -229,9 +228,9 @@ class RefreshCache(CachePolicy):
 class RegionCache(CachePolicy):
     """A step forwards a list of at most ``capacity`` rows of each canvas against cached keys and values of all others.
 
-    The list holds, in this order of claim: positions that were committed since they were last forwarded; those that
-    the step decides; ``look_ahead`` more beyond the span; and with ``rotate`` those that were not forwarded for longest,
-    with what room is left.
+    The list holds, in this order of claim: positions that were committed since they were last forwarded; those that the
+    step decides; ``look_ahead`` more beyond the span; and with ``rotate``, in what room is left, those that were not
+    forwarded for longest.
 
     Args:
         capacity: rows of a step.

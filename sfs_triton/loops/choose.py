@@ -19,7 +19,7 @@ LOOPS = ("eager", "replay", "device_while")
 
 
 class Record(NamedTuple):
-    """A run on a GPU, under ``bench/results/``, in which a loop passed its tests and was faster than those before it."""
+    """A run on a GPU, under ``bench/results/``, in which a loop passed its tests and was faster than the others."""
 
     loop: str
     path: str

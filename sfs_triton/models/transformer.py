@@ -177,7 +177,7 @@ class Transformer:
         moved: torch.Tensor,
         due: Features,
     ) -> torch.Tensor:
-        """The ``moved [b]`` response rows whose fresh values are least like those kept, then -1. Keeps the fresh ones."""
+        """The ``moved [b]`` response rows whose fresh values are least like those kept, then -1. Keeps fresh ones."""
         own = slice(due.shortest, h.shape[1])
         fresh = self._project(h[:, own], layer, slice(self.spec.d_model + self.spec.kv_width, None))
         here = at_response[:, own]

@@ -22,15 +22,17 @@ def compact(
 
     Both are int32, ``[B, capacity]`` and ``[B]``; ``out`` if given, whose room is then the capacity if None.
     """
-    flags = flag != 0
-    batch, n = flags.shape
+    batch, n = flag.shape
     if capacity is None:
         capacity = n if out is None else out[0].shape[1]
-    if out is None:
-        out = flag.new_empty((batch, capacity), dtype=torch.int32), flag.new_empty(batch, dtype=torch.int32)
-    slot = torch.where(flags, flags.cumsum(1) - 1, capacity).clamp(max=capacity)  # the spare one takes the rest
-    rows = torch.full((batch, capacity + 1), -1, dtype=torch.int32, device=flag.device)
+    flags = flag if flag.dtype == torch.bool else flag != 0
+    number = flags.cumsum(1)  # of each set flag, from 1 on
+    slot = torch.where(flags, number, capacity + 1).clamp_(max=capacity + 1)  # a spare one takes the rest
+    rows = torch.full((batch, capacity + 2), -1, dtype=torch.int32, device=flag.device)
     rows.scatter_(1, slot, torch.arange(n, dtype=torch.int32, device=flag.device).expand(batch, n))
-    out[0].copy_(rows[:, :capacity])
-    out[1].copy_(flags.sum(1).clamp(max=capacity))
+    count = flags.sum(1, dtype=torch.int32).clamp_(max=capacity)
+    if out is None:
+        return rows[:, 1:-1].contiguous(), count
+    out[0].copy_(rows[:, 1:-1])
+    out[1].copy_(count)
     return out

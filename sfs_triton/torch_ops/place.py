@@ -24,9 +24,11 @@ def place(
     ``state.choice_score``.
     """
     spare = state.choice_token.numel() - 1
-    if row is None:
-        row = torch.arange(len(target), device=target.device)
-    at = torch.where(target >= 0, row.long()[:, None] * state.length + target, spare).flatten()
+    at = target.long()
+    if row is not None or len(target) > 1:
+        row = torch.arange(len(target), device=target.device) if row is None else row.long()
+        at = row[:, None] * state.length + target
+    at = torch.where(target >= 0, at, spare).flatten()
     if which is not None:
         at = torch.where(which >= 0, at[which.clamp(min=0)], spare)
     state.choice_token.index_copy_(0, at, token.long())

@@ -7,7 +7,7 @@ import torch
 from ..kernels.control import SLOW
 
 
-def _window(state, by_stage: bool, span_cap: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+def stage_range(state, by_stage: bool, span_cap: int | None) -> tuple[torch.Tensor, torch.Tensor]:
     """First position ``[B]`` and one past the last at which each row decides."""
     if not by_stage:
         return state.block_start, state.block_end
@@ -21,7 +21,7 @@ def look(state, *, by_stage: bool, span_cap: int | None = None) -> torch.Tensor:
     ``by_stage``: from ``s`` to the block's end (at most ``span_cap`` positions) in the slow stage, to ``e`` in the fast
     one; otherwise the block. Undecided positions of running rows only.
     """
-    first, stop = _window(state, by_stage, span_cap)
+    first, stop = stage_range(state, by_stage, span_cap)
     after = state.position >= torch.where(state.done == 0, first, state.length)[:, None]
     return torch.logical_and(state.masked & after, state.position < stop[:, None], out=state.inside)
 
@@ -41,15 +41,15 @@ def plan(
     """The row list of a step, in place: ``rows`` and ``target`` int32 ``[B, C]``, ``count`` int32 ``[B]``.
 
     At most ``C`` positions of each running row, in this order of claim: dirty ones; those that the step decides (and,
-    with ``shift``, the rows before them, which predict them); ``look_ahead`` positions beyond; with ``stale`` all others, those
-    that were not listed for longest first. Within a class positions ascend; of equally old ones the lowest are taken.
-    ``target`` is the position that a listed row predicts, if that is to be decided or looked ahead at. Listed positions
+    with ``shift``, the rows before them, which predict them); ``look_ahead`` positions beyond; with ``stale`` all
+    others, those that were not listed for longest first. Within a class positions ascend; of equally old ones the lowest
+    are taken. ``target`` is the position that a listed row predicts, if that is to be decided or looked ahead at. Listed positions
     are no longer dirty and are noted in ``state.forwarded``; ``state.inside`` is where the step decides.
     """
     batch, length = state.masked.shape
     capacity, place = rows.shape[1], state.position
     limit = torch.where(state.done == 0, state.limit, 0)[:, None]
-    first, stop = (bound[:, None] for bound in _window(state, by_stage, span_cap))
+    first, stop = (bound[:, None] for bound in stage_range(state, by_stage, span_cap))
     stop = torch.minimum(stop, limit)
     ahead = torch.minimum(stop + look_ahead, limit)
 

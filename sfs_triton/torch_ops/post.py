@@ -11,8 +11,8 @@ def post(
     sources: Sequence[torch.Tensor], rings: Sequence[torch.Tensor], tick: torch.Tensor, bell: torch.Tensor
 ) -> None:
     """``ring[tick % depth] = source`` for each, ``rings[i]`` being ``[depth, *sources[i].shape]``; then ``tick += 1``
-    and ``bell = tick``. Both are int64 ``[1]``. All are on one device: torch has no store to host memory that is ordered
-    with a GPU's work, so a GPU takes the kernel."""
+    and ``bell = tick``. Both are int64 ``[1]``. All are on one device: torch has no store to host memory that is
+    ordered with a GPU's work, so a GPU takes the kernel."""
     for source, ring in zip(sources, rings, strict=True):
         ring.index_copy_(0, tick % len(ring), source[None])
     tick.add_(1)
