@@ -97,6 +97,12 @@ class SlowFast(Sampler):
         zero_history: the window starts filled with zeros.
         min_parallel, min_parallel_slow: take all positions over the threshold only if there are so many.
         block_length, max_cycles: semi-autoregressive blocks, and the most cycles spent on one.
+        share_stable: the step that becomes stable, the last of its slow stage, also commits what the fast stage would
+            take from the same logits: of the positions undecided before the step in ``[s, e)`` all over ``tau_high``,
+            if they are ``min_parallel``. A span that is full after it needs no fast stage. Only with
+            ``slow_end="stable"``.
+        eos_horizon: whether a position whose chosen token is end-of-text can be a candidate for the horizon. It can be
+            filled either way.
     """
 
     tau_min: float = 0.1
@@ -115,6 +121,8 @@ class SlowFast(Sampler):
     min_parallel_slow: int = 1
     block_length: int | None = None
     max_cycles: int | None = None
+    share_stable: bool = False
+    eos_horizon: bool = True
     name: str = "paper"
 
     def __post_init__(self) -> None:
@@ -131,6 +139,11 @@ class SlowFast(Sampler):
         _check_choice("spread", self.spread, SPREADS)
         _check_choice("slow_end", self.slow_end, SLOW_ENDS)
         _check_choice("rounding", self.rounding, ROUNDINGS)
+        require(
+            not self.share_stable or self.slow_end == "stable",
+            f"share_stable=True does not go with slow_end={self.slow_end!r}: only slow_end='stable' ends the slow "
+            "stage with the step that becomes stable",
+        )
 
     @classmethod
     def preset(cls, name: str = "paper", **changes: Any) -> SlowFast:
@@ -141,11 +154,27 @@ class SlowFast(Sampler):
     def check_cache(self, policy) -> None:
         require(
             not policy.by_block,
-            f"cache={policy.name!r} works by block and does not go with SlowFast; use 'none' or 'refresh'",
+            f"cache={policy.name!r} works by block and does not go with SlowFast; use 'none', 'region' or 'refresh'",
         )
 
-    def rules(self) -> CycleRules:
-        """The settings as the cycle machine takes them."""
+    def rules(
+        self, opening: str = "normal", *, look_ahead: int = 0, partial: bool = False, span_cap: int | None = None
+    ) -> CycleRules:
+        """The settings as the cycle machine takes them; arguments are the cache policy's.
+
+        Args:
+            opening: for the block machine; cycles have none.
+            look_ahead: how many positions beyond the span fast steps score, to start the next cycle's history.
+            partial: row lists may leave out positions that a step would decide.
+            span_cap: with ``partial``: slow steps look at no more than so many positions.
+        """
+        _check_integer("look_ahead", look_ahead, 0)
+        require(
+            not (look_ahead and self.zero_history),
+            f"look_ahead={look_ahead} does not go with zero_history=True: there is no empty history to start",
+        )
+        if span_cap is not None:
+            _check_integer("span_cap", span_cap)
         return CycleRules(
             tau_min=self.tau_min,
             tau_fast=self.tau_high,
@@ -164,6 +193,11 @@ class SlowFast(Sampler):
             block_length=self.block_length,
             max_cycles=self.max_cycles,
             eos_stop=self.eos_stop,
+            share_stable=self.share_stable,
+            eos_horizon=self.eos_horizon,
+            look_ahead=look_ahead,
+            partial=partial,
+            span_cap=span_cap,
         )
 
     def step_cap(self, length: int) -> int:
@@ -224,14 +258,20 @@ class Threshold(Sampler):
             if getattr(self, name) is not None:
                 _check_integer(name, getattr(self, name))
 
-    def rules(self, opening: str = "normal") -> BlockRules:
-        """The settings as the block machine takes them; ``opening`` is the cache policy's."""
+    def rules(
+        self, opening: str = "normal", *, look_ahead: int = 0, partial: bool = False, span_cap: int | None = None
+    ) -> BlockRules:
+        """The settings as the block machine takes them; arguments are the cache policy's.
+
+        ``look_ahead`` and ``span_cap`` are for the cycle machine; blocks have neither.
+        """
         return BlockRules(
             block_length=self.block_length,
             tau=self.tau,
             paced_steps=self.steps,
             opening=opening,
             eos_stop=self.eos_stop,
+            partial=partial,
         )
 
     def step_cap(self, length: int) -> int:
@@ -262,6 +302,15 @@ class FixedSteps(Sampler):
             if getattr(self, name) is not None:
                 _check_integer(name, getattr(self, name))
 
+    def check_cache(self, policy) -> None:
+        if policy.name == "region":
+            block = self.block_length
+            require(
+                block is not None and 2 * block < policy.capacity,
+                f"cache='region' holds {policy.capacity} rows a step; with FixedSteps a block must fit into less than "
+                f"half of them, so that counts a step are over all of it, and block_length={block}",
+            )
+
     def draw(self) -> Draw:
         score = {"topk_margin": "margin", "entropy": "entropy"}.get(self.metric, "confidence")
         return Draw(
@@ -282,14 +331,20 @@ class FixedSteps(Sampler):
         times = torch.linspace(1, self.eps, self.block_steps(length) + 1)
         return (1 - times[1:] / times[:-1]).tolist()
 
-    def rules(self, opening: str = "normal") -> BlockRules:
-        """The settings as the block machine takes them; ``opening`` is the cache policy's."""
+    def rules(
+        self, opening: str = "normal", *, look_ahead: int = 0, partial: bool = False, span_cap: int | None = None
+    ) -> BlockRules:
+        """The settings as the block machine takes them; arguments are the cache policy's.
+
+        ``look_ahead`` and ``span_cap`` are for the cycle machine; blocks have neither.
+        """
         return BlockRules(
             block_length=self.block_length,
             schedule="even" if self.metric == "confidence" else "timesteps",
             at_random=self.metric == "origin",
             opening=opening,
             eos_stop=self.eos_stop,
+            partial=partial,
         )
 
     def step_cap(self, length: int) -> int:

@@ -133,6 +133,11 @@ def decide_cycle(state, rules, *, slow: bool = True) -> None:
         block_length=rules.block_length,
         max_cycles=rules.max_cycles,
         eos_stop=rules.eos_stop,
+        share_stable=rules.share_stable,
+        eos_horizon=rules.eos_horizon,
+        look_ahead=rules.look_ahead,
+        partial=rules.partial,
+        span_cap=rules.span_cap,
         event=event,
     )
     if event is not None:
@@ -161,6 +166,7 @@ def decide_block(state, rules, *, slow: bool = True) -> None:
         opening=rules.opening,
         block_length=rules.block_length,
         eos_stop=rules.eos_stop,
+        partial=rules.partial,
     )
     if event is not None:
         state.record_event(*event)

@@ -110,7 +110,7 @@ def check(
 
 def random_slowfast(rng: random.Random) -> SlowFast:
     tau_slow = rng.choice([None, None, 0.3, 0.6, 0.8, 0.9])
-    return SlowFast(
+    sampler = SlowFast(
         tau_min=rng.choice([0.02, 0.1, 0.2, 0.3, 0.5, 0.9]),
         tau_high=rng.choice([0.1, 0.3, 0.6, 0.85, 0.9, 1.01]),
         tau_slow=tau_slow,
@@ -128,6 +128,8 @@ def random_slowfast(rng: random.Random) -> SlowFast:
         block_length=rng.choice([None, 8, 16]),
         max_cycles=rng.choice([None, None, None, 1, 3]),
     )
+    share_stable = rng.random() < 0.5 and sampler.slow_end == "stable"
+    return sampler.replace(share_stable=share_stable, eos_horizon=rng.random() < 0.6)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -159,6 +161,40 @@ def test_end_of_text(seed: int, name: str):
     samplers = [random_slowfast(rng), random_slowfast(rng), random_threshold(rng), random_fixed(rng)]
     engine = engine_of(name, common_token(name))
     check(engine, random_prompt(rng), LENGTH, samplers[seed % 4].replace(eos_stop=True))
+
+
+OPTIONS = {
+    "shared": {"share_stable": True},
+    "shared, two or none": {"share_stable": True, "min_parallel": 2, "tau_slow": 0.9, "min_parallel_slow": 2},
+    "no end as horizon": {"eos_horizon": False},
+    "both": {"share_stable": True, "eos_horizon": False},
+}
+
+
+def token_at_the_horizon(engine: sfs_triton.Engine, canvas: list[int], start: int, sampler: SlowFast) -> int:
+    """What the model says at the furthest candidate of the first step."""
+    place = start + reference(engine, canvas, start, sampler).trace[0].estimate - 1
+    return logits_of(engine.model, canvas)(canvas)[place].argmax().item()
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("eos_stop", "impl"), [(False, "torch"), (True, "torch"), (True, "triton")])
+@pytest.mark.parametrize("option", OPTIONS)
+def test_options_of_the_cycle(option: str, eos_stop: bool, name: str, impl: str):
+    """Against the oracle, and that the option changes something."""
+    rng, changed, length = random.Random(f"options/{option}/{name}"), False, 16 if impl == "triton" else LENGTH
+    sampler = SlowFast(tau_high=0.6, eos_stop=eos_stop).replace(**OPTIONS[option])
+    without = sampler.replace(share_stable=False, eos_horizon=True)
+    for _ in range(2 if impl == "triton" else 4):
+        prompt = random_prompt(rng)
+        canvas = prompt + [engine_of(name).spec.mask_id] * length
+        eos_id = token_at_the_horizon(engine_of(name), canvas, len(prompt), without)
+        oracle = engine_of(name, eos_id)
+        with brisk_interpreter():
+            check(engine_of(name, eos_id, impl), prompt, length, sampler, oracle=oracle)
+        traces = [reference(oracle, canvas, len(prompt), which).trace for which in (sampler, without)]
+        changed |= traces[0] != traces[1]
+    assert changed
 
 
 @pytest.mark.parametrize("name", NAMES)

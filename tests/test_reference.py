@@ -141,6 +141,76 @@ def test_the_fast_stage_takes_all_over_the_threshold():
     assert [step.phase for step in run.trace] == ["S", "S", "F", "F", "F"]
 
 
+def steps_of(run) -> list[tuple]:
+    return [(step.phase, step.cycle, step.k, step.estimate, step.filled) for step in run.trace]
+
+
+def test_a_stable_step_fills_as_the_fast_stage_would():
+    """The second step is stable and leaves nothing of its span, so there is no fast stage."""
+    model = sure(0.9, 0.95, 0.88, 0.2, 0.15)
+    run = decode(model, [MASK] * 5, 0, SlowFast(tau_min=0.3, share_stable=True), MASK, EOS)
+    assert steps_of(run) == [
+        ("S", 0, 0, 3, [1]),
+        ("S", 0, 1, 3, [0, 2]),
+        ("S", 1, 0, 4, [3]),
+        ("S", 1, 1, 4, [4]),
+    ]
+
+
+def test_a_stable_step_at_the_last_chance_fills_too_and_a_mean_does_not():
+    model = sure(0.5, 0.95, 0.9, 0.88, 0.7)
+    settings = {"tau_min": 0.3, "k_max": 2, "share_stable": True}
+    assert steps_of(decode(model, [MASK] * 5, 0, SlowFast(**settings), MASK, EOS))[:2] == [
+        ("S", 0, 0, 5, [1]),
+        ("S", 0, 1, 5, [2, 3]),
+    ]
+    never = SlowFast(**settings, spread_limit=0.0)  # no spread is below 0: the slow stage ends with the mean
+    assert steps_of(decode(model, [MASK] * 5, 0, never, MASK, EOS))[:3] == [
+        ("S", 0, 0, 5, [1]),
+        ("S", 0, 1, 5, [2]),
+        ("F", 0, 0, None, [3]),
+    ]
+
+
+def test_end_of_text_need_not_extend_the_horizon():
+    """Position 7 says end-of-text (7 here) with confidence: no horizon ends there, but it can be filled."""
+    model, canvas = sure(0.5, 0.6, 0.95, 0.9, 0.88, 0.7, 0.2, 0.94), [3] + [MASK] * 7
+    run = decode(model, canvas, 1, SlowFast(tau_min=0.3), MASK, 7)
+    assert steps_of(run)[0] == ("S", 0, 0, 7, [1])
+    run = decode(model, canvas, 1, SlowFast(tau_min=0.3, eos_horizon=False), MASK, 7)
+    assert steps_of(run) == [
+        ("S", 0, 0, 5, [1]),
+        ("S", 0, 1, 5, [6]),
+        ("F", 0, 0, None, [2, 3]),
+        ("F", 0, 1, None, [4]),
+        ("F", 0, 2, None, [0]),
+        ("S", 1, 0, 6, [5]),
+    ]
+    both = SlowFast(tau_min=0.3, eos_horizon=False, share_stable=True)
+    assert steps_of(decode(model, canvas, 1, both, MASK, 7))[:3] == [
+        ("S", 0, 0, 5, [1]),
+        ("S", 0, 1, 5, [2, 3, 6]),
+        ("F", 0, 0, None, [4]),
+    ]
+    stopped = decode(model, canvas, 1, both.replace(eos_stop=True), MASK, 7)  # at the last position: nothing follows
+    assert steps_of(stopped) == steps_of(decode(model, canvas, 1, both, MASK, 7))
+
+
+def test_a_stable_step_counts_its_span_alone():
+    """The best position, 3, is beyond the span; in it one reaches the threshold. The best of the span is no resort."""
+    model, settings = sure(0.9, 0.95, 0.4, 0.93), {"tau_min": 0.3, "eos_horizon": False, "share_stable": True}
+    for min_parallel, filled in ((1, [0, 3]), (2, [3])):
+        sampler = SlowFast(min_parallel=min_parallel, **settings)
+        second = decode(model, [MASK] * 4, 0, sampler, MASK, 3).trace[1]
+        assert (second.e, second.determined, second.filled) == (3, True, filled)
+
+
+def test_what_the_slow_fill_takes_counts_for_the_shared_one():
+    sampler = SlowFast(tau_min=0.3, share_stable=True, min_parallel=2)
+    run = decode(sure(0.9, 0.95, 0.88, 0.4), [MASK] * 4, 0, sampler, MASK, EOS)
+    assert [step.filled for step in run.trace] == [[1], [0, 2], [3]]
+
+
 def test_thresholds_are_exceeded_or_reached():
     scores = {0: 0.5, 1: 0.25}
     assert choose(scores, 0.25, 1, strict=True) == [0]

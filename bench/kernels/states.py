@@ -46,5 +46,7 @@ def decode_state(
     for name in names:
         if name not in COLUMN:
             setattr(state, name, getattr(state, name).to(device))
+    if trace:
+        state.events = {name: value.to(device) for name, value in state.events.items()}
     state.__post_init__()
     return state

@@ -13,16 +13,19 @@ from .case import Case
 from .harness import benchmark_of
 from .states import decode_state
 
-SAMPLERS = {
-    "paper": SlowFast(),
-    "paper-eos": SlowFast(eos_stop=True),
-    "llada-blocks": SlowFast.preset("llada-reference", block_length=32, max_cycles=256),
-    "dream": SlowFast.preset("dream-reference", eos_stop=True),
+SHARED = SlowFast(share_stable=True, eos_horizon=False, eos_stop=True)
+SAMPLERS = {  # settings, and what a cache policy adds to them
+    "paper": (SlowFast(), {}),
+    "paper-eos": (SlowFast(eos_stop=True), {}),
+    "llada-blocks": (SlowFast.preset("llada-reference", block_length=32, max_cycles=256), {}),
+    "dream": (SlowFast.preset("dream-reference", eos_stop=True), {}),
+    "shared": (SHARED, {}),
+    "region": (SHARED, {"look_ahead": 32, "partial": True, "span_cap": 64}),
 }
 
 
-def _build(device: torch.device, *, sampler: SlowFast, trace: bool, **sizes: int) -> dict:
-    return {"state": decode_state(sampler, device=device, trace=trace, **sizes), "rules": sampler.rules()}
+def _build(device: torch.device, *, sampler: SlowFast, options: dict, trace: bool, **sizes: int) -> dict:
+    return {"state": decode_state(sampler, device=device, trace=trace, **sizes), "rules": sampler.rules(**options)}
 
 
 def cases(toy: bool = False) -> list[Case]:
@@ -33,10 +36,12 @@ def cases(toy: bool = False) -> list[Case]:
             name=f"{prefix}{name}-{batch}x{prompt + response}{'-trace' if trace else ''}",
             kernel=triton_impl.decide_cycle,
             twin=torch_impl.decide_cycle,
-            build=partial(_build, sampler=sampler, trace=trace, batch=batch, prompt=prompt, response=response),
+            build=partial(
+                _build, sampler=sampler, options=options, trace=trace, batch=batch, prompt=prompt, response=response
+            ),
             cost=decide_cost(batch, prompt + response),
         )
-        for name, sampler in SAMPLERS.items()
+        for name, (sampler, options) in SAMPLERS.items()
         for batch, prompt, response in sizes
         for trace in ((False, True) if name == "paper" and batch == 1 else (False,))
     ]

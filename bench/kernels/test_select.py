@@ -13,19 +13,20 @@ from .case import Case
 from .harness import benchmark_of
 from .states import decode_state
 
-SAMPLERS = {
-    "threshold": (Threshold(block_length=32, eos_stop=True), "normal"),
-    "threshold-dual": (Threshold(block_length=32), "repeat"),
-    "paced": (Threshold(block_length=None, steps=64), "normal"),
-    "even": (FixedSteps(block_length=32), "normal"),
-    "even-first": (FixedSteps(block_length=32), "first"),
-    "timesteps": (FixedSteps(steps=64, metric="entropy"), "normal"),
-    "random": (FixedSteps(steps=64, metric="origin"), "normal"),
+SAMPLERS = {  # settings, and what a cache policy adds to them
+    "threshold": (Threshold(block_length=32, eos_stop=True), {}),
+    "threshold-dual": (Threshold(block_length=32), {"opening": "repeat"}),
+    "threshold-region": (Threshold(block_length=32), {"partial": True}),
+    "paced": (Threshold(block_length=None, steps=64), {}),
+    "even": (FixedSteps(block_length=32), {}),
+    "even-first": (FixedSteps(block_length=32), {"opening": "first"}),
+    "timesteps": (FixedSteps(steps=64, metric="entropy"), {}),
+    "random": (FixedSteps(steps=64, metric="origin"), {}),
 }
 
 
-def _build(device: torch.device, *, sampler, opening: str, **sizes: int) -> dict:
-    return {"state": decode_state(sampler, device=device, **sizes), "rules": sampler.rules(opening)}
+def _build(device: torch.device, *, sampler, options: dict, **sizes: int) -> dict:
+    return {"state": decode_state(sampler, device=device, **sizes), "rules": sampler.rules(**options)}
 
 
 def cases(toy: bool = False) -> list[Case]:
@@ -36,10 +37,10 @@ def cases(toy: bool = False) -> list[Case]:
             name=f"{prefix}{name}-{batch}x{prompt + response}",
             kernel=triton_impl.decide_block,
             twin=torch_impl.decide_block,
-            build=partial(_build, sampler=sampler, opening=opening, batch=batch, prompt=prompt, response=response),
+            build=partial(_build, sampler=sampler, options=options, batch=batch, prompt=prompt, response=response),
             cost=decide_cost(batch, prompt + response),
         )
-        for name, (sampler, opening) in SAMPLERS.items()
+        for name, (sampler, options) in SAMPLERS.items()
         for batch, prompt, response in sizes
     ]
 

@@ -44,6 +44,20 @@ N_CONTROL: tl.constexpr = tl.constexpr(len(CONTROL))
 
 
 @triton.jit
+def row_waits(inside_ptr, masked_ptr, length, first, stop, BLOCK_L: tl.constexpr):
+    """Whether a row list left out everything undecided in ``[first, stop)``, what the row's stage looks at."""
+    listed = tl.zeros([BLOCK_L], tl.int32)
+    undecided = tl.zeros([BLOCK_L], tl.int32)
+    for begin in range(0, length, BLOCK_L):
+        place = begin + tl.arange(0, BLOCK_L)
+        there = place < length
+        listed |= (tl.load(inside_ptr + place, mask=there, other=0) != 0).to(tl.int32)
+        masked = tl.load(masked_ptr + place, mask=there, other=0) != 0
+        undecided |= (masked & (place >= first) & (place < stop)).to(tl.int32)
+    return (tl.max(undecided, axis=0) != 0) & (tl.max(listed, axis=0) == 0)
+
+
+@triton.jit
 def commit_row(
     tokens_ptr,
     masked_ptr,

@@ -39,6 +39,7 @@ from .commit import (
     block_at,
     check_canvas,
     commit_row,
+    row_waits,
     scan_config,
 )
 from .control import CONTROL
@@ -52,8 +53,34 @@ ROUNDINGS = ("floor", "even")
 
 
 @triton.jit
-def _scan(score_ptr, inside_ptr, length, tau_min, tau, STRICT: tl.constexpr, BLOCK_L: tl.constexpr):
-    """Over the positions looked at: the highest whose score reaches ``tau_min`` (-1: none), how many reach ``tau``, the
+def _reaches(score, tau, STRICT: tl.constexpr):
+    """Whether scores pass a threshold."""
+    return (score > tau) if STRICT else (score >= tau)
+
+
+@triton.jit
+def _candidates(token_ptr, place, there, score, tau_min, eos_id, STRICT: tl.constexpr, EOS_HORIZON: tl.constexpr):
+    """Which of the positions that are ``there`` the horizon may end at."""
+    found = there & _reaches(score, tau_min, STRICT)
+    if not EOS_HORIZON:
+        found = found & (tl.load(token_ptr + place, mask=found, other=0) != eos_id)
+    return found
+
+
+@triton.jit
+def _scan(
+    token_ptr,
+    score_ptr,
+    inside_ptr,
+    length,
+    eos_id,
+    tau_min,
+    tau,
+    STRICT: tl.constexpr,
+    EOS_HORIZON: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+):
+    """Over the positions looked at: the highest candidate for the horizon (-1: none), how many reach ``tau``, the
     lowest with the largest score, and whether a score is NaN."""
     furthest = tl.full([BLOCK_L], -1, tl.int32)
     high = tl.zeros([BLOCK_L], tl.int32)
@@ -64,10 +91,9 @@ def _scan(score_ptr, inside_ptr, length, tau_min, tau, STRICT: tl.constexpr, BLO
         place = begin + tl.arange(0, BLOCK_L)
         inside = tl.load(inside_ptr + place, mask=place < length, other=0) != 0
         score = tl.load(score_ptr + place, mask=inside, other=float("-inf"))
-        candidate = (score > tau_min) if STRICT else (score >= tau_min)
-        reached = (score > tau) if STRICT else (score >= tau)
-        furthest = tl.maximum(furthest, tl.where(inside & candidate, place, -1))
-        high += (inside & reached).to(tl.int32)
+        candidate = _candidates(token_ptr, place, inside, score, tau_min, eos_id, STRICT, EOS_HORIZON)
+        furthest = tl.maximum(furthest, tl.where(candidate, place, -1))
+        high += (inside & _reaches(score, tau, STRICT)).to(tl.int32)
         bad |= (score != score).to(tl.int32)
         better = score > best_score
         best_score = tl.where(better, score, best_score)
@@ -117,7 +143,7 @@ def _horizon(
     BLOCK_W: tl.constexpr,
 ):
     """Push a slow step's candidate horizon: new history and its size, spread (NaN until the window is full), the span's
-    end and whether that is final. ``last``: this is the last slow step of the cycle."""
+    end, whether the window is stable and whether the end is final. ``last``: this is the cycle's last slow step."""
     slot = tl.arange(0, BLOCK_W)
     history = tl.where(estimating & (slot == n_history % window), estimate - origin, history)
     n_history += estimating.to(tl.int32)
@@ -128,24 +154,76 @@ def _horizon(
     full = estimating & (count >= window)
     stable = full & ((spread <= SPREAD_LIMIT) if INCLUSIVE else (spread < SPREAD_LIMIT))
     e = tl.where(full | (estimating & last), tl.where(stable, estimate, mean + origin), e)
-    return history, n_history, tl.where(full, spread, float("nan")), e, stable | (full & last)
+    return history, n_history, tl.where(full, spread, float("nan")), e, stable, stable | (full & last)
 
 
 @triton.jit
-def _fill(score_ptr, inside_ptr, fill_ptr, length, tau, best, all_high, STRICT: tl.constexpr, BLOCK_L: tl.constexpr):
-    """Mark what this step commits: everything looked at that reaches ``tau``, or only the best position."""
+def _count_high(score_ptr, inside_ptr, first, stop, tau, STRICT: tl.constexpr, BLOCK_L: tl.constexpr):
+    """How many positions of ``[first, stop)`` that are looked at reach ``tau``."""
+    high = tl.zeros([BLOCK_L], tl.int32)
+    for begin in range(first, stop, BLOCK_L):
+        place = begin + tl.arange(0, BLOCK_L)
+        inside = tl.load(inside_ptr + place, mask=place < stop, other=0) != 0
+        score = tl.load(score_ptr + place, mask=inside, other=float("-inf"))
+        high += (inside & _reaches(score, tau, STRICT)).to(tl.int32)
+    return tl.sum(high, axis=0)
+
+
+@triton.jit
+def _fill(
+    score_ptr,
+    inside_ptr,
+    fill_ptr,
+    length,
+    tau,
+    best,
+    all_high,
+    tau_shared,
+    shared_stop,
+    STRICT: tl.constexpr,
+    SHARE_STABLE: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+):
+    """Mark what this step commits: everything looked at that reaches ``tau``, or only the best position; with
+    SHARE_STABLE also what reaches ``tau_shared`` before ``shared_stop``."""
     for begin in range(0, length, BLOCK_L):
         place = begin + tl.arange(0, BLOCK_L)
         there = place < length
         inside = tl.load(inside_ptr + place, mask=there, other=0) != 0
         score = tl.load(score_ptr + place, mask=inside, other=float("-inf"))
-        reached = (score > tau) if STRICT else (score >= tau)
-        chosen = (all_high & reached) | ((all_high == 0) & (place == best))
+        chosen = (all_high & _reaches(score, tau, STRICT)) | ((all_high == 0) & (place == best))
+        if SHARE_STABLE:
+            chosen = chosen | (_reaches(score, tau_shared, STRICT) & (place < shared_stop))
         tl.store(fill_ptr + place, inside & chosen, mask=there)
 
 
 @triton.jit
+def _horizon_ahead(
+    token_ptr,
+    score_ptr,
+    masked_ptr,
+    first,
+    stop,
+    eos_id,
+    tau_min,
+    STRICT: tl.constexpr,
+    EOS_HORIZON: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+):
+    """One past the highest candidate for the horizon among the undecided positions of ``[first, stop)``; 0: none."""
+    furthest = tl.full([BLOCK_L], -1, tl.int32)
+    for begin in range(first, stop, BLOCK_L):
+        place = begin + tl.arange(0, BLOCK_L)
+        masked = tl.load(masked_ptr + place, mask=place < stop, other=0) != 0
+        score = tl.load(score_ptr + place, mask=masked, other=float("-inf"))
+        candidate = _candidates(token_ptr, place, masked, score, tau_min, eos_id, STRICT, EOS_HORIZON)
+        furthest = tl.maximum(furthest, tl.where(candidate, place, -1))
+    return tl.max(furthest, axis=0) + 1
+
+
+@triton.jit
 def _stage_end(
+    moves,
     slow,
     determined,
     k,
@@ -168,7 +246,7 @@ def _stage_end(
         slow_over = slow_over | (first >= block_end)
     if SLOW_END == "stable":
         slow_over = slow_over | determined
-    stage_over = tl.where(slow, slow_over, first >= e)
+    stage_over = moves & tl.where(slow, slow_over, first >= e)
     to_fast = stage_over & slow & (first < e)
     cycle_over = stage_over & (to_fast == 0)
     block_over = cycle_over & (first >= block_end)
@@ -193,6 +271,8 @@ def _stage_end(
         "window",
         "block_length",
         "max_cycles",
+        "look_ahead",
+        "span_cap",
     ]
 )
 def _decide_kernel(
@@ -220,6 +300,8 @@ def _decide_kernel(
     window,
     block_length,
     max_cycles,
+    look_ahead,
+    span_cap,
     SPREAD: tl.constexpr,
     SPREAD_LIMIT: tl.constexpr,
     INCLUSIVE: tl.constexpr,
@@ -228,8 +310,13 @@ def _decide_kernel(
     ROUNDING: tl.constexpr,
     ZERO_HISTORY: tl.constexpr,
     EOS_STOP: tl.constexpr,
+    SHARE_STABLE: tl.constexpr,
+    EOS_HORIZON: tl.constexpr,
+    PARTIAL: tl.constexpr,
     HAS_BLOCKS: tl.constexpr,
     HAS_MAX_CYCLES: tl.constexpr,
+    HAS_LOOK_AHEAD: tl.constexpr,
+    HAS_SPAN_CAP: tl.constexpr,
     HAS_EVENT: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_W: tl.constexpr,
@@ -259,15 +346,22 @@ def _decide_kernel(
     numbers = tl.load(control_ptr + column, mask=column < N_CONTROL, other=0)
 
     tau = tl.where(slow, tau_slow, tau_fast)
-    furthest, n_high, best, bad = _scan(score_ptr + at, inside_ptr + at, length, tau_min, tau, STRICT, BLOCK_L)
+    furthest, n_high, best, bad = _scan(
+        token_ptr + at, score_ptr + at, inside_ptr + at, length, eos_id, tau_min, tau, STRICT, EOS_HORIZON, BLOCK_L
+    )
+    moves = tl.full([], True, tl.int1)
+    if PARTIAL:  # a row that waits looks at nothing, so it fills nothing; its step counts, and that is all
+        stop = tl.minimum(block_end, s + span_cap) if HAS_SPAN_CAP else block_end
+        stop = tl.where(slow, stop, e)
+        moves = row_waits(inside_ptr + at, masked_ptr + at, length, s, stop, BLOCK_L) == 0
     tl.debug_barrier()
     if bad:
         tl.store(control_ptr + FAULT, step + 1)
         tl.store(control_ptr + DONE, 1)
         return
-    estimating = slow & (determined == 0)
+    estimating = moves & slow & (determined == 0)
     estimate = tl.where(furthest >= 0, furthest + 1, s + 1)
-    history, n_history, spread, e, final = _horizon(
+    history, n_history, spread, e, stable, final = _horizon(
         history, n_history, estimate, origin, e, k == k_max - 1, estimating, window,
         SPREAD, SPREAD_LIMIT, INCLUSIVE, ROUNDING, ZERO_HISTORY, BLOCK_W,
     )  # fmt: skip
@@ -282,31 +376,50 @@ def _decide_kernel(
         tl.store(event_history_ptr + row * window + slot, history, mask=slot < window)
 
     all_high = n_high >= tl.where(slow, min_parallel_slow, min_parallel)
-    _fill(score_ptr + at, inside_ptr + at, fill_ptr + at, length, tau, best, all_high, STRICT, BLOCK_L)
+    shared_stop = 0
+    if SHARE_STABLE:
+        shared_stop = tl.where(stable, e, 0)
+        n_shared = _count_high(score_ptr + at, inside_ptr + at, s, shared_stop, tau_fast, STRICT, BLOCK_L)
+        shared_stop = tl.where(n_shared >= min_parallel, shared_stop, 0)
+    _fill(
+        score_ptr + at, inside_ptr + at, fill_ptr + at, length, tau, best, all_high, tau_fast, shared_stop,
+        STRICT, SHARE_STABLE, BLOCK_L,
+    )  # fmt: skip
     tl.debug_barrier()
     limit, masks_left, first, first_after_block = commit_row(
         tokens_ptr + at, masked_ptr + at, commit_step_ptr + at, dirty_ptr + at, token_ptr + at, fill_ptr + at,
         length, limit, step, eos_id, s, block_end, EOS_STOP, BLOCK_L,
     )  # fmt: skip
 
-    k += 1
+    k += moves.to(tl.int32)
     step += 1
     to_fast, cycle_over, block_over, following, over = _stage_end(
-        slow, determined, k, cycle, e, block_end, first, first_after_block, length, k_max, max_cycles,
+        moves, slow, determined, k, cycle, e, block_end, first, first_after_block, length, k_max, max_cycles,
         SLOW_END, HAS_MAX_CYCLES, EOS_STOP,
     )  # fmt: skip
     if (over == 0) & (step >= tl.load(control_ptr + CAP).to(tl.int32)):
         tl.store(control_ptr + FAULT, -step)
         over = over | True
+    history = tl.where(cycle_over, 0, history)
+    n_history = tl.where(cycle_over, 0, n_history)
+    if HAS_LOOK_AHEAD:  # it starts the history of the next cycle of this block
+        seeding = cycle_over & (slow == 0) & (block_over == 0) & (over == 0)
+        stop = tl.where(seeding, tl.minimum(e + look_ahead, block_end), 0)
+        tl.debug_barrier()  # the masks that are left are stored before they are loaded
+        ahead = _horizon_ahead(
+            token_ptr + at, score_ptr + at, masked_ptr + at, e, stop, eos_id, tau_min, STRICT, EOS_HORIZON, BLOCK_L
+        )
+        history = tl.where((ahead > 0) & (slot == 0), ahead - origin, history)
+        n_history = tl.where(ahead > 0, 1, n_history)
 
     tl.store(spread_ptr + row, spread)
-    tl.store(history_ptr + row * window + slot, tl.where(cycle_over, 0, history), mask=slot < window)
+    tl.store(history_ptr + row * window + slot, history, mask=slot < window)
     tl.store(control_ptr + ESTIMATE, estimate)
     tl.store(control_ptr + LIMIT, limit)
     tl.store(control_ptr + STEP, step)
     tl.store(control_ptr + MASKS_LEFT, masks_left)
     tl.store(control_ptr + DONE, over.to(tl.int32))
-    tl.store(control_ptr + N_HISTORY, tl.where(cycle_over, 0, n_history))
+    tl.store(control_ptr + N_HISTORY, n_history)
     tl.store(control_ptr + K, tl.where(to_fast | cycle_over, 0, k))
     tl.store(control_ptr + PHASE, tl.where(to_fast, 1, tl.where(slow | cycle_over, 0, 1)))
     tl.store(control_ptr + DETERMINED, ((determined | to_fast) & (cycle_over == 0)).to(tl.int32))
@@ -357,6 +470,11 @@ def decide(
     block_length: int | None,
     max_cycles: int | None,
     eos_stop: bool,
+    share_stable: bool,
+    eos_horizon: bool,
+    look_ahead: int,
+    partial: bool,
+    span_cap: int | None,
     event: tuple[torch.Tensor, torch.Tensor] | None = None,
     config: ScanConfig | None = None,
 ) -> None:
@@ -373,7 +491,8 @@ def decide(
             and before anything is committed.
 
     The other arguments are the rules: ``torch_ops/cycle.py`` has their meaning, and is what this equals. Of equal
-    scores the lowest position is best. A NaN score ends its row with a fault and commits nothing.
+    scores the lowest position is best. A NaN score ends its row with a fault and commits nothing; in a look-ahead,
+    where ``score`` must be -inf wherever nothing was looked at, it is no candidate.
     """
     canvas = {"token": (token, torch.int64), "score": (score, torch.float32), "inside": (inside, torch.bool),
               "tokens": (tokens, torch.int64), "masked": (masked, torch.bool), "dirty": (dirty, torch.bool),
@@ -388,8 +507,16 @@ def decide(
     ):
         refuse_unless(value in allowed, f"{name}={value!r} is not one of {allowed}")
     refuse_unless(window <= MAX_WINDOW, f"window={window} is more than {MAX_WINDOW}")
-    for name, value in (("window", window), ("k_max", k_max), ("block_length", block_length)):
+    for name, value in (
+        ("window", window),
+        ("k_max", k_max),
+        ("block_length", block_length),
+        ("span_cap", span_cap),
+    ):
         refuse_unless(value is None or value >= 1, f"{name}={value} is not positive")
+    refuse_unless(look_ahead >= 0, f"look_ahead={look_ahead} is negative")
+    refuse_unless(not (look_ahead and zero_history), f"look_ahead={look_ahead} does not go with zero_history")
+    refuse_unless(not share_stable or slow_end == "stable", f"share_stable does not go with slow_end={slow_end!r}")
     event_control, event_history = event or (None, None)
     if event is not None:
         for name, copy, original in (("event[0]", event_control, control), ("event[1]", event_history, history)):
@@ -424,6 +551,8 @@ def decide(
         window=window,
         block_length=min(block_length or 0, MAX_LENGTH + 1),  # of which a canvas has one; sums fit 32 bits
         max_cycles=max_cycles or 0,
+        look_ahead=min(look_ahead, MAX_LENGTH),  # positions are added up in 32 bits
+        span_cap=min(span_cap or 0, MAX_LENGTH),
         SPREAD=spread_kind,
         SPREAD_LIMIT=float(spread_limit),
         INCLUSIVE=inclusive,
@@ -432,8 +561,13 @@ def decide(
         ROUNDING=rounding,
         ZERO_HISTORY=zero_history,
         EOS_STOP=eos_stop,
+        SHARE_STABLE=share_stable,
+        EOS_HORIZON=eos_horizon,
+        PARTIAL=partial,
         HAS_BLOCKS=block_length is not None,
         HAS_MAX_CYCLES=max_cycles is not None,
+        HAS_LOOK_AHEAD=look_ahead > 0,
+        HAS_SPAN_CAP=span_cap is not None,
         HAS_EVENT=event is not None,
         BLOCK_COLUMNS=triton.next_power_of_2(len(CONTROL)),
         BLOCK_W=triton.next_power_of_2(window),

@@ -36,6 +36,7 @@ from .commit import (
     block_at,
     check_canvas,
     commit_row,
+    row_waits,
     scan_config,
 )
 from .cost import Cost
@@ -198,6 +199,7 @@ def _decide_kernel(
     AT_RANDOM: tl.constexpr,
     OPENING: tl.constexpr,
     EOS_STOP: tl.constexpr,
+    PARTIAL: tl.constexpr,
     HAS_BLOCKS: tl.constexpr,
     BLOCK_L: tl.constexpr,
 ):
@@ -220,6 +222,10 @@ def _decide_kernel(
     steps, limit = tl.load(control_ptr + BLOCK_STEPS).to(tl.int32), tl.load(control_ptr + LIMIT).to(tl.int32)
     cap = tl.load(control_ptr + CAP).to(tl.int32)
     left, lowest, best, bad = _scan(score_ptr + at, inside_ptr + at, length, BLOCK_L)
+    moves = tl.full([], True, tl.int1)
+    if PARTIAL:  # a row that waits looks at nothing, so it fills nothing; its step counts, and that is all
+        moves = row_waits(inside_ptr + at, masked_ptr + at, length, block_start, block_end, BLOCK_L) == 0
+    carried = quota
     tl.debug_barrier()  # all threads have their numbers before one of them stores
     if bad:
         tl.store(control_ptr + FAULT, step + 1)
@@ -265,8 +271,9 @@ def _decide_kernel(
         length, limit, step, eos_id, block_start, block_end, EOS_STOP, BLOCK_L,
     )  # fmt: skip
 
-    k += 1
+    k += moves.to(tl.int32)
     step += 1
+    quota = tl.where(moves, quota, carried)
     block_over = first >= block_end
     if OPENING != "normal":
         if not EOS_STOP:
@@ -275,6 +282,7 @@ def _decide_kernel(
         block_over = block_over & (k >= steps)  # the references run every step of their schedule
     if not HAS_TAU:
         block_over = block_over | (k >= (tl.maximum(steps, 2) if OPENING == "first" else steps))
+    block_over = moves & block_over
     over = block_over & (following >= length)
     if (over == 0) & (step >= cap):
         tl.store(control_ptr + FAULT, -step)
@@ -316,6 +324,7 @@ def decide(
     opening: str,
     block_length: int | None,
     eos_stop: bool,
+    partial: bool,
     config: ScanConfig | None = None,
 ) -> None:
     """One step of the block machine for ``B`` rows, in place. Rows that are done stay as they are.
@@ -377,6 +386,7 @@ def decide(
         AT_RANDOM=at_random,
         OPENING=opening,
         EOS_STOP=eos_stop,
+        PARTIAL=partial,
         HAS_BLOCKS=block_length is not None,
         BLOCK_L=config.BLOCK_L,
         num_warps=config.num_warps,

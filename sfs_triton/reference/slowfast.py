@@ -118,13 +118,18 @@ def best(scores: dict[int, float]) -> list[int]:
     return [min(scores, key=lambda position: (-scores[position], position))] if scores else []
 
 
+def all_over(scores: dict[int, float], tau: float | None, at_least: int, strict: bool) -> list[int]:
+    """All positions over the threshold if there are ``at_least`` so many, else none."""
+    over = [p for p, score in scores.items() if tau is not None and passes(score, tau, strict)]
+    return over if len(over) >= at_least else []
+
+
 def choose(scores: dict[int, float], tau: float | None, at_least: int, strict: bool) -> list[int]:
     """All positions over the threshold if there are ``at_least`` so many, else the best (LLaDA 4 and 5, Dream 5).
 
     Without a threshold only the best: the paper's slow stage.
     """
-    over = [p for p, score in scores.items() if tau is not None and passes(score, tau, strict)]
-    return over if len(over) >= at_least else best(scores)
+    return all_over(scores, tau, at_least, strict) or best(scores)
 
 
 def spread_of(history: list[int], kind: str) -> float:
@@ -183,16 +188,22 @@ def slow_stage(row: Row, sampler: SlowFast, block: int, cycle: int, begin: int, 
         length = row.limit
         seen = row.look(length, masked, **draw_of(sampler))
         scores = {p: score for p, (_, score) in seen.items()}
-        estimate = None
+        estimate, became_stable = None, False
         if not horizon.determined:  # LLaDA 2: the furthest masked position that is sure enough, before this step's fill
-            sure = [p + 1 - begin for p in masked if passes(scores[p], sampler.tau_min, sampler.strict)]
+            able = [p for p in masked if sampler.eos_horizon or seen[p][0] != row.eos_id]  # ours: no end as horizon
+            sure = [p + 1 - begin for p in able if passes(scores[p], sampler.tau_min, sampler.strict)]
             estimate = max(sure, default=s + 1)
             horizon.add(estimate)
+            became_stable = horizon.determined
             if k == sampler.k_max - 1 and horizon.e is not None:
                 horizon.determined = True  # LLaDA 3: on the last step the mean is final
             row.note_margin(list(scores.values()), sampler.tau_min)
         row.note_margin(list(scores.values()), *([] if sampler.tau_slow is None else [sampler.tau_slow]))
         chosen = choose(scores, sampler.tau_slow, sampler.min_parallel_slow, sampler.strict)
+        if became_stable and sampler.share_stable:  # ours: the first fast fill, from logits that are there already
+            span = {p: score for p, score in scores.items() if p < begin + horizon.e}
+            row.note_margin(list(span.values()), sampler.tau_high)
+            chosen = sorted({*chosen, *all_over(span, sampler.tau_high, sampler.min_parallel, sampler.strict)})
         row.fill({p: seen[p][0] for p in chosen})
         looking = estimate is not None
         row.trace.append(

@@ -5,6 +5,15 @@ from __future__ import annotations
 import torch
 
 
+def waiting(state, first: torch.Tensor, stop: torch.Tensor) -> torch.Tensor:
+    """The rows ``[B]`` whose row list left out everything undecided in ``[first, stop)``, what their stage looks at.
+
+    Such a row counts the step, and nothing else of it moves: the step cap alone can end it.
+    """
+    undecided = state.masked & (state.position >= first[:, None]) & (state.position < stop[:, None])
+    return undecided.any(1) & ~state.inside.any(1)
+
+
 def commit(state, fill: torch.Tensor, *, eos_stop: bool) -> None:
     """Commit ``state.token`` where ``fill [B, L]`` says, for the rows that are still running.
 

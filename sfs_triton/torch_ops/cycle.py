@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 
 from ..kernels.control import FAST, SLOW
-from .commit import commit, finish_step, first_masked, inside_scores, mark_faults
+from .commit import commit, finish_step, first_masked, inside_scores, mark_faults, waiting
+from .plan import stage_range
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,11 @@ class CycleRules:
     block_length: int | None
     max_cycles: int | None  # in a block
     eos_stop: bool
+    share_stable: bool = False  # the step that becomes stable also fills [s, e) as the fast stage would
+    eos_horizon: bool = True  # end-of-text can be a candidate
+    look_ahead: int = 0  # so many positions beyond e, scored in fast steps, start the next cycle's history
+    partial: bool = False  # row lists may leave out what a step would decide; a row of which they leave all out waits
+    span_cap: int | None = None  # with partial: as the row lists have it
 
 
 def spread_of(history: torch.Tensor, count: torch.Tensor, kind: str) -> torch.Tensor:
@@ -51,12 +57,22 @@ def spread_of(history: torch.Tensor, count: torch.Tensor, kind: str) -> torch.Te
     return variance.sqrt() if kind == "std" else variance
 
 
-def _horizon(state, scores: torch.Tensor, rules: CycleRules) -> None:
-    """Push this slow step's candidate horizon, and update stability and the span's end ``e``."""
+def _furthest(state, scores: torch.Tensor, rules: CycleRules) -> torch.Tensor:
+    """The highest candidate for the horizon among ``scores [B, L]``, -1 if there is none."""
     candidate = scores > rules.tau_min if rules.strict else scores >= rules.tau_min
-    furthest = torch.where(candidate, state.position, -1).amax(1)
+    if not rules.eos_horizon:
+        candidate &= state.token != state.eos_id
+    return torch.where(candidate, state.position, -1).amax(1)
+
+
+def _horizon(state, scores: torch.Tensor, moves: torch.Tensor, rules: CycleRules) -> torch.Tensor:
+    """Push this slow step's candidate horizon, and update stability and the span's end ``e``.
+
+    Returns the rows that became stable with this step.
+    """
+    furthest = _furthest(state, scores, rules)
     estimate = torch.where(furthest >= 0, furthest + 1, state.s + 1)
-    estimating = (state.phase == SLOW) & (state.determined == 0) & (state.done == 0)
+    estimating = moves & (state.phase == SLOW) & (state.determined == 0)
 
     slot = state.history_slot == (state.n_history % rules.window)[:, None]
     pushed = torch.where(slot, (estimate - state.block_start)[:, None], state.history)
@@ -80,6 +96,7 @@ def _horizon(state, scores: torch.Tensor, rules: CycleRules) -> None:
     state.determined.copy_(torch.where(estimating & full & (stable | last), 1, state.determined))
     state.estimate.copy_(torch.where(estimating, estimate, -1))
     state.spread.copy_(torch.where(estimating & full, spread, float("nan")))
+    return estimating & stable
 
 
 def _fill(state, scores: torch.Tensor, rules: CycleRules) -> torch.Tensor:
@@ -93,12 +110,33 @@ def _fill(state, scores: torch.Tensor, rules: CycleRules) -> torch.Tensor:
     return torch.where((high.sum(1) >= enough)[:, None], high, best) & state.inside
 
 
-def _advance(state, rules: CycleRules) -> None:
+def _shared_fill(state, scores: torch.Tensor, stable: torch.Tensor, rules: CycleRules) -> torch.Tensor:
+    """What the fast stage would commit in the spans of the ``stable`` rows, without its resort to the best one.
+
+    It sees what was undecided before this step, so positions that the slow fill takes count among ``min_parallel``.
+    """
+    high = scores > rules.tau_fast if rules.strict else scores >= rules.tau_fast
+    high &= state.position < state.e[:, None]
+    return high & (stable & (high.sum(1) >= rules.min_parallel))[:, None]
+
+
+def _seed(state, seeding: torch.Tensor, rules: CycleRules) -> None:
+    """Start the history of the rows that are ``seeding`` with the horizon that the look-ahead beyond ``e`` shows."""
+    stop = torch.minimum(state.e + rules.look_ahead, state.block_end)
+    ahead = state.masked & (state.position >= state.e[:, None]) & (state.position < stop[:, None])
+    furthest = _furthest(state, state.score.masked_fill(~ahead, float("-inf")), rules)
+    seeding = seeding & (furthest >= 0)
+    state.n_history.masked_fill_(seeding, 1)
+    first = seeding[:, None] & (state.history_slot == 0)
+    state.history.copy_(torch.where(first, (furthest + 1 - state.block_start)[:, None], state.history))
+
+
+def _advance(state, moves: torch.Tensor, rules: CycleRules) -> None:
     """Fast stage, next cycle, next block or the end, from where masks are left."""
     running = state.done == 0
     slow = state.phase == SLOW
     state.step.add_(running)
-    state.k.add_(running)
+    state.k.add_(moves)
     first = first_masked(state, state.s)
     nothing_left = first >= state.length
     slow_over = state.k >= rules.k_max
@@ -106,7 +144,7 @@ def _advance(state, rules: CycleRules) -> None:
         slow_over = slow_over | (first >= state.block_end)
     if rules.slow_end == "stable":
         slow_over = slow_over | (state.determined == 1)
-    stage_over = running & torch.where(slow, slow_over, first >= state.e)
+    stage_over = moves & torch.where(slow, slow_over, first >= state.e)
     to_fast = stage_over & slow & (first < state.e)
     cycle_over = stage_over & ~to_fast
     block_over = cycle_over & (first >= state.block_end)
@@ -125,6 +163,8 @@ def _advance(state, rules: CycleRules) -> None:
     state.determined.copy_(torch.where(to_fast, 1, torch.where(cycle_over, 0, state.determined)))
     state.n_history.masked_fill_(cycle_over, 0)
     state.history.masked_fill_(cycle_over[:, None], 0)
+    if rules.look_ahead:
+        _seed(state, cycle_over & ~slow & ~block_over & (state.done == 0), rules)
     state.e.masked_fill_(cycle_over, -1)
     if rules.block_length is not None:
         enter_block(state, block_over, following, rules.block_length)
@@ -143,14 +183,24 @@ def enter_block(state, entering: torch.Tensor, position: torch.Tensor, block_len
 
 def decide(state, rules: CycleRules, *, slow: bool = True) -> None:
     """One step of the cycle machine on ``state``, whose ``token`` and ``score`` hold what the model said where ``plan``
-    looked. A host that knows that no row is in its slow stage may say so: nothing is estimated then."""
+    looked. A host that knows that no row is in its slow stage may say so: nothing is estimated then.
+
+    With ``look_ahead``, rows in their fast stage also have choices at positions from ``e`` on, and ``score`` is -inf
+    wherever nothing was looked at; NaN is no candidate there.
+    """
     scores = inside_scores(state)
     mark_faults(state, scores)
+    moves = state.done == 0
+    if rules.partial:
+        moves &= ~waiting(state, *stage_range(state, by_stage=True, span_cap=rules.span_cap))
     state.estimate.fill_(-1)
+    fill = _fill(state, scores, rules)
     if slow:
-        _horizon(state, scores, rules)
-    fill = _fill(state, scores, rules) & (state.done == 0)[:, None]
+        stable = _horizon(state, scores, moves, rules)
+        if rules.share_stable:
+            fill |= _shared_fill(state, scores, stable, rules)
+    fill &= moves[:, None]
     if state.events is not None:
         state.record_event(state.control.clone(), state.history.clone())
     commit(state, fill, eos_stop=rules.eos_stop)
-    _advance(state, rules)
+    _advance(state, moves, rules)

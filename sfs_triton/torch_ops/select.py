@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .commit import commit, finish_step, first_masked, inside_scores, mark_faults, rank_by_score
+from .commit import commit, finish_step, first_masked, inside_scores, mark_faults, rank_by_score, waiting
 from .cycle import enter_block
 
 
@@ -25,6 +25,7 @@ class BlockRules:
     opening: str = "normal"  # "repeat": a block takes at least two forwards; "first": and the first of them commits
     #                           only the block's first masked position, whose logits need the row before the block
     eos_stop: bool = False
+    partial: bool = False  # row lists may leave out positions of the block; a row of which they leave all out waits
 
 
 def _share(state) -> torch.Tensor:
@@ -32,7 +33,7 @@ def _share(state) -> torch.Tensor:
     return state.shares.gather(1, state.k.clamp(max=state.shares.shape[1] - 1)[:, None])[:, 0]
 
 
-def _count(state, inside: torch.Tensor, rules: BlockRules) -> torch.Tensor:
+def _count(state, inside: torch.Tensor, moves: torch.Tensor, rules: BlockRules) -> torch.Tensor:
     """How many positions each row commits in this step of a fixed schedule."""
     left = inside.sum(1)
     if rules.schedule == "timesteps":
@@ -40,11 +41,13 @@ def _count(state, inside: torch.Tensor, rules: BlockRules) -> torch.Tensor:
         return torch.where(state.k < state.block_steps, count, 0)
     done = 1 if rules.opening == "first" else 0  # the opening forward is not one of the steps that share the rest
     steps, k = (state.block_steps - done).clamp(min=1), state.k - done
-    state.quota.copy_(torch.where(k == 0, left, state.quota))
+    state.quota.copy_(torch.where(moves & (k == 0), left, state.quota))
     return torch.where(k < steps, state.quota // steps + (k < state.quota % steps), 0)
 
 
-def _threshold_fill(state, inside: torch.Tensor, scores: torch.Tensor, rules: BlockRules) -> torch.Tensor:
+def _threshold_fill(
+    state, inside: torch.Tensor, scores: torch.Tensor, moves: torch.Tensor, rules: BlockRules
+) -> torch.Tensor:
     """Everything at or over ``tau`` and the best position; with a quota, only among the best so many."""
     best = state.position == scores.argmax(1, keepdim=True)
     fill = ((scores >= rules.tau) | best) & inside
@@ -52,7 +55,7 @@ def _threshold_fill(state, inside: torch.Tensor, scores: torch.Tensor, rules: Bl
         base = (state.end - state.start + rules.paced_steps - 1) // rules.paced_steps
         quota = base + state.quota
         fill &= rank_by_score(scores) < quota[:, None]
-        state.quota.copy_(torch.where(state.done == 0, quota - fill.sum(1), state.quota))
+        state.quota.copy_(torch.where(moves, quota - fill.sum(1), state.quota))
     return fill
 
 
@@ -75,27 +78,31 @@ def decide(state, rules: BlockRules, *, slow: bool = True) -> None:
     """
     inside, scores = state.inside, inside_scores(state)
     mark_faults(state, scores)
+    moves = state.done == 0
+    if rules.partial:
+        moves &= ~waiting(state, state.block_start, state.block_end)
     if rules.tau is not None:
-        fill = _threshold_fill(state, inside, scores, rules)
+        fill = _threshold_fill(state, inside, scores, moves, rules)
     elif rules.at_random:
         fill = _random_fill(state, inside, rules)
     else:
-        fill = (rank_by_score(scores) < _count(state, inside, rules)[:, None]) & inside
+        fill = (rank_by_score(scores) < _count(state, inside, moves, rules)[:, None]) & inside
     if rules.opening == "first":
-        opening = inside & (state.position == first_masked(state, state.block_start)[:, None])
+        lowest = torch.where(inside, state.position, state.length).amin(1, keepdim=True)
+        opening = inside & (state.position == lowest)
         fill = torch.where((state.k == 0)[:, None], opening, fill)
-    fill &= (state.done == 0)[:, None]
+    fill &= moves[:, None]
     if state.events is not None:
         state.record_event(state.control.clone(), state.history.clone())
     commit(state, fill, eos_stop=rules.eos_stop)
-    _advance(state, rules)
+    _advance(state, moves, rules)
 
 
-def _advance(state, rules: BlockRules) -> None:
+def _advance(state, moves: torch.Tensor, rules: BlockRules) -> None:
     """The next step of the block, the next block that has masks, or the end."""
     running = state.done == 0
     state.step.add_(running)
-    state.k.add_(running)
+    state.k.add_(moves)
     over = first_masked(state, state.block_start) >= state.block_end
     if rules.opening != "normal":
         over &= (state.k >= 2) | rules.eos_stop
@@ -103,7 +110,7 @@ def _advance(state, rules: BlockRules) -> None:
         over &= state.k >= state.block_steps  # the references run every step of their schedule
     if rules.tau is None:
         over |= state.k >= (state.block_steps.clamp(min=2) if rules.opening == "first" else state.block_steps)
-    over &= running
+    over &= moves
     following = first_masked(state, state.block_end)
     finish_step(state, running, over & (following >= state.length))
     state.k.masked_fill_(over, 0)

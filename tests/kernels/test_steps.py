@@ -36,6 +36,13 @@ CYCLES = {
     "odd limit": SlowFast(spread="std", spread_limit=0.3, window=3, k_max=5, tau_slow=0.8).rules(),
     "even": SlowFast(spread="unbiased", rounding="even", inclusive=True, window=3, eos_stop=True).rules(),
     "one value": SlowFast(spread="unbiased", window=1, slow_end="filled", block_length=8).rules(),
+    "shared": SlowFast(tau_min=0.05, tau_high=0.5, share_stable=True, min_parallel=2, spread_limit=50).rules(),
+    "no end as horizon": SlowFast(tau_high=0.3, strict=False, eos_horizon=False, block_length=16).rules(),
+    "partial": SlowFast(tau_high=0.3, slow_end="fixed", k_max=3).rules(partial=True),
+    "look ahead": SlowFast(tau_high=0.0, strict=False, block_length=16, max_cycles=3).rules(look_ahead=4),
+    "region": SlowFast(
+        tau_high=0.05, strict=False, share_stable=True, eos_horizon=False, eos_stop=True, spread_limit=20, window=3
+    ).rules(look_ahead=5, partial=True, span_cap=6),
 }
 BLOCKS = {
     "threshold": Threshold(block_length=8, tau=0.85).rules(),
@@ -48,6 +55,11 @@ BLOCKS = {
     "timesteps": FixedSteps(steps=6, metric="maskgit_plus").rules(),
     "random": FixedSteps(steps=6, metric="origin").rules(),
     "random, first": FixedSteps(steps=6, metric="origin", block_length=8).rules("first"),
+    "partial threshold": Threshold(block_length=8, tau=0.85, eos_stop=True).rules(partial=True),
+    "partial paced": Threshold(block_length=None, tau=0.3, steps=5).rules(partial=True),
+    "partial even, first": FixedSteps(steps=6, block_length=8).rules("first", partial=True),
+    "partial timesteps": FixedSteps(steps=6, metric="maskgit_plus").rules(partial=True),
+    "partial random": FixedSteps(steps=6, metric="origin", block_length=8).rules(partial=True),
 }
 
 
@@ -95,10 +107,9 @@ def random_state(rng: random.Random, rules: CycleRules | BlockRules, batch: int,
         if fast or rng.random() < 0.5:
             put("e", rng.randint(where["s"].item() + 1, stop))
         put("determined", int(fast or rng.random() < 0.3))
-        if not fast:
-            put("n_history", rng.randint(0, min(where["k"].item(), 3)))
-            for slot in range(min(where["n_history"].item(), window)):
-                state.history[row, slot] = rng.randint(1, stop - begin)
+        put("n_history", rng.randint(0, min(where["k"].item() + (rules.look_ahead > 0), 3)))
+        for slot in range(min(where["n_history"].item(), window)):
+            state.history[row, slot] = rng.randint(1, stop - begin)
     state.masks_left.copy_(state.masked.sum(1))
     state.dirty.copy_(torch.tensor([[rng.random() < 0.1 for _ in range(length)] for _ in range(batch)]))
     ages = [[rng.randint(-1, max(0, step - 1)) for _ in range(length)] for step in state.step.tolist()]
@@ -109,12 +120,23 @@ def random_state(rng: random.Random, rules: CycleRules | BlockRules, batch: int,
 
 
 def look_and_score(rng: random.Random, state: DecodeState, rules: CycleRules | BlockRules, faults: bool) -> None:
-    """Fill in what a model would have said."""
-    torch_impl.look(state, by_stage=isinstance(rules, CycleRules))
+    """Fill in what a model would have said; of what a row list may leave out, something is."""
     batch, length = state.masked.shape
+    torch_impl.look(state, by_stage=isinstance(rules, CycleRules), span_cap=getattr(rules, "span_cap", None))
+    ahead = getattr(rules, "look_ahead", 0)
+    room = torch.ones_like(state.masked)
+    if rules.partial or ahead:
+        shares = [rng.choice([0.0, 0.7, 1.0]) for _ in range(batch)]
+        room = torch.tensor([[rng.random() < share for _ in range(length)] for share in shares])
+    if rules.partial:
+        state.inside.logical_and_(room)
     token = [[rng.choice([EOS, *range(20)]) for _ in range(length)] for _ in range(batch)]
     state.token.copy_(torch.tensor(token))
     state.score.copy_(torch.tensor([[rng.choice(SCORES) for _ in range(length)] for _ in range(batch)]))
+    if ahead:
+        beyond = (state.position >= state.e[:, None]) & (state.position < state.e[:, None] + ahead) & state.masked
+        seen = state.inside | (beyond & room & (state.phase == FAST)[:, None])
+        state.score.masked_fill_(~seen, -math.inf)
     if faults and rng.random() < 0.3:
         state.score[rng.randrange(batch), rng.randrange(length)] = math.nan
 
@@ -271,6 +293,252 @@ def test_a_row_at_its_cap_ends_with_a_fault():
             assert (state.done.item(), state.fault.item(), state.step.item()) == (1, -1, 1)
 
 
+IMPLEMENTATIONS = pytest.mark.parametrize("ops", [torch_impl, triton_impl], ids=["twin", "kernel"])
+
+
+def _fast_row(score: dict[int, float], rules: CycleRules, **control: int) -> DecodeState:
+    """Twelve positions of which the last ten are decoded, about to decide the last one of the span ``[2, 5)``. What
+    the model says at a position is that position."""
+    rows = [[1, 1, 7, 7] + [MASK] * 8]
+    state = DecodeState.allocate(
+        rows, [2], mask_id=MASK, eos_id=EOS, window=2, block_length=rules.block_length,
+        seeds=[0], caps=[100], device=DEVICE, trace=True,
+    )  # fmt: skip
+    where = {"phase": FAST, "s": 2, "e": 5, "determined": 1, "n_history": 2, "step": 3, "k": 1} | control
+    for name, value in where.items():
+        state.control[0, COLUMN[name]] = value
+    state.history.fill_(3)
+    state.token.copy_(state.position[None])
+    state.score.fill_(-math.inf)
+    for place, value in score.items():
+        state.score[0, place] = value
+    torch_impl.look(state, by_stage=True)
+    return state
+
+
+AHEAD = {4: 0.9, 5: 0.2, 6: 0.05, 7: 0.4, 8: 0.1}
+
+
+@IMPLEMENTATIONS
+@pytest.mark.parametrize(
+    ("rules", "score", "entry"),
+    [
+        pytest.param({}, AHEAD, 6, id="one past position 7, from the block's start at 2"),
+        pytest.param({"strict": False}, AHEAD, 7, id="a threshold that is reached"),
+        pytest.param({}, AHEAD | {7: -math.inf}, 4, id="no room in the list"),
+        pytest.param({}, AHEAD | {7: math.nan}, 4, id="nan"),
+        pytest.param({}, AHEAD | {9: 0.9}, 6, id="beyond the look-ahead"),
+        pytest.param({}, {4: 0.9, 6: 0.05}, None, id="no candidate"),
+        pytest.param({"look_ahead": 0}, AHEAD, None, id="no look-ahead"),
+        pytest.param({"look_ahead": 1}, AHEAD, 4, id="one position"),
+        pytest.param({"look_ahead": 2**40}, AHEAD, 6, id="more than there are"),
+        pytest.param({"block_length": 5}, AHEAD, 4, id="the block ends at 7"),
+    ],
+)
+def test_a_look_ahead_starts_the_next_history(ops, rules, score, entry):
+    rules = dataclasses.replace(SlowFast().rules(look_ahead=4), **rules)
+    state = _fast_row(score, rules)
+    ops.decide_cycle(state, rules)
+    assert (state.phase.item(), state.s.item(), state.e.item(), state.cycle.item()) == (SLOW, 5, -1, 1)
+    assert state.n_history.item() == (entry is not None)
+    assert state.history.tolist() == [[entry or 0, 0]]
+    assert (state.done.item(), state.masked.sum().item()) == (0, 7)
+    if entry == 6:  # the next step needs no more than to find the same
+        state.score.copy_(torch.tensor([[0.0] * 5 + [0.2, 0.05, 0.4, 0, 0, 0, 0]]))
+        ops.look(state, by_stage=True)
+        ops.decide_cycle(state, rules)
+        assert (state.determined.item(), state.e.item(), state.history.tolist()) == (1, 8, [[6, 6]])
+
+
+@IMPLEMENTATIONS
+def test_a_look_ahead_need_not_see_end_of_text(ops):
+    rules = SlowFast(eos_horizon=False).rules(look_ahead=4)
+    state = _fast_row(AHEAD, rules)
+    state.token[0, 7] = EOS
+    ops.decide_cycle(state, rules)
+    assert (state.n_history.item(), state.history.tolist()) == (1, [[4, 0]])
+
+
+@IMPLEMENTATIONS
+@pytest.mark.parametrize(
+    ("rules", "control", "score"),
+    [
+        pytest.param(SlowFast(block_length=3), {}, AHEAD, id="next block"),
+        pytest.param(SlowFast(block_length=5, max_cycles=1), {}, AHEAD, id="no cycle left in this block"),
+        pytest.param(SlowFast(max_cycles=1), {}, AHEAD, id="no cycle left"),
+        pytest.param(SlowFast(), {"cap": 4}, AHEAD, id="no step left"),
+        pytest.param(SlowFast(eos_stop=True), {"limit": 5}, {4: 0.9}, id="no position left"),
+        pytest.param(SlowFast(k_max=1), {"phase": SLOW, "k": 0, "determined": 0}, AHEAD, id="slow"),
+    ],
+)
+def test_a_look_ahead_is_for_the_next_cycle_of_the_block(ops, rules, control, score):
+    rules = rules.rules(look_ahead=4)
+    state = _fast_row(score, rules, **control)
+    if "limit" in control:
+        state.masked[0, 5:] = False
+    if control.get("phase") == SLOW:
+        state.inside[0, 5:] = False
+    ops.decide_cycle(state, rules)
+    assert state.cycle.item() == 1 or state.block.item() == 1 or state.done.item() == 1
+    assert (state.n_history.item(), state.history.tolist()) == (0, [[0, 0]])
+
+
+@IMPLEMENTATIONS
+def test_a_look_ahead_waits_for_the_end_of_the_cycle(ops):
+    rules = SlowFast().rules(look_ahead=4)
+    state = _fast_row(AHEAD, rules, e=6)
+    ops.decide_cycle(state, rules)
+    assert (state.phase.item(), state.k.item(), state.n_history.item()) == (FAST, 2, 2)
+    assert state.history.tolist() == [[3, 3]]
+
+
+WAITING = {
+    "slow": ("decide_cycle", SlowFast(), {"phase": SLOW, "determined": 0, "e": -1, "n_history": 1, "k": 7}),
+    "fast": ("decide_cycle", SlowFast(), {}),
+    "fixed": ("decide_cycle", SlowFast.preset("llada-reference", eos_stop=True), {"phase": SLOW, "k": 5}),
+    "zeros": ("decide_cycle", SlowFast.preset("dream-reference", eos_stop=True), {"phase": SLOW, "determined": 0}),
+    "threshold": ("decide_block", Threshold(block_length=None, tau=0.5), {}),
+    "paced": ("decide_block", Threshold(block_length=5, tau=0.5, steps=3), {"quota": 2}),
+    "even": ("decide_block", FixedSteps(steps=2, eos_stop=True), {"quota": 3, "k": 0}),
+    "timesteps": ("decide_block", FixedSteps(steps=2, metric="entropy"), {"k": 1}),
+    "random": ("decide_block", FixedSteps(steps=2, metric="origin"), {"quota": 3, "k": 1}),
+}
+
+
+@IMPLEMENTATIONS
+@pytest.mark.parametrize(("op", "sampler", "control"), WAITING.values(), ids=WAITING)
+def test_a_row_waits_for_its_row_list(ops, op, sampler, control):
+    """Nothing that it could decide was forwarded: the step counts, and that is all."""
+    ahead = {"look_ahead": 4} if isinstance(sampler, SlowFast) and not sampler.zero_history else {}
+    rules = sampler.rules(partial=True, **ahead)
+    state = _fast_row(AHEAD, rules, **control)
+    state.control[0, COLUMN["block_steps"]] = 2
+    state.shares = torch.full((1, 2), 0.5, device=DEVICE)
+    state.uniform = torch.zeros((1, 20), device=DEVICE)
+    state.inside.fill_(False)
+    before = copied(state)
+    getattr(ops, op)(state, rules)
+    assert (state.step.item(), state.done.item(), state.fault.item()) == (4, 0, 0)
+    state.control[0, COLUMN["step"]] = 3
+    for field in dataclasses.fields(state):
+        mine, wanted = getattr(state, field.name), getattr(before, field.name)
+        if isinstance(wanted, torch.Tensor):
+            assert torch.equal(mine.nan_to_num(7.5), wanted.nan_to_num(7.5)), field.name
+
+    state.control[0, COLUMN["cap"]] = 4
+    getattr(ops, op)(state, rules)
+    assert (state.step.item(), state.done.item(), state.fault.item()) == (4, 1, -4)
+
+
+@IMPLEMENTATIONS
+def test_a_row_does_not_wait_where_there_is_nothing_to_decide(ops):
+    """A slow stage that has decided everything but has steps to go; one whose window holds given positions only."""
+    rules = SlowFast.preset("llada-reference", block_length=5).rules(partial=True)
+    state = _fast_row({}, rules, phase=SLOW, s=3, determined=0)
+    state.masked[0, 3:7] = False
+    state.inside.fill_(False)
+    ops.decide_cycle(state, rules)
+    assert (state.k.item(), state.n_history.item()) == (2, 3)
+
+    for span_cap, k in ((1, 2), (2, 2), (3, 1), (None, 1)):
+        rules = SlowFast().rules(partial=True, span_cap=span_cap)
+        state = _fast_row({}, rules, phase=SLOW, determined=0)
+        state.inside.fill_(False)
+        ops.decide_cycle(state, rules)
+        assert state.k.item() == k, span_cap
+
+
+@IMPLEMENTATIONS
+def test_a_row_that_has_something_listed_goes_on_with_it(ops):
+    rules = SlowFast().rules(partial=True)
+    state = _fast_row({4: 0.9, 5: 0.9}, rules, e=6)
+    state.inside[0, 5] = False
+    ops.decide_cycle(state, rules)
+    assert (state.k.item(), state.masked[0, 4:6].tolist()) == (2, [False, True])
+
+
+@IMPLEMENTATIONS
+def test_a_stable_step_fills_its_span(ops):
+    """Its horizon is 4 again, from which on the end-of-text at 8 does not count: what is over 0.85 in ``[2, 6)`` and
+    the best position, 8, are filled."""
+    rules = SlowFast(eos_horizon=False, share_stable=True).rules()
+    state = _fast_row({4: 0.86, 5: 0.9, 6: 0.05, 7: 0.1, 8: 0.95}, rules, phase=SLOW, e=-1, determined=0, n_history=1)
+    state.history.copy_(torch.tensor([[4, 0]]))
+    state.token[0, 8] = EOS
+    ops.decide_cycle(state, rules)
+    assert (state.phase.item(), state.s.item(), state.cycle.item(), state.n_history.item()) == (SLOW, 6, 1, 0)
+    assert state.masked[0, 4:].tolist() == [False, False, True, True, False, True, True, True]
+
+
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 2**32), capacity=st.integers(1, 8), span_cap=st.sampled_from([None, 1, 4]))
+def test_generations_by_row_lists_end(seed, capacity, span_cap):
+    """Whatever fits the list, and with given positions anywhere; the kernels take the same steps."""
+    rng = random.Random(seed)
+    sampler = [
+        SlowFast(tau_high=0.6, share_stable=True, eos_horizon=False, block_length=rng.choice([None, 8])),
+        SlowFast(tau_high=0.6, slow_end="fixed", k_max=3, eos_stop=True),
+        Threshold(tau=0.6, block_length=8),
+    ][seed % 3]
+    by_stage = isinstance(sampler, SlowFast)
+    span_cap = span_cap if by_stage else None
+    shift, ahead = rng.randint(0, 1), rng.choice([0, 4])
+    length = rng.randint(3, 24)
+    rows = [[1, 1] + [MASK if rng.random() < share else 1 for _ in range(length)] for share in (1.0, 0.5)]
+    twin = DecodeState.allocate(
+        rows, [2, 2], mask_id=MASK, eos_id=EOS, window=2, block_length=sampler.block_length,
+        seeds=[0] * 2, caps=[sampler.step_cap(length) + length] * 2, device=torch.device("cpu"), trace=True,
+    )  # fmt: skip
+    rules = sampler.rules(look_ahead=ahead, partial=True, span_cap=span_cap)
+    decide = "decide_cycle" if by_stage else "decide_block"
+    how = {"by_stage": by_stage, "span_cap": span_cap, "look_ahead": ahead, "shift": shift}
+    states = {torch_impl: twin, triton_impl: copied(twin)}
+    while not twin.done.all():
+        token = torch.tensor([[rng.choice([EOS, *range(20)]) for _ in row] for row in rows])
+        score = torch.tensor([[rng.choice(SCORES) for _ in row] for row in rows])
+        for ops, state in states.items():
+            sizes, place = ((2, capacity), (2, capacity), 2), state.tokens.device
+            lists = [torch.empty(size, dtype=torch.int32, device=place) for size in sizes]
+            ops.plan(state, *lists, **how)
+            seen = (state.position == lists[1][..., None]).any(1)
+            state.token.copy_(token)
+            state.score.copy_(score).masked_fill_(~seen, -math.inf)
+            getattr(ops, decide)(state, rules)
+        assert_same(states[triton_impl], twin)
+    assert twin.fault.tolist() == [0, 0] and not twin.masked.any()
+
+
+@IMPLEMENTATIONS
+@pytest.mark.parametrize(
+    ("rules", "op"),
+    [pytest.param(rules, "decide_cycle", id=f"cycle-{name}") for name, rules in CYCLES.items()]
+    + [pytest.param(rules, "decide_block", id=f"block-{name}") for name, rules in BLOCKS.items()],
+)
+def test_nan_ends_its_own_row_only(ops, rules, op):
+    state = DecodeState.allocate(
+        [[1] + [MASK] * 15] * 3, [1] * 3, mask_id=MASK, eos_id=EOS, window=getattr(rules, "window", 1),
+        block_length=rules.block_length, seeds=[0] * 3, caps=[100] * 3, device=DEVICE, trace=True,
+    )  # fmt: skip
+    state.control[:, COLUMN["step"]] = 5
+    state.control[:, COLUMN["block_steps"]] = 3
+    state.score.copy_(torch.rand((3, 16), generator=torch.Generator().manual_seed(0)))
+    state.shares, state.uniform = torch.full((3, 3), 0.5, device=DEVICE), torch.rand((3, 50), device=DEVICE)
+    torch_impl.look(state, by_stage=op == "decide_cycle", span_cap=getattr(rules, "span_cap", None))
+    before, clean = copied(state), copied(state)
+    getattr(ops, op)(clean, rules)
+    state.score[1, 4] = math.nan
+    getattr(ops, op)(state, rules)
+    assert state.fault.tolist() == [0, 6, 0] and state.done[1] == 1
+    for name in ("tokens", "masked", "commit_step", "dirty", "history", "control"):
+        after, untouched, wanted = getattr(state, name), getattr(before, name), getattr(clean, name)
+        assert torch.equal(after[[0, 2]], wanted[[0, 2]]), name
+        kept = torch.ones_like(after[1], dtype=torch.bool)
+        if name == "control":  # a row that is done has no use for its quota
+            kept[[COLUMN["done"], COLUMN["fault"], COLUMN["quota"]]] = False
+        assert torch.equal(after[1][kept], untouched[1][kept]), name
+    assert clean.fault.tolist() == [0, 0, 0] and (clean.commit_step[1] >= 0).any()
+
+
 def _state() -> DecodeState:
     rng = random.Random(0)
     state = random_state(rng, CYCLES["paper"], 2, 12)
@@ -310,6 +578,10 @@ def test_states_are_checked(change, named):
         ({"rounding": "up"}, "rounding='up'"),
         ({"k_max": 0}, "k_max=0"),
         ({"block_length": 0}, "block_length=0"),
+        ({"span_cap": 0}, "span_cap=0"),
+        ({"look_ahead": -1}, "look_ahead=-1"),
+        ({"look_ahead": 1, "zero_history": True}, "look_ahead=1 does not go with zero_history"),
+        ({"share_stable": True, "slow_end": "fixed"}, "share_stable does not go with slow_end='fixed'"),
     ],
 )
 def test_cycle_rules_are_checked(rules, named):

@@ -1,0 +1,173 @@
+"""What each option of the region cache costs or gains, on the embedded model: accuracy, steps, rows, full forwards.
+
+    python -m bench.policies --limit 200 --json bench/results/policies.json
+    python -m bench.policies --json bench/results/policies.json --write-doc docs/caches.md
+
+The first line measures; the second puts the tables into a page, between its markers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+import sfs_triton
+from bench.embedded import problems, tasks
+from bench.figures import machine, wilson_interval
+from sfs_triton import NoCache, RefreshCache, RegionCache, SlowFast, Threshold
+from sfs_triton.caching import CachePolicy
+
+GEN_LENGTH, BATCH = 128, 16  # a row of a batch decodes as it would alone
+
+
+class Variant(NamedTuple):
+    """A line of the table, and what it is compared with: the group's first line."""
+
+    group: str
+    label: str
+    sampler: sfs_triton.Sampler
+    cache: CachePolicy
+
+
+def variants() -> list[Variant]:
+    """Each option alone beside the same without it, at three sizes of the row list."""
+    paper = SlowFast()
+    lines = [
+        Variant("whole canvas", "none", paper, NoCache()),
+        Variant("whole canvas", "refresh", paper, RefreshCache()),
+        Variant("region, C = 128", "as it is", paper, RegionCache(capacity=128, span_cap=None)),
+    ]
+    for capacity in (64, 32):
+        base = RegionCache(capacity=capacity, span_cap=None, rotate=True)
+        half = capacity // 2
+        options = {
+            "as it is": (paper, base),
+            "no rotation": (paper, RegionCache(capacity=capacity, span_cap=None, rotate=False)),
+            f"span_cap {half}": (paper, RegionCache(capacity=capacity, span_cap=half)),
+            f"span_cap {half}, look_ahead {half}": (
+                paper,
+                RegionCache(capacity=capacity, span_cap=half, look_ahead=half),
+            ),
+            "refresh_every 8": (paper, RegionCache(capacity=capacity, span_cap=None, refresh_every=8)),
+            "refresh_every 4": (paper, RegionCache(capacity=capacity, span_cap=None, refresh_every=4)),
+            "share_stable": (paper.replace(share_stable=True), base),
+            "tau_slow 0.85": (paper.replace(tau_slow=0.85), base),
+            "eos_stop": (paper.replace(eos_stop=True), base),
+            "eos_stop, eos_horizon off": (paper.replace(eos_stop=True, eos_horizon=False), base),
+        }
+        lines += [Variant(f"region, C = {capacity}", label, *option) for label, option in options.items()]
+    lines.append(Variant("threshold", "none", Threshold(), NoCache()))
+    lines += [Variant("threshold", f"region, C = {c}", Threshold(), RegionCache(capacity=c)) for c in (128, 64)]
+    return lines
+
+
+def decode(engine: sfs_triton.Engine, variant: Variant, chosen: list[tasks.Problem]) -> list[sfs_triton.Generation]:
+    """Every problem's answer."""
+    how = {"gen_length": GEN_LENGTH, "sampler": variant.sampler, "cache": variant.cache}
+    batches = (chosen[at : at + BATCH] for at in range(0, len(chosen), BATCH))
+    return [done for batch in batches for done in engine.generate([p.question for p in batch], **how)]
+
+
+def measure(engine: sfs_triton.Engine, variant: Variant, chosen: list[tasks.Problem], exact: list[list[int]]) -> dict:
+    """Decode every problem; ``exact`` are the responses of the same sampler without a cache, where known."""
+    done = decode(engine, variant, chosen)
+    n = len(done)
+    correct = sum(tasks.correct(p, d.text) for p, d in zip(chosen, done, strict=True))
+    low, high = wilson_interval(correct, n)
+    same = sum(d.tokens == wanted for d, wanted in zip(done, exact, strict=True)) if exact else None
+    return {
+        "group": variant.group,
+        "label": variant.label,
+        "n": n,
+        "correct": correct,
+        "interval": [round(low, 4), round(high, 4)],
+        "same_as_none": None if same is None else same / n,
+        "nfe": sum(d.nfe for d in done) / n,
+        "tokens": sum(len(d.tokens) for d in done) / n,
+        "rows_forwarded": sum(d.rows_forwarded for d in done) / n,
+        "full_forwards": sum(d.full_forwards for d in done) / n,
+    }
+
+
+def run(limit: int, kinds: list[str], path: Path) -> None:
+    """Measure all variants on all tasks; what is done is kept after every line."""
+    engine = sfs_triton.load("embedded", "cpu", "float32")
+    record = {"machine": machine(engine.model.device), "model": "embedded", "gen_length": GEN_LENGTH, "lines": []}
+    for kind in kinds:
+        chosen = problems.held_out(kind, limit, engine.text, seed=1, gen_length=GEN_LENGTH)
+        chosen.sort(key=lambda p: len(engine.text.encode(p.question)))  # alike ones are forwarded together
+        exact: dict[str, list[list[int]]] = {}
+        for variant in variants():
+            name = type(variant.sampler).__name__
+            if variant.cache == NoCache():
+                exact[name] = [d.tokens for d in decode(engine, variant, chosen)]
+            line = {"task": kind, **measure(engine, variant, chosen, exact[name])}
+            record["lines"].append(line)
+            print(json.dumps(line), flush=True)
+            partial = path.with_name(path.name + ".partial")
+            partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+            partial.replace(path)
+
+
+def tables(record: dict) -> str:
+    """Markdown tables of a record, one a task."""
+    pieces = []
+    for kind in dict.fromkeys(line["task"] for line in record["lines"]):
+        lines = [line for line in record["lines"] if line["task"] == kind]
+        pieces.append(f"**{kind}**, {lines[0]['n']} held-out problems:\n")
+        pieces.append("| | option | right (95%) | as without a cache | NFE | full forwards | rows forwarded |")
+        pieces.append("|---|---|---|---|---|---|---|")
+        group = None
+        for line in lines:
+            low, high = line["interval"]
+            share = line["correct"] / line["n"]
+            first = line["group"] if line["group"] != group else ""
+            group = line["group"]
+            same = "" if line["same_as_none"] is None else f"{line['same_as_none']:.0%}"
+            pieces.append(
+                f"| {first} | {line['label']} | {share:.1%} ({low:.0%}-{high:.0%}) | {same} | {line['nfe']:.2f} "
+                f"| {line['full_forwards']:.2f} | {line['rows_forwarded']:.0f} |"
+            )
+        pieces.append("")
+    return "\n".join(pieces)
+
+
+def write_doc(record: dict, page: Path) -> None:
+    """Replace what is between the page's markers by the tables."""
+    begin, end = "<!-- policies: begin -->", "<!-- policies: end -->"
+    text = page.read_text(encoding="utf-8")
+    if begin not in text or end not in text:
+        raise SystemExit(f"error: --write-doc {page} has no markers {begin!r} and {end!r}")
+    head, _, rest = text.partition(begin)
+    page.write_text(head + begin + "\n" + tables(record) + end + rest.partition(end)[2], encoding="utf-8")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--limit", type=int, default=200, help="problems a task")
+    parser.add_argument("--tasks", default="records,words")
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--write-doc", type=Path, metavar="PAGE", help="write the tables of --json; measure nothing")
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args(argv)
+    torch.set_num_threads(arguments.threads)
+    if arguments.write_doc:
+        write_doc(json.loads(arguments.json.read_text(encoding="utf-8")), arguments.write_doc)
+        return 0
+    for kind in arguments.tasks.split(","):
+        if kind not in problems.DIFFICULTY:
+            parser.error(f"--tasks {kind!r} is not one of {tuple(problems.DIFFICULTY)}")
+    if arguments.limit < 1:
+        parser.error(f"--limit {arguments.limit} is not positive")
+    arguments.json.parent.mkdir(parents=True, exist_ok=True)
+    run(arguments.limit, arguments.tasks.split(","), arguments.json)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
