@@ -2,10 +2,11 @@
 
     python bench/throughput.py                                   the embedded model, records task, under three minutes
     python bench/throughput.py --samplers vanilla,slowfast --limit 100 --json run.json
+    python bench/throughput.py --cache none,region --batch 4
     python bench/throughput.py --model GSAI-ML/LLaDA-8B-Instruct --prompts questions.jsonl
 
-Every row runs in one process, problem by problem in turn, one prompt at a time. Tokens are response tokens up to and
-including the end-of-text, counted the same way for all.
+Every row runs in one process, batch by batch in turn, ``--batch`` prompts at a time (one unless asked for). Tokens are
+response tokens up to and including the end-of-text, counted the same way for all.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ import sfs_triton  # noqa: E402
 from bench import chart  # noqa: E402
 from bench.embedded import problems, tasks  # noqa: E402
 from bench.figures import machine, wilson_interval  # noqa: E402
+from sfs_triton.loops.choose import LOOPS  # noqa: E402
 
 RESULTS = ROOT / "bench" / "results"
 
@@ -51,8 +53,8 @@ def rows_for(gen_length: int) -> tuple[Row, ...]:
     return (
         Row("vanilla", "one token a step", sfs_triton.FixedSteps(), ("none",)),
         Row("semi-autoregressive", f"blocks of {block}", sfs_triton.FixedSteps(block_length=block), ("none",)),
-        Row("threshold", "tau 0.9", sfs_triton.Threshold(block_length=block), ("none", "prefix", "dual")),
-        Row("slowfast", "paper", sfs_triton.SlowFast(), ("none", "refresh")),
+        Row("threshold", "tau 0.9", sfs_triton.Threshold(block_length=block), ("none", "prefix", "dual", "region")),
+        Row("slowfast", "paper", sfs_triton.SlowFast(), ("none", "refresh", "region")),
     )
 
 
@@ -62,29 +64,32 @@ class Tally:
 
     row: Row
     cache: str
-    seconds: list[float] = field(default_factory=list)  # of each generation
+    seconds: list[float] = field(default_factory=list)  # of each batch
     rates: list[float] = field(default_factory=list)  # tokens/s of each
-    paces: list[float] = field(default_factory=list)  # seconds a forward of each
+    paces: list[float] = field(default_factory=list)  # seconds a step of each
     nfe: int = 0
     tokens: int = 0
     rows_forwarded: int = 0
+    full_forwards: int = 0
     correct: int = 0
     checked: int = 0
     generations: int = 0
 
-    def add(self, done: sfs_triton.Generation, seconds: float, correct: bool | None) -> None:
+    def add(self, batch: list[sfs_triton.Generation], seconds: float, correct: list[bool | None]) -> None:
+        """Count a batch; ``correct`` has None where nobody knows the answer."""
         self.seconds.append(seconds)
-        self.rates.append(len(done.tokens) / seconds)
-        self.paces.append(seconds / done.nfe)
-        self.nfe += done.nfe
-        self.tokens += len(done.tokens)
-        self.rows_forwarded += done.rows_forwarded
-        self.generations += 1
-        if correct is not None:
-            self.checked += 1
-            self.correct += correct
+        self.rates.append(sum(len(done.tokens) for done in batch) / seconds)
+        self.paces.append(seconds / max(done.nfe for done in batch))
+        self.nfe += sum(done.nfe for done in batch)
+        self.tokens += sum(len(done.tokens) for done in batch)
+        self.rows_forwarded += sum(done.rows_forwarded for done in batch)
+        self.full_forwards += sum(done.full_forwards for done in batch)
+        self.generations += len(batch)
+        known = [right for right in correct if right is not None]
+        self.checked += len(known)
+        self.correct += sum(known)
 
-    def summary(self, vanilla_rate: float | None) -> dict:
+    def summary(self, vanilla_rate: float | None, loop: str) -> dict:
         """Counts as means, speeds as medians over the generations, so that a hiccup of the machine does not show."""
         rate = statistics.median(self.rates)
         low, high = wilson_interval(self.correct, self.checked)
@@ -93,7 +98,7 @@ class Tally:
             "preset": getattr(self.row.settings, "name", None),
             "label": self.row.label,
             "cache": self.cache,
-            "loop": "eager",
+            "loop": loop,
             "nfe": self.nfe / self.generations,
             "tpf": self.tokens / self.nfe,
             "tokens_per_second": rate,
@@ -107,6 +112,7 @@ class Tally:
             "generations": self.generations,
             "tokens": self.tokens,
             "rows_forwarded": self.rows_forwarded / self.generations,
+            "full_forwards": self.full_forwards / self.generations,
             "seconds": sum(self.seconds),
         }
 
@@ -166,20 +172,25 @@ def select(arguments: argparse.Namespace) -> list[Tally]:
     return tallies
 
 
-def measure(engine: sfs_triton.Engine, work: Work, tallies: list[Tally], gen_length: int, console: Console) -> None:
-    """Run every row on every prompt, row after row within a prompt, after one warm-up each."""
+def measure(
+    engine: sfs_triton.Engine, work: Work, tallies: list[Tally], gen_length: int, batch: int, console: Console
+) -> None:
+    """Run every row on every batch of prompts, row after row within a batch, after one warm-up each."""
     for tally in tallies:
-        engine.generate(work.prompts[0], gen_length=gen_length, cache=tally.cache, sampler=tally.row.settings)
+        warm = work.prompts[:batch]
+        engine.generate(warm, gen_length=gen_length, cache=tally.cache, sampler=tally.row.settings)
     with Progress(console=console, transient=True) as progress:
         total = progress.add_task("decoding", total=len(work.prompts) * len(tallies))
-        for prompt, known in zip(work.prompts, work.known, strict=True):
+        for at in range(0, len(work.prompts), batch):
+            prompts, known = work.prompts[at : at + batch], work.known[at : at + batch]
             for tally in tallies:
                 progress.update(total, description=f"{tally.row.sampler}, cache {tally.cache}")
                 began = time.perf_counter()
-                done = engine.generate(prompt, gen_length=gen_length, sampler=tally.row.settings, cache=tally.cache)
+                done = engine.generate(prompts, gen_length=gen_length, sampler=tally.row.settings, cache=tally.cache)
                 seconds = time.perf_counter() - began
-                tally.add(done, seconds, None if known is None else tasks.correct(known, done.text or ""))
-                progress.advance(total)
+                pairs = zip(known, done, strict=True)
+                tally.add(done, seconds, [None if k is None else tasks.correct(k, d.text or "") for k, d in pairs])
+                progress.advance(total, len(prompts))
 
 
 def show(record: dict, console: Console) -> None:
@@ -187,12 +198,12 @@ def show(record: dict, console: Console) -> None:
     where = record["machine"]["gpu"] or f"{record['machine']['cpu']}, {record['machine']['threads']} threads"
     table = Table(
         title=f"{record['model']}, {record['prompts']} x {record['problems']}, "
-        f"gen_length {record['gen_length']}; {where}",
+        f"gen_length {record['gen_length']}, batch {record['batch']}, loop {record['loop']}; {where}",
         title_justify="left",
     )
     for name in ("sampler", "cache"):
         table.add_column(name)
-    for name in ("tokens/s", "speed-up", "NFE", "TPF", "ms/forward", "rows forwarded", "accuracy (95%)"):
+    for name in ("tokens/s", "speed-up", "NFE", "TPF", "ms/step", "full forwards", "rows forwarded", "accuracy (95%)"):
         table.add_column(name, justify="right")
     for row in record["rows"]:
         accuracy = (
@@ -208,6 +219,7 @@ def show(record: dict, console: Console) -> None:
             f"{row['nfe']:.1f}",
             f"{row['tpf']:.2f}",
             f"{row['ms_per_forward']:.1f}",
+            f"{row['full_forwards']:.1f}",
             f"{row['rows_forwarded']:.0f}",
             accuracy,
         )
@@ -241,6 +253,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", help="default: a GPU if there is one")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--impl", choices=("torch", "triton"), help="of the operations; default: see sfs_triton.load")
+    parser.add_argument("--loop", choices=LOOPS, help="who steps the generations; default: see sfs_triton.load")
+    parser.add_argument("--batch", type=int, default=1, help="prompts that are decoded at a time")
     parser.add_argument("--samplers", help="comma-separated; default all")
     parser.add_argument("--cache", help="comma-separated cache policies; default all")
     parser.add_argument("--gen-length", type=int, default=128)
@@ -249,7 +263,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the problems")
     parser.add_argument("--json", type=Path, help="default bench/results/throughput.json, chart beside it")
     arguments = parser.parse_args(argv)
-    for name in ("gen_length", "limit"):
+    for name in ("gen_length", "limit", "batch"):
         if getattr(arguments, name) < 1:
             parser.error(f"--{name.replace('_', '-')} {getattr(arguments, name)} is not positive")
     if arguments.json and arguments.json.suffix != ".json":
@@ -264,11 +278,11 @@ def main(argv: list[str] | None = None) -> int:
     try:
         tallies = select(arguments)
         check_writable(path)
-        engine = sfs_triton.load(arguments.model, arguments.device, arguments.dtype, arguments.impl)
+        engine = sfs_triton.load(arguments.model, arguments.device, arguments.dtype, arguments.impl, arguments.loop)
         if engine.text is None:
             raise sfs_triton.ArgumentError(f"--model {arguments.model} has no tokenizer.json, which the prompts need")
         work = read_work(arguments, engine)
-        measure(engine, work, tallies, arguments.gen_length, console)
+        measure(engine, work, tallies, arguments.gen_length, arguments.batch, console)
     except (sfs_triton.SfsError, ValueError) as error:
         console.print(f"error: {error}", style="red", highlight=False)
         return 2
@@ -279,11 +293,13 @@ def main(argv: list[str] | None = None) -> int:
         "model": arguments.model,
         "dtype": str(engine.model.dtype),
         "impl": arguments.impl or "default",
+        "loop": engine.loop,
+        "batch": arguments.batch,
         "prompts": work.name,
         "problems": len(work.prompts),
         "gen_length": arguments.gen_length,
         "seed": arguments.seed,
-        "rows": [tally.summary(rate) for tally in tallies],
+        "rows": [tally.summary(rate, engine.loop) for tally in tallies],
     }
     write_json(record, path)
     picture = chart.draw_throughput(record, path.with_suffix(".png"))

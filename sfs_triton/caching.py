@@ -224,7 +224,7 @@ class RefreshCache(CachePolicy):
         return row.start * due.prompt + (stop - row.start if due.response else due.moved(stop))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RegionCache(CachePolicy):
     """A step forwards a list of at most ``capacity`` rows of each canvas against cached keys and values of all others.
 
@@ -250,7 +250,7 @@ class RegionCache(CachePolicy):
     store = KVCache
 
     def __post_init__(self) -> None:
-        _check_count("capacity", self.capacity)
+        _check_count("capacity", self.capacity, least=2)  # a shifted model decides a position by the row before it
         for name in ("span_cap", "refresh_every"):
             if getattr(self, name) is not None:
                 _check_count(name, getattr(self, name))
@@ -258,7 +258,7 @@ class RegionCache(CachePolicy):
 
     @property
     def rules(self) -> dict[str, Any]:
-        return {"look_ahead": self.look_ahead, "partial": True}
+        return {"look_ahead": self.look_ahead, "partial": True, "span_cap": self.span_cap}
 
     def extra_steps(self, length: int) -> int:
         return -(-length // self.capacity) + 1  # steps whose list is full of positions that were just committed

@@ -16,6 +16,7 @@ from . import __version__
 from .caching import POLICIES, CachePolicy, cache_policy
 from .engine import DTYPES, Engine, Generation, load
 from .errors import ArgumentError, MissingDependencyError, SfsError, require
+from .loops.choose import LOOPS
 from .ops import IMPLEMENTATIONS
 from .samplers import PRESETS, FixedSteps, Sampler, SlowFast, Threshold
 
@@ -67,6 +68,8 @@ class Request:
         str | None, typer.Option(metavar="|".join(IMPLEMENTATIONS), help="Of the operations. Default: by device.")
     ] = None
 
+    loop: Annotated[str | None, typer.Option(metavar="|".join(LOOPS), help="Default: by device and record.")] = None
+
     def text(self) -> str:
         """The prompt itself, read from stdin if it is ``-``."""
         try:
@@ -115,7 +118,7 @@ class Job:
         sampler.check_length(request.gen_length)
         require(0 <= request.seed < 2**63, f"seed={request.seed} is not in [0, 2**63)")
         prompt = request.text()
-        engine = load(request.model, request.device, request.dtype, request.impl)
+        engine = load(request.model, request.device, request.dtype, request.impl, request.loop)
         require(engine.text is not None, f"model={request.model!r} has no tokenizer.json, which a text prompt needs")
         room = engine.spec.max_length
         require(request.gen_length < room, f"gen_length={request.gen_length}: the model has only {room} positions")

@@ -16,7 +16,7 @@ from .caching import CachePolicy, cache_policy
 from .errors import ArgumentError, CheckpointError, require
 from .generation import Frame, Generation
 from .handles import Pending, Stream
-from .loops import LoopChoice
+from .loops import LoopChoice, check_loop
 from .models import Transformer, load_weights, read_spec
 from .models.weights import read_json
 from .ops import implementation
@@ -55,7 +55,7 @@ def load(
     """
     device = _device(device)
     implementation(impl, device)  # refused before gigabytes are read
-    LoopChoice(loop, device)
+    check_loop(loop, device)
     if dtype is None:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     if isinstance(dtype, str):
@@ -170,6 +170,12 @@ class Engine:
             require(self.spec.mask_id in ids, f"canvas {index} holds no mask (id {self.spec.mask_id})")
             self._check_room(index, len(ids), 0)
         request = _request(rows, [0] * len(rows), sampler, cache, seed, trace, on_step is not None)
+        lost = [i for i, row in enumerate(rows) if row[0] == self.spec.mask_id]
+        require(
+            not (lost and self.spec.shifted and request.policy.name == "region"),
+            f"cache='region': canvas {lost and lost[0]} begins with a mask, which this model predicts from no row of a "
+            "list; use 'none'",
+        )
         return self._finish(request, single, on_step)
 
     def stream(
@@ -288,6 +294,8 @@ class Engine:
             session = next((s for s in self._spare if s.fits(request, length)), None)
             if session is not None:
                 self._spare.remove(session)
+            else:
+                self._spare.clear()  # which makes room for the new one, that takes their place in the end
         if session is None:
             session = Session(self.model, request, length)
         run = Run(session, request, self._loops, self.text)
@@ -295,8 +303,9 @@ class Engine:
             yield run
         finally:
             run.close()
-            with self._lock:
-                self._spare = [*self._spare, session][-SPARE_SESSIONS:]
+            if run.sound:
+                with self._lock:
+                    self._spare = [*self._spare, session][-SPARE_SESSIONS:]
 
 
 def _request(

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
 from contextlib import AbstractContextManager, ExitStack
 
+from .errors import RowFault
 from .generation import Frame, Generation
 from .session import Run
 
@@ -19,15 +20,31 @@ class Stream(Iterator[Frame]):
         self._stack = ExitStack()
         self._run: Run | None = None
         self._frames: Iterator[Frame] | None = None
+        self._done: list[Generation] | None = None
+        self._failure: Exception | None = None
         self._closed = False
 
     def __next__(self) -> Frame:
-        if self._closed:
+        frame = None
+        try:
+            if not self._closed:
+                if self._run is None:
+                    self._run = self._stack.enter_context(self._context)
+                    self._frames = self._run.frames()
+                frame = next(self._frames, None)
+                if frame is None:
+                    self._done = self._run.results()
+        except RowFault as fault:
+            self._failure = fault  # for whoever asks for the result: the frames have ended as they should
+        except Exception as failure:
+            self._failure = failure
+            raise
+        finally:
+            if frame is None:
+                self.close()
+        if frame is None:
             raise StopIteration
-        if self._run is None:
-            self._run = self._stack.enter_context(self._context)
-            self._frames = self._run.frames()
-        return next(self._frames)
+        return frame
 
     def result(self) -> Generation | list[Generation]:
         """Finish what is left; what :meth:`Engine.generate` gives.
@@ -35,13 +52,13 @@ class Stream(Iterator[Frame]):
         Raises:
             RuntimeError: the stream was closed before its end.
         """
-        if self._closed:
-            raise RuntimeError("this stream was closed before its end")
         for _ in self:
             pass
-        done = self._run.results()
-        self.close()
-        return done[0] if self._single else done
+        if self._failure is not None:
+            raise self._failure
+        if self._done is None:
+            raise RuntimeError("this stream was closed before its end")
+        return self._done[0] if self._single else self._done
 
     def close(self) -> None:
         """Stop here. Closing again does nothing."""

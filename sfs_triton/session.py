@@ -57,14 +57,16 @@ class Session:
 
     def __init__(self, model: Transformer, request: Request, length: int):
         self.model, self._key = model, Session.key(request, length)
-        self._needed = _bytes_needed(model, request, length)
+        full = False
         try:
             self.state = self._allocate(request, length)
             self.step = Step(model, request.sampler, request.policy, self.state, frames=request.frames)
         except (torch.OutOfMemoryError, RuntimeError) as error:
             if not isinstance(error, torch.OutOfMemoryError) and "memory" not in str(error):
                 raise
-            raise OutOfDeviceMemory(_no_room(model, request, length, self._needed)) from None
+            full = True
+        if full:  # what was allocated before it failed is free again by now
+            raise OutOfDeviceMemory(_no_room(model, request, length))
 
     @staticmethod
     def key(request: Request, length: int) -> tuple:
@@ -127,19 +129,21 @@ class Run:
         ends = [len(canvas) for canvas in request.canvases]
         self._tracer = Tracer(request.sampler, request.policy, request.starts, ends)
         self._seconds, self._control = 0.0, None
+        self.sound = True  # False once it failed: its device may still be at work on the session
 
     def _decode(self) -> Iterator[Report]:
         """Reports; where a loop fails on the device, the one below it starts again, and repeats none of them."""
         told = 0
         while True:
+            loop = self._loops.loop
             try:
-                for number, report in enumerate(self._session.run(self._request, self._loops.loop)):
+                for number, report in enumerate(self._session.run(self._request, loop)):
                     if number == told:
                         told += 1
                         yield report
                 return
             except RuntimeError as error:  # what torch raises for CUDA's
-                if isinstance(error, SfsError) or not self._loops.fall_back(error):
+                if isinstance(error, SfsError) or not self._loops.fall_back(loop, error):
                     raise
 
     def close(self) -> None:
@@ -149,7 +153,11 @@ class Run:
     def advance(self) -> Report | None:
         """The next step's report, None at the end. Only the time in here counts as the generation's."""
         began = time.perf_counter()
-        report = next(self._reports, None)
+        try:
+            report = next(self._reports, None)
+        except BaseException:
+            self.sound = False
+            raise
         if report is not None:
             self._tracer.after(report)
             self._control = report.control
@@ -203,12 +211,12 @@ class Run:
 
 def _raise_faults(control: list[list[int]], finished: dict[int, Generation]) -> None:
     faults = {index: row[COLUMN["fault"]] for index, row in enumerate(control) if row[COLUMN["fault"]]}
-    broken = [f"row {index} at step {fault - 1}" for index, fault in faults.items() if fault > 0]
-    if broken:
-        raise NumericalFault(f"the model produced NaN logits: {', '.join(broken)}", finished)
-    stuck = [f"row {index} at step {-fault}" for index, fault in faults.items() if fault < 0]
-    if stuck:
-        raise StepCapExceeded(f"still undecided at the step cap of their sampler: {', '.join(stuck)}", finished)
+    broken = ", ".join(f"row {index} at step {fault - 1}" for index, fault in faults.items() if fault > 0)
+    stuck = ", ".join(f"row {index} at step {-fault}" for index, fault in faults.items() if fault < 0)
+    kinds = {"the model produced NaN logits": broken, "still undecided at the step cap of their sampler": stuck}
+    text = "; ".join(f"{kind}: {rows}" for kind, rows in kinds.items() if rows)
+    if faults:
+        raise (NumericalFault if broken else StepCapExceeded)(text, finished)
 
 
 def _set_schedule(state: DecodeState, sampler: FixedSteps, lengths: Sequence[int], seeds: Sequence[int]) -> None:
@@ -242,14 +250,15 @@ def _bytes_needed(model: Transformer, request: Request, length: int) -> int:
     return batch * (cache + 80 * length)
 
 
-def _no_room(model: Transformer, request: Request, length: int, needed: int) -> str:
-    batch = len(request.canvases)
-    free = torch.cuda.mem_get_info(model.device)[0] if model.device.type == "cuda" else None
+def _no_room(model: Transformer, request: Request, length: int) -> str:
+    batch, needed = len(request.canvases), _bytes_needed(model, request, length)
     text = (
         f"{batch} canvases of {length} positions with cache={request.policy.name!r} need "
         f"{needed / 2**30:.2f} GiB on {str(model.device)!r}"
     )
-    if free is None:
+    if model.device.type != "cuda":
         return text + "; use fewer or shorter canvases"
+    kept = torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)  # by torch, unused
+    free = torch.cuda.mem_get_info(model.device)[0] + kept
     fits = int(length * free / needed)
     return text + f", and {free / 2**30:.2f} GiB are free: {batch} canvases of up to {fits} positions would fit"

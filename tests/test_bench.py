@@ -36,8 +36,10 @@ def test_records_and_picture(tmp_path, capsys):
         ("threshold", "none"),
         ("threshold", "prefix"),
         ("threshold", "dual"),
+        ("threshold", "region"),
         ("slowfast", "none"),
         ("slowfast", "refresh"),
+        ("slowfast", "region"),
     ]
     assert all(set(r) >= KEYS for r in record["rows"]) and record["machine"]["cpu"]
     assert record["rows"][0]["nfe"] == 128 and record["rows"][0]["speedup"] == 1.0

@@ -31,6 +31,8 @@ SAMPLERS = [
     [
         ({"tau_min": -0.1}, "tau_min=-0.1"),
         ({"tau_high": math.nan}, "tau_high=nan"),
+        ({"share_stable": True, "slow_end": "fixed"}, "share_stable=True does not go with slow_end='fixed'"),
+        ({"share_stable": True, "slow_end": "filled"}, "share_stable=True does not go with slow_end='filled'"),
         ({"window": 0}, "window=0"),
         ({"k_max": 0}, "k_max=0"),
         ({"k_max": 2.5}, "k_max=2.5"),
@@ -66,6 +68,19 @@ def test_threshold_settings(settings):
 def test_fixed_settings(settings):
     with pytest.raises(ArgumentError, match=next(iter(settings))):
         FixedSteps(**settings)
+
+
+def test_what_a_cache_policy_adds_to_the_rules():
+    for sampler in (SlowFast(), Threshold(), FixedSteps()):
+        assert sampler.rules("normal", look_ahead=3, partial=True, span_cap=9).partial
+        assert not sampler.rules().partial
+    rules = SlowFast().rules(look_ahead=3, partial=True, span_cap=9)
+    assert (rules.look_ahead, rules.span_cap) == (3, 9)
+    with pytest.raises(ArgumentError, match="look_ahead=1 does not go with zero_history=True"):
+        SlowFast.preset("dream-reference").rules(look_ahead=1)
+    for wrong in ({"look_ahead": -1}, {"span_cap": 0}):
+        with pytest.raises(ArgumentError, match=next(iter(wrong))):
+            SlowFast().rules(**wrong)
 
 
 def test_unknown_preset_and_setting():

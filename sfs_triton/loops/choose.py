@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from typing import NamedTuple, Protocol
 
 import torch
@@ -44,27 +45,35 @@ class Loop(Protocol):
         """Step to the end; yields a report a step."""
 
 
+def check_loop(name: str | None, device: torch.device) -> None:
+    """Raise :class:`~sfs_triton.errors.ArgumentError` unless ``device`` has a loop of this name, or None."""
+    require(name is None or name in LOOPS, f"loop={name!r} is not one of {LOOPS}")
+    on_gpu = device.type == "cuda"
+    require(name != "device_while", "loop='device_while' is not finished: only its assembly is there to be probed")
+    require(name != "replay" or on_gpu, f"loop='replay' needs a GPU: device {str(device)!r} has no CUDA graphs")
+
+
 class LoopChoice:
     """The loop of an engine: the one asked for, or what the records say; and what comes after it fails."""
 
     def __init__(self, name: str | None, device: torch.device):
-        require(name is None or name in LOOPS, f"loop={name!r} is not one of {LOOPS}")
-        on_gpu = device.type == "cuda"
-        require(name != "device_while", "loop='device_while' is not finished: only its assembly is there to be probed")
-        require(name != "replay" or on_gpu, f"loop='replay' needs a GPU: device {str(device)!r} has no CUDA graphs")
-        why = "asked for"
+        check_loop(name, device)
+        on_gpu, why = device.type == "cuda", "asked for"
         if name is None and not on_gpu:
             name, why = "eager", f"device {str(device)!r} has no CUDA graphs"
         elif name is None:
             name, why = (RECORDS[0].loop, RECORDS[0].path) if RECORDS else ("eager", "no other has a record on a GPU")
         self._eager = EagerLoop(tight=not on_gpu)
         self.loop: Loop = ReplayLoop() if name == "replay" else self._eager
+        self._lock = threading.Lock()
         logger.info("loop %s: %s", name, why)
 
-    def fall_back(self, error: RuntimeError) -> bool:
-        """Take the loop below after ``error``, once; whether there was one."""
-        if self.loop is self._eager:
+    def fall_back(self, failed: Loop, error: RuntimeError) -> bool:
+        """Take the loop below ``failed`` after ``error``, once for all generations; whether there was one."""
+        if failed is self._eager:
             return False
-        logger.warning("loop %s failed, going on with loop eager: %s", self.loop.name, error)
-        self.loop = self._eager
+        with self._lock:
+            if self.loop is failed:
+                logger.warning("loop %s failed, going on with loop eager: %s", failed.name, error)
+                self.loop = self._eager
         return True

@@ -8,6 +8,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from ..caching import Shape
+from ..errors import LoopTimeout, require
 from .report import Report, Reports
 from .step import Step
 
@@ -40,6 +41,8 @@ class ReplayLoop:
 
     def prepare(self, step: Step) -> None:
         """Capture what ``step`` can need and has not been captured."""
+        depth = step.mailbox.depth
+        require(self._ahead < depth, f"ahead={self._ahead} is not below {depth}, as many letters as a mailbox holds")
         graphs = self._graphs.setdefault(step, {})
         for shape in step.policy.shapes(step.canvas):
             if shape not in graphs:
@@ -62,6 +65,9 @@ class ReplayLoop:
                 after = letter["control"].tolist()
                 yield Report(rows, after, letter)
                 before = after
+        except LoopTimeout:
+            started = 0  # nothing more is waited for: no one uses this step again
+            raise
         finally:
             mailbox.wait(first + started, self._step_limit)  # whoever comes next finds a device at rest
 

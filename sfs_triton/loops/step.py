@@ -37,7 +37,7 @@ class Step:
         self.by_stage = isinstance(sampler, SlowFast)
         self._draw, self._shift = sampler.draw(), int(model.spec.shifted)
         self._look = {"by_stage": self.by_stage, "span_cap": policy.span_cap if self.by_stage else None}
-        self._rules = sampler.rules() if self.by_stage else sampler.rules(policy.opening(model.spec.shifted))  # TMP
+        self._rules = sampler.rules(policy.opening(model.spec.shifted), **policy.rules)
         self._decide = model.ops.decide_cycle if self.by_stage else model.ops.decide_block
         self._allocate()
         sources = {"control": state.control}
@@ -56,6 +56,8 @@ class Step:
         self.caches = [make(model.spec, batch, length, device, model.dtype) for _ in range(branches)]
         self._lists = torch.empty((2, batch * length), dtype=torch.int32, device=device)
         self._count = torch.empty(batch, dtype=torch.int32, device=device)
+        n_tiles = -(-length * (model.spec.n_heads // model.spec.n_kv_heads) // 16)
+        self._counters = torch.zeros(batch * model.spec.n_kv_heads * n_tiles, dtype=torch.int32, device=device)
         self._key_range = torch.empty((batch, 4), dtype=torch.int32, device=device)
         model.reach(length)
 
@@ -143,6 +145,7 @@ class Step:
         state, policy = self.state, self.policy
         stop = shape.first + shape.size
         given = {"store": policy.store is not None, "batch": batch, "features": shape.features}
+        given["counters"] = self._counters
         if shape.features is not None:
             given |= {"store": False, "prompt": _of(state.start, batch)}
         if shape.kind in ("same", "prefix") and given["store"]:
@@ -183,7 +186,7 @@ class Step:
         seed, step = (_of(t, batch)[:, None].expand_as(target) for t in (self.state.seed, self.state.step))
         keys = {"seed": seed, "position": target.clamp(min=0).long(), "step": step}
         at = slice(None) if which is None else which.clamp(min=0)
-        return {name: value.flatten()[at] for name, value in keys.items()}
+        return {name: value.flatten()[at].contiguous() for name, value in keys.items()}
 
 
 _VIEWED = [

@@ -38,6 +38,8 @@ class Scope:
         rows: int32 ``[b, n]``, a list of rows, -1 idle; their keys and values are stored.
         count: int32 ``[b]``, how many of the rows are not idle; the others' results are of no use.
         key_range: int32 ``[b, 4]``, two ranges of keys of each canvas; None: ``[0, keys)``.
+        counters: int32 zeros that attention counts its parts with, ``b * n_kv_heads * ceil(n * group / 16)`` of them,
+            and leaves as they were; no two forwards at a time may share them.
         batch: int64 ``[b]``, the canvases' rows in the cache; None: all of it.
         store: put the rows' keys and values into the cache, from which those of all other positions are read.
         features: recompute from a :class:`FeatureCache` instead.
@@ -50,6 +52,7 @@ class Scope:
     rows: torch.Tensor | None = None
     count: torch.Tensor | None = None
     key_range: torch.Tensor | None = None
+    counters: torch.Tensor | None = None
     batch: torch.Tensor | None = None
     store: bool = False
     features: Features | None = None

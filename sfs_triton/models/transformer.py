@@ -105,7 +105,8 @@ class Transformer:
             qk, v = self._heads(self._project(h, layer)).split((spec.n_heads + spec.n_kv_heads, spec.n_kv_heads), 2)
             qk = rotate(qk, None, None, *tables, position)[0]  # queries and keys turn alike, so at once
             q, k = qk.split((spec.n_heads, spec.n_kv_heads), 2)
-        ranges = {"key_range": scope.key_range, "count": None if select is not None else scope.count}
+        ranges = {"key_range": scope.key_range, "counters": scope.counters}
+        ranges["count"] = None if select is not None else scope.count
         if store:
             k, v, ranges["cache_row"] = k[:, : scope.keys], v[:, : scope.keys], scope.batch
         return F.linear(self.ops.attention(q, k, v, **ranges).flatten(2), layer.out)
@@ -210,7 +211,8 @@ class Transformer:
         q = self.ops.rope_cache(self._heads(q), None, None, self._cos, self._sin, rows)[0]
         tables = self._cos[:stop], self._sin[:stop]
         _, keys, values = self.ops.rope_cache(None, keys, self._heads(v[:, :stop]), *tables, None)
-        out = F.linear(self.ops.attention(q, keys, values, key_range=scope.key_range).flatten(2), layer.out)
+        ranges = {"key_range": scope.key_range, "counters": scope.counters}
+        out = F.linear(self.ops.attention(q, keys, values, **ranges).flatten(2), layer.out)
         mixed.scatter_(1, _wide(spare, mixed), out)
         h = self.ops.rms_norm(out, layer.mlp_norm, spec.norm_eps, residual=x.gather(1, _wide(source, x)))
         mlp.scatter_(1, _wide(spare, mlp), self._mlp(h, layer))

@@ -14,6 +14,7 @@ def attention(
     cache_row: torch.Tensor | None = None,
     key_range: torch.Tensor | None = None,
     count: torch.Tensor | None = None,
+    counters: torch.Tensor | None = None,
     scale: float | None = None,
 ) -> torch.Tensor:
     """``softmax(q k^T scale) v`` for every head, ``[b, n, H, D]``; without a causal mask, grouped-query if ``H > Hkv``.
@@ -25,6 +26,7 @@ def attention(
         key_range: ``[b, 4]``; a batch row's keys are the union of ``[r[0], r[1])`` and ``[r[2], r[3])`` within
             ``[0, L)``. None: all. A query without any key gives zeros. What other keys and values hold has no effect.
         count: only the first ``count[b]`` queries of a batch row are wanted (all are computed here).
+        counters: of no use here.
         scale: ``D ** -0.5`` if None.
     """
     if cache_row is not None:

@@ -55,11 +55,11 @@ def rope_cache(
         return q, k, v
     batch = len(k)
     row = (torch.arange(batch, device=k.device) if cache_row is None else cache_row)[:, None]
-    for cache, fresh in ((k_cache, torch.cat(_turned(k, cos, sin), -1).to(k.dtype)), (v_cache, v)):
-        if position.dim() == 1:
-            cache[row, position] = fresh
-        elif fresh.numel():
-            _store_live(cache, row, position, fresh)
+    turned = torch.cat(_turned(k, cos, sin), -1).to(k.dtype)
+    if position.dim() == 1:
+        k_cache[row, position], v_cache[row, position] = turned, v
+    elif v.numel():
+        _store_live(((k_cache, turned), (v_cache, v)), row, position)
     return q, k_cache, v_cache
 
 
@@ -80,8 +80,10 @@ def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
     low.copy_(turned)
 
 
-def _store_live(cache: torch.Tensor, row: torch.Tensor, position: torch.Tensor, fresh: torch.Tensor) -> None:
-    """``cache[row, position] = fresh`` but for idle rows, without asking the device how many they are.
+def _store_live(
+    pairs: tuple[tuple[torch.Tensor, torch.Tensor], ...], row: torch.Tensor, position: torch.Tensor
+) -> None:
+    """``cache[row, position] = fresh`` for each pair but for idle rows, without asking the device how many they are.
 
     An idle row repeats what the first live row of its batch row stores. In a batch row without any, position 0 is
     rewritten with what it holds.
@@ -91,4 +93,5 @@ def _store_live(cache: torch.Tensor, row: torch.Tensor, position: torch.Tensor, 
     source = torch.where(live, itself, live.byte().argmax(1, keepdim=True))
     target = position.gather(1, source).clamp(min=0)
     any_live = live.any(1)[:, None, None, None]
-    cache[row, target] = torch.where(any_live, fresh[each[:, None], source], cache[row, target])
+    for cache, fresh in pairs:
+        cache[row, target] = torch.where(any_live, fresh[each[:, None], source], cache[row, target])
