@@ -1,0 +1,374 @@
+"""What a step must cost at given ceilings, and which cache policy wins. A prediction: nothing is timed.
+
+    python -m bench.cost_model --geometry llada-8b --policy region --capacity 128 --prompt 1100 --response 1024
+    python -m bench.cost_model --slow 3 --fast 2 --tokens 20 --refresh-cycles 8 --batch 1 --json out.json
+    python -m bench.cost_model --write-doc          the tables of docs/cost-model.md
+
+:mod:`bench.step_count` says what a step launches; here that becomes time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+
+from bench.kernels.case import GEOMETRIES
+from bench.step_count import (
+    IMPLS,
+    NAMES,
+    PARTS,
+    STYLES,
+    Count,
+    Kind,
+    Setting,
+    Tally,
+    count_vanilla,
+    kinds,
+    steps_of,
+)
+from sfs_triton.kernels.cost import Cost
+
+DOC = Path(__file__).resolve().parent.parent / "docs" / "cost-model.md"
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What a machine reaches at most, and where these numbers are from."""
+
+    bytes_per_second: float
+    flops_per_second: float  # of matrix products in bfloat16
+    seconds_per_launch: float  # what a kernel takes beyond its work
+    source: str
+
+    def part_seconds(self, part: Tally) -> float:
+        """All its work at the roofline, and what its launches add."""
+        floor = Cost(part.bytes, part.flops).floor(self.bytes_per_second, self.flops_per_second)
+        return floor + part.launches * self.seconds_per_launch
+
+    def seconds(self, step: Count) -> float:
+        return sum(map(self.part_seconds, step.parts.values()))
+
+
+# A product of n rows with W weights reads 2 W bytes and does 2 W n operations: memory and arithmetic take equally long
+# at n = flops / bytes per second, which the design puts at about 184 rows. Its other number agrees: a full forward of
+# 2,124 rows is 34.2 T operations with the head on all rows, 43 ms at this peak, where the design says about 44.
+CEILINGS = {
+    "h200": Ceilings(
+        bytes_per_second=4.3e12,
+        flops_per_second=184 * 4.3e12,
+        seconds_per_launch=1.2e-6,
+        source="one H200 as the design assumes it: 4.3 TB/s as a copy reaches them, products weight-bound up to 184 "
+        "rows (so 791 TFLOP/s), 1.2 us a kernel of a replayed graph",
+    )
+}
+
+
+# ------------------------------------------------------------------------------------------------------ which one wins
+
+
+@dataclass(frozen=True)
+class Cycle:
+    """What cycles of slow and fast steps are like, on average."""
+
+    slow: float = 3
+    fast: float = 2
+    tokens: float = 20  # that a cycle commits
+    refresh_cycles: float | None = 8  # region: cycles from one full forward to the next; None: only the first
+
+    def __post_init__(self) -> None:
+        for name in ("slow", "tokens", "refresh_cycles"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{name}={value!r} is not positive")
+        if not (math.isfinite(self.fast) and self.fast >= 0):
+            raise ValueError(f"fast={self.fast!r} is negative")
+
+
+class Forecast(NamedTuple):
+    """A generation by one policy. ``tokens_per_second`` is of the batch."""
+
+    policy: str
+    steps: float
+    seconds: float
+    tokens_per_second: float
+    speedup: float
+
+
+def shares(setting: Setting, name: str, cycle: Cycle) -> dict[Kind, float]:
+    """How many steps of each kind a generation has. Every policy is taken to need the same number of steps."""
+    period, cycles = kinds(setting, name), setting.response / cycle.tokens
+    steps = cycles * (cycle.slow + cycle.fast)
+    if name == "refresh":
+        return {kind: steps * often / sum(period.values()) for kind, often in period.items()}
+    first, later = period
+    if name == "none":
+        few = cycles * max(cycle.fast - 1, 0)
+        return {first: steps - few, later: few}
+    if name == "region":
+        full = max(1.0, cycles / (cycle.refresh_cycles or math.inf))
+        return {first: full, later: max(steps - full, 0.0)}
+    blocks = math.ceil(setting.response / setting.block_length)
+    return {first: float(blocks), later: max(steps, 2.0 * blocks) - blocks}  # a block takes two forwards or more
+
+
+def forecast(setting: Setting, impl: str, cycle: Cycle, ceilings: Ceilings) -> list[Forecast]:
+    """Vanilla decoding, one token a step and one row after the other, and all policies, the fastest first."""
+    tokens = setting.response * setting.batch
+    vanilla = tokens * ceilings.seconds(count_vanilla(setting))
+    found = []
+    for name in NAMES:
+        steps, often = steps_of(setting, impl, name), shares(setting, name, cycle)
+        seconds = sum(times * ceilings.seconds(steps.count(kind)) for kind, times in often.items() if times)
+        found.append(Forecast(name, sum(often.values()), seconds, tokens / seconds, vanilla / seconds))
+    found.sort(key=lambda row: row.seconds)
+    return [Forecast("vanilla", float(tokens), vanilla, tokens / vanilla, 1.0), *found]
+
+
+# -------------------------------------------------------------------------------------------------------------- tables
+
+
+def table(head: str, rows: Iterable[Iterable[Any]]) -> str:
+    """In Markdown; ``head`` names the columns, between bars."""
+    lines = [head, "|" + "---|" * (head.count("|") - 1)]
+    return "\n".join([*lines, *("| " + " | ".join(map(str, row)) + " |" for row in rows)])
+
+
+def part_table(steps: Iterable[tuple[str, Count]], ceilings: Ceilings) -> str:
+    """Steps, each by its parts."""
+    rows = []
+    for name, step in steps:
+        parts = [(PARTS[part], tally, ceilings.part_seconds(tally)) for part, tally in step.parts.items()]
+        for part, tally, seconds in [*parts, ("all", step.total, ceilings.seconds(step))]:
+            work = f"{tally.bytes / 1e9:.2f}", f"{tally.flops / 1e12:.3f}", f"{1e3 * seconds:.2f}", ""
+            rows.append((name, part, tally.launches, *work))
+    return table("| step | part | kernels | GB | TFLOP | ms | measured |", rows)
+
+
+def forecast_table(rows: Iterable[Forecast]) -> str:
+    cells = (
+        (row.policy, *(f"{x:.{digits}f}" for x, digits in zip(row[1:], (0, 2, 0, 1), strict=True)), "") for row in rows
+    )
+    return table("| policy | steps | s a generation | tokens/s | times vanilla | measured |", cells)
+
+
+def _step_table(ceilings: Ceilings) -> str:
+    """Every kind of step of every policy, by either implementation and in either shape."""
+    vanilla, length = count_vanilla(Setting()), Setting().prompt + Setting().response
+    cost = f"{vanilla.total.launches}, {1e3 * ceilings.seconds(vanilla):.2f}"
+    rows = [("vanilla", "full", length, length, "", "", cost, "", "")]
+    for name in NAMES:
+        for kind in kinds(Setting(), name):
+            steps = [steps_of(Setting(style=style), impl, name).count(kind) for style in STYLES for impl in IMPLS]
+            cells = (f"{step.total.launches}, {1e3 * ceilings.seconds(step):.2f}" for step in steps)
+            (shape,) = steps_of(Setting(), "torch", name).shapes(kind)
+            rows.append((name, kind.name, shape.size, shape.targets, *cells, ""))
+    columns = " | ".join(f"{impl}, {style}" for style in STYLES for impl in IMPLS)
+    return table(f"| policy | step | rows | head rows | {columns} | measured |", rows)
+
+
+CYCLES = (Cycle(3, 5, 8), Cycle(3, 2, 20), Cycle(4, 4, 64), Cycle(4, 6, 128), Cycle(3, 2, 20, 1), Cycle(3, 2, 20, None))
+
+
+def _winner_table(ceilings: Ceilings) -> str:
+    rows = []
+    for cycle in CYCLES:
+        setting = Setting(span_cap=max(64, math.ceil(cycle.tokens)))
+        for impl in IMPLS:
+            _, best, *_ = found = forecast(setting, impl, cycle, ceilings)
+            speedups = {row.policy: f"{row.speedup:.1f}x" for row in found}
+            numbers = cycle.slow, cycle.fast, cycle.tokens, cycle.refresh_cycles or "never", impl
+            rows.append((*numbers, *(speedups[name] for name in NAMES), best.policy, ""))
+    names = " | ".join(NAMES)
+    return table(f"| slow | fast | tokens | cycles a refresh | ops | {names} | wins | measured |", rows)
+
+
+DESIGN_VANILLA = 0.055  # seconds a step
+DESIGN_REGION = {8: 13, 20: 45, 64: 75, 128: 136}  # tokens a cycle: speed-up, with a full refresh every 8 cycles
+
+
+def _design_table(ceilings: Ceilings) -> str:
+    """How many steps a cycle may have for the design's speed-ups, if steps cost what they do here."""
+    rows = []
+    for tokens, speedup in DESIGN_REGION.items():
+        setting, cells = Setting(span_cap=max(64, tokens)), []
+        budget = tokens * DESIGN_VANILLA / speedup
+        for impl in IMPLS:
+            steps = steps_of(setting, impl, "region")
+            full, some = (ceilings.seconds(steps.count(kind)) for kind in kinds(setting, "region"))
+            cells.append(f"{(budget - (full - some) / 8) / some:.1f}")
+        rows.append((tokens, f"{speedup}x", f"{1e3 * budget:.1f}", *cells, ""))
+    return table("| tokens a cycle | design | ms a cycle | steps, torch | steps, triton | measured |", rows)
+
+
+CAPACITIES, BATCHES = (32, 64, 128, 256), (1, 2, 4, 16)
+
+
+def _batch_table(ceilings: Ceilings) -> str:
+    """Milliseconds of a region step by capacity and batch."""
+    _, rows_of_list = kinds(Setting(), "region")
+    rows = []
+    for capacity in CAPACITIES:
+        settings = (Setting(capacity=capacity, batch=batch) for batch in BATCHES)
+        times = [ceilings.seconds(steps_of(setting, "triton", "region").count(rows_of_list)) for setting in settings]
+        rows.append((capacity, *(f"{1e3 * seconds:.2f}" for seconds in times), ""))
+    return table("| capacity | " + " | ".join(f"batch {batch}" for batch in BATCHES) + " | measured |", rows)
+
+
+# ------------------------------------------------------------------------------------------------------------ document
+
+
+def doc_tables() -> dict[str, str]:
+    """What the document has of this: at llada-8b, a prompt of 1,100 and a response of 1,024."""
+    ceilings, setting = CEILINGS["h200"], Setting()
+    steps = [
+        (f"region {kind.name}, {impl}", steps_of(setting, impl, "region").count(kind))
+        for kind in reversed(kinds(setting, "region"))
+        for impl in IMPLS
+    ]
+    return {
+        "ceilings": f"Ceilings, **assumed**: {ceilings.source}. Counted with torch {minor(torch.__version__)}.",
+        "steps": _step_table(ceilings),
+        "parts": part_table(steps, ceilings),
+        "winners": _winner_table(ceilings),
+        "design": _design_table(ceilings),
+        "batches": _batch_table(ceilings),
+    }
+
+
+def rendered(text: str, tables: dict[str, str]) -> str:
+    """``text`` with its tables, each between two marks, replaced."""
+    for name, body in tables.items():
+        begin, end = f"<!-- {name} -->\n", f"\n<!-- end of {name} -->"
+        pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
+        if len(pattern.findall(text)) != 1:
+            raise ValueError(f"the document has no place, or more than one, for table {name!r}")
+        text = pattern.sub(lambda _, new=begin + body + end: new, text)
+    return text
+
+
+def minor(version: str) -> str:
+    """Which of torch's releases: what an operation is made of may differ between them."""
+    return ".".join(version.split(".")[:2])
+
+
+# -------------------------------------------------------------------------------------------------------- command line
+
+
+def record(setting: Setting, names: Iterable[str], impls: Iterable[str], cycle: Cycle, ceilings: Ceilings) -> dict:
+    """All of it as JSON has it. What a GPU would have to measure is None."""
+    steps, forecasts = [], {}
+    for impl in impls:
+        forecasts[impl] = [row._asdict() for row in forecast(setting, impl, cycle, ceilings)]
+        for name in names:
+            for kind in kinds(setting, name):
+                steps.append({"impl": impl, "policy": name, **_step_record(setting, impl, name, kind, ceilings)})
+    return {
+        "prediction": "nothing here was measured",
+        "setting": asdict(setting),
+        "cycle": asdict(cycle),
+        "ceilings": asdict(ceilings),
+        "versions": {"torch": torch.__version__, "triton": triton.__version__},
+        "steps": steps,
+        "forecasts": forecasts,
+        "winner": {impl: rows[1]["policy"] for impl, rows in forecasts.items()},
+    }
+
+
+def _step_record(setting: Setting, impl: str, name: str, kind: Kind, ceilings: Ceilings) -> dict[str, Any]:
+    steps = steps_of(setting, impl, name)
+    step = steps.count(kind)
+    parts = {
+        part: {**tally._asdict(), "milliseconds": 1e3 * ceilings.part_seconds(tally)}
+        for part, tally in step.parts.items()
+    }
+    return {
+        "step": kind.name,
+        "shapes": [shape._asdict() for shape in steps.shapes(kind)],
+        "parts": parts,
+        "total": {**step.total._asdict(), "milliseconds": 1e3 * ceilings.seconds(step)},
+        "host_copies": step.host_copies,
+        "kernels": dict(Counter(kernel.name for kernel in step.kernels).most_common()),
+        "measured_milliseconds": None,
+    }
+
+
+def show(setting: Setting, names: Iterable[str], impls: Iterable[str], cycle: Cycle, ceilings: Ceilings) -> None:
+    print(f"A prediction: nothing here was measured. Ceilings, ASSUMED: {ceilings.source}.\n")
+    steps = [
+        (f"{name} {kind.name}, {impl}", steps_of(setting, impl, name).count(kind))
+        for impl in impls
+        for name in names
+        for kind in kinds(setting, name)
+    ]
+    print(part_table(steps, ceilings))
+    often = "never" if cycle.refresh_cycles is None else f"every {cycle.refresh_cycles:g} cycles"
+    for impl in impls:
+        rows = forecast(setting, impl, cycle, ceilings)
+        print(
+            f"\nops by {impl}; a cycle of {cycle.slow:g} slow and {cycle.fast:g} fast steps commits {cycle.tokens:g} "
+            f"tokens, in every policy; region refreshes {often}:\n"
+        )
+        print(forecast_table(rows))
+        print(
+            f"\nwinner: {rows[1].policy}, {rows[1].speedup:.1f}x vanilla, {rows[2].seconds / rows[1].seconds:.2f}x "
+            f"the next ({rows[2].policy})"
+        )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    default, cycle = Setting(), Cycle()
+    parser.add_argument("--geometry", choices=tuple(GEOMETRIES), default=default.geometry)
+    parser.add_argument("--policy", choices=NAMES, action="append", help="whose steps to show; may be repeated")
+    parser.add_argument("--impl", choices=IMPLS, action="append", help="what implements the operations; default: both")
+    parser.add_argument("--style", choices=STYLES, default=default.style, help="as graphs are captured, or as eager is")
+    for name in ("prompt", "response", "batch", "capacity", "block-length"):
+        parser.add_argument(f"--{name}", type=int, default=getattr(default, name.replace("-", "_")))
+    parser.add_argument("--span-cap", type=int, help="of region; default: 64, or a cycle's tokens if those are more")
+    for name, what in (("slow", "slow steps"), ("fast", "fast steps"), ("tokens", "tokens committed")):
+        parser.add_argument(f"--{name}", type=float, default=getattr(cycle, name), help=f"{what} of a cycle")
+    parser.add_argument(
+        "--refresh-cycles", type=float, default=cycle.refresh_cycles, help="of region, 0: only the first step is full"
+    )
+    parser.add_argument("--ceilings", choices=tuple(CEILINGS), default="h200")
+    parser.add_argument("--json", type=Path, help="write everything, with each step's kernels by name")
+    parser.add_argument("--write-doc", action="store_true", help=f"only renew the tables of {DOC.name}")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = _parser()
+    given = parser.parse_args(argv)
+    if given.write_doc:
+        DOC.write_text(rendered(DOC.read_text(), doc_tables()))
+        return 0
+    try:
+        cycle = Cycle(given.slow, given.fast, given.tokens, given.refresh_cycles or None)
+        sizes = {name: getattr(given, name) for name in ("prompt", "response", "batch", "capacity", "block_length")}
+        span = math.ceil(cycle.tokens)
+        span_cap = max(64, span) if given.span_cap is None else given.span_cap
+        setting = Setting(given.geometry, **sizes, span_cap=span_cap, style=given.style, span=span)
+    except ValueError as error:
+        parser.error(str(error))
+    what = setting, given.policy or ("region",), given.impl or IMPLS, cycle, CEILINGS[given.ceilings]
+    show(*what)
+    if given.json:
+        given.json.write_text(json.dumps(record(*what), indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

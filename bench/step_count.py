@@ -1,0 +1,450 @@
+"""What a step asks of a GPU, counted without one: its kernels, and the bytes and operations of each.
+
+The engine's own :class:`~sfs_triton.loops.step.Step` runs on meta tensors, which hold no data. So what is counted
+cannot drift from the code, and a value that the host reads is an error here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from functools import cache, cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from bench.baselines import plain
+from bench.kernels.case import GEOMETRIES
+from sfs_triton import triton_impl
+from sfs_triton.caching import CachePolicy, Shape, cache_policy
+from sfs_triton.kernels.attention import attention_cost
+from sfs_triton.kernels.confidence import confidence_cost
+from sfs_triton.kernels.control import CONTROL, FAST, SLOW
+from sfs_triton.kernels.cost import Cost
+from sfs_triton.kernels.cycle import decide_cost as decide_cycle_cost
+from sfs_triton.kernels.gather import compact_cost, embedding_cost
+from sfs_triton.kernels.launch import Launch, recording
+from sfs_triton.kernels.linear import linear_cost
+from sfs_triton.kernels.lm_head import lm_head_cost
+from sfs_triton.kernels.mlp import silu_mul_cost
+from sfs_triton.kernels.norm import rms_norm_cost
+from sfs_triton.kernels.partials import merge_partials_cost
+from sfs_triton.kernels.place import place_cost
+from sfs_triton.kernels.plan import plan_cost
+from sfs_triton.kernels.post import post_cost
+from sfs_triton.kernels.reach import reach_cost
+from sfs_triton.kernels.rope_cache import rope_cache_cost
+from sfs_triton.kernels.select import decide_cost as decide_block_cost
+from sfs_triton.loops.replay import ReplayLoop
+from sfs_triton.loops.step import Step
+from sfs_triton.models import Transformer
+from sfs_triton.models.spec import ModelSpec
+from sfs_triton.models.weights import LayerWeights, Weights
+from sfs_triton.samplers import Sampler, SlowFast, Threshold
+from sfs_triton.state import DecodeState
+
+META, DTYPE = torch.device("meta"), torch.bfloat16
+IMPLS, STYLES, NAMES = ("torch", "triton"), ("fixed", "tight"), ("none", "region", "prefix", "dual", "refresh")
+PARTS = {
+    "products": "projections and MLP",
+    "attention": "attention",
+    "head": "head",
+    "elementwise": "embedding, norms, rotary, other elementwise",
+    "machine": "step machine",
+}
+_PART_OF = {
+    **{"attention": "attention", "confidence": "head", "lm_head": "head", "linear": "products"},
+    **dict.fromkeys(("embedding", "rms_norm", "rope_cache", "silu_mul"), "elementwise"),
+}
+
+
+class Kernel(NamedTuple):
+    """A kernel that would be launched: of which part of the step, and what it has to do."""
+
+    part: str
+    name: str
+    bytes: int
+    flops: int
+
+
+class Tally(NamedTuple):
+    """Sums over some kernels."""
+
+    launches: int
+    bytes: int
+    flops: int
+
+
+@dataclass(frozen=True)
+class Count:
+    """Everything that a step launches, and how many tensors it brings over from the host."""
+
+    kernels: tuple[Kernel, ...]
+    host_copies: int = 0
+
+    @cached_property
+    def parts(self) -> dict[str, Tally]:
+        return {part: _tally(kernel for kernel in self.kernels if kernel.part == part) for part in PARTS}
+
+    @property
+    def total(self) -> Tally:
+        return _tally(self.kernels)
+
+
+def _tally(kernels: Iterable[Kernel]) -> Tally:
+    kernels = list(kernels)
+    return Tally(len(kernels), sum(kernel.bytes for kernel in kernels), sum(kernel.flops for kernel in kernels))
+
+
+_NO_KERNEL = {"empty", "new_empty", "empty_like", "empty_strided", "_unsafe_view", "_reshape_alias"}
+_FROM_HOST = {"detach_", "lift_fresh"}  # what torch.tensor ends with, once it has copied
+_TAKES = {"embedding", "index", "gather", "index_select"}  # of their first tensor they read what they return
+_PUTS = {"index_put_", "_index_put_impl_", "index_copy_", "scatter_"}  # and these write what they are given
+_OVERWRITES = {"copy_", "fill_", "zero_"}  # without reading what was there
+
+
+class Meter(TorchDispatchMode):
+    """Counts what would be launched on a GPU by operations on meta tensors, and by recorded launchers.
+
+    An operation of torch that is neither a view nor an allocation is one kernel. Some are more on a GPU (a sort, a
+    long cumulative sum), so counts of torch's are low.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self._kernels: list[Kernel] = []
+        self._host_copies = 0
+        self._part: str | None = None
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """What is launched meanwhile belongs to a part of the step, or of the ``"forward"``."""
+        outer, self._part = self._part, name
+        try:
+            yield
+        finally:
+            self._part = outer
+
+    def take(self) -> Count:
+        """What was counted since this was last asked."""
+        count = Count(tuple(self._kernels), self._host_copies)
+        self._kernels, self._host_copies = [], 0
+        return count
+
+    def wrap(self, function: Callable[..., Any], part: str) -> Callable[..., Any]:
+        """``function`` with its launches counted for ``part``."""
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with self.part(part), recording() as launches:
+                result = function(*args, **kwargs)
+            for launch in launches:
+                self._kernels.append(Kernel(part, launch_name(launch), *launch_cost(launch)))
+            return result
+
+        return run
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs, name = kwargs or {}, func._overloadpacket.__name__
+        if name == "scaled_dot_product_attention":
+            return self._attend(*args, **kwargs)
+        if name == "rms_norm" and args[0].dtype == args[2].dtype:  # one kernel on a GPU
+            out = torch.empty_like(args[0])
+            self._note("elementwise", name, sum(map(_bytes, (args[0], args[2], out))), 0)
+            return out
+        with self:
+            out = func.decompose(*args, **kwargs)
+        if out is not NotImplemented:
+            return out
+        out = func(*args, **kwargs)
+        made = [x for x in tree_leaves(out) if isinstance(x, torch.Tensor) and x.device == META and x.numel()]
+        if made and not func.is_view and name not in _NO_KERNEL:
+            taken = [x for x in tree_leaves(_inputs(func, args, kwargs)) if isinstance(x, torch.Tensor)]
+            self._host_copies += name in _FROM_HOST or any(x.device != META for x in taken)
+            product = func._overloadpacket in flop_registry
+            flops = flop_registry[func._overloadpacket](*args, **kwargs, out_val=out) if product else 0
+            if product:
+                _check_dtypes(name, taken)
+            self._note("products" if product else "elementwise", name, _traffic(name, taken, made), flops)
+        return out
+
+    def _attend(self, q, k, v, attn_mask=None, **_options) -> torch.Tensor:
+        """One kernel, with results laid out as those of the fused ones."""
+        _check_dtypes("scaled_dot_product_attention", (q, k, v))
+        batch, heads, rows, width = q.shape
+        out = q.new_empty((batch, rows, heads, width)).transpose(1, 2)
+        moved = sum(_bytes(x) for x in (q, k, v, attn_mask, out) if x is not None)
+        self._note("attention", "scaled_dot_product_attention", moved, 4 * q.numel() * k.shape[2])
+        return out
+
+    def _note(self, kind: str, name: str, moved: int, flops: int) -> None:
+        """``kind`` says which part of the forward it is; elsewhere the part is known."""
+        outside = "head" if kind == "products" else "machine"
+        part = kind if self._part == "forward" else self._part or outside
+        self._kernels.append(Kernel(part, name, moved, flops))
+
+
+def _check_dtypes(name: str, taken: Iterable[torch.Tensor]) -> None:
+    """Meta tensors do not mind, a GPU does."""
+    dtypes = {x.dtype for x in taken}
+    if len(dtypes) > 1:
+        raise TypeError(f"{name} of tensors of {sorted(map(str, dtypes))}")
+
+
+def _inputs(func, args: tuple, kwargs: dict[str, Any]) -> tuple:
+    written = {argument.name for argument in func._schema.arguments if argument.is_out}
+    return args, [value for name, value in kwargs.items() if name not in written]
+
+
+def _bytes(x: torch.Tensor) -> int:
+    """Of a tensor in memory: what is repeated along an axis is there once."""
+    return x.element_size() * math.prod(n for n, stride in zip(x.shape, x.stride(), strict=True) if stride or not n)
+
+
+def _traffic(name: str, taken: list[torch.Tensor], made: list[torch.Tensor]) -> int:
+    """Bytes that an operation reads and writes, each value once."""
+    read, written = sum(map(_bytes, taken)), sum(map(_bytes, made))
+    if name in _TAKES:
+        return read - _bytes(taken[0]) + 2 * written
+    if name in _PUTS:
+        return read - _bytes(taken[0]) + taken[-1].numel() * taken[0].element_size()
+    return read - (_bytes(taken[0]) if name in _OVERWRITES else 0) + written
+
+
+# -------------------------------------------------------------------------------------------------- launches of kernels
+
+COSTS: dict[str, Callable[[dict[str, Any], tuple[int, ...]], Cost]] = {
+    "attention.attention": lambda a, grid: attention_cost(
+        grid[2], a["n_queries"], grid[1] * a["GROUP"], grid[1], a["n_keys"], a["HEAD_DIM"], a["q_ptr"].itemsize
+    ),
+    "confidence.confidence": lambda a, grid: confidence_cost(grid[0], a["n_columns"], a["logits_ptr"].itemsize),
+    "cycle.decide": lambda a, grid: decide_cycle_cost(grid[0], a["length"]),
+    "gather.compact": lambda a, grid: compact_cost(grid[0], a["n"], a["capacity"]),
+    "gather.embedding": lambda a, grid: embedding_cost(a["n_rows"], a["n_columns"], a["table_ptr"].itemsize),
+    "linear.linear": lambda a, grid: linear_cost(
+        a["n_rows"], a["n_out"], a["n_in"], a["x_ptr"].itemsize, a["HAS_RESIDUAL"]
+    ),
+    "lm_head.lm_head": lambda a, grid: lm_head_cost(
+        a["n_rows"], a["n_columns"], a["n_features"], a["hidden_ptr"].itemsize
+    ),
+    "mlp.silu_mul": lambda a, grid: silu_mul_cost(a["n_rows"], a["n_columns"], a["out_ptr"].itemsize),
+    "norm.rms_norm": lambda a, grid: rms_norm_cost(
+        a["n_rows"], a["n_columns"], a["x_ptr"].itemsize, a["residual_ptr"] is not None
+    ),
+    "partials.merge": lambda a, grid: merge_partials_cost(a["n_programs"], a["n_rows"]),
+    "place.place": lambda a, grid: place_cost(a["n_entries"]),
+    "plan.look": lambda a, grid: plan_cost(grid[0], a["length"], 0),
+    "plan.plan": lambda a, grid: plan_cost(grid[0], a["length"], a["capacity"]),
+    "post.copy": lambda a, grid: post_cost(_bytes(a["source_ptr"])),
+    "post.post": lambda a, grid: post_cost(0 if a["source_ptr"] is None else _bytes(a["source_ptr"])),
+    "reach.reach": lambda a, grid: reach_cost(grid[0], a["capacity"]),
+    "rope_cache.rope_cache": lambda a, grid: rope_cache_cost(
+        a["n_rows"] * grid[1],
+        a["n_heads"] if a["HAS_Q"] else 0,
+        a["n_kv_heads"] if a["HAS_K"] else 0,
+        2 * a["HALF"],
+        (a["q_ptr"] if a["HAS_Q"] else a["k_ptr"]).itemsize,
+        a["HAS_CACHE"],
+    ),
+    "select.decide": lambda a, grid: decide_block_cost(grid[0], a["length"]),
+}
+
+
+def launch_name(launch: Launch) -> str:
+    """``file.kernel``."""
+    function = launch.kernel.fn
+    return f"{function.__module__.rpartition('.')[2]}.{function.__name__.strip('_').removesuffix('_kernel')}"
+
+
+def launch_cost(launch: Launch) -> Cost:
+    """By the kernel's own cost function; where it has none, each tensor among its arguments once."""
+    cost = COSTS.get(launch_name(launch))
+    if cost is not None:
+        return cost(launch.arguments, launch.grid)
+    return Cost(sum(_bytes(x) for x in launch.arguments.values() if isinstance(x, torch.Tensor)), 0)
+
+
+# --------------------------------------------------------------------------------------------------- what is counted
+
+_LLADA = {"family": "llada", "n_layers": 32, "max_length": 4096, "rope_theta": 5e5, "norm_eps": 1e-5}
+_ILLADA = {**_LLADA, "family": "illada", "tied_head": True, "mask_id": 5, "eos_id": 2, "pad_id": 1}
+_DREAM = {"family": "dream", "n_layers": 28, "max_length": 2048, "rope_theta": 1e6, "norm_eps": 1e-6}
+_MORE: dict[str, dict[str, Any]] = {
+    "llada-8b": {**_LLADA, "mask_id": 126336, "eos_id": 126081, "pad_id": 126081},
+    "illada-8b": _ILLADA,
+    "dream-7b": {
+        **_DREAM,
+        **{"qkv_bias": True, "shifted": True, "mask_id": 151666, "eos_id": 151643, "pad_id": 151643},
+    },
+}
+
+
+def spec_of(geometry: str) -> ModelSpec:
+    sizes = GEOMETRIES[geometry]
+    named = {"n_heads": sizes.n_heads, "n_kv_heads": sizes.n_kv_heads, "mlp": sizes.mlp}
+    return ModelSpec(d_model=sizes.d_model, vocab_size=sizes.vocab, **named, **_MORE[geometry])
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is decoded, and how its steps are shaped: ``fixed``, as graphs are captured, or ``tight``, as the eager loop
+    has them where the host knows how rows stand; then half of the response is decided, and a fast span has ``span``."""
+
+    geometry: str = "llada-8b"
+    prompt: int = 1100
+    response: int = 1024
+    batch: int = 1
+    capacity: int = 128
+    span_cap: int = 64
+    block_length: int = 32
+    style: str = "fixed"
+    span: int = 20
+
+    def __post_init__(self) -> None:
+        for name in ("prompt", "response", "batch", "capacity", "span_cap", "block_length", "span"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} is not positive")
+        most = spec_of(self.geometry).max_length
+        if self.prompt + self.response > most:
+            raise ValueError(f"prompt={self.prompt} and response={self.response} exceed {self.geometry}'s {most}")
+
+    def policy(self, name: str) -> CachePolicy:
+        options = {"capacity": self.capacity, "span_cap": self.span_cap} if name == "region" else {}
+        return cache_policy(name, **options)
+
+    def sampler(self, policy: CachePolicy) -> Sampler:
+        return Threshold(block_length=self.block_length) if policy.by_block else SlowFast()
+
+
+class Kind(NamedTuple):
+    """A kind of step that a policy has, by where a generation has the first of them."""
+
+    name: str
+    step: int
+    k: int
+    fast: bool
+
+
+def kinds(setting: Setting, name: str) -> dict[Kind, int]:
+    """The kinds of steps of a policy, and of those that follow from a step's number alone, how many a period has."""
+    policy = setting.policy(name)
+    if name == "none":
+        return {Kind("full", 0, 0, False): 1, Kind("later fast", 1, 1, True): 1}
+    if name == "region":
+        return {Kind("full", 0, 0, False): 1, Kind("rows", 1, 1, False): 1}
+    if policy.by_block:
+        return {Kind("opening", 0, 0, False): 1, Kind("block", 1, 1, False): 1}
+    due = [(step % policy.prompt_interval == 0, step % policy.response_interval == 0) for step in range(policy.period)]
+    named = {(True, True): "all", (True, False): "prompt", (False, True): "response", (False, False): "moved rows"}
+    return {Kind(named[pair], due.index(pair), 1, False): count for pair, count in Counter(due).items()}
+
+
+def meta_model(spec: ModelSpec, impl: str, meter: Meter) -> Transformer:
+    """A model without data whose work is counted. As on every GPU, ``post`` is a kernel."""
+
+    def empty(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=DTYPE, device=META)
+
+    d, qkv = spec.d_model, spec.d_model + 2 * spec.kv_width
+    bias = empty(qkv) if spec.qkv_bias else None
+    layer = LayerWeights(
+        empty(d), empty(qkv, d), bias, empty(d, d), empty(d), empty(2 * spec.mlp, d), empty(d, spec.mlp)
+    )
+    embedding = empty(spec.vocab_size, d)
+    head = embedding if spec.tied_head else empty(spec.vocab_size, d)
+    model = Transformer(spec, Weights(embedding, (layer,) * spec.n_layers, empty(d), head), "torch")
+    ops = {op.name: getattr(model.ops, op.name) for op in fields(model.ops)}
+    names = ops if impl == "triton" else ("post",)
+    ops |= {name: getattr(triton_impl, name) for name in names}
+    wrapped = {name: meter.wrap(op, _PART_OF.get(name, "machine")) for name, op in ops.items()}
+    model.ops = replace(model.ops, **wrapped)
+    model.forward = meter.wrap(model.forward, "forward")
+    return model
+
+
+class Steps:
+    """The steps of one policy by one implementation, as :func:`steps_of` has them."""
+
+    def __init__(self, setting: Setting, impl: str, name: str):
+        self._setting, self._meter, self._done = setting, Meter(), {}
+        spec, policy = spec_of(setting.geometry), setting.policy(name)
+        sampler, longest = setting.sampler(policy), setting.prompt + setting.response
+        fixed = setting.style == "fixed"
+        state = DecodeState.allocate(
+            [[0] * setting.prompt + [spec.mask_id] * setting.response] * setting.batch,
+            [setting.prompt] * setting.batch,
+            mask_id=spec.mask_id,
+            eos_id=spec.eos_id,
+            window=getattr(sampler, "window", 1),
+            block_length=getattr(sampler, "block_length", None),
+            seeds=[0] * setting.batch,
+            caps=[sampler.step_cap(setting.response)] * setting.batch,
+            device=META,
+            trace=False,
+            length=ReplayLoop().canvas_length(longest, spec.max_length) if fixed else longest,
+        )
+        self._step = Step(meta_model(spec, impl, self._meter), sampler, policy, state)
+        mailbox = self._step.mailbox  # its rings are in memory of the host, where a meta tensor cannot be copied to
+        mailbox._rings, mailbox._bell = [ring.to(META) for ring in mailbox._rings], mailbox._bell.to(META)
+        self._step.expect([setting.prompt] * setting.batch, [setting.response] * setting.batch)
+
+    def shapes(self, kind: Kind) -> tuple[Shape, ...]:
+        """What the loops would ask of a step of this kind, in the middle of a generation."""
+        step, rows = self._step, self._step.views([self._control(kind)] * self._setting.batch)
+        if self._setting.style == "fixed":
+            return (step.fixed(rows, kind.step),)
+        return tuple(step.policy.tight(rows, step.canvas))
+
+    def count(self, kind: Kind) -> Count:
+        shapes, slow = self.shapes(kind), self._setting.style == "fixed" or not kind.fast
+        if (shapes, slow) not in self._done:
+            with self._meter:
+                self._step.run(shapes, slow=slow)
+            self._done[shapes, slow] = self._meter.take()
+        return self._done[shapes, slow]
+
+    def _control(self, kind: Kind) -> list[int]:
+        """A row as the device posts it: half of the response is decided, from the left."""
+        setting = self._setting
+        start, length = setting.prompt, setting.prompt + setting.response
+        half = start + setting.response // 2 // setting.block_length * setting.block_length
+        blocks = not self._step.by_stage
+        values = {
+            **{"start": start, "end": length, "limit": length},
+            "block_start": half if blocks else start,
+            "block_end": min(half + setting.block_length, length) if blocks else length,
+            "s": half,
+            "e": min(half + setting.span, length) if kind.fast else -1,
+            "phase": FAST if kind.fast else SLOW,
+            **{"k": kind.k, "step": kind.step, "masks_left": length - half},
+        }
+        return [values.get(column, 0) for column in CONTROL]
+
+
+_steps = cache(Steps)
+
+
+def steps_of(setting: Setting, impl: str, name: str) -> Steps:
+    """The steps of a policy. What only ``region`` asks for makes no others of the rest."""
+    return _steps(setting if name == "region" else replace(setting, capacity=1, span_cap=1), impl, name)
+
+
+@cache
+def count_vanilla(setting: Setting) -> Count:
+    """What a step of plain PyTorch launches: all logits of the canvas, the softmax of all, and no cache.
+
+    Its rotary tables are brought to the weights' dtype, since it is written for float32.
+    """
+    meter = Meter()
+    with torch.device(META):
+        model = plain.PlainModel(meta_model(spec_of(setting.geometry), "torch", meter))
+        model.cos, model.sin = model.cos.to(DTYPE), model.sin.to(DTYPE)
+        canvas = torch.empty(setting.prompt + setting.response, dtype=torch.int64)
+    with torch.inference_mode(), meter, meter.part("forward"):
+        plain._look(model, canvas, len(canvas))
+    return meter.take()
