@@ -40,29 +40,30 @@ def variants() -> list[Variant]:
     lines = [
         Variant("whole canvas", "none", paper, NoCache()),
         Variant("whole canvas", "refresh", paper, RefreshCache()),
-        Variant("region, C = 128", "as it is", paper, RegionCache(capacity=128, span_cap=None)),
+        Variant("region, C = 128", "as it is", paper, RegionCache()),
     ]
     for capacity in (64, 32):
-        base = RegionCache(capacity=capacity, span_cap=None, rotate=True)
+        base = RegionCache(capacity=capacity)
         half = capacity // 2
         options = {
             "as it is": (paper, base),
-            "no rotation": (paper, RegionCache(capacity=capacity, span_cap=None, rotate=False)),
+            "no rotation": (paper, RegionCache(capacity=capacity, rotate=False)),
             f"span_cap {half}": (paper, RegionCache(capacity=capacity, span_cap=half)),
             f"span_cap {half}, look_ahead {half}": (
                 paper,
                 RegionCache(capacity=capacity, span_cap=half, look_ahead=half),
             ),
-            "refresh_every 8": (paper, RegionCache(capacity=capacity, span_cap=None, refresh_every=8)),
-            "refresh_every 4": (paper, RegionCache(capacity=capacity, span_cap=None, refresh_every=4)),
+            "refresh_every 8": (paper, RegionCache(capacity=capacity, refresh_every=8)),
+            "refresh_every 4": (paper, RegionCache(capacity=capacity, refresh_every=4)),
             "share_stable": (paper.replace(share_stable=True), base),
             "tau_slow 0.85": (paper.replace(tau_slow=0.85), base),
             "eos_stop": (paper.replace(eos_stop=True), base),
             "eos_stop, eos_horizon off": (paper.replace(eos_stop=True, eos_horizon=False), base),
         }
         lines += [Variant(f"region, C = {capacity}", label, *option) for label, option in options.items()]
-    lines.append(Variant("threshold", "none", Threshold(), NoCache()))
-    lines += [Variant("threshold", f"region, C = {c}", Threshold(), RegionCache(capacity=c)) for c in (128, 64)]
+    for group, sampler in (("preset fast", SlowFast.preset("fast")), ("Threshold", Threshold())):
+        lines.append(Variant(group, "none", sampler, NoCache()))
+        lines += [Variant(group, f"region, C = {c}", sampler, RegionCache(capacity=c)) for c in (128, 64)]
     return lines
 
 
@@ -79,14 +80,14 @@ def measure(engine: sfs_triton.Engine, variant: Variant, chosen: list[tasks.Prob
     n = len(done)
     correct = sum(tasks.correct(p, d.text) for p, d in zip(chosen, done, strict=True))
     low, high = wilson_interval(correct, n)
-    same = sum(d.tokens == wanted for d, wanted in zip(done, exact, strict=True)) if exact else None
+    same = sum(d.tokens == wanted for d, wanted in zip(done, exact, strict=True))
     return {
         "group": variant.group,
         "label": variant.label,
         "n": n,
         "correct": correct,
         "interval": [round(low, 4), round(high, 4)],
-        "same_as_none": None if same is None else same / n,
+        "same_as_none": same / n,
         "nfe": sum(d.nfe for d in done) / n,
         "tokens": sum(len(d.tokens) for d in done) / n,
         "rows_forwarded": sum(d.rows_forwarded for d in done) / n,
@@ -95,18 +96,23 @@ def measure(engine: sfs_triton.Engine, variant: Variant, chosen: list[tasks.Prob
 
 
 def run(limit: int, kinds: list[str], path: Path) -> None:
-    """Measure all variants on all tasks; what is done is kept after every line."""
+    """Measure all variants on all tasks; what is done is kept after every line, and not done again."""
     engine = sfs_triton.load("embedded", "cpu", "float32")
     record = {"machine": machine(engine.model.device), "model": "embedded", "gen_length": GEN_LENGTH, "lines": []}
+    if path.exists():
+        record = json.loads(path.read_text(encoding="utf-8"))
     for kind in kinds:
         chosen = problems.held_out(kind, limit, engine.text, seed=1, gen_length=GEN_LENGTH)
         chosen.sort(key=lambda p: len(engine.text.encode(p.question)))  # alike ones are forwarded together
-        exact: dict[str, list[list[int]]] = {}
+        exact: dict[str, list[list[int]]] = {}  # of each sampler without a cache
         for variant in variants():
-            name = type(variant.sampler).__name__
-            if variant.cache == NoCache():
-                exact[name] = [d.tokens for d in decode(engine, variant, chosen)]
-            line = {"task": kind, **measure(engine, variant, chosen, exact[name])}
+            if any((line["task"], line["group"], line["label"]) == (kind, *variant[:2]) for line in record["lines"]):
+                continue
+            key = "threshold" if isinstance(variant.sampler, Threshold) else "slowfast"
+            if key not in exact:
+                plain = Variant("", "", variant.sampler if key == "threshold" else SlowFast(), NoCache())
+                exact[key] = [d.tokens for d in decode(engine, plain, chosen)]
+            line = {"task": kind, **measure(engine, variant, chosen, exact[key])}
             record["lines"].append(line)
             print(json.dumps(line), flush=True)
             partial = path.with_name(path.name + ".partial")
@@ -128,10 +134,9 @@ def tables(record: dict) -> str:
             share = line["correct"] / line["n"]
             first = line["group"] if line["group"] != group else ""
             group = line["group"]
-            same = "" if line["same_as_none"] is None else f"{line['same_as_none']:.0%}"
             pieces.append(
-                f"| {first} | {line['label']} | {share:.1%} ({low:.0%}-{high:.0%}) | {same} | {line['nfe']:.2f} "
-                f"| {line['full_forwards']:.2f} | {line['rows_forwarded']:.0f} |"
+                f"| {first} | {line['label']} | {share:.1%} ({low:.0%}-{high:.0%}) | {line['same_as_none']:.0%} "
+                f"| {line['nfe']:.2f} | {line['full_forwards']:.2f} | {line['rows_forwarded']:.0f} |"
             )
         pieces.append("")
     return "\n".join(pieces)

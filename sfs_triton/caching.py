@@ -241,7 +241,7 @@ class RegionCache(CachePolicy):
     """
 
     capacity: int = 128
-    span_cap: int | None = 64
+    span_cap: int | None = None
     look_ahead: int = 0
     refresh_every: int | None = None
     rotate: bool = True

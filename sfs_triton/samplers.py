@@ -207,6 +207,7 @@ class SlowFast(Sampler):
 
 PRESETS = {
     "paper": SlowFast(),
+    "fast": SlowFast(name="fast", tau_slow=0.85, share_stable=True),  # no reference does; docs/caches.md has figures
     "llada-reference": SlowFast(
         name="llada-reference",
         tau_min=0.3,

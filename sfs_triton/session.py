@@ -13,11 +13,14 @@ from .errors import NumericalFault, OutOfDeviceMemory, SfsError, StepCapExceeded
 from .generation import Frame, Generation, frame
 from .kernels.control import COLUMN
 from .loops import Loop, LoopChoice, Report, Step
+from .loops.mailbox import Mailbox
 from .models import Transformer
 from .samplers import FixedSteps, Sampler, SlowFast, Threshold
 from .state import DecodeState
 from .text import TextCodec
 from .trace import Tracer
+
+_LEFT: list[Mailbox] = []  # of runs that failed: no one else may have their memory
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,7 @@ class Request:
         known = isinstance(self.sampler, (SlowFast, Threshold, FixedSteps))
         require(known, f"sampler={self.sampler!r} is not a SlowFast, Threshold or FixedSteps")
         self.sampler.check_cache(self.policy)
+        self.sampler.rules(**self.policy.rules)  # which refuse what does not go together
         for seed in self.seeds:
             require(0 <= seed < 2**63, f"seed={seed} is not in [0, 2**63)")
 
@@ -59,8 +63,9 @@ class Session:
         self.model, self._key = model, Session.key(request, length)
         full = False
         try:
-            self.state = self._allocate(request, length)
-            self.step = Step(model, request.sampler, request.policy, self.state, frames=request.frames)
+            with torch.device("cpu"):
+                self.state = self._allocate(request, length)
+                self.step = Step(model, request.sampler, request.policy, self.state, frames=request.frames)
         except (torch.OutOfMemoryError, RuntimeError) as error:
             if not isinstance(error, torch.OutOfMemoryError) and "memory" not in str(error):
                 raise
@@ -98,7 +103,7 @@ class Session:
         """Decode; yields a report a step."""
         masks = [canvas.count(self.model.spec.mask_id) for canvas in request.canvases]
         self.step.expect(request.starts, masks)
-        with torch.inference_mode():
+        with torch.inference_mode(), torch.device("cpu"):  # and not what the caller's default device is
             self.state.done.fill_(1)  # so that what prepares decides nothing
             if isinstance(request.sampler, FixedSteps):
                 _set_schedule(self.state, request.sampler, request.lengths, request.seeds)
@@ -129,7 +134,7 @@ class Run:
         ends = [len(canvas) for canvas in request.canvases]
         self._tracer = Tracer(request.sampler, request.policy, request.starts, ends)
         self._seconds, self._control = 0.0, None
-        self.sound = True  # False once it failed: its device may still be at work on the session
+        self.sound = True  # whether the session can be used again
 
     def _decode(self) -> Iterator[Report]:
         """Reports; where a loop fails on the device, the one below it starts again, and repeats none of them."""
@@ -148,7 +153,16 @@ class Run:
 
     def close(self) -> None:
         """Stop, wherever it is."""
-        self._reports.close()
+        try:
+            self._reports.close()
+        except BaseException:
+            self._leave()
+            raise
+
+    def _leave(self) -> None:
+        """Give up a session whose device may still be at work, and write to memory of the host."""
+        self.sound = False
+        _LEFT.append(self._session.step.mailbox)
 
     def advance(self) -> Report | None:
         """The next step's report, None at the end. Only the time in here counts as the generation's."""
@@ -156,7 +170,7 @@ class Run:
         try:
             report = next(self._reports, None)
         except BaseException:
-            self.sound = False
+            self._leave()
             raise
         if report is not None:
             self._tracer.after(report)
@@ -223,11 +237,12 @@ def _set_schedule(state: DecodeState, sampler: FixedSteps, lengths: Sequence[int
     """Write each row's time schedule and, for random positions, its stream of uniform numbers."""
     steps = [sampler.block_steps(length) for length in lengths]
     shares = [sampler.shares(length) for length in lengths]
-    tables = {"shares": torch.tensor([row + [0.0] * (max(steps) - len(row)) for row in shares])}
+    rows = [row + [0.0] * (max(steps) - len(row)) for row in shares]
+    tables = {"shares": torch.tensor(rows, dtype=torch.float32)}
     if sampler.metric == "origin":
         draws = max(n * length for n, length in zip(steps, lengths, strict=True))
-        streams = [torch.rand(draws, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-        tables["uniform"] = torch.stack(streams)
+        sources = [torch.Generator().manual_seed(seed) for seed in seeds]
+        tables["uniform"] = torch.stack([torch.rand(draws, generator=g, dtype=torch.float32) for g in sources])
     for name, table in tables.items():
         mine = getattr(state, name)
         if mine.shape == table.shape:

@@ -1,15 +1,17 @@
-"""What kernel tests and benchmarks share: an error budget, poisoned outputs, guard bands, a brisker interpreter."""
+"""What tests and benchmarks share: an error budget, poisoned outputs, guard bands, a watch for reads by the host, a
+brisker interpreter."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
 from unittest import mock
 
 import numpy
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 _BAND = 1024  # bytes on each side, and so that what lies between stays aligned
 
@@ -71,6 +73,73 @@ def assert_within_budget(
     # a result is rounded once more than the truth: half a unit in its last place is nobody's error
     allowed = allowed + wide[finite].abs().max() * torch.finfo(actual.dtype).eps / 2
     assert error.max() <= allowed, f"error {error.max():.3e}, allowed {allowed:.3e}"
+
+
+_READS = {  # operations whose result, or the size of it, the host takes from the device
+    "_local_scalar_dense",
+    "_unique2",
+    "allclose",
+    "bincount",
+    "equal",
+    "is_nonzero",
+    "masked_select",
+    "nonzero",
+    "unique_consecutive",
+    "unique_dim",
+}
+_READERS = ("__array__", "__bool__", "__float__", "__index__", "__int__", "cpu", "item", "numpy", "tolist")
+_WAITS = ((torch.cuda, "synchronize"), (torch.cuda.Stream, "synchronize"), (torch.cuda.Event, "synchronize"))
+
+
+class _NoReads(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs, name = kwargs or {}, func.overloadpacket.__name__
+        if name in _READS:
+            raise AssertionError(f"{func} reads on the host")
+        if name == "repeat_interleave" and kwargs.get("output_size") is None:
+            raise AssertionError(f"{func} without output_size reads its size on the host")
+        if name == "index_fill" and any(isinstance(value, torch.Tensor) for value in args[3:]):
+            raise AssertionError(f"{func} reads its value on the host")
+        if name in ("index", "index_put", "index_put_", "_index_put_impl_"):
+            if any(at is not None and at.dtype in (torch.bool, torch.uint8) for at in args[1]):
+                raise AssertionError(f"{func} with a mask reads on the host how many are set")
+        source, target = _copied(name, args, kwargs)
+        if source.type != "cpu" and target.type == "cpu":
+            raise AssertionError(f"{func} copies from {str(source)!r} to the host")
+        with self:  # an operation that is made of others is watched through those
+            result = func.decompose(*args, **kwargs)
+        return func(*args, **kwargs) if result is NotImplemented else result
+
+
+def _copied(name: str, args: tuple, kwargs: dict) -> tuple[torch.device, torch.device]:
+    """The devices that a copy goes from and to; of anything else twice the same."""
+    if name in ("copy_", "copy"):
+        return args[1].device, args[0].device
+    if name == "_to_copy":
+        return args[0].device, torch.device(kwargs.get("device") or args[0].device)
+    return (torch.device("cpu"),) * 2
+
+
+def _refusal(name: str) -> Callable[..., None]:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise AssertionError(f"{name} reads or waits on the host")
+
+    return refuse
+
+
+@contextmanager
+def no_host_reads() -> Iterator[None]:
+    """Raises AssertionError where torch, called within, makes the host read a value, or wait for the device.
+
+    On a CPU, where a read costs nothing and shows nowhere, it finds what would be a synchronisation on a GPU: values
+    taken out of tensors, sizes that depend on values, and copies from another device. Making tensors of what the host
+    knows is fine. Holds for torch's operations in this thread, and for methods of tensors in all threads.
+    """
+    with ExitStack() as stack:
+        for owner, name in (*((torch.Tensor, name) for name in _READERS), *_WAITS):
+            stack.enter_context(mock.patch.object(owner, name, _refusal(f"{owner.__name__}.{name}")))
+        stack.enter_context(_NoReads())
+        yield
 
 
 @contextmanager

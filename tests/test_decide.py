@@ -134,7 +134,7 @@ def random_slowfast(rng: random.Random) -> SlowFast:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("preset", ["paper", "llada-reference", "dream-reference"])
+@pytest.mark.parametrize("preset", ["paper", "fast", "llada-reference", "dream-reference"])
 def test_presets(preset: str, seed: int, name: str):
     check(engine_of(name), random_prompt(random.Random(seed)), 48, SlowFast.preset(preset))
 

@@ -84,8 +84,8 @@ def test_what_a_cache_policy_adds_to_the_rules():
 
 
 def test_unknown_preset_and_setting():
-    with pytest.raises(ArgumentError, match="preset='fast'"):
-        SlowFast.preset("fast")
+    with pytest.raises(ArgumentError, match="preset='quick'"):
+        SlowFast.preset("quick")
     with pytest.raises(ArgumentError, match="tau_hihg"):
         SlowFast.preset("paper", tau_hihg=0.5)
 

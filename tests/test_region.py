@@ -152,7 +152,8 @@ def test_a_list_of_everything_is_no_cache(engine):
 @pytest.mark.parametrize("capacity", [2, 5])
 @pytest.mark.parametrize("sampler", [SlowFast(), Threshold(block_length=8), Threshold(block_length=None)])
 def test_tiny_lists_come_to_an_end(engine, sampler, capacity):
-    done = engine.generate(some_prompt(engine, 7), gen_length=LENGTH, sampler=sampler, cache=RegionCache(capacity=capacity))
+    cache = RegionCache(capacity=capacity)
+    done = engine.generate(some_prompt(engine, 7), gen_length=LENGTH, sampler=sampler, cache=cache)
     assert done.masks_left == 0 and engine.spec.mask_id not in done.canvas
     assert max(done.forward_lengths[1:]) <= capacity and done.full_forwards == 1
 

@@ -83,7 +83,7 @@ def capture_graph(step: Step, shape: Shape) -> Callable[[], None]:
     torch.cuda.current_stream(device).wait_stream(side)
     torch.cuda.synchronize(device)
     graph = torch.cuda.CUDAGraph(keep_graph=True)
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    with torch.cuda.graph(graph, pool=step.pool, capture_error_mode="thread_local"):
         step.run([shape])
     graph.instantiate()
     return graph.replay

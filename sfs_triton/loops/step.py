@@ -40,6 +40,8 @@ class Step:
         self._rules = sampler.rules(policy.opening(model.spec.shifted), **policy.rules)
         self._decide = model.ops.decide_cycle if self.by_stage else model.ops.decide_block
         self._allocate()
+        # graphs of steps share what they allocate: one runs at a time, and none leaves anything there for another
+        self.pool = torch.cuda.graph_pool_handle() if state.tokens.device.type == "cuda" else None
         sources = {"control": state.control}
         if frames:
             sources |= {"tokens": state.tokens, "commit_step": state.commit_step}
@@ -55,7 +57,7 @@ class Step:
         branches = (2 if self.sampler.cfg_scale else 1) if make else 0
         self.caches = [make(model.spec, batch, length, device, model.dtype) for _ in range(branches)]
         self._lists = torch.empty((2, batch * length), dtype=torch.int32, device=device)
-        self._count = torch.empty(batch, dtype=torch.int32, device=device)
+        self._count, self._unused = (torch.empty(batch, dtype=torch.int32, device=device) for _ in range(2))
         n_tiles = -(-length * (model.spec.n_heads // model.spec.n_kv_heads) // 16)
         self._counters = torch.zeros(batch * model.spec.n_kv_heads * n_tiles, dtype=torch.int32, device=device)
         self._key_range = torch.empty((batch, 4), dtype=torch.int32, device=device)
@@ -107,7 +109,7 @@ class Step:
 
     def _list(self, which: int, size: int) -> torch.Tensor:
         """A list of ``size`` for each row, ``[B, size]``, always at the same address."""
-        batch = len(self.state.tokens)
+        batch = self.state.tokens.shape[0]
         return self._lists[which, : batch * size].view(batch, size)
 
     def _plan(self, shape: Shape) -> None:
@@ -121,7 +123,7 @@ class Step:
         """Forward the shape's rows, and put what the head says of those that are looked at into the state."""
         state, ops = self.state, self.model.ops
         batch = None
-        if shape.members is not None and len(shape.members) < len(state.tokens):
+        if shape.members is not None and len(shape.members) < state.tokens.shape[0]:
             batch = torch.tensor(shape.members, device=state.tokens.device)
         scope = self._scope(shape, batch)
         select, target = self._targets(shape, scope, batch)
@@ -142,30 +144,27 @@ class Step:
 
     def _scope(self, shape: Shape, batch: torch.Tensor | None) -> Scope:
         """What to forward; fills in the lists and ranges that it points to."""
-        state, policy = self.state, self.policy
-        stop = shape.first + shape.size
-        given = {"store": policy.store is not None, "batch": batch, "features": shape.features}
-        given["counters"] = self._counters
+        state, policy, reach = self.state, self.policy, self.model.ops.reach
+        given = {"batch": batch, "counters": self._counters, "features": shape.features}
         if shape.features is not None:
-            given |= {"store": False, "prompt": _of(state.start, batch)}
-        if shape.kind in ("same", "prefix") and given["store"]:
-            state.dirty.zero_()
-            state.forwarded.copy_(state.step[:, None])
+            given["prompt"] = _of(state.start, batch)
+        elif policy.store is not None:
+            given["store"] = True
+            if shape.kind in ("same", "prefix"):
+                state.dirty.zero_()
+                state.forwarded.copy_(state.step[:, None])
         if shape.kind == "same":
-            return Scope(shape.first, stop, shape.keys, **given)
-        rows, count, key_range = None, None, None
-        if shape.kind != "prefix":
-            rows = self._list(0, shape.size)
-        if shape.kind == "plan":
-            if shape.ragged:
-                spare = torch.empty_like(self._count)
-                self.model.ops.reach(state, None, spare, self._key_range, to_span_end=False, block=None)
-        else:
+            return Scope(shape.first, shape.first + shape.size, shape.keys, **given)
+        rows = None if shape.kind == "prefix" else self._list(0, shape.size)
+        if shape.kind != "plan":
             how = {"to_span_end": policy.to_span_end, "block": policy.block}
-            self.model.ops.reach(state, rows, self._count, self._key_range, **how)
-        rows, count = (None if t is None else _of(t, batch) for t in (rows, self._count))
-        key_range = _of(self._key_range, batch) if shape.ragged else None
-        return Scope(0, stop, shape.keys, rows=rows, count=count, key_range=key_range, **given)
+            reach(state, rows, self._count, self._key_range, **how)
+        elif shape.ragged:
+            reach(state, None, self._unused, self._key_range, to_span_end=False, block=None)
+        given |= {"rows": None if rows is None else _of(rows, batch), "count": _of(self._count, batch)}
+        if shape.ragged:
+            given["key_range"] = _of(self._key_range, batch)
+        return Scope(0, shape.size, shape.keys, **given)
 
     def _targets(self, shape: Shape, scope: Scope, batch: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Which of the scope's rows are wanted, int64 ``[b, T]``, and the positions they decide, int32, -1 idle."""

@@ -122,8 +122,9 @@ class Transformer:
 
     def reach(self, length: int) -> None:
         """Have rotary tables for ``length`` positions; a configuration may promise far more than anyone uses."""
-        if length > len(self._cos):
-            length = min(max(length, 2 * len(self._cos)), self.spec.max_length)
+        present = self._cos.shape[0]
+        if length > present:
+            length = min(max(length, 2 * present), self.spec.max_length)
             self._cos, self._sin = rope_tables(length, self.spec.head_dim, self.spec.rope_theta, self.device)
             self._position = torch.arange(length, device=self.device)
 

@@ -31,8 +31,8 @@ def attention(
     """
     if cache_row is not None:
         k, v = k[cache_row], v[cache_row]
-    elif len(k) > len(q):
-        k, v = k[: len(q)], v[: len(q)]
+    elif k.shape[0] > q.shape[0]:
+        k, v = k[: q.shape[0]], v[: q.shape[0]]
     mask = None
     if key_range is not None:
         at = torch.arange(k.shape[1], device=q.device)

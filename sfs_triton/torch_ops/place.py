@@ -25,8 +25,8 @@ def place(
     """
     spare = state.choice_token.numel() - 1
     at = target.long()
-    if row is not None or len(target) > 1:
-        row = torch.arange(len(target), device=target.device) if row is None else row.long()
+    if row is not None or target.shape[0] > 1:
+        row = torch.arange(target.shape[0], device=target.device) if row is None else row.long()
         at = row[:, None] * state.length + target
     at = torch.where(target >= 0, at, spare).flatten()
     if which is not None:

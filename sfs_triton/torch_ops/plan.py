@@ -42,9 +42,10 @@ def plan(
 
     At most ``C`` positions of each running row, in this order of claim: dirty ones; those that the step decides (and,
     with ``shift``, the rows before them, which predict them); ``look_ahead`` positions beyond; with ``stale`` all
-    others, those that were not listed for longest first. Within a class positions ascend; of equally old ones the lowest
-    are taken. ``target`` is the position that a listed row predicts, if that is to be decided or looked ahead at. Listed positions
-    are no longer dirty and are noted in ``state.forwarded``; ``state.inside`` is where the step decides.
+    others, those that were not listed for longest first. Within a class positions ascend; of equally old ones the
+    lowest are taken. ``target`` is the position that a listed row predicts, if that is to be decided or looked ahead
+    at. Listed positions are no longer dirty and are noted in ``state.forwarded``; ``state.inside`` is where the step
+    decides.
     """
     batch, length = state.masked.shape
     capacity, place = rows.shape[1], state.position

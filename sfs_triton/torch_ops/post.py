@@ -14,6 +14,6 @@ def post(
     and ``bell = tick``. Both are int64 ``[1]``. All are on one device: torch has no store to host memory that is
     ordered with a GPU's work, so a GPU takes the kernel."""
     for source, ring in zip(sources, rings, strict=True):
-        ring.index_copy_(0, tick % len(ring), source[None])
+        ring.index_copy_(0, tick % ring.shape[0], source[None])
     tick.add_(1)
     bell.copy_(tick)

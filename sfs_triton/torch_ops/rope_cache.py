@@ -53,7 +53,7 @@ def rope_cache(
         _turn(k, cos, sin)
     if k_cache is None:
         return q, k, v
-    batch = len(k)
+    batch = k.shape[0]
     row = (torch.arange(batch, device=k.device) if cache_row is None else cache_row)[:, None]
     turned = torch.cat(_turned(k, cos, sin), -1).to(k.dtype)
     if position.dim() == 1:
