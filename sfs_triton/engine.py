@@ -204,10 +204,11 @@ class Engine:
         """As :meth:`generate`, whose arguments it takes, but returns a handle at once; ``on_step`` is called in another
         thread. Arguments are checked before it returns; generations that are pending run one after another."""
         request, single = self._request(prompts, frames=on_step is not None, **options)
+        name = f"sfs_triton-{id(self):x}"
         with self._lock:
             if self._worker is None:
-                self._worker = ThreadPoolExecutor(1, "sfs_triton")
-            return Pending(self._worker, lambda halt: self._finish(request, single, on_step, halt))
+                self._worker = ThreadPoolExecutor(1, name)
+            return Pending(self._worker, name, lambda halt: self._finish(request, single, on_step, halt))
 
     def _request(
         self,

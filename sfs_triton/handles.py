@@ -78,8 +78,10 @@ class Stream(Iterator[Frame]):
 class Pending:
     """A generation that runs in another thread, or waits for its turn."""
 
-    def __init__(self, worker: Executor, work: Callable[[threading.Event], Generation | list[Generation]]):
-        self._halt = threading.Event()
+    def __init__(
+        self, worker: Executor, worker_name: str, work: Callable[[threading.Event], Generation | list[Generation]]
+    ):
+        self._halt, self._name = threading.Event(), worker_name
         self._future = worker.submit(work, self._halt)
 
     def done(self) -> bool:
@@ -92,7 +94,12 @@ class Pending:
         Raises:
             TimeoutError: it is not finished by then.
             concurrent.futures.CancelledError: it was cancelled.
+            RuntimeError: asked in the very thread that would have to finish it, by an ``on_step``.
         """
+        if not self.done() and threading.current_thread().name.startswith(self._name):
+            raise RuntimeError(
+                "a pending generation cannot wait for another: they run in one thread, one after another"
+            )
         return self._future.result(timeout)
 
     def cancel(self) -> None:

@@ -175,6 +175,11 @@ class SlowFast(Sampler):
         )
         if span_cap is not None:
             _check_integer("span_cap", span_cap)
+            require(
+                not self.zero_history,
+                f"span_cap={span_cap} does not go with zero_history=True: a mean over zeros may move a cycle's begin "
+                "back, and then so short a window may hold nothing to decide",
+            )
         return CycleRules(
             tau_min=self.tau_min,
             tau_fast=self.tau_high,
@@ -329,7 +334,7 @@ class FixedSteps(Sampler):
 
     def shares(self, length: int) -> list[float]:
         """For each step of a block, the share of what is left that Dream's time schedule commits (float32 steps)."""
-        times = torch.linspace(1, self.eps, self.block_steps(length) + 1)
+        times = torch.linspace(1, self.eps, self.block_steps(length) + 1, dtype=torch.float32)
         return (1 - times[1:] / times[:-1]).tolist()
 
     def rules(

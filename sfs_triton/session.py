@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -166,9 +167,11 @@ class Run:
 
     def advance(self) -> Report | None:
         """The next step's report, None at the end. Only the time in here counts as the generation's."""
-        began = time.perf_counter()
+        began, device = time.perf_counter(), self._session.model.device.type
+        exact = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
         try:
-            report = next(self._reports, None)
+            with exact:  # a caller's autocast would mix dtypes in the caches
+                report = next(self._reports, None)
         except BaseException:
             self._leave()
             raise

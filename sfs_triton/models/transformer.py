@@ -24,6 +24,7 @@ class Transformer:
         self.ops: Ops = implementation(impl, self.device)
         self._cos, self._sin = rope_tables(0, spec.head_dim, spec.rope_theta, self.device)
         self._position = torch.arange(0, device=self.device)
+        self._outgrown: list[tuple[torch.Tensor, ...]] = []
 
     @property
     def device(self) -> torch.device:
@@ -121,12 +122,17 @@ class Transformer:
         return (self._cos, self._sin), position, {"k_cache": k, "v_cache": v, "cache_row": scope.batch}
 
     def reach(self, length: int) -> None:
-        """Have rotary tables for ``length`` positions; a configuration may promise far more than anyone uses."""
+        """Have rotary tables for ``length`` positions; a configuration may promise far more than anyone uses.
+
+        Those outgrown are kept: a captured graph may read them still, and another thread may be at it.
+        """
         present = self._cos.shape[0]
         if length > present:
             length = min(max(length, 2 * present), self.spec.max_length)
-            self._cos, self._sin = rope_tables(length, self.spec.head_dim, self.spec.rope_theta, self.device)
+            self._outgrown.append((self._cos, self._sin, self._position))
             self._position = torch.arange(length, device=self.device)
+            cos, self._sin = rope_tables(length, self.spec.head_dim, self.spec.rope_theta, self.device)
+            self._cos = cos  # last: its length says what there is
 
     def _project(self, h: torch.Tensor, layer: LayerWeights, part: slice = slice(None)) -> torch.Tensor:
         return F.linear(h, layer.qkv[part], None if layer.qkv_bias is None else layer.qkv_bias[part])

@@ -1,0 +1,122 @@
+"""Every sampler with every cache policy that it goes with, the loops that step them, and what counts as the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
+
+import pytest
+import torch
+
+import sfs_triton
+from sfs_triton import (
+    ArgumentError,
+    DualCache,
+    Engine,
+    FixedSteps,
+    Generation,
+    NoCache,
+    PrefixCache,
+    RefreshCache,
+    RegionCache,
+    SlowFast,
+    Threshold,
+)
+from sfs_triton.caching import CachePolicy, Shape
+from sfs_triton.loops import EagerLoop, Loop, ReplayLoop, Step
+
+PROMPTS = [
+    [3, 14, 15, 92, 65, 35, 89, 79, 32, 38],
+    [3, 14, 15, 92, 120, 120, 120, 120, 120, 120, 120, 120, 120],
+    [200, 201, 202],
+]
+LENGTHS = [24, 8, 32]
+RAGGED = {"prompts": PROMPTS, "gen_length": LENGTHS, "seed": [5, 6, 7]}
+
+SAMPLERS = {
+    "paper": SlowFast(),
+    "llada-reference": SlowFast.preset("llada-reference", block_length=8),
+    "dream-reference": SlowFast.preset("dream-reference"),
+    "threshold": Threshold(block_length=8),
+    "paced": Threshold(block_length=None, steps=8),
+    "fixed": FixedSteps(steps=8),
+    "fixed-blocks": FixedSteps(steps=8, block_length=8),
+    "entropy": FixedSteps(steps=8, metric="entropy", block_length=8),
+    "maskgit": FixedSteps(steps=8, metric="maskgit_plus"),
+    "margin": FixedSteps(steps=8, metric="topk_margin"),
+    "origin": FixedSteps(steps=8, metric="origin"),
+}
+# Which rows dLLM-Cache refreshes in between is decided by rounding (golden/README.md) unless it is none or all.
+POLICIES = {
+    "none": NoCache(),
+    "prefix": PrefixCache(),
+    "dual": DualCache(),
+    "refresh": RefreshCache(3, 2, 0.0),
+    "region": RegionCache(capacity=24, refresh_every=5),
+    "region-ahead": RegionCache(capacity=12, span_cap=8, look_ahead=4, rotate=False),
+}
+
+
+def goes_with(sampler: sfs_triton.Sampler, policy: CachePolicy) -> bool:
+    try:
+        sampler.check_cache(policy)
+        sampler.rules(**policy.rules)
+    except ArgumentError:
+        return False
+    return True
+
+
+PAIRS = [(s, p) for s in SAMPLERS for p in POLICIES if goes_with(SAMPLERS[s], POLICIES[p])]
+EVERY_PAIR = [pytest.param(SAMPLERS[s], POLICIES[p], id=f"{s}-{p}") for s, p in PAIRS]
+# one that has stages and one that has blocks with each policy
+SOME_PAIRS = [
+    pytest.param(SAMPLERS[s], POLICIES[p], id=f"{s}-{p}")
+    for s, p in PAIRS
+    if s == "fixed-blocks" or s == ("dream-reference" if p == "none" else "paper")
+]
+
+
+def stand_in(step: Step, shape: Shape) -> Callable[[], None]:
+    """For a graph on a GPU: warms up as capturing one does, and replays by running the step."""
+    step.run([shape])
+    step.mailbox.posted += 1
+    return lambda: step.run([shape])
+
+
+class Roomy:
+    """A loop whose canvases are longer than they need to be."""
+
+    def __init__(self, loop: Loop, more: int):
+        self._loop, self._more, self.name = loop, more, loop.name
+        self.prepare, self.run = loop.prepare, loop.run
+
+    def canvas_length(self, longest: int, most: int) -> int:
+        return min(longest + self._more, most)
+
+
+LOOPS: dict[str, Callable[[], Loop]] = {
+    "tight": lambda: EagerLoop(tight=True),
+    "fixed": lambda: EagerLoop(tight=False),
+    "replay": lambda: ReplayLoop(capture=stand_in),
+}
+
+
+def engine_with(engine: Engine, loop: Loop | str = "tight") -> Engine:
+    """An engine of its own on the same model, stepped by ``loop``."""
+    mine = Engine(engine.model, engine.text)
+    mine._loops.loop = LOOPS[loop]() if isinstance(loop, str) else loop
+    return mine
+
+
+def assert_same(mine: Sequence[Generation] | Generation, wanted: Sequence[Generation] | Generation) -> None:
+    """Equal but for the time it took; confidences to what another order of summation may change."""
+    if isinstance(wanted, Generation):
+        mine, wanted = [mine], [wanted]
+    for index, (row, other) in enumerate(zip(mine, wanted, strict=True)):
+        for name in (field.name for field in fields(Generation) if field.name not in ("seconds", "trace")):
+            assert getattr(row, name) == getattr(other, name), f"row {index}: {name}"
+        assert (row.trace is None) == (other.trace is None)
+        for step, told in zip(row.trace or [], other.trace or [], strict=True):
+            assert replace(step, confidence=[]) == replace(told, confidence=[]), f"row {index}: step {told.step}"
+            looked, there = ([float("nan") if c is None else c for c in s.confidence] for s in (step, told))
+            torch.testing.assert_close(looked, there, rtol=0, atol=1e-4, equal_nan=True)

@@ -1,0 +1,345 @@
+"""What goes wrong in a generation: rows that break, memory that is not there, loops that fail."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import re
+import threading
+import weakref
+from dataclasses import replace
+
+import pytest
+import torch
+
+import sfs_triton
+from sfs_triton import (
+    ArgumentError,
+    Engine,
+    LoopTimeout,
+    NumericalFault,
+    OutOfDeviceMemory,
+    SfsError,
+    SlowFast,
+    StepCapExceeded,
+    Threshold,
+)
+from sfs_triton.loops import EagerLoop, ReplayLoop
+from sfs_triton.models import Transformer
+from sfs_triton.models.cache import FeatureCache, KVCache
+
+from .combinations import LOOPS, POLICIES, PROMPTS, RAGGED, SAMPLERS, SOME_PAIRS, assert_same, engine_with, stand_in
+
+OPTIONS = {"prompts": PROMPTS[0], "gen_length": 16}
+
+
+def _own(engine: Engine, loop="tight", **changes) -> Engine:
+    """An engine whose operations or spec can be changed, since no other shares its model."""
+    model = Transformer(replace(engine.spec, **changes), engine.model.weights)
+    return engine_with(Engine(model, engine.text), loop)
+
+
+# ------------------------------------------------------------------------------------------------------ rows that break
+
+
+def _break_row(engine: Engine, row: int, step: int) -> None:
+    """Have the model say NaN wherever it looks in this row at this step."""
+    place = engine.model.ops.place
+
+    def spoiled(state, *given, **named):
+        place(state, *given, **named)
+        if state.step[row] == step:
+            state.score[row] = torch.nan
+
+    engine.model.ops = replace(engine.model.ops, place=spoiled)
+
+
+@pytest.mark.parametrize(("sampler", "policy"), SOME_PAIRS)
+@pytest.mark.parametrize("loop", ["tight", "replay"])
+def test_a_row_of_nan_is_named_and_the_others_finish(engines, sampler, policy, loop):
+    options = {**RAGGED, "sampler": sampler, "cache": policy, "trace": True}
+    wanted = engine_with(engines["llada-mha"]).generate(**options)
+    assert wanted[1].nfe > 3, "the row is done before it breaks"
+    engine = _own(engines["llada-mha"], loop)
+    _break_row(engine, row=1, step=3)
+    with pytest.raises(NumericalFault, match="NaN logits: row 1 at step 3$") as caught:
+        engine.generate(**options)
+    assert sorted(caught.value.finished) == [0, 2]
+    assert_same([caught.value.finished[0], caught.value.finished[2]], [wanted[0], wanted[2]])
+    engine.model.ops = engines["llada-mha"].model.ops
+    assert_same(engine.generate(**options), wanted)  # on the same session
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_nan_in_one_canvas_stays_there(engines, loop):
+    """From the weights on: a token that the model cannot read appears in one row."""
+    weights = engines["llada-mha"].model.weights
+    spoiled = replace(weights, embedding=weights.embedding.clone())
+    spoiled.embedding[77] = torch.nan
+    engine = engine_with(Engine(Transformer(engines["llada-mha"].spec, spoiled)), loop)
+    prompts = [PROMPTS[0], [1, 77, 3], PROMPTS[2]]
+    wanted = engine_with(engines["llada-mha"]).generate(**{**RAGGED, "prompts": prompts})
+    for cache in ("none", "refresh", "region"):
+        with pytest.raises(NumericalFault, match="row 1 at step 0$") as caught:
+            engine.generate(**{**RAGGED, "prompts": prompts}, cache=cache)
+        assert sorted(caught.value.finished) == [0, 2]
+        if cache == "none":
+            assert_same(list(caught.value.finished.values()), [wanted[0], wanted[2]])
+
+
+@pytest.mark.parametrize("name", ["paper", "threshold", "fixed-blocks"])
+@pytest.mark.parametrize("loop", LOOPS)
+def test_a_row_at_its_step_cap_is_named_and_the_others_finish(engines, monkeypatch, loop, name):
+    sampler = SAMPLERS[name]
+    wanted = engine_with(engines["llada-mha"]).generate(**RAGGED, sampler=sampler)
+    caps = {RAGGED["gen_length"][0]: 4}
+    step_cap = type(sampler).step_cap
+    monkeypatch.setattr(type(sampler), "step_cap", lambda self, n: caps.get(n) or step_cap(self, n))
+    engine = engine_with(engines["llada-mha"], loop)
+    with pytest.raises(StepCapExceeded, match="step cap of their sampler: row 0 at step 4$") as caught:
+        engine.generate(**RAGGED, sampler=sampler)
+    assert sorted(caught.value.finished) == [1, 2]
+    assert_same(list(caught.value.finished.values()), wanted[1:])
+    monkeypatch.undo()
+    assert_same(engine.generate(**RAGGED, sampler=sampler), wanted)
+
+
+def test_every_row_is_named_or_finished(engines, monkeypatch):
+    """Also where rows break in different ways."""
+    engine = _own(engines["llada-mha"])
+    _break_row(engine, row=1, step=3)
+    step_cap = SlowFast.step_cap
+    monkeypatch.setattr(SlowFast, "step_cap", lambda self, n: 2 if n == RAGGED["gen_length"][2] else step_cap(self, n))
+    with pytest.raises(NumericalFault) as caught:
+        engine.generate(**RAGGED)
+    assert sorted(caught.value.finished) == [0]
+    assert "row 1 at step 3" in str(caught.value) and "row 2 at step 2" in str(caught.value)
+
+
+def test_all_rows_break(engines):
+    engine = _own(engines["llada-mha"])
+    for row in range(3):
+        _break_row(engine, row=row, step=row)
+    with pytest.raises(NumericalFault, match="row 0 at step 0, row 1 at step 1, row 2 at step 2") as caught:
+        engine.generate(**RAGGED)
+    assert caught.value.finished == {}
+
+
+# ------------------------------------------------------------------------------------------- memory that is not there
+
+
+@pytest.mark.parametrize(("cache", "store"), [("prefix", KVCache), ("refresh", FeatureCache)])
+@pytest.mark.parametrize(
+    "failure",
+    [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("DefaultCPUAllocator: can't allocate memory")],
+)
+def test_out_of_memory_says_how_much_is_needed(engines, monkeypatch, cache, store, failure):
+    engine, sampler = engine_with(engines["llada-mha"]), Threshold(block_length=8)
+    wanted = engine.generate(**OPTIONS, sampler=sampler, cache=cache)
+
+    def full(*given):
+        raise failure
+
+    monkeypatch.setattr(store, "__init__", full)
+    with pytest.raises(OutOfDeviceMemory) as caught:
+        engine.generate(prompts=PROMPTS, gen_length=32, sampler=sampler, cache=cache)
+    text = str(caught.value)
+    assert "3 canvases of 45 positions" in text and f"cache={cache!r}" in text and "GiB" in text and "'cpu'" in text
+    monkeypatch.undo()
+    assert_same(engine.generate(**OPTIONS, sampler=sampler, cache=cache), wanted)
+
+
+def test_a_model_that_is_far_too_large(engines):
+    """Its cache would take more than any address space holds, so that asking for it costs nothing."""
+    engine = _own(engines["llada-mha"], n_layers=2**36)
+    needed = 2 * 2**36 * engine.spec.kv_width * 4 * 26 / 2**30
+    with pytest.raises(OutOfDeviceMemory, match=f"need {needed:.0f}"):
+        engine.generate(**OPTIONS, sampler=Threshold(block_length=8), cache="prefix")
+
+
+def test_other_errors_of_allocation_are_not_called_lack_of_memory(engines, monkeypatch):
+    def broken(*given):
+        raise RuntimeError("no kernel image is available")
+
+    monkeypatch.setattr(KVCache, "__init__", broken)
+    with pytest.raises(RuntimeError, match="no kernel image"):
+        engine_with(engines["llada-mha"]).generate(**OPTIONS, sampler=Threshold(block_length=8), cache="prefix")
+
+
+def test_caches_that_no_one_uses_make_room(engines, monkeypatch):
+    """Those of the last generation are gone before others are allocated."""
+    engine, alive, allocate = engine_with(engines["llada-mha"]), [], KVCache.__init__
+
+    def note(self, *given):
+        alive.append(len(engine._spare))
+        allocate(self, *given)
+
+    monkeypatch.setattr(KVCache, "__init__", note)
+    for length in (8, 16, 24):
+        engine.generate(PROMPTS[0], gen_length=length, sampler=Threshold(block_length=8), cache="prefix")
+    assert alive == [0, 0, 0]
+
+
+@pytest.mark.gpu
+def test_out_of_memory_on_a_gpu():
+    small = sfs_triton.load("embedded", "cuda")
+    options = {"prompts": "15,44,79,50", "gen_length": 32, "cache": "region"}
+    wanted = small.generate(**options)
+    large = Engine(Transformer(replace(small.spec, n_layers=2**26), small.model.weights), small.text)
+    with pytest.raises(OutOfDeviceMemory, match=r"GiB are free: 1 canvases of up to \d+ positions would fit"):
+        large.generate(**options)
+    assert_same(small.generate(**options), wanted)
+
+
+# --------------------------------------------------------------------------------------------------- loops that fail
+
+
+@pytest.mark.parametrize("name", ["warp", "", "Eager", 3])
+def test_unknown_loops(engines, golden, name):
+    with pytest.raises(ArgumentError, match=re.escape(f"loop={name!r} is not one of ('eager', 'replay'")):
+        sfs_triton.load(golden / "models" / "llada-mha", "cpu", loop=name)
+    with pytest.raises(ArgumentError, match=re.escape(f"loop={name!r}")):
+        Engine(engines["llada-mha"].model, loop=name)
+
+
+def test_loops_that_a_device_does_not_have(engines, golden):
+    for make in (
+        lambda name: sfs_triton.load(golden / "models" / "llada-mha", "cpu", loop=name),
+        lambda name: Engine(engines["llada-mha"].model, loop=name),
+    ):
+        with pytest.raises(ArgumentError, match="loop='replay' needs a GPU: device 'cpu'"):
+            make("replay")
+        with pytest.raises(ArgumentError, match="loop='device_while'"):
+            make("device_while")
+
+
+def test_the_choice_of_a_loop_is_logged_once(golden, caplog):
+    with caplog.at_level(logging.INFO, "sfs_triton"):
+        engine = sfs_triton.load(golden / "models" / "llada-mha", "cpu")
+        engine.generate(**OPTIONS)
+    (line,) = (record.getMessage() for record in caplog.records if "loop" in record.getMessage())
+    assert line == "loop eager: device 'cpu' has no CUDA graphs"
+    with caplog.at_level(logging.INFO, "sfs_triton"):
+        assert sfs_triton.load(golden / "models" / "llada-mha", "cpu", loop="eager").loop == "eager"
+    assert caplog.records[-1].getMessage() == "loop eager: asked for"
+
+
+class Failing(ReplayLoop):
+    """Fails when it prepares, or at the replay of this number, with the error given."""
+
+    def __init__(self, at: int | None, error: Exception | None = None):
+        super().__init__(ahead=1, capture=self._make)
+        self._at, self._replayed, self._error = at, 0, error or RuntimeError("CUDA error: an illegal address")
+
+    def _make(self, step, shape):
+        if self._at is None:
+            raise self._error
+        run = stand_in(step, shape)
+
+        def replay():
+            if self._replayed == self._at:
+                raise self._error
+            self._replayed += 1
+            run()
+
+        return replay
+
+
+def _warnings(caplog) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+
+
+@pytest.mark.parametrize("at", [None, 0, 1, 4])
+@pytest.mark.parametrize("policy", ["none", "refresh", "region"])
+def test_a_loop_that_fails_falls_back_once(engines, caplog, at, policy):
+    options = {**RAGGED, "cache": POLICIES[policy], "trace": True}
+    wanted = engine_with(engines["llada-mha"]).generate(**options)
+    engine = engine_with(engines["llada-mha"], Failing(at))
+    assert engine.loop == "replay"
+    assert_same(engine.generate(**options), wanted)
+    assert engine.loop == "eager"
+    assert _warnings(caplog) == ["loop replay failed, going on with loop eager: CUDA error: an illegal address"]
+    assert_same(engine.generate(**options), wanted)
+    assert len(_warnings(caplog)) == 1
+
+
+@pytest.mark.parametrize("at", [None, 1, 4])
+def test_frames_are_not_repeated_after_a_failure(engines, at):
+    wanted = list(engine_with(engines["llada-mha"]).stream(**RAGGED))
+    stream = engine_with(engines["llada-mha"], Failing(at)).stream(**RAGGED)
+    assert list(stream) == wanted
+    assert_same(stream.result(), engine_with(engines["llada-mha"]).generate(**RAGGED))
+
+
+@pytest.mark.parametrize("at", [None, 2])
+def test_a_second_failure_is_raised(engines, monkeypatch, caplog, at):
+    class Broken(EagerLoop):
+        def run(self, step):
+            raise RuntimeError("CUDA error: unspecified launch failure")
+
+    engine = engine_with(engines["llada-mha"], Failing(at))
+    engine._loops._eager = Broken(tight=True)
+    with pytest.raises(RuntimeError, match="unspecified launch failure"):
+        engine.generate(**OPTIONS)
+    assert len(_warnings(caplog)) == 1
+    with pytest.raises(RuntimeError, match="unspecified launch failure"):
+        engine.generate(**OPTIONS)
+    assert len(_warnings(caplog)) == 1, "fell back twice"
+
+
+@pytest.mark.parametrize(
+    "error", [LoopTimeout("late"), SfsError("odd"), ArgumentError("bad"), StepCapExceeded("stuck"), KeyError("a bug")]
+)
+@pytest.mark.parametrize("at", [None, 2])
+def test_what_is_no_failure_of_a_loop_is_raised(engines, caplog, at, error):
+    engine = engine_with(engines["llada-mha"], Failing(at, error))
+    with pytest.raises(type(error)) as caught:
+        engine.generate(**OPTIONS)
+    assert caught.value is error
+    assert engine.loop == "replay" and not _warnings(caplog)
+
+
+def test_what_on_step_raises_is_no_failure_of_a_loop(engines, caplog):
+    engine = engine_with(engines["llada-mha"], "replay")
+
+    def on_step(frame):
+        raise RuntimeError("mine")
+
+    with pytest.raises(RuntimeError, match="mine"):
+        engine.generate(**OPTIONS, on_step=on_step)
+    assert engine.loop == "replay" and not _warnings(caplog)
+
+
+def test_generations_side_by_side_fall_back_together(engines, caplog):
+    """The loop fails under two of them, and both go on."""
+    wanted = engine_with(engines["llada-mha"]).generate(**OPTIONS)
+    both = threading.Barrier(2, timeout=20)
+
+    class Fragile(ReplayLoop):
+        def run(self, step):
+            both.wait()
+            raise RuntimeError("CUDA error: an illegal address")
+
+    engine, done = engine_with(engines["llada-mha"], Fragile(capture=stand_in)), []
+    threads = [threading.Thread(target=lambda: done.append(engine.generate(**OPTIONS))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(done) == 2 and engine.loop == "eager" and len(_warnings(caplog)) == 1
+    for one in done:
+        assert_same(one, wanted)
+
+
+@pytest.mark.parametrize("error", [LoopTimeout("late"), KeyboardInterrupt(), RuntimeError("CUDA error")])
+def test_a_session_that_failed_is_not_used_again(engines, error):
+    """Its device may still be at work, so that no one may have the host's memory that it writes to, either."""
+    engine = engine_with(engines["llada-mha"], Failing(2, error))
+    engine._loops._eager = engine._loops.loop
+    mail = []
+    keep = engine._loops.loop.prepare
+    engine._loops.loop.prepare = lambda step: mail.append(weakref.ref(step.mailbox)) or keep(step)
+    with pytest.raises(type(error)):
+        engine.generate(**OPTIONS)
+    gc.collect()
+    assert engine._spare == [] and mail[0]() is not None

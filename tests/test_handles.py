@@ -1,0 +1,440 @@
+"""Generations under way: streamed, in another thread, one inside another, stopped midway; and long canvases."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import time
+from concurrent.futures import CancelledError
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+import torch
+
+from sfs_triton import (
+    ArgumentError,
+    Engine,
+    FixedSteps,
+    Frame,
+    NumericalFault,
+    OutOfDeviceMemory,
+    RefreshCache,
+    RegionCache,
+    SlowFast,
+    StepCapExceeded,
+    Threshold,
+)
+from sfs_triton.loops import EagerLoop
+from sfs_triton.models import Transformer
+from sfs_triton.models.cache import KVCache
+
+from .combinations import LOOPS, PROMPTS, RAGGED, SAMPLERS, SOME_PAIRS, Roomy, assert_same, engine_with
+
+ONE = {"prompts": PROMPTS[0], "gen_length": 16}
+
+
+@pytest.fixture
+def engine(engines) -> Engine:
+    return engine_with(engines["llada-mha"])
+
+
+# ------------------------------------------------------------------------------------------------------------ streams
+
+
+@pytest.mark.parametrize(("sampler", "policy"), SOME_PAIRS)
+@pytest.mark.parametrize("loop", LOOPS)
+def test_frames_tell_what_happened(engines, sampler, policy, loop):
+    options = {**RAGGED, "sampler": sampler, "cache": policy}
+    stream = engine_with(engines["dream-gqa"], Roomy(LOOPS[loop](), 5)).stream(**options)
+    frames: list[Frame] = list(stream)
+    done = stream.result()
+    assert_same(done, engine_with(engines["dream-gqa"]).generate(**options))
+    assert [frame.step for frame in frames] == list(range(max(row.nfe for row in done)))
+    for index, row in enumerate(done):
+        end = len(row.canvas)
+        committed = [place for frame in frames for place in frame.committed[index]]
+        assert sorted(committed) == list(range(row.prompt_length, end)), "not each position once"
+        settled = [frame.settled[index] for frame in frames]
+        assert settled == sorted(settled) and settled[-1] == end
+        assert frames[-1].tokens[index] == row.canvas and frames[-1].commit_step[index] == row.commit_step
+        before = PROMPTS[index] + [engines["dream-gqa"].spec.mask_id] * (end - row.prompt_length)
+        for frame in frames:
+            assert all(row.commit_step[place] == frame.step for place in frame.committed[index])
+            changed = [p for p in range(end) if frame.tokens[index][p] != before[p]]
+            assert set(changed) <= set(frame.committed[index])
+            assert all(frame.commit_step[index][p] >= 0 for p in range(row.prompt_length, frame.settled[index]))
+            before = frame.tokens[index]
+        assert [frame.running[index] for frame in frames] == [step < row.nfe - 1 for step in range(len(frames))]
+
+
+def test_settled_moves_right_past_an_early_stop(engines):
+    plain = engine_with(engines["llada-mha"]).generate(**ONE, sampler=FixedSteps())
+    first = min(range(10, 26), key=lambda place: plain.commit_step[place])
+    shared = engines["llada-mha"]
+    ending = Engine(Transformer(replace(shared.spec, eos_id=plain.canvas[first]), shared.model.weights))
+    stream = ending.stream(**ONE, sampler=FixedSteps(eos_stop=True))
+    settled = [frame.settled[0] for frame in stream]
+    assert settled == sorted(settled) and settled[-1] == 26
+    assert set(stream.result().canvas[first:]) == {plain.canvas[first]}
+
+
+def test_a_stream_begins_with_its_first_frame(engine):
+    calls = []
+    run = engine._run
+    engine._run = lambda request: calls.append(run(request)) or calls[-1]
+    stream = engine.stream(**ONE)
+    assert engine._spare == []
+    with pytest.raises(ArgumentError, match="gen_length=0"):
+        engine.stream(PROMPTS[0], gen_length=0)
+    next(stream)
+
+
+@pytest.mark.parametrize("taken", [0, 1, 3, 1000])
+def test_the_result_of_a_stream(engine, taken):
+    """after some frames, or all, or none, is that of a call; it can be had again, and from a list is a list."""
+    wanted = engine.generate(**ONE)
+    stream = engine.stream(**ONE)
+    for _ in zip(range(taken), stream, strict=False):
+        pass
+    assert_same(stream.result(), wanted)
+    assert_same(stream.result(), wanted)
+    assert list(stream) == []
+    several = engine.stream([PROMPTS[0]], gen_length=16).result()
+    assert isinstance(several, list)
+    assert_same(several[0], wanted)
+
+
+def test_a_stream_that_ended_gives_its_result_when_it_is_closed(engine):
+    wanted = engine.generate(**ONE)
+    with engine.stream(**ONE) as stream:
+        for _ in stream:
+            pass
+    assert_same(stream.result(), wanted)
+
+
+@pytest.mark.parametrize("taken", [0, 1, 3])
+def test_a_closed_stream_has_no_result(engine, taken):
+    stream = engine.stream(**ONE)
+    for _ in range(taken):
+        next(stream)
+    stream.close()
+    stream.close()
+    assert list(stream) == []
+    with pytest.raises(RuntimeError, match="closed before its end"):
+        stream.result()
+
+
+def _leave_stream(engine, options):
+    stream = engine.stream(**options)
+    next(stream), next(stream)
+    stream.close()
+
+
+def _drop_stream(engine, options):
+    stream = engine.stream(**options)
+    next(stream), next(stream)
+    del stream
+    gc.collect()
+
+
+def _break_out(engine, options):
+    with pytest.raises(ZeroDivisionError), engine.stream(**options) as stream:
+        for frame in stream:
+            1 / (2 - frame.step)
+
+
+def _raise_in_on_step(engine, options):
+    def on_step(frame):
+        if frame.step == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate(**options, on_step=on_step)
+
+
+def _cancel(engine, options):
+    pending = []
+    started = threading.Event()
+
+    def on_step(frame):
+        started.wait(10)
+        pending[0].cancel()
+
+    pending.append(engine.generate_async(**options, on_step=on_step))
+    started.set()
+    with pytest.raises(CancelledError):
+        pending[0].result(10)
+    assert pending[0].done()
+
+
+@pytest.mark.parametrize("stop", [_leave_stream, _drop_stream, _break_out, _raise_in_on_step, _cancel])
+@pytest.mark.parametrize(
+    ("name", "policy", "loop"),
+    [("paper", "region", "replay"), ("threshold", "prefix", "replay"), ("paper", "none", "tight")],
+)
+def test_a_run_stopped_midway_leaves_the_engine_usable(engines, name, policy, loop, stop):
+    options = {**RAGGED, "sampler": SAMPLERS[name], "cache": policy}
+    wanted = engine_with(engines["llada-mha"]).generate(**options)
+    engine = engine_with(engines["llada-mha"], loop)
+    stop(engine, options)
+    (session,) = engine._spare
+    assert_same(engine.generate(**options, on_step=lambda frame: None), wanted)
+    assert engine._spare == [session], "what was stopped is not used again"
+
+
+# ---- streams that fail
+
+
+def test_a_stream_whose_row_broke(engines):
+    model = Transformer(engines["llada-mha"].spec, engines["llada-mha"].model.weights)
+    place = model.ops.place
+
+    def spoiled(state, *given, **named):
+        place(state, *given, **named)
+        if state.step[0] == 2:
+            state.score[0] = torch.nan
+
+    model.ops = replace(model.ops, place=spoiled)
+    wanted = engine_with(engines["llada-mha"]).generate(PROMPTS[:2], gen_length=16)
+    stream = Engine(model).stream(PROMPTS[:2], gen_length=16)
+    assert len(list(stream)) == wanted[1].nfe
+    for _ in range(2):
+        with pytest.raises(NumericalFault, match="row 0 at step 2") as caught:
+            stream.result()
+        assert_same(caught.value.finished[1], wanted[1])
+
+
+def test_a_stream_that_failed_has_no_result(engine, monkeypatch):
+    """and above all not the half of one."""
+
+    class Broken(EagerLoop):
+        def run(self, step):
+            for number, report in enumerate(super().run(step)):
+                if number == 3:
+                    raise RuntimeError("CUDA error: unspecified launch failure")
+                yield report
+
+    engine._loops.loop = engine._loops._eager = Broken(tight=True)
+    stream = engine.stream(**ONE)
+    with pytest.raises(RuntimeError, match="launch failure"):
+        for _ in stream:
+            pass
+    assert list(stream) == []
+    with pytest.raises(RuntimeError, match="launch failure"):
+        stream.result()
+
+
+def test_a_stream_without_memory(engine, monkeypatch):
+    def full(*given):
+        raise torch.OutOfMemoryError("full")
+
+    stream = engine.stream(**ONE, sampler=Threshold(block_length=8), cache="prefix")
+    monkeypatch.setattr(KVCache, "__init__", full)
+    for _ in range(2):
+        with pytest.raises(OutOfDeviceMemory):
+            stream.result()
+    monkeypatch.undo()
+    engine.generate(**ONE)
+
+
+# -------------------------------------------------------------------------------------------------- in another thread
+
+
+def test_pending_generations_end_in_order(engine):
+    lengths, ended = [8, 24, 16], []
+    wanted = [engine.generate(PROMPTS[0], gen_length=n) for n in lengths]
+
+    def on_step(length):
+        return lambda frame: ended.append(length) if not any(frame.running) else None
+
+    pending = [engine.generate_async(PROMPTS[0], gen_length=n, on_step=on_step(n)) for n in lengths]
+    assert_same([p.result(30) for p in pending], wanted)
+    assert ended == lengths and all(p.done() for p in pending)
+
+
+def test_a_queued_generation_is_cancelled_before_it_starts(engine):
+    held, started, told = threading.Event(), threading.Event(), []
+
+    def hold(frame):
+        started.set()
+        held.wait(20)
+
+    first = engine.generate_async(**ONE, on_step=hold)
+    second = engine.generate_async(**ONE, on_step=told.append)
+    third = engine.generate_async(**ONE)
+    started.wait(20)
+    second.cancel()
+    assert second.done() and not first.done()
+    with pytest.raises(CancelledError):
+        second.result(0)
+    with pytest.raises(TimeoutError):
+        first.result(0.01)
+    held.set()
+    wanted = engine_with(engine).generate(**ONE)
+    assert_same([first.result(30), third.result(30)], [wanted, wanted])
+    assert told == []
+
+
+def test_cancelling_what_is_done_changes_nothing(engine):
+    pending = engine.generate_async(**ONE)
+    wanted = pending.result(30)
+    pending.cancel()
+    assert_same(pending.result(0), wanted)
+
+
+def test_pending_generations_raise_what_calls_raise(engine, monkeypatch):
+    with pytest.raises(ArgumentError, match="gen_length=0"):
+        engine.generate_async(PROMPTS[0], gen_length=0)
+    for sampler, cache, named in (
+        (SlowFast(), "prefix", "works by block"),
+        (SlowFast.preset("dream-reference"), RegionCache(look_ahead=4), "look_ahead=4"),
+        (FixedSteps(block_length=8), RegionCache(capacity=16), "holds 16 rows"),
+    ):
+        with pytest.raises(ArgumentError, match=named):
+            engine.generate_async(**ONE, sampler=sampler, cache=cache)
+    monkeypatch.setattr(SlowFast, "step_cap", lambda self, n: 2)
+    with pytest.raises(StepCapExceeded, match="row 0 at step 2"):
+        engine.generate_async(**ONE).result(30)
+
+
+def test_a_handle_comes_at_once(engine, monkeypatch):
+    """Before anything of the generation has been done but the checks."""
+    held, run = threading.Event(), engine._run
+
+    def slow(request):
+        held.wait(20)
+        return run(request)
+
+    monkeypatch.setattr(engine, "_run", slow)
+    began = time.monotonic()
+    pending = engine.generate_async(**ONE)
+    assert time.monotonic() - began < 2 and not pending.done()
+    held.set()
+    assert pending.result(30).nfe > 0
+
+
+# ------------------------------------------------------------------------------------ beside and inside one another
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_a_generation_inside_another(engines, loop):
+    outer = {**RAGGED, "sampler": SAMPLERS["threshold"], "cache": "prefix"}
+    same, other = outer, {"prompts": PROMPTS[1], "gen_length": 24, "sampler": SAMPLERS["paper"], "cache": "region"}
+    wanted = [engine_with(engines["llada-gqa"]).generate(**options) for options in (outer, same, other)]
+    engine, inner = engine_with(engines["llada-gqa"], loop), {}
+
+    def on_step(frame):
+        if frame.step in (1, 2):
+            inner[frame.step] = engine.generate(**(same, other)[frame.step - 1])
+
+    assert_same(engine.generate(**outer, on_step=on_step), wanted[0])
+    assert_same(inner[1], wanted[1])
+    assert_same(inner[2], wanted[2])
+    assert len(engine._spare) == 1
+
+
+def test_streams_side_by_side(engine):
+    wanted = [engine.generate(prompt, gen_length=16) for prompt in PROMPTS]
+    streams = [engine.stream(prompt, gen_length=16) for prompt in PROMPTS]
+    for _ in range(3):
+        for stream in streams:
+            next(stream)
+    assert_same([stream.result() for stream in streams], wanted)
+
+
+@pytest.mark.parametrize("loop", ["tight", "replay"])
+def test_generations_in_two_threads(engines, loop):
+    kinds = [("paper", "none"), ("threshold", "dual"), ("origin", "refresh"), ("paper", "region")]
+    options = [
+        {**RAGGED, "sampler": SAMPLERS[s], "cache": RefreshCache(3, 2, 0.0) if p == "refresh" else p} for s, p in kinds
+    ]
+    wanted = [engine_with(engines["llada-mha"]).generate(**each) for each in options]
+    model = Transformer(engines["llada-mha"].spec, engines["llada-mha"].model.weights)  # whose tables are yet to grow
+    engine, done, failed = engine_with(Engine(model), loop), {}, []
+
+    def work(name, order):
+        try:
+            done[name] = {index: engine.generate(**options[index]) for index in order}
+        except BaseException as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=work, args=(n, order)) for n, order in enumerate(([0, 1, 2, 3], [3, 2, 0, 1]))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not failed
+    for mine in done.values():
+        for index, rows in mine.items():
+            assert_same(rows, wanted[index])
+
+
+@contextmanager
+def _wide_floats():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [torch.inference_mode, torch.no_grad, lambda: torch.device("meta"), _wide_floats],
+    ids=["inference_mode", "no_grad", "default-device", "default-dtype"],
+)
+@pytest.mark.parametrize(("name", "policy"), [("origin", "none"), ("paper", "region"), ("threshold", "dual")])
+def test_what_the_caller_has_set_does_not_matter(engine, settings, name, policy):
+    """Neither to the generation nor to the next one on its session."""
+    options = {**RAGGED, "sampler": SAMPLERS[name], "cache": policy}
+    wanted = engine_with(engine, "fixed").generate(**options)
+    engine = engine_with(engine, "fixed")
+    with settings():
+        done = engine.generate(**options)
+    assert_same(done, wanted)
+    assert_same(engine.generate(**options), wanted)
+
+
+# ------------------------------------------------------------------------------------------------------ long canvases
+
+
+@pytest.mark.parametrize("loop", ["tight", "fixed"])
+@pytest.mark.parametrize(
+    ("sampler", "cache", "length"),
+    [
+        pytest.param(FixedSteps(steps=2), "none", 4000, id="fixed-none"),
+        pytest.param(FixedSteps(steps=2, block_length=16), "prefix", 16, id="fixed-prefix"),
+        pytest.param(SlowFast(), RegionCache(capacity=64), 16, id="paper-region"),
+        pytest.param(Threshold(block_length=4, tau=0.5), RefreshCache(4, 4, 0.0), 4, id="threshold-refresh"),
+    ],
+)
+def test_a_canvas_of_4096(engines, sampler, cache, length, loop):
+    shared = engines["llada-mha"]
+    engine = engine_with(Engine(Transformer(replace(shared.spec, max_length=4096), shared.model.weights)), loop)
+    prompt = torch.randint(0, 400, (4096 - length,), generator=torch.Generator().manual_seed(0)).tolist()
+    done = engine.generate(prompt, gen_length=length, sampler=sampler, cache=cache)
+    assert len(done.canvas) == 4096 and done.masks_left == 0 and done.canvas[: len(prompt)] == prompt
+    assert shared.spec.mask_id not in done.response
+    with pytest.raises(ArgumentError, match="= 4097 positions, the model allows 4096"):
+        engine.generate([1, *prompt], gen_length=length, sampler=sampler, cache=cache)
+
+
+def test_a_pending_generation_that_waits_for_another_is_told(engine):
+    errors = []
+
+    def on_step(frame):
+        if frame.step == 0:
+            try:
+                engine.generate_async(PROMPTS[0], gen_length=8).result()
+            except RuntimeError as error:
+                errors.append(str(error))
+
+    engine.generate_async(PROMPTS[0], gen_length=8, on_step=on_step).result(60)
+    assert len(errors) == 1 and "one after another" in errors[0]
+
+
+@pytest.mark.parametrize("cache", ["none", "region", "refresh"])
+def test_autocast_of_the_caller_does_not_matter(engine, cache):
+    wanted = engine.generate(PROMPTS[0], gen_length=16, cache=cache)
+    with torch.autocast("cpu", torch.bfloat16):
+        done = engine.generate(PROMPTS[0], gen_length=16, cache=cache)
+    assert done.canvas == wanted.canvas

@@ -1,0 +1,274 @@
+"""All loops give the same tokens, number of steps and trace, whatever they run on before, beside and after."""
+
+from __future__ import annotations
+
+import time
+import weakref
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import sfs_triton
+from sfs_triton import ArgumentError, Engine, FixedSteps, LoopTimeout, RefreshCache, Threshold
+from sfs_triton.loops import EagerLoop, ReplayLoop
+from sfs_triton.loops.mailbox import Mailbox
+from sfs_triton.models import Transformer
+
+from .combinations import (
+    EVERY_PAIR,
+    LOOPS,
+    POLICIES,
+    PROMPTS,
+    RAGGED,
+    SAMPLERS,
+    SOME_PAIRS,
+    Roomy,
+    assert_same,
+    engine_with,
+    stand_in,
+)
+
+OTHERS = {"fixed": LOOPS["fixed"], "replay": lambda: ReplayLoop(ahead=2, capture=stand_in)}
+
+# Both kinds of models, those whose logits are shifted and those whose are not, meet each sampler and each policy.
+SHARED = [
+    pytest.param("llada-mha" if number % 2 else "dream-gqa", *pair.values, id=pair.id)
+    for number, pair in enumerate(EVERY_PAIR)
+]
+OPTIONS = {
+    "drawn": {"cfg_scale": 0.5, "temperature": 0.7},
+    "filtered": {"temperature": 0.8, "top_p": 0.9, "top_k": 20},
+}
+
+
+def _ending(engine: Engine, **options) -> Engine:
+    """The engine, but its end of text is the token that it commits first."""
+    row = engine_with(engine).generate(**options)[0]
+    first = min(range(row.prompt_length, len(row.canvas)), key=lambda place: (row.commit_step[place], place))
+    spec = replace(engine.spec, eos_id=row.canvas[first])
+    return Engine(Transformer(spec, engine.model.weights))
+
+
+def _assert_loops_agree(engine, loops=OTHERS, call="generate", **options):
+    wanted = getattr(engine_with(engine, "tight"), call)(trace=True, **options)
+    for loop in loops.values():
+        assert_same(getattr(engine_with(engine, loop()), call)(trace=True, **options), wanted)
+    return wanted
+
+
+@pytest.mark.parametrize(("model", "sampler", "policy"), SHARED)
+def test_loops_agree(engines, model, sampler, policy):
+    _assert_loops_agree(engines[model], **RAGGED, sampler=sampler, cache=policy)
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize(("sampler", "policy"), SOME_PAIRS)
+def test_loops_agree_on_options(engines, sampler, policy, option):
+    engine = engines["dream-gqa" if len(option) % 2 else "llada-mha"]
+    sampler = sampler.replace(**OPTIONS[option])
+    _assert_loops_agree(engine, {"replay": LOOPS["replay"]}, **RAGGED, sampler=sampler, cache=policy)
+
+
+@pytest.mark.parametrize(("sampler", "policy"), SOME_PAIRS)
+def test_loops_agree_on_early_stops(engines, sampler, policy):
+    options = {**RAGGED, "cache": policy}
+    engine = _ending(engines["dream-gqa"], sampler=sampler, **options)
+    done = _assert_loops_agree(engine, {"replay": LOOPS["replay"]}, sampler=sampler.replace(eos_stop=True), **options)
+    assert any(commit < 0 for row in done for commit in row.commit_step[row.prompt_length :]), "nothing was cut off"
+
+
+@pytest.mark.parametrize(("sampler", "policy"), SOME_PAIRS)
+@pytest.mark.parametrize("model", ["llada-mha", "dream-gqa"])
+def test_loops_agree_on_infilling(engines, model, sampler, policy):
+    mask = engines[model].spec.mask_id
+    listed = policy.name == "region" and engines[model].spec.shifted  # such a model has no row for the first position
+    canvases = [
+        PROMPTS[0] + [mask] * 12 + [7, 8] + [mask] * 5 + PROMPTS[1],
+        [4 if listed else mask, 5, 6, mask, mask, *PROMPTS[2], mask],
+        [*PROMPTS[1], mask],
+    ]
+    _assert_loops_agree(engines[model], OTHERS, "infill", canvases=canvases, sampler=sampler, cache=policy)
+
+
+@pytest.mark.parametrize("ratio", [0.25, 1.0])
+@pytest.mark.parametrize("name", ["paper", "threshold", "origin"])
+@pytest.mark.parametrize("model", ["llada-mha", "dream-gqa"])
+def test_loops_agree_on_partial_refreshes(engines, monkeypatch, model, name, ratio):
+    """Once it is not rounding that decides which of the rows that did not move are refreshed."""
+
+    def likeness(a, b, dim):
+        close = cosine_similarity(a.double(), b.double(), dim=dim)
+        return (close * 1e3).round() + torch.arange(close.shape[-1]) * 1e-6
+
+    cosine_similarity = F.cosine_similarity
+    monkeypatch.setattr(F, "cosine_similarity", likeness)
+    _assert_loops_agree(
+        engines[model], {"fixed": LOOPS["fixed"]}, **RAGGED, sampler=SAMPLERS[name], cache=RefreshCache(7, 4, ratio)
+    )
+
+
+# ------------------------------------------------------------------------------------- sessions that are used again
+
+
+@pytest.mark.parametrize("loop", ["tight", "replay"])
+@pytest.mark.parametrize(
+    ("sampler", "policy"), [*SOME_PAIRS, pytest.param(SAMPLERS["origin"], POLICIES["refresh"], id="origin-refresh")]
+)
+def test_a_used_session_gives_what_a_new_one_gives(engines, sampler, policy, loop):
+    """Of two requests of one kind, whose prompts, seeds and prompt lengths differ."""
+    sampler = sampler.replace(cfg_scale=0.3)
+    same = {"sampler": sampler, "cache": policy, "gen_length": [24, 8, 32], "trace": True}
+    first = {"prompts": [[7] * 11, PROMPTS[2], PROMPTS[0][:3]], "seed": 11}
+    second = {"prompts": [PROMPTS[0], PROMPTS[1], PROMPTS[2]], "seed": [5, 6, 7]}
+    used = engine_with(engines["llada-mha"], Roomy(LOOPS[loop](), 64))
+    used.generate(**first, **same)
+    (session,) = used._spare
+    again = used.generate(**second, **same)
+    assert used._spare == [session], "the second request had another session"
+    assert_same(again, engine_with(engines["llada-mha"], "tight").generate(**second, **same))
+
+
+def test_requests_of_another_kind_have_other_sessions(engines):
+    engine = engine_with(engines["llada-mha"])
+    options = {"prompts": PROMPTS[0], "gen_length": 16}
+    kinds = [
+        {},
+        {"sampler": Threshold(block_length=8)},
+        {"cache": "refresh"},
+        {"cache": RefreshCache(2, 2)},
+        {"trace": True},
+        {"on_step": lambda frame: None},
+        {"gen_length": 8},
+        {"prompts": [PROMPTS[0]] * 2},
+        {"sampler": FixedSteps(steps=4)},
+    ]
+    seen = []
+    for changed in kinds:
+        engine.generate(**{**options, **changed})
+        seen.append(engine._spare[-1])
+    assert len({id(session) for session in seen}) == len(kinds)
+
+
+@pytest.mark.parametrize(("sampler", "policy"), SOME_PAIRS)
+@pytest.mark.parametrize("loop", LOOPS)
+def test_room_beyond_the_rows_does_not_matter(engines, sampler, policy, loop):
+    options = {**RAGGED, "sampler": sampler, "cache": policy, "trace": True}
+    wanted = engine_with(engines["dream-gqa"], "tight").generate(**options)
+    assert_same(engine_with(engines["dream-gqa"], Roomy(LOOPS[loop](), 37)).generate(**options), wanted)
+
+
+def test_replays_have_canvases_of_round_lengths():
+    loop = ReplayLoop(capture=stand_in)
+    assert [loop.canvas_length(n, 512) for n in (1, 64, 65, 500, 512)] == [64, 64, 128, 512, 512]
+    assert [loop.canvas_length(n, 100) for n in (65, 99, 100)] == [100, 100, 100]
+
+
+# ----------------------------------------------------------------------------------------------------------- replays
+
+
+class Counting:
+    """Makes replays that are counted, and steps that are captured."""
+
+    def __init__(self):
+        self.captured, self.replayed = [], 0
+
+    def __call__(self, step, shape):
+        self.captured.append(shape)
+        run = stand_in(step, shape)
+
+        def replay():
+            self.replayed += 1
+            run()
+
+        return replay
+
+
+@pytest.mark.parametrize("ahead", [0, 1, 2, 3])
+@pytest.mark.parametrize("policy", ["none", "refresh", "region", "prefix"])
+def test_replays_are_queued_ahead_and_no_further(engines, policy, ahead):
+    sampler = SAMPLERS["threshold" if policy == "prefix" else "paper"]
+    options = {**RAGGED, "sampler": sampler, "cache": POLICIES[policy], "trace": True}
+    wanted = engine_with(engines["llada-mha"]).generate(**options)
+    count = Counting()
+    engine = engine_with(engines["llada-mha"], ReplayLoop(ahead=ahead, capture=count))
+    assert_same(engine.generate(**options), wanted)
+    surplus = 0 if policy == "prefix" else ahead  # the shape of its next step is not known before this one's end
+    assert count.replayed == max(row.nfe for row in wanted) + surplus
+    shapes = {"none": 1, "refresh": 4, "region": 2, "prefix": 1}
+    assert len(set(count.captured)) == len(count.captured) == shapes[policy]
+
+
+def test_letters_are_not_overwritten_before_they_are_read(engines):
+    """A loop that queues more steps ahead than the mailbox has room for would read a later one."""
+    with pytest.raises(ArgumentError, match="ahead=4"):
+        engine_with(engines["llada-mha"], ReplayLoop(ahead=4, capture=stand_in)).generate(PROMPTS[0], gen_length=8)
+
+
+def test_a_shape_is_captured_once_a_session(engines):
+    count = Counting()
+    engine = engine_with(engines["llada-mha"], ReplayLoop(capture=count))
+    for prompt in PROMPTS:
+        engine.generate(prompt, gen_length=16, sampler=Threshold(block_length=8), cache="dual")
+    assert len(count.captured) == 2
+
+
+def test_tables_live_as_long_as_what_was_captured_with_them(golden):
+    """A generation inside another may need larger ones."""
+    base = sfs_triton.load(golden / "models" / "llada-mha", "cpu", "float32")
+    wanted, inner = base.generate(PROMPTS[0], gen_length=16), base.generate(PROMPTS[0], gen_length=300)
+    fresh = sfs_triton.load(golden / "models" / "llada-mha", "cpu", "float32")
+    captured = []
+
+    def capture(step, shape):
+        model = step.model
+        captured.extend(weakref.ref(table) for table in (model._cos, model._sin, model._position))
+        return stand_in(step, shape)
+
+    engine = engine_with(fresh, ReplayLoop(capture=capture))
+    results, alive = [], []
+
+    def on_step(frame):
+        if frame.step == 1:
+            results.append(fresh.generate(PROMPTS[0], gen_length=300))
+            alive.extend(table() is not None for table in captured)
+
+    done = engine.generate(PROMPTS[0], gen_length=16, on_step=on_step)
+    assert done.canvas == wanted.canvas and results[0].canvas == inner.canvas
+    assert alive and all(alive), "a replay would read memory that is somebody else's by now"
+
+
+# ------------------------------------------------------------------------------------------------ a device that hangs
+
+
+@pytest.mark.parametrize(
+    "loop",
+    [
+        lambda: EagerLoop(tight=True, step_limit=0.3),
+        lambda: EagerLoop(tight=False, step_limit=0.3),
+        lambda: ReplayLoop(step_limit=0.3, capture=stand_in),
+    ],
+    ids=["tight", "fixed", "replay"],
+)
+@pytest.mark.parametrize("after", [1, 5])
+def test_mail_that_does_not_come(engines, monkeypatch, loop, after):
+    """ends the generation within the limit of a step, and leaves the engine as it was."""
+    engine = engine_with(engines["llada-mha"], loop())
+    post, posted = Mailbox.post, 0
+
+    def lose(mailbox):
+        nonlocal posted
+        posted += 1
+        if posted <= after:
+            post(mailbox)
+
+    monkeypatch.setattr(Mailbox, "post", lose)
+    began = time.monotonic()
+    with pytest.raises(LoopTimeout, match=r"step \d+ within 0\.3 s"):
+        engine.generate(PROMPTS[0], gen_length=16)
+    assert time.monotonic() - began < 2 * 0.3
+    monkeypatch.undo()
+    wanted = engine_with(engines["llada-mha"]).generate(PROMPTS[0], gen_length=16)
+    for _ in range(2):
+        assert_same(engine.generate(PROMPTS[0], gen_length=16), wanted)

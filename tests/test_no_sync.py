@@ -1,0 +1,441 @@
+"""The host never waits for the device within a generation: nothing of a step depends on a value that it would read."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import sfs_triton
+from sfs_triton import Engine, FixedSteps, NoCache, RefreshCache, SlowFast, Threshold
+from sfs_triton.kernels.control import COLUMN
+from sfs_triton.loops import EagerLoop, Loop, ReplayLoop, Step
+from sfs_triton.loops.replay import capture_graph
+from sfs_triton.models import Transformer
+from sfs_triton.session import Request, Session, _set_schedule
+from sfs_triton.state import DecodeState
+from sfs_triton.testing import no_host_reads
+
+from .combinations import EVERY_PAIR, PROMPTS, assert_same, engine_with
+
+# ---------------------------------------------------------------------------------------------------- the watch itself
+
+X = torch.arange(12.0).view(4, 3)
+MASK, AT, META = X > 5, torch.tensor([0, 1]), torch.empty(3, device="meta")
+READS = {
+    "item": lambda: X[0, 0].item(),
+    "bool": lambda: bool(X[0, 0] > 0),
+    "if": lambda: 1 if MASK.any() else 0,
+    "int": lambda: int(X[0, 0]),
+    "float": lambda: float(X[0, 0]),
+    "index": lambda: PROMPTS[AT[1]],
+    "range": lambda: range(AT[1]),
+    "slice": lambda: X[: AT[1]],
+    "one-index": lambda: X[AT[1]],
+    "size": lambda: torch.arange(AT[1]),
+    "tolist": lambda: X.tolist(),
+    "numpy": lambda: X.numpy(),
+    "array": lambda: numpy.asarray(X),
+    "contains": lambda: 3.0 in X,
+    "format": lambda: f"{X[0, 0]:.1f}",
+    "nonzero": lambda: X.nonzero(),
+    "argwhere": lambda: torch.argwhere(MASK),
+    "where": lambda: torch.where(MASK),
+    "equal": lambda: torch.equal(X, X),
+    "allclose": lambda: torch.allclose(X, X),
+    "is_nonzero": lambda: X[0, 0].is_nonzero(),
+    "masked_select": lambda: X.masked_select(MASK),
+    "mask-index": lambda: X[MASK],
+    "mask-row-index": lambda: X[MASK[:, 0]],
+    "mask-assign": lambda: X.clone().__setitem__(MASK, 0.0),
+    "mask-assign-tensor": lambda: X.clone().__setitem__(MASK[:, 0], X[:2]),
+    "byte-index": lambda: X[MASK.byte()],
+    "unique": lambda: X.unique(),
+    "unique-rows": lambda: X.unique(dim=0),
+    "unique-consecutive": lambda: X.unique_consecutive(),
+    "bincount": lambda: torch.bincount(AT),
+    "repeat_interleave": lambda: torch.repeat_interleave(AT, AT),
+    "one_hot": lambda: torch.nn.functional.one_hot(AT),
+    "narrow": lambda: X.narrow(0, AT[0], 1),
+    "index_fill": lambda: X.index_fill(0, AT, X[0, 0]),
+    "cpu": lambda: X.cpu(),
+    "to-host": lambda: META.to("cpu"),
+    "to-host-and-dtype": lambda: META.to("cpu", torch.float64),
+    "copy-to-host": lambda: X[0].copy_(META),
+    "synchronize": lambda: torch.cuda.synchronize(),
+    "event": lambda: torch.cuda.Event.synchronize(None),
+    "stream": lambda: torch.cuda.Stream.synchronize(None),
+}
+FINE = {
+    "from-host": lambda: torch.tensor([1, 2], device="meta"),
+    "from-host-here": lambda: torch.tensor([1, 2]),
+    "index": lambda: X[AT],
+    "index-pair": lambda: X[AT[:, None], AT],
+    "assign": lambda: X.clone().__setitem__((AT, AT), X[0, :2]),
+    "where": lambda: torch.where(MASK, X, 0),
+    "masked_fill": lambda: X.masked_fill(MASK, 0),
+    "cast": lambda: X.to(torch.float64),
+    "move": lambda: X.to("meta"),
+    "copy": lambda: X.clone().copy_(X),
+    "linear": lambda: torch.nn.functional.linear(X, X),
+    "attention": lambda: torch.nn.functional.scaled_dot_product_attention(*(X.view(1, 1, 4, 3),) * 3),
+    "repeat_interleave": lambda: torch.repeat_interleave(AT, AT, output_size=1),
+    "sort": lambda: X.sort(),
+    "length": lambda: (len(X), X.shape, [row.shape for row in X]),
+}
+
+
+@pytest.mark.parametrize("inference", [False, True], ids=["", "inference"])
+@pytest.mark.parametrize("read", READS)
+def test_the_watch_sees(read, inference):
+    with torch.inference_mode(inference), no_host_reads(), pytest.raises(AssertionError, match="host"):
+        READS[read]()
+
+
+@pytest.mark.parametrize("inference", [False, True], ids=["", "inference"])
+@pytest.mark.parametrize("work", FINE)
+def test_the_watch_lets_pass(work, inference):
+    with torch.inference_mode(inference):
+        with no_host_reads():
+            FINE[work]()
+
+
+def test_the_watch_ends():
+    methods = {name: getattr(torch.Tensor, name) for name in ("item", "tolist", "__bool__", "numpy")}
+    with pytest.raises(AssertionError), no_host_reads():
+        X.sum().item()
+    assert X[MASK].tolist() == [6.0, 7.0, 8.0, 9.0, 10.0, 11.0] and bool(MASK.any())
+    assert all(getattr(torch.Tensor, name) is method for name, method in methods.items())
+
+
+# ---------------------------------------------------------------------------------------------------- watched steps
+
+
+class Watched:
+    """Runs every step of every loop under the watch, and counts shapes by their kind."""
+
+    def __init__(self, monkeypatch):
+        self.kinds, run = Counter(), Step.run
+
+        def watched(step, shapes, **named):
+            self.kinds.update(shape.kind for shape in shapes)
+            with no_host_reads():
+                run(step, shapes, **named)
+
+        monkeypatch.setattr(Step, "run", watched)
+
+
+@pytest.mark.parametrize("tight", [True, False], ids=["tight", "fixed"])
+@pytest.mark.parametrize(("sampler", "policy"), EVERY_PAIR)
+def test_steps_read_nothing(engines, monkeypatch, sampler, policy, tight):
+    shapes = Watched(monkeypatch)
+    engine = engine_with(engines["dream-gqa"], EagerLoop(tight))
+    engine.generate(PROMPTS[:2], gen_length=8, sampler=sampler, cache=policy, trace=True)
+    later = "plan" if policy.name == "region" else "same" if tight else "list" if policy.by_block else "prefix"
+    first = "same" if tight else later if policy.name != "region" else "prefix"
+    assert set(shapes.kinds) == {first, later}
+
+
+OPTIONS = {
+    "drawn": {"temperature": 0.7, "cfg_scale": 0.5, "eos_stop": True},
+    "filtered": {"temperature": 0.7, "top_k": 9, "top_p": 0.9},
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("tight", [True, False], ids=["tight", "fixed"])
+@pytest.mark.parametrize(
+    ("sampler", "cache"),
+    [(SlowFast(), "none"), (SlowFast(), "region"), (Threshold(block_length=8), "dual")],
+    ids=["paper-none", "paper-region", "threshold-dual"],
+)
+def test_steps_with_options_read_nothing(engines, monkeypatch, sampler, cache, tight, option):
+    Watched(monkeypatch)
+    engine = engine_with(engines["llada-mha"], EagerLoop(tight))
+    engine.generate(PROMPTS, gen_length=8, sampler=sampler.replace(**OPTIONS[option]), cache=cache)
+
+
+@pytest.mark.parametrize("tight", [True, False], ids=["tight", "fixed"])
+@pytest.mark.parametrize("ratio", [0.25, 1.0])
+def test_partial_refreshes_read_nothing(engines, monkeypatch, ratio, tight):
+    Watched(monkeypatch)
+    options = {"gen_length": [8, 8, 16], "sampler": Threshold(block_length=8), "cache": RefreshCache(5, 3, ratio)}
+    engine_with(engines["llada-mha"], EagerLoop(tight)).generate(PROMPTS, **options)
+
+
+def test_a_read_in_a_step_is_seen(engines, monkeypatch):
+    """At any depth."""
+    Watched(monkeypatch)
+    model = Transformer(engines["llada-mha"].spec, engines["llada-mha"].model.weights)
+    silu_mul = model.ops.silu_mul
+    model.ops = replace(model.ops, silu_mul=lambda x: silu_mul(x) * float(x.norm() > 0))
+    with pytest.raises(AssertionError, match="__float__"):
+        Engine(model).generate(PROMPTS[0], gen_length=8)
+
+
+# ------------------------------------------------------------------------------------- steps where there are no values
+
+
+class NoMail:
+    """A mailbox that nothing is put into."""
+
+    depth, posted = 4, 0
+
+    def post(self):
+        pass
+
+
+class Nowhere(TorchDispatchMode):
+    """Refuses whatever is made in the host's memory, from where a GPU could have it only by a copy that waits."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for made in tree_leaves(result):
+            assert not isinstance(made, torch.Tensor) or made.device.type == "meta", f"{func} is done on the host"
+        return result
+
+
+def _on_meta(x):
+    if isinstance(x, torch.Tensor):
+        return x.to("meta")
+    if isinstance(x, tuple):
+        return tuple(map(_on_meta, x))
+    if is_dataclass(x):
+        return replace(x, **{field.name: _on_meta(getattr(x, field.name)) for field in fields(x)})
+    return x
+
+
+def _move(state: DecodeState) -> None:
+    """All of it, to where tensors have shapes and no values."""
+    for name in DecodeState.__slots__:
+        value = getattr(state, name, None)
+        if isinstance(value, torch.Tensor) and name not in COLUMN:
+            setattr(state, name, value.to("meta"))
+    state.events = {name: value.to("meta") for name, value in state.events.items()}
+    state.__post_init__()
+
+
+@pytest.fixture
+def meta_step(engines, monkeypatch):
+    monkeypatch.setattr("sfs_triton.loops.step.Mailbox", lambda *given: NoMail())
+
+    def make(sampler, policy) -> Step:
+        engine, lengths = engines["dream-gqa"], [16, 8, 48]
+        canvases = [prompt + [engine.spec.mask_id] * n for prompt, n in zip(PROMPTS, lengths, strict=True)]
+        request = Request(canvases, [len(prompt) for prompt in PROMPTS], sampler, policy, [1, 2, 3], trace=True)
+        state = Session(engine.model, request, 67).state
+        if isinstance(sampler, FixedSteps):
+            _set_schedule(state, sampler, lengths, request.seeds)
+        _move(state)
+        step = Step(Transformer(engine.spec, _on_meta(engine.model.weights)), sampler, policy, state)
+        step.expect(request.starts, lengths)
+        return step
+
+    return make
+
+
+@pytest.mark.parametrize(("sampler", "policy"), EVERY_PAIR)
+def test_steps_run_without_values(meta_step, sampler, policy):
+    """On tensors that have none: whoever asked for one would be told so. And on nothing else."""
+    step = meta_step(sampler.replace(temperature=0.5, eos_stop=True), policy)
+    shapes = policy.shapes(step.canvas)
+    assert shapes and all(cache.k.device.type == "meta" for cache in step.caches)
+    for shape in shapes:
+        with Nowhere():
+            step.run([shape])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    [(lambda x: x * float(x.max()), "meta"), (lambda x: x * torch.tensor([2.0]).to(x.device), "done on the host")],
+    ids=["read", "host"],
+)
+def test_steps_without_values_can_fail(meta_step, spoil, told):
+    step = meta_step(SlowFast(), NoCache())
+    silu_mul = step.model.ops.silu_mul
+    step.model.ops = replace(step.model.ops, silu_mul=lambda x: spoil(silu_mul(x)))
+    (shape,) = NoCache().shapes(step.canvas)
+    with Nowhere(), pytest.raises((RuntimeError, AssertionError), match=told):
+        step.run([shape])
+
+
+# ------------------------------------------------------------------------------------------------------------- on a GPU
+
+QUESTIONS = ["15,44,79,50", "3,1,2", "99,98,97,12,7"]
+ON_GPU = [
+    pytest.param({"sampler": SlowFast()}, id="paper-none"),
+    pytest.param({"sampler": SlowFast(), "cache": "region"}, id="paper-region"),
+    pytest.param({"sampler": SlowFast(), "cache": RefreshCache(6, 3, 0.0)}, id="paper-refresh"),
+    pytest.param({"sampler": Threshold(block_length=16), "cache": "prefix"}, id="threshold-prefix"),
+    pytest.param({"sampler": Threshold(block_length=16), "cache": "dual"}, id="threshold-dual"),
+    pytest.param({"sampler": FixedSteps(steps=16, metric="origin")}, id="origin-none"),
+    pytest.param({"sampler": SlowFast(cfg_scale=0.5, temperature=0.5, eos_stop=True)}, id="guided-drawn"),
+]
+
+
+def waits(events: list[dict]) -> Counter:
+    """From a profiler's trace: calls that wait for the device, and copies to or from the host, while decoding."""
+    (span,) = (event for event in events if event.get("cat") == "user_annotation" and event["name"] == "decode")
+    within = (event for event in events if span["ts"] <= event.get("ts", -1) < span["ts"] + span["dur"])
+    return Counter(
+        event["name"]
+        for event in within
+        if event.get("cat") in ("cuda_runtime", "cuda_driver")
+        and (event["name"] == "cudaMemcpy" or "Synchronize" in event["name"])
+        or event.get("cat") == "gpu_memcpy"
+        and any(way in event["name"] for way in ("DtoH", "HtoD"))
+    )
+
+
+def test_waits_are_counted_while_decoding():
+    def event(name, category, at):
+        return {"name": name, "cat": category, "ts": at, "dur": 1}
+
+    span = {"name": "decode", "cat": "user_annotation", "ts": 10, "dur": 10}
+    inside = [
+        event("cudaStreamSynchronize", "cuda_runtime", 11),
+        event("cudaStreamSynchronize", "cuda_runtime", 12),
+        event("cuEventSynchronize", "cuda_driver", 13),
+        event("Memcpy DtoH (Device -> Pageable)", "gpu_memcpy", 14),
+    ]
+    fine = [
+        event("cudaLaunchKernel", "cuda_runtime", 11),
+        event("cudaMemcpyAsync", "cuda_runtime", 12),
+        event("Memcpy DtoD (Device -> Device)", "gpu_memcpy", 12),
+        event("cudaDeviceSynchronize", "cuda_runtime", 9),
+        event("cudaDeviceSynchronize", "cuda_runtime", 21),
+        {"name": "no time"},
+    ]
+    assert waits([span, *fine]) == {}
+    assert sorted(waits([span, *fine, *inside]).values()) == [1, 1, 2]
+
+
+class Marked:
+    """A loop whose steps, from the first to the last, are a span of the profiler's trace."""
+
+    def __init__(self, loop: Loop):
+        self._loop, self.name = loop, loop.name
+        self.canvas_length, self.prepare = loop.canvas_length, loop.prepare
+
+    def run(self, step):
+        with torch.profiler.record_function("decode"):
+            yield from self._loop.run(step)
+
+
+@pytest.fixture(scope="module")
+def on_gpu() -> Callable[..., Engine]:
+    model = sfs_triton.load("embedded", "cuda", "float32")
+
+    def make(loop: str | Loop) -> Engine:
+        engine = Engine(model.model, model.text, loop if isinstance(loop, str) else None)
+        if not isinstance(loop, str):
+            engine._loops.loop = loop
+        return engine
+
+    return make
+
+
+def _profiled(engine: Engine, path: Path, **options) -> Counter:
+    name = engine.loop
+    wanted = engine.generate(QUESTIONS, gen_length=32, **options)  # compiles, captures, allocates
+    engine._loops.loop = Marked(engine._loops.loop)
+    kinds = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=kinds) as profile:
+        done = engine.generate(QUESTIONS, gen_length=32, **options)
+    assert_same(done, wanted)
+    assert engine.loop == name, "it fell back"
+    profile.export_chrome_trace(str(path))
+    return waits(json.loads(path.read_text())["traceEvents"])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("loop", ["eager", "replay"])
+@pytest.mark.parametrize("options", ON_GPU)
+def test_nothing_waits_between_the_first_and_the_last_step(on_gpu, tmp_path, options, loop):
+    assert _profiled(on_gpu(loop), tmp_path / "trace.json", **options) == {}
+
+
+@pytest.mark.gpu
+def test_a_wait_between_steps_is_counted(on_gpu, tmp_path):
+    device = torch.ones(1, device="cuda")
+    counted = _profiled(on_gpu("eager"), tmp_path / "trace.json", on_step=lambda frame: device.item())
+    assert counted["cudaStreamSynchronize"] > 3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", ON_GPU)
+def test_steps_on_a_gpu_may_not_wait(on_gpu, monkeypatch, options):
+    """By torch's own watch, and by ours."""
+    run = Step.run
+
+    def watched(step, shapes, **named):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            with no_host_reads():
+                run(step, shapes, **named)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    engine = on_gpu("eager")
+    wanted = engine.generate(QUESTIONS, gen_length=32, **options)
+    monkeypatch.setattr(Step, "run", watched)
+    assert_same(engine.generate(QUESTIONS, gen_length=32, **options), wanted)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("ahead", [0, 1, 3])
+@pytest.mark.parametrize("options", ON_GPU)
+def test_replays_on_a_gpu_are_the_eager_loop(on_gpu, options, ahead):
+    engine = on_gpu(ReplayLoop(ahead=ahead))
+    for prompts, length in ((QUESTIONS, [32, 16, 48]), (QUESTIONS[::-1], 32), (QUESTIONS[0], 64)):
+        for _ in range(2):
+            done = engine.generate(prompts, gen_length=length, trace=True, **options)
+            assert_same(done, on_gpu("eager").generate(prompts, gen_length=length, trace=True, **options))
+    assert engine.loop == "replay", "it fell back"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("loop", ["eager", "replay"])
+def test_a_handle_comes_before_the_device_has_started(on_gpu, loop):
+    engine = on_gpu(loop)
+    wanted = engine.generate(QUESTIONS, gen_length=32)
+    torch.cuda.synchronize()
+    held = torch.cuda.Event()
+    torch.cuda._sleep(4_000_000_000)  # clock cycles, so some two seconds
+    held.record()
+    began = time.monotonic()
+    pending = engine.generate_async(QUESTIONS, gen_length=32)
+    took, waiting = time.monotonic() - began, not held.query()
+    assert waiting and took < 0.5
+    assert not pending.done()
+    assert_same(pending.result(120), wanted)
+    assert engine.loop == loop, "it fell back"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", ON_GPU)
+def test_nothing_is_compiled_or_captured_after_a_warm_up(on_gpu, monkeypatch, options):
+    from triton.runtime.jit import JITFunction
+
+    captured = []
+    engine = on_gpu(ReplayLoop(capture=lambda step, shape: captured.append(shape) or capture_graph(step, shape)))
+    engine.generate(QUESTIONS, gen_length=32, **options)
+    warm, compiled, compile_ = len(captured), [], JITFunction._do_compile
+
+    def noted(kernel, *given, **named):
+        compiled.append(kernel)
+        return compile_(kernel, *given, **named)
+
+    monkeypatch.setattr(JITFunction, "_do_compile", noted)
+    for _ in range(3):
+        engine.generate(QUESTIONS[::-1], gen_length=32, **options)
+    assert warm > 0 and len(captured) == warm and compiled == []
