@@ -63,7 +63,7 @@ class LoopChoice:
             name, why = "eager", f"device {str(device)!r} has no CUDA graphs"
         elif name is None:
             name, why = (RECORDS[0].loop, RECORDS[0].path) if RECORDS else ("eager", "no other has a record on a GPU")
-        self._eager = EagerLoop(tight=not on_gpu)
+        self._eager = EagerLoop(tight=not on_gpu, alone=True)
         self.loop: Loop = ReplayLoop() if name == "replay" else self._eager
         self._lock = threading.Lock()
         logger.info("loop %s: %s", name, why)

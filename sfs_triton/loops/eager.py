@@ -11,13 +11,14 @@ class EagerLoop:
 
     ``tight`` steps are as large as what the rows then need, and rows whose scopes are equal are forwarded together,
     others on their own: no row pays for another's length, and each gets the bits that it would get alone or in its
-    group. Otherwise steps have the fixed sizes of a captured loop, and all rows go along.
+    group. Otherwise steps have the fixed sizes of a captured loop, and all rows go along; ``alone`` makes them tight
+    for a batch of one all the same.
     """
 
     name = "eager"
 
-    def __init__(self, tight: bool, step_limit: float = 600.0):
-        self.tight, self._step_limit = tight, step_limit
+    def __init__(self, tight: bool, alone: bool = False, step_limit: float = 600.0):
+        self.tight, self._alone, self._step_limit = tight, alone, step_limit
 
     def canvas_length(self, longest: int, most: int) -> int:
         return longest
@@ -29,8 +30,9 @@ class EagerLoop:
         """Step to the end; yields a report a step."""
         number = step.mailbox.posted
         before = step.mailbox.read(number, self._step_limit)["control"].tolist()
+        tight = self.tight or self._alone and step.state.tokens.shape[0] == 1
         while rows := step.views(before):
-            if self.tight:
+            if tight:
                 step.run(step.policy.tight(rows, step.canvas), slow=not all(row.fast for row in rows))
             else:
                 step.run([step.fixed(rows, rows[0].step)])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 from collections.abc import Callable
 from weakref import WeakKeyDictionary
 
@@ -20,9 +22,10 @@ Capture = Callable[[Step, Shape], Callable[[], None]]
 class ReplayLoop:
     """Replays a graph a step: one for each shape that a policy's steps have (of ``region``: a step and a refresh).
 
-    The host queues ``ahead`` replays beyond the one that it waits for, where a step's shape follows from its number
-    alone; else it waits for each step's letter before it starts the next, which costs a read of pinned memory. Neither
-    asks the device. Replays that turn out to be surplus find no row running and change nothing.
+    The host queues ``ahead`` replays beyond the one that it waits for, where they are short lists of rows and their
+    shape follows from the step's number alone; else it waits for each step's letter before it starts the next, which
+    costs a read of pinned memory. Neither asks the device. Replays that turn out to be surplus find no row running and
+    change nothing, but take their time, which is why whole canvases are not queued.
 
     Args:
         ahead: replays that are queued beyond the one that is waited for.
@@ -57,7 +60,10 @@ class ReplayLoop:
         try:
             while rows := step.views(before):
                 while started <= taken + ahead:
-                    graphs[step.fixed(rows, started)]()
+                    shape = step.fixed(rows, started)
+                    if started > taken and shape.kind != "plan":
+                        break
+                    graphs[shape]()
                     mailbox.posted += 1
                     started += 1
                 taken += 1
@@ -73,17 +79,34 @@ class ReplayLoop:
 
 
 def capture_graph(step: Step, shape: Shape) -> Callable[[], None]:
-    """A graph of a step of this shape; rows that the state holds must be done."""
+    """A graph of a step of this shape; rows that the state holds must be done.
+
+    Warm-up and capture share a stream, so that they share what cuBLAS keeps for one, and that is given back before and
+    after: a workspace from a graph's pool must not outlive it in other graphs. Inference mode is left for the capture,
+    since it would mark the random state that torch keeps for all of them.
+    """
     device = step.state.tokens.device
-    side = torch.cuda.Stream(device)
-    side.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(side):
+    stream = _stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
         step.run([shape])  # loads and compiles what a capture must not
         step.mailbox.posted += 1
-    torch.cuda.current_stream(device).wait_stream(side)
     torch.cuda.synchronize(device)
+    gc.collect()  # a graph that is destroyed during a capture may end it
+    torch._C._cuda_clearCublasWorkspaces()
     graph = torch.cuda.CUDAGraph(keep_graph=True)
-    with torch.cuda.graph(graph, pool=step.pool, capture_error_mode="thread_local"):
-        step.run([shape])
-    graph.instantiate()
+    how = {"pool": step.pool, "stream": stream, "capture_error_mode": "thread_local"}
+    try:
+        # the outer one, because a capture that fails leaves its stream as the current one
+        with torch.cuda.stream(torch.cuda.current_stream(device)), torch.inference_mode(False):
+            with torch.cuda.graph(graph, **how):
+                step.run([shape])
+            graph.instantiate()
+    finally:
+        torch._C._cuda_clearCublasWorkspaces()
     return graph.replay
+
+
+@functools.cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)

@@ -1,0 +1,95 @@
+"""Whole generations: what they cost on the host, what they launch, and whether anything in them waits."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from sfs_triton import Engine, Generation
+from sfs_triton.loops import Loop, ReplayLoop, Step
+from sfs_triton.loops.report import Reports
+
+from . import trace
+from .model import stand_in
+from .parts import Incomplete
+
+
+class Marked:
+    """A loop whose steps, from the first to the last, are a span of the profile."""
+
+    def __init__(self, loop: Loop):
+        self._loop, self.name = loop, loop.name
+        self.canvas_length, self.prepare = loop.canvas_length, loop.prepare
+
+    def run(self, step: Step) -> Reports:
+        with torch.profiler.record_function(trace.SPAN):
+            yield from self._loop.run(step)
+
+
+def with_loop(engine: Engine, name: str) -> Engine:
+    """Another engine on the same model, stepped by the loop of this name; where there is no GPU, without a capture."""
+    if name == "replay" and engine.model.device.type != "cuda":
+        mine = Engine(engine.model, engine.text)
+        mine._loops.loop = ReplayLoop(capture=stand_in)
+        return mine
+    return Engine(engine.model, engine.text, name)
+
+
+@contextmanager
+def warnings() -> Iterator[list[str]]:
+    """What the package warns of meanwhile: that a loop failed, and another went on."""
+    told: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: told.append(record.getMessage())
+    logger = logging.getLogger("sfs_triton")
+    logger.addHandler(handler)
+    try:
+        yield told
+    finally:
+        logger.removeHandler(handler)
+
+
+def profile(engine: Engine, prompts: list, **options: Any) -> dict[str, Any]:
+    """Counts of one generation, after another has warmed up, and the time of a third without a profiler.
+
+    Raises:
+        Incomplete: its loop failed on the way, or results differ; with what was found.
+    """
+    with warnings() as told:
+        first = engine.generate(prompts, **options)
+        began = time.perf_counter()
+        again = engine.generate(prompts, **options)
+        seconds = time.perf_counter() - began
+        loop = engine._loops.loop
+        engine._loops.loop = Marked(loop)
+        try:
+            events = trace.profiled(lambda: engine.generate(prompts, **options))
+        finally:
+            engine._loops.loop = loop
+    steps = max(done.nfe for done in again)
+    decode, whole = trace.summary(trace.within(events), top=6), trace.summary(events, top=0)
+    values = {
+        "nfe": steps,
+        "seconds": seconds,
+        "ms_per_step": 1e3 * seconds / steps,
+        "full_forwards": sum(done.full_forwards for done in again),
+        "rows_forwarded": sum(done.rows_forwarded for done in again),
+        "decode": decode,
+        "generation": {key: whole[key] for key in ("calls", "waits", "kernels", "copies")},
+        "calls_per_step": round(sum(decode["calls"].values()) / steps, 1),
+        "kernels_per_step": round(decode["kernels"] / steps, 1),
+    }
+    if told:
+        raise Incomplete(values, RuntimeError(f"the loop failed: {'; '.join(told)}"))
+    if not _same(first, again):
+        raise Incomplete(values, AssertionError("the second generation gave other tokens than the first"))
+    return values
+
+
+def _same(mine: list[Generation], others: list[Generation]) -> bool:
+    return [row.canvas for row in mine] == [row.canvas for row in others]

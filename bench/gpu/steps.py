@@ -1,0 +1,114 @@
+"""The steps of a run, in their order: what each starts, and how long it may take."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+ENVIRONMENT = "environment"
+WORKERS = 6
+
+PLUGIN = ("-p", "bench.gpu.pytest_lines", "-p", "no:cacheprovider", "-q")
+CONDITIONAL_TESTS = "tests/test_device_while.py"
+KERNELS = ("lm_head", "confidence", "attention", "norm", "mlp", "rope_cache", "gather", "plan", "cycle", "select")
+MORE_KERNELS = ("place", "post", "reach", "linear", "conditional")
+# What a run has time for: one geometry, batches of few rows, and no twins that are compiled for minutes.
+LEFT_OUT = ("compile", "illada-8b", "dream-7b", "8192", "256x2124", "16x")
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step of a run.
+
+    Args:
+        commands: what it starts, one after another, each after the interpreter.
+        least, most: seconds. It gets what steps after it leave of the time, if they get their least.
+        stall: seconds without a line or a word after which it is taken to hang.
+        resumes: started again after it died, it does what is left: its lines say what that is.
+        needs: packages without which it is skipped.
+    """
+
+    name: str
+    does: str
+    commands: tuple[tuple[str, ...], ...]
+    least: float
+    most: float
+    stall: float = 60.0
+    resumes: bool = True
+    needs: tuple[str, ...] = ()
+    toy: bool = True  # whether there is something of it that a CPU can show
+
+
+def _module(name: str) -> tuple[tuple[str, ...], ...]:
+    return (("-m", f"bench.gpu.{name}"),)
+
+
+def parallel_tests() -> tuple[str, ...]:
+    return ("-n", str(WORKERS)) if importlib.util.find_spec("xdist") else ()
+
+
+def _steps() -> tuple[Step, ...]:
+    install = ("-m", "pip", "install", "--no-build-isolation", "--no-deps", "--disable-pip-version-check", "-e", ".")
+    tests = ("-m", "pytest", *PLUGIN, "-m", "gpu", "tests", f"--ignore={CONDITIONAL_TESTS}", *parallel_tests())
+    files = [f"bench/kernels/test_{name}.py" for name in (*KERNELS, *MORE_KERNELS)]
+    kernels = (
+        "-m",
+        "pytest",
+        *PLUGIN,
+        "-k",
+        " and ".join(f"not {name}" for name in LEFT_OUT),
+        "--benchmark-json={out}.kernels.json",
+        *files,
+    )
+    probes = ("-m", "pytest", *PLUGIN, "-m", "gpu", CONDITIONAL_TESTS)
+    pytest = ("pytest", "hypothesis", "filelock")
+    return (
+        Step("install", "the checkout, as it is, into this Python", (install,), 10, 60, resumes=False, toy=False),
+        Step(ENVIRONMENT, "GPU, driver, versions, clocks", _module("environment"), 15, 45),
+        Step("warm-up", "compile and load every kernel, many at a time", _module("warm_up"), 40, 120),
+        Step("smoke", "one shape of every kernel; the embedded model by every loop", _module("smoke"), 35, 90),
+        Step("baseline", "cuBLAS and SDPA under plain graphs at 8B; ceilings", _module("baseline"), 35, 75),
+        Step("engine", "the engine's steps and generations at 8B, beside the prediction", _module("engine"), 90, 170),
+        Step("tests", "pytest -m gpu", (tests,), 50, 120, stall=75, needs=pytest, toy=False),
+        Step("conformance", "recorded cases through the kernels", _module("conformance"), 20, 60),
+        Step("throughput", "generations at 8B by every sampler, policy and loop", _module("throughput"), 40, 90),
+        Step("sync", "calls, copies and waits of a generation", _module("sync"), 20, 60),
+        Step("kernels", "every kernel, checked and timed", (kernels,), 50, 240, needs=("pytest_benchmark",), toy=False),
+        Step(
+            "conditional",
+            "graphs with conditional nodes",
+            (probes, *_module("conditional")),
+            25,
+            70,
+            stall=40,
+            needs=pytest,
+            toy=False,
+        ),
+    )
+
+
+STEPS = _steps()
+
+
+def missing(step: Step) -> list[str]:
+    """The packages that a step needs and this Python does not have."""
+    return [name for name in step.needs if importlib.util.find_spec(name) is None]
+
+
+def allotted(step: Step, later: Sequence[Step], left: float) -> float:
+    """Seconds for a step, of those that are left: what the steps after it do not need at the least, within bounds.
+
+    Where time is short, steps get what they need in their order; 0 where that is not half of what this one needs.
+    """
+    spare = left - sum(other.least for other in later)
+    seconds = min(step.most, max(step.least, spare), left)
+    return seconds if seconds >= step.least / 2 else 0.0
+
+
+def interpreted(command: Sequence[str], out: Path) -> list[str]:
+    """A command as it is started."""
+    return [sys.executable, *(part.replace("{out}", str(out.with_suffix(""))) for part in command)]

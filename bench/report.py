@@ -1,0 +1,389 @@
+"""Renders ``docs/benchmarks.md`` from the records of GPU runs: ``python bench/report.py``.
+
+A record is a file ``bench/results/<gpu>/<date>-<commit>.jsonl`` as ``bench/gpu_suite.py`` writes it; of lines about the
+same part of the same step the last counts. What no record says stays empty. Only figures of the same machine are
+compared with each other; what others have published stands beside them with its conditions, and ratios to it are
+marked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+from bench.gpu.record import BAD  # noqa: E402
+from bench.gpu.targets import RESULTS, Record, best_step, gaps, records, target_rows  # noqa: E402
+
+DOC = ROOT / "docs" / "benchmarks.md"
+
+
+# -------------------------------------------------------------------------------------------------------------- tables
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    return "\n".join([*lines, *(f"| {' | '.join(map(str, row))} |" for row in rows)])
+
+
+def number(value: float | None, digits: int = 2, unit: str = "") -> str:
+    return "" if value is None else f"{value:,.{digits}f}{unit}"
+
+
+def _change(now: float | None, before: float | None) -> str:
+    return "" if not now or not before else f"{now / before - 1:+.1%}"
+
+
+def targets_section(new: Record, old: Record | None) -> str:
+    before = {row.quantity: row for row in target_rows(old)} if old else {}
+    rows = []
+    for row in target_rows(new):
+        met = "" if row.ratio is None or "assumed" in row.quantity else "yes" if row.ratio <= 1 else "no"
+        change = _change(row.ratio, before[row.quantity].ratio if row.quantity in before else None)
+        rows.append((row.quantity, row.target, row.value, met, number(row.ratio), change))
+    head = ("quantity", "target", "measured", "met", "measured / target", "since the last record")
+    return table(head, rows)
+
+
+def machines_section(found: Sequence[Record]) -> str:
+    rows = []
+    for record in found:
+        machine, smi = record.part("environment", "machine"), record.part("environment", "nvidia-smi")
+        packages = machine.get("packages", {})
+        ended = Counter(
+            line["status"] for (_, part), line in record.latest.items() if part is None and line["step"] != "suite"
+        )
+        steps = ", ".join(f"{count} {how}" for how, count in ended.items())
+        versions = machine.get("torch", ""), packages.get("triton") or ""
+        header = record.header
+        rows.append(
+            (
+                header.get("gpu"),
+                header.get("date"),
+                header.get("commit"),
+                smi.get("driver_version", ""),
+                *versions,
+                steps,
+            )
+        )
+    return table(("GPU", "date", "commit", "driver", "torch", "triton", "steps"), rows)
+
+
+def steps_section(new: Record, old: Record | None) -> str:
+    before = {line["part"]: line.get("ms") for line in old.of("engine")} if old else {}
+    rows = []
+    for line in new.of("engine"):
+        if "kind" not in line:
+            continue
+        kernels, ms = (line.get("profile") or {}).get("kernels"), line.get("ms")
+        rows.append(
+            (
+                *(line["policy"], line["kind"], line["impl"], line["rows"]),
+                *(number(line.get("eager_ms")), number(ms), number(line.get("predicted_ms"))),
+                number(ms / line["predicted_ms"] if ms and line.get("predicted_ms") else None),
+                f"{kernels} / {line['predicted_kernels']}" if kernels else "",
+                number(100 * line["machine_share"], 1, "%") if line.get("machine_share") is not None else "",
+                *(_change(ms, before.get(line["part"])), "" if line["status"] == "ok" else line["status"]),
+            )
+        )
+    head = ("policy", "step", "ops", "rows", "launched, ms", "replayed, ms", "predicted, ms", "measured / predicted")
+    return table((*head, "kernels / predicted", "outside the model", "since the last record", ""), rows)
+
+
+def baseline_section(new: Record, old: Record | None) -> str:
+    before = {line["part"]: line.get("ms") for line in old.of("baseline")} if old else {}
+    rows = [
+        (
+            line["part"],
+            line["rows"],
+            number(line["ms"]),
+            number(line.get("launched_ms")),
+            _change(line["ms"], before.get(line["part"])),
+        )
+        for line in sorted(new.of("baseline"), key=lambda line: line.get("rows", 0))
+        if line.get("ms")
+    ]
+    text = table(("plain torch under a graph", "rows", "ms", "launched, ms", "since the last record"), rows)
+    products = [line for line in new.of("baseline") if line["part"].startswith("products") and "qkv" in line]
+    if products:
+        names = ("qkv", "out", "gate_up", "down", "head")
+        cells = (
+            (line["rows"], *(f"{line[name]['gb_per_s']:,.0f} / {line[name]['tflops']:,.0f}" for name in names))
+            for line in sorted(products, key=lambda line: line["rows"])
+        )
+        text += "\n\nProducts alone, GB/s / TFLOP/s:\n\n" + table(("rows", *names), cells)
+    attention = [line for line in new.of("baseline") if line["part"].startswith("attention")]
+    if attention:
+        cells = (
+            (line["rows"], name, number(each["us_each"], 1) if isinstance(each, dict) else each)
+            for line in attention
+            for name, each in line.items()
+            if name.split(" ")[0] in ("default", "flash", "efficient", "cudnn")
+        )
+        text += "\n\nAttention of a layer by SDPA's backends:\n\n" + table(("rows", "backend", "us"), cells)
+    return text
+
+
+def generations_section(new: Record, old: Record | None) -> str:
+    rows = []
+    for step, model in (("engine", "8B, random weights"), ("sync", "embedded, float32")):
+        for line in new.of(step):
+            if "decode" in line:
+                calls = ", ".join(f"{name} {count}" for name, count in list(line["decode"]["calls"].items())[:3])
+                waits = sum(line["decode"]["waits"].values())
+                about = (model, line["policy"], line["impl"], line["loop"], line["nfe"])
+                rows.append(
+                    (
+                        *about,
+                        number(line["ms_per_step"]),
+                        line["kernels_per_step"],
+                        line["calls_per_step"],
+                        waits,
+                        calls,
+                    )
+                )
+    head = (
+        "model",
+        "cache",
+        "ops",
+        "loop",
+        "steps",
+        "ms/step",
+        "kernels/step",
+        "calls/step",
+        "waits",
+        "most frequent calls",
+    )
+    return table(head, rows)
+
+
+def throughput_section(new: Record, old: Record | None) -> str:
+    before = {line["part"]: line.get("ms_per_step") for line in old.of("throughput")} if old else {}
+    rows = []
+    for line in new.of("throughput"):
+        if line.get("ms_per_step"):
+            real = "random" not in line["weights"]
+            rows.append(
+                (
+                    *(line.get("row", "vanilla (extrapolated)"), line.get("impl", "torch"), line.get("loop", "eager")),
+                    *(number(line["nfe"], 1), number(line["ms_per_step"]), number(line.get("tpf"))),
+                    number(line.get("tokens_per_second"), 1) if real else "",
+                    f"{line['correct']} of {line['problems']}" if line.get("correct") is not None else "",
+                    _change(line["ms_per_step"], before.get(line["part"])),
+                )
+            )
+    weights = {line["weights"] for line in new.of("throughput") if "weights" in line}
+    text = f"Weights: {'; '.join(sorted(weights))}.\n\n" if weights else ""
+    head = (
+        "sampler, cache",
+        "ops",
+        "loop",
+        "NFE",
+        "ms/step",
+        "TPF",
+        "tokens/s",
+        "right",
+        "ms/step since the last record",
+    )
+    return text + table(head, rows)
+
+
+def kernels_section(new: Record, old: Record | None) -> str:
+    before = {line["part"]: line.get("p50_us") for line in old.of("kernels")} if old else {}
+    torch = {
+        (line.get("operation"), line.get("case")): line.get("p50_us")
+        for line in new.of("kernels", implementation="torch")
+    }
+    rows = []
+    for line in new.of("kernels", implementation="triton"):
+        if not line.get("p50_us"):
+            continue
+        twin = torch.get((line["operation"], line["case"]))
+        rows.append(
+            (
+                *(line["operation"], line["case"], number(line["p50_us"], 1), number(twin, 1)),
+                number(twin / line["p50_us"] if twin else None),
+                number(line.get("gb_per_s"), 0),
+                number(100 * line["roofline_share"], 0, "%") if line.get("roofline_share") else "",
+                *(line.get("l2") or "", _change(line["p50_us"], before.get(line["part"]))),
+            )
+        )
+    head = (
+        "kernel",
+        "case",
+        "us",
+        "torch, us",
+        "times torch",
+        "GB/s",
+        "of the roofline",
+        "L2",
+        "since the last record",
+    )
+    return table(head, rows)
+
+
+def checks_section(new: Record, old: Record | None) -> str:
+    rows = []
+    for step in ("warm-up", "smoke", "tests", "conformance", "sync", "conditional"):
+        counts = Counter(line["status"] for line in new.of(step))
+        wrong = [line["part"] for line in new.of(step) if line["status"] in BAD]
+        if counts:
+            told = ", ".join(f"{count} {how}" for how, count in counts.items())
+            rows.append((step, told, "; ".join(wrong[:5]) + (" ..." if len(wrong) > 5 else "")))
+    return table(("step", "parts", "failed"), rows)
+
+
+def conditional_section(new: Record, old: Record | None) -> str:
+    rows = [
+        (line["part"], number(line["us_per_iteration"]), number(line["us_of_the_body"]))
+        for line in new.of("conditional")
+        if "us_per_iteration" in line
+    ]
+    return table(("loop", "us an iteration", "us of its body alone"), rows)
+
+
+# ---------------------------------------------------------------------------------------------------- published figures
+
+
+class Published(NamedTuple):
+    """A figure as its authors give it, and milliseconds a forward where they follow from it."""
+
+    what: str
+    figure: str
+    conditions: str
+    hardware: str
+    ms: float | None = None
+
+
+PUBLISHED = (
+    Published(
+        "SlowFast Sampling (arXiv 2506.10848), LLaDA-8B",
+        "1.60 tokens/s vanilla, 25.00 with SlowFast, 54.75 with dLLM-Cache as well",
+        "GPQA 8-shot, response 1,024",
+        "RTX 4090",
+        1e3 / 1.60,
+    ),
+    Published("Fast-dLLM, LLaDA-8B", "114 tokens/s", "HumanEval 0-shot", "A100"),
+    Published(
+        "Fast-dLLM, LLaDA-8B, rerun", "114 tokens/s at 2.77 tokens a forward", "HumanEval 0-shot", "H100", 2770 / 114
+    ),
+    Published("d3LLM-LLaDA in SGLang", "545 tokens/s at 9.91 tokens a forward", "as published", "H100", 9910 / 545),
+    Published("DiffusionGemma 26B-A4B, FP8, in vLLM", "1,288 tokens/s", "as published; another model", "H200"),
+)
+
+
+def published_section(record: Record | None) -> str:
+    """Only milliseconds a forward compare engines, since tokens a forward depend on the text and the model."""
+    step = best_step(record) if record else {}
+    ours = step.get("ms")
+    rows = [
+        (
+            p.what,
+            p.figure,
+            p.conditions,
+            p.hardware,
+            number(p.ms, 1),
+            number(p.ms / ours if p.ms and ours else None, 1, " †" if p.ms and ours else ""),
+        )
+        for p in PUBLISHED
+    ]
+    here = f" ({ours:.2f} ms: {record.header.get('gpu')}, region, 128 rows)" if ours else ""
+    return table(("what", "figure", "conditions", "hardware", "ms a forward", f"over ours{here}"), rows)
+
+
+# ------------------------------------------------------------------------------------------------------------ document
+
+HEAD = """\
+# Benchmarks
+
+Rendered from the records under `bench/results/<gpu>/` by `python bench/report.py`; do not edit. A record is what one
+run of
+
+```
+python bench/gpu_suite.py --minutes 9
+```
+
+found out on a machine with a GPU; its lines say how each part ended. A cell that nobody measured is empty.
+"""
+
+NONE = """\
+**There is no record of a GPU yet**: nothing on this page was measured but by others. Figures of a CPU are in the
+README.
+"""
+
+ABOUT_PUBLISHED = """\
+Each under its own conditions, as its authors give it. Tokens a second depend on the text, on how many tokens a forward
+that text allows, and on the model; *milliseconds a forward* compare engines of models of the same size. They are
+derived here: of vanilla decoding, which takes a token a forward, in the first row, else tokens a forward over tokens a
+second. A ratio marked † is one **across machines**, canvases and kinds of forward: it says what to expect, not which
+engine is better.
+"""
+
+SECTIONS: dict[str, Callable[[Record, Record | None], str]] = {
+    "Steps at 8B": steps_section,
+    "Plain torch at 8B": baseline_section,
+    "Generations": generations_section,
+    "Throughput at 8B": throughput_section,
+    "Kernels": kernels_section,
+    "Checks": checks_section,
+    "Conditional nodes": conditional_section,
+}
+
+
+def render(found: Sequence[Record]) -> str:
+    """The page."""
+    by_gpu: dict[str, list[Record]] = {}
+    for record in found:
+        by_gpu.setdefault(record.header["gpu"], []).append(record)
+    parts = [HEAD]
+    if not found:
+        empty = Record(Path("none"), ())
+        parts += [NONE, "## Against the design's targets (one H200, bfloat16, LLaDA-8B)", targets_section(empty, None)]
+    else:
+        parts += ["## Records", machines_section(found)]
+    for gpu, its in by_gpu.items():
+        new, old = its[-1], its[-2] if len(its) > 1 else None
+        parts += [f"## {gpu}", f"The last record, `{new.name}`{f', beside `{old.name}`' if old else ''}."]
+        parts += ["### Against the design's targets", targets_section(new, old)]
+        if missed := gaps(new):
+            parts += ["### The largest gaps", "\n".join(f"{i}. {line}" for i, line in enumerate(missed, 1))]
+        for title, section in SECTIONS.items():
+            text = section(new, old)
+            if text.count("\n") > 1:  # more than a table's head
+                parts += [f"### {title}", text]
+    last = max((its[-1] for its in by_gpu.values()), key=lambda r: r.header.get("date", ""), default=None)
+    parts += ["## What others have published", ABOUT_PUBLISHED, published_section(last)]
+    return "\n\n".join(part.strip("\n") for part in parts) + "\n"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the records")
+    parser.add_argument("--out", type=Path, default=DOC)
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; the exit status is 1 if the page is not current"
+    )
+    arguments = parser.parse_args(argv)
+    try:
+        text = render(records(arguments.results))
+        if arguments.check:
+            current = arguments.out.is_file() and arguments.out.read_text(encoding="utf-8") == text
+            print(f"{arguments.out} is {'' if current else 'not '}current")
+            return int(not current)
+        arguments.out.write_text(text, encoding="utf-8")
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"wrote {arguments.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,661 @@
+"""The suite for a GPU: its driver with steps that fail in every way, and what its steps do at toy sizes on a CPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from bench import gpu_suite, step_count  # noqa: E402
+from bench.gpu import clock, engine, generation, model, parts, record, smoke, supervise, trace, warm_up  # noqa: E402
+from bench.gpu.steps import STEPS, Step, allotted, interpreted, missing  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> record.Log:
+    return record.Log(tmp_path / "run.jsonl", "this")
+
+
+@pytest.fixture
+def inside(log, monkeypatch):
+    """As if this process were that of a step."""
+    values = {record.RECORD: str(log.path), record.RUN: log.run, record.STEP: "step", record.TOY: "1"}
+    for name, value in (values | {record.DEADLINE: str(time.time() + 60)}).items():
+        monkeypatch.setenv(name, value)
+    return log
+
+
+# --------------------------------------------------------------------------------------------------------- the record
+
+
+def test_lines_are_read_back(log):
+    log.write("a", "begun", "x")
+    log.write("a", "ok", "x", ms=1.5, odd=float("nan"), many=(1, float("inf")), device=CPU, nested={1: {"y": None}})
+    record.Log(log.path, "another").write("a", "failed", "x")
+    with log.path.open("a") as file:
+        file.write('{"run": "this", "step": "a", "status": "ok", "par')  # the machine went away here
+    lines = log.lines()
+    assert [line["status"] for line in lines] == ["begun", "ok"]
+    wanted = {"ms": 1.5, "odd": None, "many": [1, None], "device": "cpu", "nested": {"1": {"y": None}}}
+    assert {key: lines[1][key] for key in wanted} == wanted
+    assert log.lines("b") == [] and record.read(log.path.with_name("none")) == []
+
+
+def test_what_was_under_way(log):
+    for part, *statuses in (("x", "begun", "ok"), ("y", "begun"), ("z", "begun", "failed"), (None, "begun")):
+        for status in statuses:
+            log.write("a", status, part)
+    assert record.under_way(log.lines("a")) == ["y"]
+    assert record.ended(log.lines("a")) == {"x": "ok", "z": "failed"}
+
+
+def test_only_the_end_of_a_long_output_is_kept():
+    assert record.tail("  short\n") == "short"
+    assert record.tail("a" * 9000 + "end") == "..." + "a" * (record.TAIL - 3) + "end"
+
+
+# -------------------------------------------------------------------------------------------------------------- parts
+
+
+def test_parts_end_in_their_own_ways(inside):
+    def skip():
+        raise parts.Skip("not here")
+
+    def half():
+        raise parts.Incomplete({"found": 1}, ValueError("the rest"))
+
+    done = {"fine": lambda: {"ms": 2.0}, "nothing": lambda: None, "skips": skip, "half": half, "fails": lambda: 1 / 0}
+    assert parts.run(done) == 1
+    ended = {line["part"]: line for line in inside.lines() if line["status"] != "begun"}
+    assert [line["status"] for line in ended.values()] == ["ok", "ok", "skipped", "failed", "failed"]
+    assert ended["fine"]["ms"] == 2.0 and ended["skips"]["reason"] == "not here" and ended["half"]["found"] == 1
+    assert "the rest" in ended["half"]["error"] and "ZeroDivisionError" in ended["fails"]["error"]
+
+
+def test_parts_are_done_once(inside):
+    inside.write("step", "crashed", "first")
+    seen = []
+    assert parts.run({"first": lambda: seen.append(1), "second": lambda: seen.append(2)}) == 1
+    assert seen == [2], "a part that took its process with it was tried again"
+
+
+def test_parts_for_which_no_time_is_left(inside, monkeypatch):
+    monkeypatch.setenv(record.DEADLINE, str(time.time() + parts.SPARE / 2))
+    assert parts.run({"late": lambda: pytest.fail("it was begun")}) == 0
+    assert [line["status"] for line in inside.lines()] == ["late"]
+
+
+def test_a_part_that_leaves_the_gpu_unwell_is_the_last_of_its_process(inside, monkeypatch):
+    monkeypatch.setattr(parts, "gpu_is_well", lambda: False)
+    work = {"fails": lambda: 1 / 0, "next": lambda: None}
+    assert parts.run(work) == record.AGAIN
+    assert parts.run(work) == 1
+    assert record.ended(inside.lines()) == {"fails": "failed", "next": "ok"}
+
+
+# ---------------------------------------------------------------------------------------------------------- processes
+
+
+def _run(tmp_path, code: str, limit: float = 20, stall: float = 20) -> supervise.Ended:
+    return supervise.run(
+        [sys.executable, "-c", code],
+        limit=limit,
+        stall=stall,
+        output=tmp_path / "output.log",
+        environment=os.environ,
+        folder=tmp_path,
+    )
+
+
+def test_an_end(tmp_path):
+    for code, status in (
+        ("print('a')", 0),
+        ("import sys; sys.exit(3)", 3),
+        ("import os; os.kill(os.getpid(), 11)", -11),
+    ):
+        ended = _run(tmp_path, code)
+        assert (ended.how, ended.returncode) == ("exit", status)
+        assert ended.output == ("a\n" if status == 0 else ""), "of an earlier process"
+
+
+@pytest.mark.parametrize(("limit", "stall", "how"), [(0.7, 9, "limit"), (9, 0.7, "stall")])
+def test_limits(tmp_path, limit, stall, how):
+    """Also for what a process has started, and for one that does not want to end."""
+    code = """
+import signal, subprocess, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+print(child.pid, flush=True)
+time.sleep(60)
+"""
+    with mock.patch.object(supervise, "GRACE", 0.3):
+        ended = _run(tmp_path, code, limit, stall)
+    assert (ended.how, ended.returncode) == (how, -signal.SIGKILL) and ended.seconds < 8
+    child = Path(f"/proc/{int(ended.output)}/stat")
+    deadline = time.monotonic() + 5
+    while child.exists() and child.read_text().split()[2] != "Z" and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not child.exists() or child.read_text().split()[2] == "Z", "what it started goes on"
+
+
+def test_signs_of_life(tmp_path):
+    code = "import time\nfor i in range(8): print(i, flush=True); time.sleep(0.2)"
+    assert _run(tmp_path, code, stall=1.2).how == "exit"
+
+
+# ---------------------------------------------------------------------------------------------------------- the driver
+
+HELLO = """
+import os
+from pathlib import Path
+from bench.gpu.record import RECORD, RUN, Log
+Log(Path(os.environ[RECORD]), os.environ[RUN]).write("environment", "ok", "machine", cuda=%s)
+"""
+PARTS = """
+import os, sys, time
+from bench.gpu import parts
+def bad():
+    %s
+sys.exit(parts.run({"one": lambda: {"ms": 1}, "two": bad, "three": lambda: {"ms": 3}}))
+"""
+
+
+def _step(name: str, code: str, **changes) -> Step:
+    given = Step(name, f"does {name}", (("-c", code),), least=5, most=20, stall=20)
+    return replace(given, **changes)
+
+
+def _suite(tmp_path, steps, *arguments, cuda=True) -> tuple[int, dict[tuple[str, str | None], dict]]:
+    """The exit status, and the last line of each part."""
+    first = _step("environment", HELLO % cuda)
+    out = tmp_path / "record.jsonl"
+    status = gpu_suite.main(["--out", str(out), *arguments], [first, *steps])
+    return status, {(line["step"], line["part"]): line for line in record.read(out)}
+
+
+def test_a_run_that_is_fine(tmp_path, capsys):
+    status, lines = _suite(tmp_path, [_step("good", PARTS % "return {'ms': 2}")])
+    assert status == 0 and lines["suite", None]["status"] == "ok"
+    assert lines["good", None]["parts"] == {"ok": 3} and lines["good", "two"]["ms"] == 2
+    told = capsys.readouterr().out
+    assert "good         ok" in told and str(tmp_path / "record.jsonl") in told
+
+
+WRONG = {  # and how the part ends
+    "fails": ("raise ValueError('wrong')", "failed"),
+    "aborts": ("os.abort()", "crashed"),
+    "exits": ("os._exit(-9)", "crashed"),
+    "hangs": ("time.sleep(60)", "hung"),
+    "needs another process": ("parts.gpu_is_well = lambda: False; 1 / 0", "failed"),
+}
+
+
+def test_what_comes_after_a_part_that_goes_wrong(tmp_path, monkeypatch):
+    """is done all the same, in the same step and in the next."""
+    monkeypatch.setattr(supervise, "GRACE", 0.3)
+    steps = [_step(name, PARTS % code, most=60, stall=12) for name, (code, _) in WRONG.items()]
+    status, lines = _suite(tmp_path, [*steps, _step("next", "pass")])
+    assert status == 1 and lines["suite", None]["status"] == "failed"
+    for name, (_, how) in WRONG.items():
+        assert [lines[name, part]["status"] for part in ("one", "two", "three")] == ["ok", how, "ok"], name
+        assert lines[name, None]["status"] == "failed" and lines[name, None]["limit"] == 60
+        assert bool(lines[name, None]["notes"]) == (name != "fails"), "it was started again"
+    assert lines["next", None]["status"] == "ok"
+
+
+@pytest.mark.parametrize(
+    ("code", "how"),
+    [
+        ("import sys; print('so'); sys.exit(7)", "failed"),
+        ("import os; os.abort()", "crashed"),
+        ("import time; time.sleep(60)", "hung"),
+        ("syntax error", "failed"),
+    ],
+)
+def test_steps_that_say_nothing(tmp_path, monkeypatch, code, how):
+    monkeypatch.setattr(supervise, "GRACE", 0.3)
+    steps = [_step("bad", code, least=1, most=1.5 if how == "hung" else 20), _step("next", "pass")]
+    status, lines = _suite(tmp_path, steps)
+    assert status == 1 and lines["bad", None]["status"] == how and lines["next", None]["status"] == "ok"
+    assert code != "import sys; print('so'); sys.exit(7)" or lines["bad", None]["output"] == "so"
+
+
+def test_a_step_that_is_stopped_for_time_is_no_failure(tmp_path, monkeypatch):
+    monkeypatch.setattr(supervise, "GRACE", 0.3)
+    status, lines = _suite(tmp_path, [_step("slow", PARTS % "time.sleep(60)", most=12)])
+    assert status == 0 and lines["slow", None]["status"] == "late"
+    assert [lines["slow", part]["status"] for part in ("one", "two")] == ["ok", "late"]
+
+
+def test_without_a_gpu_steps_are_skipped_and_say_so(tmp_path, capsys):
+    status, lines = _suite(tmp_path, [_step("good", "raise SystemExit(1)")], cuda=False)
+    assert status == 0 and lines["good", None]["status"] == "skipped"
+    assert lines["good", None]["reason"] == "no CUDA device" and "no CUDA device" in capsys.readouterr().out
+
+
+def test_what_is_missing_is_skipped_and_said(tmp_path):
+    step = _step("good", "raise SystemExit(1)", needs=("sys", "no_such_package"))
+    assert missing(step) == ["no_such_package"]
+    status, lines = _suite(tmp_path, [step])
+    assert status == 0 and lines["good", None]["reason"] == "no_such_package not installed"
+
+
+def test_the_time_is_over(tmp_path):
+    status, lines = _suite(tmp_path, [_step("good", "pass", least=1000)], "--minutes", "0.2")
+    assert status == 0 and lines["good", None]["status"] == "late"
+
+
+def test_an_interruption_loses_nothing(tmp_path):
+    code = f"""
+import sys; sys.path.insert(0, {str(ROOT)!r})
+from bench import gpu_suite
+from bench.gpu.steps import Step
+hello = Step("environment", "", (("-c", {HELLO % True!r}),), 5, 20)
+slow = Step("slow", "", (("-c", {(PARTS % "time.sleep(60)")!r}),), 5, 50)
+sys.exit(gpu_suite.main(["--out", "record.jsonl"], [hello, slow, slow]))
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    path, deadline = tmp_path / "record.jsonl", time.monotonic() + 60
+    while not any(line["part"] == "two" for line in record.read(path)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    told, _ = process.communicate(timeout=30)
+    lines = {(line["step"], line["part"]): line for line in record.read(path)}
+    assert process.returncode == 1 and "interrupted by SIGTERM" in told
+    assert lines["slow", "one"]["status"] == "ok" and lines["slow", "two"]["status"] == "begun"
+    assert lines["suite", None]["status"] == "failed"
+
+
+def test_only_some_steps(tmp_path):
+    steps = [_step("a", "pass"), _step("b", "pass")]
+    status, lines = _suite(tmp_path, steps, "--only", "b")
+    assert status == 0 and {step for step, _ in lines} == {"suite", "environment", "b"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--only", "smoke,nonsense"], "--only nonsense: steps are install, environment"),
+        (["--minutes", "0"], "--minutes 0 is no time"),
+        (["--out", "record.json"], "--out record.json does not end in .jsonl"),
+    ],
+)
+def test_bad_arguments(capsys, arguments, message):
+    with pytest.raises(SystemExit):
+        gpu_suite.main(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_a_place_that_cannot_be_written(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert gpu_suite.main(["--out", str(tmp_path / "file" / "record.jsonl")]) == 2
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_a_dry_run_starts_nothing(capsys, monkeypatch):
+    monkeypatch.setattr(supervise, "run", lambda *_, **__: pytest.fail("something was started"))
+    assert gpu_suite.main(["--dry-run"]) == 0
+    told = capsys.readouterr().out
+    assert [line.split()[0] for line in told.splitlines()[1:-1]] == [step.name for step in STEPS]
+
+
+def test_where_records_go(monkeypatch):
+    monkeypatch.setattr(time, "strftime", lambda form: "2027-01-02")
+    path = gpu_suite.default_path("NVIDIA H200 NVL", "abc1234")
+    assert path.relative_to(ROOT).as_posix() == "bench/results/nvidia-h200-nvl/2027-01-02-abc1234.jsonl"
+    assert ROOT not in gpu_suite.default_path(None, "abc1234").parents
+
+
+# ---------------------------------------------------------------------------------------------------------- the budget
+
+
+def test_steps_fit_into_nine_minutes_and_none_goes_without():
+    left = 540.0
+    for index, step in enumerate(STEPS):
+        seconds = allotted(step, STEPS[index + 1 :], left)
+        assert step.least <= seconds <= step.most, step.name
+        left -= seconds  # each takes all it may
+    assert left >= 0
+
+
+def test_time_that_is_left_over_goes_to_later_steps():
+    first, second = _step("a", "", least=10, most=30), _step("b", "", least=10, most=100)
+    assert allotted(first, [second], 60) == 30 and allotted(second, [], 55) == 55
+    assert allotted(first, [second], 25) == 15, "what the second needs is kept for it"
+    assert allotted(first, [second], 8) == 8, "the first comes first"
+    assert allotted(first, [second], 4) == 0
+
+
+def test_steps_are_those_that_were_asked_for():
+    names = [step.name for step in STEPS]
+    assert names[:3] == ["install", "environment", "warm-up"] and names[-1] == "conditional"
+    install, *_ = STEPS
+    command = " ".join(interpreted(install.commands[0], Path("x.jsonl")))
+    assert command.startswith(sys.executable) and "pip install --no-build-isolation --no-deps" in command
+    for step in STEPS:
+        for command in step.commands:
+            for part in interpreted(command, Path("out/x.jsonl")):
+                file = ROOT / part.removeprefix("--ignore=")
+                assert not part.endswith(".py") or file.is_file() or part.startswith("-"), part
+    (kernels,) = next(step for step in STEPS if step.name == "kernels").commands
+    timed = {part.removeprefix("bench/kernels/test_").removesuffix(".py") for part in kernels if part.endswith(".py")}
+    assert timed == {path.stem.removeprefix("test_") for path in ROOT.glob("bench/kernels/test_*.py")}
+
+
+# -------------------------------------------------------------------------------------------------- pytest, by lines
+
+
+@pytest.mark.parametrize("workers", [[], ["-n", "2"]], ids=["alone", "xdist"])
+def test_tests_are_lines(tmp_path, workers):
+    if workers:
+        pytest.importorskip("xdist")
+    (tmp_path / "test_some.py").write_text(
+        "import os, pytest\n"
+        "def test_fine(): pass\n"
+        "def test_wrong(): assert 1 == 2\n"
+        "@pytest.mark.skip(reason='why not')\ndef test_not(): pass\n"
+        "def test_done(): os.abort()\n"
+        "def test_timed(benchmark):\n"
+        "    benchmark.extra_info['p50_us'] = 3.5\n"
+        "    benchmark.pedantic(lambda: None, rounds=1)\n"
+    )
+    log = record.Log(tmp_path / "run.jsonl", "this")
+    log.write("tests", "crashed", "test_some.py::test_done")
+    environment = {record.RECORD: str(log.path), record.RUN: "this", record.STEP: "tests"}
+    environment |= {record.DEADLINE: str(time.time() + 60), "PYTHONPATH": str(ROOT)}
+    outer = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
+    command = [sys.executable, "-m", "pytest", "-p", "bench.gpu.pytest_lines", "-p", "no:cacheprovider", "-q", *workers]
+    done = subprocess.run(command, cwd=tmp_path, env=outer | environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1, done.stdout
+    ended = {line["part"].partition("::")[2]: line for line in log.lines() if line["status"] != "begun"}
+    assert {name: line["status"] for name, line in ended.items()} == {
+        **{"test_fine": "ok", "test_wrong": "failed", "test_not": "skipped", "test_timed": "ok", "test_done": "crashed"}
+    }
+    assert "assert 1 == 2" in ended["test_wrong"]["error"] and "why not" in ended["test_not"]["reason"]
+    assert ended["test_timed"]["p50_us"] == 3.5
+    assert len([line for line in log.lines() if line["status"] == "begun"]) == 4
+
+
+# ---------------------------------------------------------------------------------------------------------- the steps
+
+
+def test_every_step_runs_as_a_toy(tmp_path):
+    """That is, all of the suite's own code which asks nothing of CUDA."""
+    out = tmp_path / "toy.jsonl"
+    done = subprocess.run(
+        [sys.executable, ROOT / "bench" / "gpu_suite.py", "--toy", "--minutes", "9", "--out", out],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    lines = record.read(out)
+    ended = {line["step"]: line for line in lines if line["part"] is None}
+    ran = {name for name, line in ended.items() if line["status"] == "ok"}
+    assert ran == {"suite", *(step.name for step in STEPS if step.toy)}
+    assert "(<= 4.7 ms" not in done.stdout, "a toy was taken for a measurement"
+    steps = {line["part"]: line for line in lines if line["step"] == "engine" and line["status"] == "ok"}
+    rows = steps["torch, region, rows"]
+    assert rows["shape"] == "plan 16" and rows["predicted_kernels"] > 1000 and rows["same_tokens"] is True
+    counted = [line for line in lines if line["step"] == "sync" and line["status"] == "ok" and line["part"]]
+    assert counted and all(line["decode"]["waits"] == {} for line in counted)
+
+
+COMPILED = """
+from bench import step_count
+from bench.gpu import warm_up
+
+found, setting, every = warm_up.jobs_of(warm_up.ENGINE, False), step_count.Setting(), set()
+for name in step_count.NAMES:
+    steps = step_count.steps_of(setting, "triton", name)
+    for kind in step_count.kinds(setting, name):
+        every |= {kernel.name for kernel in steps.count(kind).kernels if "." in kernel.name}
+warmed = {f"{module.rpartition('.')[2]}.{kernel.strip('_').removesuffix('_kernel')}" for module, kernel, *_ in found}
+assert warmed == every, warmed ^ every
+for variant, job in found.items():
+    _, launch = warm_up.launches(job.source, False)[job.index]
+    assert warm_up.variant(launch) == variant, job
+
+launch = next(launch for _, launch in warm_up.launches("norm", False))
+table, same = launch.arguments, warm_up.variant(launch)
+fixed = next(p.name for p in launch.kernel.params if p.is_constexpr)
+free = next(p.name for p in launch.kernel.params if p.do_not_specialize)
+for name, value, alike in (
+    ("x_ptr", table["x_ptr"].float(), False),
+    ("x_ptr", table["x_ptr"].flatten()[1:], False),
+    (fixed, 2 * table[fixed], False),
+    ("num_warps", 2 * table["num_warps"], False),
+    (free, table[free] + 1, True),
+    ("x_ptr", table["x_ptr"].flatten()[16:], True),
+):
+    assert (warm_up.variant(launch._replace(arguments=table | {name: value})) == same) == alike, name
+"""
+
+
+def test_every_launch_of_the_engine_is_warmed_up():
+    """By some job, which finds it again; and launches that compile to other code are other jobs."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", COMPILED]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_jobs_come_in_order():
+    job = {name: warm_up.Job(name.partition(":")[0], 0, name) for name in ("post:1", "attention:dream-7b", "lm_head:1")}
+    ordered = warm_up.in_order([{(1,): job["post:1"], (2,): job["attention:dream-7b"]}, {(3,): job["lm_head:1"]}])
+    assert [each.name for each in ordered] == ["lm_head:1", "post:1", "attention:dream-7b"]
+
+
+# ------------------------------------------------------------------------------------------------- what CUDA is asked
+
+
+def test_a_graph_is_captured_on_the_stream_that_it_was_warmed_up_on():
+    """With the arguments that this torch has, and outside of inference mode, whose tensors captures must not leave."""
+    modes, done = [], []
+    with (
+        mock.patch("torch.cuda.Stream", autospec=True) as stream,
+        mock.patch("torch.cuda.CUDAGraph", autospec=True) as graph,
+        mock.patch("torch.cuda.graph", autospec=True) as capture,
+        mock.patch("torch.cuda.stream", autospec=True),
+        mock.patch("torch.cuda.current_stream", autospec=True),
+        mock.patch("torch.cuda.synchronize", autospec=True),
+        torch.inference_mode(),
+    ):
+        capture.return_value.__enter__.side_effect = lambda: modes.append(torch.is_inference_mode_enabled())
+        replay = clock.graph_of(lambda: done.append(torch.is_inference_mode_enabled()), torch.device("cuda"))
+    assert done == [True, True] and modes == [False]
+    assert capture.call_args.kwargs["stream"] is stream.return_value and replay == graph.return_value.replay
+
+
+@pytest.mark.parametrize("trouble", ["capturing", "stream", "lost", None])
+def test_whether_the_gpu_is_well(monkeypatch, trouble):
+    def lost():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: trouble == "capturing")
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda: 0 if trouble == "stream" else 1)
+    monkeypatch.setattr(torch.cuda, "synchronize", lost if trouble == "lost" else lambda: None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    ones = torch.ones
+    monkeypatch.setattr(torch, "ones", lambda *size, device: ones(*size))
+    assert parts.gpu_is_well() == (trouble is None)
+
+
+# -------------------------------------------------------------------------------------------------------------- traces
+
+
+def _event(name: str, category: str, at: float, lasts: float = 1.0) -> dict:
+    return {"name": name, "cat": category, "ts": at, "dur": lasts}
+
+
+EVENTS = [
+    _event("decode", "user_annotation", 10, 100),
+    _event("decode", "gpu_user_annotation", 10, 100),
+    _event("cudaStreamSynchronize", "cuda_runtime", 5),
+    _event("cudaGraphLaunch", "cuda_runtime", 11),
+    _event("cudaGraphLaunch", "cuda_runtime", 12),
+    _event("nvjet_tst_128x8", "kernel", 13, 2000),
+    _event("_rms_norm_kernel", "kernel", 14, 500),
+    _event("_post_kernel", "kernel", 15, 250),
+    _event("Memcpy DtoD (Device -> Device)", "gpu_memcpy", 16),
+    _event("Memcpy DtoH (Device -> Pinned)", "gpu_memcpy", 200),
+]
+
+
+def test_a_trace_is_counted_within_its_span():
+    decode, whole = trace.summary(trace.within(EVENTS)), trace.summary(EVENTS)
+    assert decode["calls"] == {"cudaGraphLaunch": 2} and decode["waits"] == {} and decode["kernels"] == 3
+    assert decode["family_ms"] == {"products": 2.0, "elementwise": 0.5, "machine": 0.25} and decode["gpu_ms"] == 2.75
+    assert decode["top"][0] == {"kernel": "nvjet_tst_128x8", "count": 1, "ms": 2.0}
+    assert whole["waits"] == {"cudaStreamSynchronize": 1, "Memcpy DtoH": 1}
+    assert whole["copies"] == {"Memcpy DtoD": 1, "Memcpy DtoH": 1}
+    assert decode["span_ms"] == pytest.approx(2.0), "from the first begin to the last end"
+    with pytest.raises(ValueError, match="0 spans 'other'"):
+        trace.within(EVENTS, "other")
+
+
+@pytest.mark.parametrize(
+    ("kernel", "family"),
+    [
+        ("_lm_head_kernel", "head"),
+        ("_attention_kernel", "attention"),
+        ("void pytorch_flash::flash_fwd_kernel<...cutlass...>", "attention"),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16", "attention"),
+        ("fmha_cutlassF_bf16_aligned_64x128_rf_sm80", "attention"),
+        ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n", "products"),
+        ("_copy_kernel", "machine"),
+        ("void at::native::elementwise_kernel<direct_copy_kernel_cuda>", "elementwise"),
+        ("void at::native::radixSortKVInPlace<...>", "sorts"),
+        ("_silu_mul_kernel", "elementwise"),
+    ],
+)
+def test_kernels_have_families(kernel, family):
+    assert trace.family(kernel) == family
+
+
+# ------------------------------------------------------------------------------------------------------ toys in detail
+
+
+@pytest.fixture(scope="module")
+def toy() -> engine.Bench:
+    with mock.patch.dict(os.environ, {record.TOY: "1"}):
+        return engine.Bench(True)
+
+
+def test_steps_start_from_the_same_place(toy):
+    """And end at the same, replayed or not."""
+    kind = next(kind for kind in step_count.kinds(toy.setting, "none") if kind.fast)
+    rig = toy.rig("torch", "none")
+    rig.put(kind)
+    shape, before = rig.shape(kind), rig.outcome()
+    rig.run(shape)
+    after = rig.outcome()
+    assert after != before
+    rig.restore()
+    assert rig.outcome() == before
+    replay = rig.capture(shape)
+    rig.restore()
+    replay()
+    rig.wait()
+    assert rig.outcome() == after
+
+
+def test_a_replay_that_does_something_else_is_told(toy, monkeypatch):
+    def idle(step, shape):
+        step.mailbox.post()
+        step.mailbox.posted += 1
+        return step.mailbox.post
+
+    monkeypatch.setattr(model, "stand_in", idle)
+    with pytest.raises(parts.Incomplete, match="a replay leaves rows at") as caught:
+        toy.step("torch", "none", next(iter(step_count.kinds(toy.setting, "none"))))
+    assert caught.value.values["eager_ms"] > 0 and caught.value.values["predicted_kernels"] > 0
+
+
+def test_a_capture_that_fails_leaves_what_was_measured(toy, monkeypatch):
+    def refuse(step, shape):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(model, "stand_in", refuse)
+    with pytest.raises(parts.Incomplete, match="not permitted") as caught:
+        toy.step("torch", "none", next(iter(step_count.kinds(toy.setting, "none"))))
+    assert "eager_ms" in caught.value.values and "ms" not in caught.value.values
+
+
+def test_a_loop_that_falls_back_is_told(embedded, monkeypatch):
+    def refuse(step, shape):
+        raise RuntimeError("CUDA error: operation not permitted")
+
+    monkeypatch.setattr(generation, "stand_in", refuse)
+    engine_ = generation.with_loop(embedded, "replay")
+    with pytest.raises(
+        parts.Incomplete, match="the loop failed: loop replay failed, going on with loop eager"
+    ) as caught:
+        generation.profile(engine_, ["15,44"], gen_length=8)
+    assert caught.value.values["nfe"] > 0
+
+
+def test_a_wait_between_steps_is_a_failure(inside, monkeypatch):
+    from bench.gpu import sync
+
+    found = {"decode": {"waits": {"cudaStreamSynchronize": 3}}}
+    monkeypatch.setattr(generation, "profile", lambda *_, **__: found)
+    with pytest.raises(parts.Incomplete, match="waits between steps: {'cudaStreamSynchronize': 3}"):
+        sync.count("torch", "eager", "none")
+
+
+def test_a_mailbox_whose_letters_are_wrong_is_told(inside):
+    box = SimpleNamespace(posted=0, read=lambda number, limit: {"control": torch.zeros(2, 22).numpy()})
+    with pytest.raises(AssertionError, match="letter 1 is not what was posted"):
+        smoke._posts(box, torch.ones(2, 22), lambda: None)
+
+
+def test_samples_keep_to_their_budget():
+    runs, befores = [], []
+    taken = clock.seconds(lambda: runs.append(1), CPU, before=lambda: befores.append(1), samples=7)
+    assert len(taken) == len(befores) == 7 and len(runs) == 8
+    assert len(clock.seconds(lambda: time.sleep(0.02), CPU, budget=0.01)) == 3
+    assert clock.spread([0.001, 0.002, 0.003], "x") == {
+        **{"x_p20": pytest.approx(1.4), "x": pytest.approx(2.0), "x_p80": pytest.approx(2.6), "x_samples": 3}
+    }
+
+
+def test_random_weights_have_the_sizes_of_8b():
+    spec, setting, dtype = model.sizes(False)
+    assert (spec.n_layers, spec.d_model, spec.vocab_size, dtype) == (32, 4096, 126464, torch.bfloat16)
+    assert setting.prompt + setting.response == 2124 and setting.capacity == 128
+    with torch.device("meta"):
+        count = sum(t.numel() for t in _all(model.random_weights(model.sizes(True)[0], CPU, torch.float32)))
+    small = model.sizes(True)[0]
+    layer = small.d_model * (2 + 4 * small.d_model + 3 * small.mlp)
+    assert count == small.n_layers * layer + (2 * small.vocab_size + 1) * small.d_model
+    same = [model.random_weights(small, CPU, torch.float32, seed) for seed in (1, 1, 2)]
+    assert torch.equal(same[0].head, same[1].head) and not torch.equal(same[0].head, same[2].head)
+
+
+def _all(weights) -> list[torch.Tensor]:
+    layers = [getattr(layer, name) for layer in weights.layers for name in type(layer).__slots__]
+    return [t for t in (*layers, weights.embedding, weights.norm, weights.head) if t is not None]
+
+
+def test_records_are_json(tmp_path, log):
+    log.write("a", "ok", "b", path=tmp_path, number=3)
+    (line,) = log.path.read_text().splitlines()
+    assert json.loads(line)["path"] == str(tmp_path)

@@ -1,0 +1,191 @@
+"""The page of benchmarks: what it makes of records, and that the one in the repository is current."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from bench import report
+from bench.gpu import record, targets
+
+GPU = "NVIDIA H200"
+
+
+def _lines(date: str = "2027-01-02 10:00", *, factor: float = 1.0, toy: bool = False) -> list[tuple]:
+    """A made-up run: (step, status, part, values)."""
+    decode = {"calls": {"cudaGraphLaunch": 9}, "waits": {}, "kernels": 900}
+    profile = {
+        **{"gpu_ms": 4.0, "span_ms": 4.5, "kernels": 345, "family_ms": {"products": 3.0, "attention": 1.0}},
+        "top": [{"kernel": "nvjet_tst", "count": 129, "ms": 3.0}],
+    }
+    step = {"policy": "region", "kind": "rows", "rows": 128, "predicted_kernels": 345, "predicted_ms": 4.5}
+    cold = {"l2": "cold", "copy_gb_per_s": 4200.0}
+    head = {"operation": "lm_head", "case": "llada-8b-64", "bytes": 1_050_000_000}
+    return [
+        ("suite", "begun", None, {"gpu": GPU, "date": date, "commit": "abc1234", "toy": toy, "format": 1}),
+        ("environment", "ok", "machine", {"torch": "2.11.0", "packages": {"triton": "3.6.0"}, "cuda": True}),
+        ("environment", "ok", "nvidia-smi", {"driver_version": "580.1"}),
+        ("environment", "ok", None, {}),
+        ("baseline", "ok", "ceilings", {"copy_gb_per_s": 4200.0, "matmul_tflops": 800.0}),
+        ("baseline", "ok", "1 rows", {"rows": 1, "ms": 4.0}),
+        ("baseline", "ok", "128 rows", {"rows": 128, "ms": 4.2}),
+        ("baseline", "ok", "full", {"rows": 2124, "ms": 50.0}),
+        ("baseline", "ok", "vanilla", {"rows": 2124, "ms": 60.0, "launched_ms": 61.0}),
+        ("baseline", "ok", "products, 128 rows", {"rows": 128, **_products()}),
+        ("baseline", "ok", "attention, 128 rows", {"rows": 128, "flash": {"us_each": 30.0}, "cudnn": "no plan"}),
+        ("engine", "ok", "triton, region, rows", {**step, "impl": "triton", "eager_ms": 9.0, "ms": 5.0 * factor,
+                                                  "machine_share": 0.03, "profile": profile}),
+        ("engine", "failed", "torch, region, rows", {**step, "impl": "torch", "eager_ms": 19.0}),
+        ("sync", "ok", "none, torch, replay", {"policy": "none", "impl": "torch", "loop": "replay", "nfe": 10,
+                                               "ms_per_step": 2.0, "kernels_per_step": 90, "calls_per_step": 1.1,
+                                               "decode": decode, "generation": {"copies": {"Memcpy DtoH": 1}}}),
+        ("throughput", "ok", "vanilla", {"weights": "random, tokens mean nothing", "nfe": 128, "ms_per_step": 60.0,
+                                         "tokens_per_second": 16.0}),
+        ("kernels", "ok", "t[1]", {**head, **cold, "implementation": "triton", "p50_us": 275.0, "gb_per_s": 3800.0}),
+        ("kernels", "ok", "t[2]", {**head, **cold, "implementation": "torch", "p50_us": 550.0}),
+        ("kernels", "ok", "t[3]", {"operation": "confidence", "case": "llada-8b-512", "implementation": "triton",
+                                   **cold, "p50_us": 40.0, "gb_per_s": 3780.0, "roofline_share": 0.9}),
+        ("tests", "failed", "tests/test_x.py::test_y", {"error": "boom"}),
+        ("conditional", "ok", "while", {"us_per_iteration": 9.5, "us_of_the_body": 4.0}),
+        ("tests", "failed", None, {}),
+    ]  # fmt: skip
+
+
+def _products() -> dict:
+    return {name: {"gb_per_s": 4000.0, "tflops": 500.0} for name in ("qkv", "out", "gate_up", "down", "head")}
+
+
+def _write(folder: Path, name: str, lines: list[tuple]) -> Path:
+    path = folder / "nvidia-h200" / name
+    path.parent.mkdir(exist_ok=True)
+    log = record.Log(path, "run")
+    for step, status, part, values in lines:
+        log.write(step, status, part, **values)
+    return path
+
+
+def _row(text: str, begin: str) -> list[str]:
+    """The cells of the first row of a table that begins so."""
+    line = next(line for line in text.splitlines() if line.startswith(f"| {begin}"))
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_the_page_in_the_repository_is_current(capsys):
+    assert report.main(["--check"]) == 0, "run python bench/report.py"
+    assert "is current" in capsys.readouterr().out
+
+
+def test_without_a_record_every_measured_cell_is_empty(tmp_path):
+    text = report.render(targets.records(tmp_path))
+    assert "There is no record of a GPU yet" in text
+    for quantity in ("step of 128 rows", "everything in a step", "blocking CUDA calls", "confidence", "fused head"):
+        assert _row(text, quantity)[2:] == ["", "", "", ""], quantity
+    assert _row(text, "d3LLM")[-1] == ""
+
+
+def test_a_record_beside_the_targets(tmp_path):
+    _write(tmp_path, "2027-01-02-abc1234.jsonl", _lines())
+    text = report.render(targets.records(tmp_path))
+    assert _row(text, "step of 128 rows")[1:] == [
+        *("<= 4.7 ms; stretch 4.1", "5.00 ms (triton, replayed)", "no", "1.06", "")
+    ]
+    assert _row(text, "everything in a step")[2:5] == ["3.0%", "no", "1.50"]
+    assert _row(text, "blocking CUDA calls")[2:4] == [
+        "0 between the first step and the last; 1 copies to the host in all",
+        "yes",
+    ]
+    assert _row(text, "confidence from logits [512")[2:4] == ["90%", "yes"]
+    assert _row(text, "fused head, 64 rows")[2:5] == ["275 us, 1.10 x", "yes", "0.96"]
+    assert _row(text, "fused head, 16 rows")[2:] == ["", "", "", ""], "nobody measured it"
+    assert _row(text, "copy bandwidth")[2:5] == ["4.20 TB/s", "", "1.02"], "an assumption is not met or missed"
+    assert _row(text, GPU) == [GPU, "2027-01-02 10:00", "abc1234", "580.1", "2.11.0", "3.6.0", "1 ok, 1 failed"]
+
+
+def test_the_tables_of_a_record(tmp_path):
+    _write(tmp_path, "2027-01-02-abc1234.jsonl", _lines())
+    text = report.render(targets.records(tmp_path))
+    assert _row(text, "region | rows | triton") == [
+        *("region", "rows", "triton", "128", "9.00", "5.00", "4.50", "1.11", "345 / 345", "3.0%", "", "")
+    ]
+    assert _row(text, "region | rows | torch")[4:] == ["19.00", "", "4.50", "", "", "", "", "failed"]
+    assert _row(text, "vanilla (extrapolated)")[6] == "", "tokens of random weights are none"
+    assert _row(text, "lm_head")[1:5] == ["llada-8b-64", "275.0", "550.0", "2.00"]
+    assert _row(text, "tests")[1:] == ["1 failed", "tests/test_x.py::test_y"]
+    assert _row(text, "128 | flash")[2] == "30.0" and _row(text, "128 | cudnn")[2] == "no plan"
+    assert _row(text, "while")[1] == "9.50" and _row(text, "embedded, float32")[8] == "0"
+    assert "4,000 / 500" in text
+
+
+def test_the_largest_gaps_come_with_what_the_profile_shows(tmp_path):
+    path = _write(tmp_path, "2027-01-02-abc1234.jsonl", _lines())
+    first, second = targets.gaps(targets.Record(path, record.read(path)))
+    assert first.startswith("everything in a step") and "1.50 x the target" in first
+    assert second.startswith("step of 128 rows") and "products 75%, attention 25%; 0.50 ms between them" in second
+    assert "`nvjet_tst` x 129 3.00 ms" in second
+
+
+def test_change_since_the_last_record(tmp_path):
+    _write(tmp_path, "2027-01-02-abc1234.jsonl", _lines())
+    _write(tmp_path, "2027-02-02-def5678.jsonl", _lines("2027-02-02 10:00", factor=0.9))
+    text = report.render(targets.records(tmp_path))
+    assert "`nvidia-h200/2027-02-02-def5678`, beside `nvidia-h200/2027-01-02-abc1234`" in text
+    assert _row(text, "step of 128 rows")[2:] == ["4.50 ms (triton, replayed)", "yes", "0.96", "-10.0%"]
+    assert _row(text, "region | rows | triton")[10] == "-10.0%"
+    assert len([line for line in text.splitlines() if line.startswith(f"| {GPU}")]) == 2
+
+
+def test_ratios_to_what_others_measured_are_marked(tmp_path):
+    _write(tmp_path, "2027-01-02-abc1234.jsonl", _lines())
+    text = report.render(targets.records(tmp_path))
+    assert _row(text, "d3LLM")[4:] == ["18.2", "3.6 †"] and _row(text, "DiffusionGemma")[4:] == ["", ""]
+    assert "5.00 ms: NVIDIA H200" in text and "**across machines**" in text
+
+
+def test_later_lines_count(tmp_path):
+    """A record may be of several runs: what one did again counts, what it left out does not."""
+    path = _write(tmp_path, "2027-01-02-abc1234.jsonl", _lines())
+    about = {"policy": "region", "kind": "rows", "impl": "triton", "rows": 128}
+    again = {**about, "ms": 3.0, "predicted_ms": 4.5, "predicted_kernels": 345}
+    _write(tmp_path, path.name, [("engine", "ok", "triton, region, rows", again), ("baseline", "late", "full", {})])
+    (found,) = targets.records(tmp_path)
+    assert targets.best_step(found)["ms"] == 3.0 and found.part("baseline", "full")["ms"] == 50.0
+
+
+def test_toys_and_runs_without_a_gpu_are_no_records(tmp_path):
+    _write(tmp_path, "toy.jsonl", _lines(toy=True))
+    _write(tmp_path, "none.jsonl", [("suite", "begun", None, {"gpu": None, "date": "2027"})])
+    (tmp_path / "nvidia-h200" / "other.jsonl").write_text('{"what": "is this"}\nnor is this\n')
+    (tmp_path / "top.jsonl").write_text((tmp_path / "nvidia-h200" / "toy.jsonl").read_text())
+    assert targets.records(tmp_path) == []
+
+
+def test_records_as_one_document(tmp_path):
+    path = _write(tmp_path, "2027-01-02-abc1234.jsonl", _lines())
+    lines = record.read(path)
+    path.with_suffix(".json").write_text(json.dumps({"lines": lines}))
+    path.unlink()
+    (found,) = targets.records(tmp_path)
+    assert found.part("baseline", "full")["ms"] == 50.0
+
+
+def test_the_command(tmp_path, capsys):
+    out = tmp_path / "page.md"
+    assert report.main(["--results", str(tmp_path), "--out", str(out), "--check"]) == 1
+    assert report.main(["--results", str(tmp_path), "--out", str(out)]) == 0 and out.read_text().startswith(
+        "# Benchmarks"
+    )
+    assert report.main(["--results", str(tmp_path), "--out", str(tmp_path / "none" / "page.md")]) == 2
+    assert "error:" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("values", [{}, {"ms": None}])
+def test_lines_that_lack_what_was_to_be_measured(tmp_path, values):
+    """As a step that was cut off leaves them."""
+    lines = [(step, status, part, {} if step == "baseline" else given) for step, status, part, given in _lines()]
+    lines.append(("engine", "hung", "triton, none, full", values))
+    lines.append(("engine", "crashed", "triton, region, rows", values))
+    _write(tmp_path, "2027-01-02-abc1234.jsonl", lines)
+    text = report.render(targets.records(tmp_path))
+    assert _row(text, "step of 128 rows")[2] == ""
