@@ -95,12 +95,26 @@ def measure(engine: sfs_triton.Engine, variant: Variant, chosen: list[tasks.Prob
     }
 
 
+def read(path: Path) -> dict:
+    """A record that is there already."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(record["lines"], list):
+            raise TypeError("'lines' is no list")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SystemExit(f"error: --json {path} is no record: {type(error).__name__}: {error}") from None
+    return record
+
+
 def run(limit: int, kinds: list[str], path: Path) -> None:
     """Measure all variants on all tasks; what is done is kept after every line, and not done again."""
     engine = sfs_triton.load("embedded", "cpu", "float32")
     record = {"machine": machine(engine.model.device), "model": "embedded", "gen_length": GEN_LENGTH, "lines": []}
     if path.exists():
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = read(path)
+        sizes = {line["n"] for line in record["lines"]} - {limit}
+        if sizes:
+            raise SystemExit(f"error: --limit {limit}, but {path} has lines of {sorted(sizes)}; use another file")
     for kind in kinds:
         chosen = problems.held_out(kind, limit, engine.text, seed=1, gen_length=GEN_LENGTH)
         chosen.sort(key=lambda p: len(engine.text.encode(p.question)))  # alike ones are forwarded together
@@ -145,11 +159,17 @@ def tables(record: dict) -> str:
 def write_doc(record: dict, page: Path) -> None:
     """Replace what is between the page's markers by the tables."""
     begin, end = "<!-- policies: begin -->", "<!-- policies: end -->"
-    text = page.read_text(encoding="utf-8")
-    if begin not in text or end not in text:
-        raise SystemExit(f"error: --write-doc {page} has no markers {begin!r} and {end!r}")
+    try:
+        text = page.read_text(encoding="utf-8")
+    except OSError as error:
+        raise SystemExit(f"error: --write-doc {page}: {error.strerror}") from None
     head, _, rest = text.partition(begin)
-    page.write_text(head + begin + "\n" + tables(record) + end + rest.partition(end)[2], encoding="utf-8")
+    _, closed, tail = rest.partition(end)
+    if not closed:
+        raise SystemExit(f"error: --write-doc {page} has no marker {begin!r} with {end!r} after it")
+    partial = page.with_name(page.name + ".partial")
+    partial.write_text(head + begin + "\n" + tables(record) + end + tail, encoding="utf-8")
+    partial.replace(page)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -160,9 +180,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--write-doc", type=Path, metavar="PAGE", help="write the tables of --json; measure nothing")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args(argv)
+    if arguments.threads < 1:
+        parser.error(f"--threads {arguments.threads} is not positive")
     torch.set_num_threads(arguments.threads)
     if arguments.write_doc:
-        write_doc(json.loads(arguments.json.read_text(encoding="utf-8")), arguments.write_doc)
+        write_doc(read(arguments.json), arguments.write_doc)
         return 0
     for kind in arguments.tasks.split(","):
         if kind not in problems.DIFFICULTY:

@@ -162,11 +162,15 @@ def select(arguments: argparse.Namespace) -> list[Tally]:
     for name in wanted:
         if name not in names:
             raise SystemExit(f"error: --samplers {name!r} is not one of {names}")
+    known = {cache for row in rows for cache in row.caches}
+    caches = [name.strip() for name in arguments.cache.split(",")] if arguments.cache else sorted(known)
+    for name in caches:
+        if name not in known:
+            raise SystemExit(f"error: --cache {name!r} is not one of {sorted(known)}")
     tallies = []
     for row in rows:
         if row.sampler in wanted:
-            caches = [c for c in row.caches if not arguments.cache or c in arguments.cache.split(",")]
-            tallies += [Tally(row, cache) for cache in caches]
+            tallies += [Tally(row, cache) for cache in row.caches if cache in caches]
     if not tallies:
         raise SystemExit(f"error: --cache {arguments.cache!r} leaves no row of {wanted}")
     return tallies

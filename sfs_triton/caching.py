@@ -255,6 +255,7 @@ class RegionCache(CachePolicy):
             if getattr(self, name) is not None:
                 _check_count(name, getattr(self, name))
         _check_count("look_ahead", self.look_ahead, least=0)
+        require(isinstance(self.rotate, bool), f"rotate={self.rotate!r} is neither True nor False")
 
     @property
     def rules(self) -> dict[str, Any]:

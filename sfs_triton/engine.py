@@ -147,7 +147,7 @@ class Engine:
             NumericalFault: the model produced NaN; names row and step. Its ``finished`` has the other rows.
         """
         options = {"gen_length": gen_length, "sampler": sampler, "cache": cache, "seed": seed, "raw": raw}
-        request, single = self._request(prompts, **options, trace=trace, frames=on_step is not None)
+        request, single = self._request(prompts, **options, trace=trace, frames=_frames_for(on_step))
         return self._finish(request, single, on_step)
 
     def infill(
@@ -169,7 +169,7 @@ class Engine:
         for index, ids in enumerate(rows):
             require(self.spec.mask_id in ids, f"canvas {index} holds no mask (id {self.spec.mask_id})")
             self._check_room(index, len(ids), 0)
-        request = _request(rows, [0] * len(rows), sampler, cache, seed, trace, on_step is not None)
+        request = _request(rows, [0] * len(rows), sampler, cache, seed, trace, _frames_for(on_step))
         lost = [i for i, row in enumerate(rows) if row[0] == self.spec.mask_id]
         require(
             not (lost and self.spec.shifted and request.policy.name == "region"),
@@ -203,7 +203,7 @@ class Engine:
     ) -> Pending:
         """As :meth:`generate`, whose arguments it takes, but returns a handle at once; ``on_step`` is called in another
         thread. Arguments are checked before it returns; generations that are pending run one after another."""
-        request, single = self._request(prompts, frames=on_step is not None, **options)
+        request, single = self._request(prompts, frames=_frames_for(on_step), **options)
         name = f"sfs_triton-{id(self):x}"
         with self._lock:
             if self._worker is None:
@@ -229,7 +229,7 @@ class Engine:
         lengths = _per_row("gen_length", gen_length, len(rows))
         canvases = []
         for index, (ids, length) in enumerate(zip(rows, lengths, strict=True)):
-            require(length > 0, f"gen_length={length} is not positive")
+            require(length > 0, f"gen_length={length} is not positive" + (f" (row {index})" if len(rows) > 1 else ""))
             self._check_room(index, len(ids), length)
             if self.spec.mask_id in ids:
                 raise ArgumentError(
@@ -323,6 +323,12 @@ def _request(
         seeds = [seed + index for index in range(len(canvases))]
     sampler = SlowFast() if sampler is None else sampler
     return Request(canvases, starts, sampler, cache_policy(cache), seeds, trace, frames)
+
+
+def _frames_for(on_step: Callable[[Frame], None] | None) -> bool:
+    """Whether somebody wants frames."""
+    require(on_step is None or callable(on_step), f"on_step={on_step!r} cannot be called")
+    return on_step is not None
 
 
 def _is_single(prompts: Any) -> bool:

@@ -23,8 +23,13 @@ class Stream(Iterator[Frame]):
         self._done: list[Generation] | None = None
         self._failure: Exception | None = None
         self._closed = False
+        self._lock = threading.RLock()
 
     def __next__(self) -> Frame:
+        with self._lock:
+            return self._next()
+
+    def _next(self) -> Frame:
         frame = None
         try:
             if not self._closed:
@@ -61,9 +66,10 @@ class Stream(Iterator[Frame]):
         return self._done[0] if self._single else self._done
 
     def close(self) -> None:
-        """Stop here. Closing again does nothing."""
-        self._closed = True
-        self._stack.close()
+        """Stop here, after the step that another thread may be at. Closing again does nothing."""
+        with self._lock:
+            self._closed = True
+            self._stack.close()
 
     def __enter__(self) -> Stream:
         return self

@@ -25,6 +25,10 @@ def _check_integer(name: str, value: Any, least: int = 1) -> None:
     require(ok, f"{name}={value!r} is not an integer of at least {least}")
 
 
+def _check_flag(name: str, value: Any) -> None:
+    require(isinstance(value, bool), f"{name}={value!r} is neither True nor False")
+
+
 def _check_choice(name: str, value: Any, allowed: tuple) -> None:
     require(value in allowed, f"{name}={value!r} is not one of {allowed}")
 
@@ -53,6 +57,7 @@ class Sampler:
             f"temperature={self.temperature!r} is neither 0 nor at least 1e-6",
         )
         _check_number("cfg_scale", self.cfg_scale)
+        _check_flag("eos_stop", self.eos_stop)
         if self.top_p is not None:
             _check_number("top_p", self.top_p)
             require(0 < self.top_p <= 1, f"top_p={self.top_p!r} is not in (0, 1]")
@@ -139,6 +144,8 @@ class SlowFast(Sampler):
         _check_choice("spread", self.spread, SPREADS)
         _check_choice("slow_end", self.slow_end, SLOW_ENDS)
         _check_choice("rounding", self.rounding, ROUNDINGS)
+        for name in ("inclusive", "strict", "zero_history", "share_stable", "eos_horizon"):
+            _check_flag(name, getattr(self, name))
         require(
             not self.share_stable or self.slow_end == "stable",
             f"share_stable=True does not go with slow_end={self.slow_end!r}: only slow_end='stable' ends the slow "
@@ -313,8 +320,8 @@ class FixedSteps(Sampler):
             block = self.block_length
             require(
                 block is not None and 2 * block < policy.capacity,
-                f"cache='region' holds {policy.capacity} rows a step; with FixedSteps a block must fit into less than "
-                f"half of them, so that counts a step are over all of it, and block_length={block}",
+                f"block_length={block} does not go with cache='region', capacity={policy.capacity}: FixedSteps counts "
+                f"what a step commits over a whole block, so set block_length below {policy.capacity / 2:g}",
             )
 
     def draw(self) -> Draw:

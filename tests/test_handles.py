@@ -289,7 +289,7 @@ def test_pending_generations_raise_what_calls_raise(engine, monkeypatch):
     for sampler, cache, named in (
         (SlowFast(), "prefix", "works by block"),
         (SlowFast.preset("dream-reference"), RegionCache(look_ahead=4), "look_ahead=4"),
-        (FixedSteps(block_length=8), RegionCache(capacity=16), "holds 16 rows"),
+        (FixedSteps(block_length=8), RegionCache(capacity=16), "below 8"),
     ):
         with pytest.raises(ArgumentError, match=named):
             engine.generate_async(**ONE, sampler=sampler, cache=cache)
@@ -438,3 +438,28 @@ def test_autocast_of_the_caller_does_not_matter(engine, cache):
     with torch.autocast("cpu", torch.bfloat16):
         done = engine.generate(PROMPTS[0], gen_length=16, cache=cache)
     assert done.canvas == wanted.canvas
+
+
+def test_a_stream_that_two_threads_share_gives_each_frame_once(engine):
+    stream = engine.stream(PROMPTS[0], gen_length=24, sampler=FixedSteps())
+    seen, errors = [], []
+
+    def read():
+        try:
+            seen.extend(frame.step for frame in stream)
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=read) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not errors and sorted(seen) == list(range(24))
+    assert stream.result().nfe == 24
+
+
+def test_an_on_step_that_cannot_be_called_is_refused_at_once(engine):
+    for generate in (engine.generate, engine.generate_async):
+        with pytest.raises(ArgumentError, match="on_step=5 cannot be called"):
+            generate(PROMPTS[0], gen_length=8, on_step=5)

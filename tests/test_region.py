@@ -167,6 +167,7 @@ def test_tiny_lists_come_to_an_end(engine, sampler, capacity):
         ({"look_ahead": -1}, "look_ahead=-1 "),
         ({"refresh_every": 0}, "refresh_every=0 "),
         ({"refresh_every": True}, "refresh_every=True "),
+        ({"rotate": "no"}, "rotate='no' "),
     ],
 )
 def test_options_are_checked(options, named):
@@ -176,7 +177,7 @@ def test_options_are_checked(options, named):
 
 def test_what_does_not_go_together_is_refused(engine):
     for sampler in (FixedSteps(), FixedSteps(block_length=64)):
-        with pytest.raises(ArgumentError, match="cache='region' holds 128 rows a step"):
+        with pytest.raises(ArgumentError, match="does not go with cache='region', capacity=128.*below 64"):
             engine.generate([5, 6, 7], gen_length=64, sampler=sampler, cache="region")
     with pytest.raises(ArgumentError, match="look_ahead=4 does not go with zero_history"):
         sampler = SlowFast.preset("dream-reference")
