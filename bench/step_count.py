@@ -375,18 +375,14 @@ class Steps:
         spec, policy = spec_of(setting.geometry), setting.policy(name)
         sampler, longest = setting.sampler(policy), setting.prompt + setting.response
         fixed = setting.style == "fixed"
-        state = DecodeState.allocate(
-            [[0] * setting.prompt + [spec.mask_id] * setting.response] * setting.batch,
-            [setting.prompt] * setting.batch,
+        state = DecodeState.blank(
+            batch=setting.batch,
+            length=ReplayLoop().canvas_length(longest, spec.max_length) if fixed else longest,
+            window=getattr(sampler, "window", 1),
             mask_id=spec.mask_id,
             eos_id=spec.eos_id,
-            window=getattr(sampler, "window", 1),
-            block_length=getattr(sampler, "block_length", None),
-            seeds=[0] * setting.batch,
-            caps=[sampler.step_cap(setting.response)] * setting.batch,
             device=META,
             trace=False,
-            length=ReplayLoop().canvas_length(longest, spec.max_length) if fixed else longest,
         )
         self._step = Step(meta_model(spec, impl, self._meter), sampler, policy, state)
         mailbox = self._step.mailbox  # its rings are in memory of the host, where a meta tensor cannot be copied to

@@ -65,7 +65,15 @@ class Session:
         full = False
         try:
             with torch.device("cpu"):
-                self.state = self._allocate(request, length)
+                self.state = DecodeState.blank(
+                    batch=len(request.canvases),
+                    length=length,
+                    window=getattr(request.sampler, "window", 1),
+                    mask_id=model.spec.mask_id,
+                    eos_id=model.spec.eos_id,
+                    device=model.device,
+                    trace=request.trace,
+                )
                 self.step = Step(model, request.sampler, request.policy, self.state, frames=request.frames)
         except (torch.OutOfMemoryError, RuntimeError) as error:
             if not isinstance(error, torch.OutOfMemoryError) and "memory" not in str(error):
@@ -83,22 +91,6 @@ class Session:
     def fits(self, request: Request, length: int) -> bool:
         """Whether the request can run here."""
         return self._key == Session.key(request, length)
-
-    def _allocate(self, request: Request, length: int) -> DecodeState:
-        sampler = request.sampler
-        return DecodeState.allocate(
-            request.canvases,
-            request.starts,
-            mask_id=self.model.spec.mask_id,
-            eos_id=self.model.spec.eos_id,
-            window=getattr(sampler, "window", 1),
-            block_length=getattr(sampler, "block_length", None),
-            seeds=request.seeds,
-            caps=request.caps,
-            device=self.model.device,
-            trace=request.trace,
-            length=length,
-        )
 
     def run(self, request: Request, loop: Loop) -> Iterator[Report]:
         """Decode; yields a report a step."""

@@ -80,39 +80,46 @@ class DecodeState:
         caps: list[int],
         device: torch.device,
         trace: bool,
-        length: int | None = None,
     ) -> DecodeState:
         """State for canvases ``rows`` (token ids, undecided positions hold ``mask_id``), decoded from ``starts`` on.
 
-        ``caps`` are the most steps that each row can need; one that needs more ends with a fault. ``length`` is that of
-        the canvas; None: of the longest row.
+        ``caps`` are the most steps that each row can need; one that needs more ends with a fault.
         """
-        batch, length = len(rows), max(map(len, rows)) if length is None else length
+        shape = {"batch": len(rows), "length": max(map(len, rows)), "window": window}
+        state = cls.blank(**shape, mask_id=mask_id, eos_id=eos_id, device=device, trace=trace)
+        state.begin(rows, starts, block_length=block_length, seeds=seeds, caps=caps)
+        return state
 
-        def empty(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
-            return torch.empty(shape, dtype=dtype, device=device)
+    @classmethod
+    def blank(
+        cls, *, batch: int, length: int, window: int, mask_id: int, eos_id: int, device: torch.device, trace: bool
+    ) -> DecodeState:
+        """Tensors for ``batch`` canvases of ``length``, all zero until :meth:`begin` puts some there."""
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
 
         def canvas(dtype: torch.dtype = torch.int64) -> torch.Tensor:
-            return empty(batch, length, dtype=dtype)
+            return zeros(batch, length, dtype=dtype)
 
-        control, history = empty(batch, len(CONTROL)), empty(batch, window)
-        spread = empty(batch, dtype=torch.float64)
+        control, history = zeros(batch, len(CONTROL)), zeros(batch, window)
+        spread = zeros(batch, dtype=torch.float64)
         events = None
         if trace:
             events = {
                 "control": torch.zeros_like(control),
                 "history": torch.zeros_like(history),
                 "spread": torch.zeros_like(spread),
-                "score": canvas(torch.float32).zero_(),
-                "inside": canvas(torch.bool).zero_(),
+                "score": canvas(torch.float32),
+                "inside": canvas(torch.bool),
             }
-        state = cls(
+        return cls(
             tokens=canvas(),
             masked=canvas(torch.bool),
             given=canvas(torch.bool),
             inside=canvas(torch.bool),
-            choice_token=empty(batch * length + 1),
-            choice_score=empty(batch * length + 1, dtype=torch.float32),
+            choice_token=zeros(batch * length + 1),
+            choice_score=zeros(batch * length + 1, dtype=torch.float32),
             commit_step=canvas(),
             fill=canvas(torch.bool),
             dirty=canvas(torch.bool),
@@ -121,7 +128,7 @@ class DecodeState:
             history=history,
             history_slot=torch.arange(window, device=device),
             spread=spread,
-            seed=empty(batch),
+            seed=zeros(batch),
             uniform=torch.zeros((batch, 0), device=device),
             shares=torch.zeros((batch, 0), device=device),
             control=control,
@@ -130,8 +137,6 @@ class DecodeState:
             eos_id=eos_id,
             events=events,
         )
-        state.begin(rows, starts, block_length=block_length, seeds=seeds, caps=caps)
-        return state
 
     def begin(
         self, rows: list[list[int]], starts: list[int], *, block_length: int | None, seeds: list[int], caps: list[int]

@@ -29,7 +29,7 @@ class EagerLoop:
     def run(self, step: Step) -> Reports:
         """Step to the end; yields a report a step."""
         number = step.mailbox.posted
-        before = step.mailbox.read(number, self._step_limit)["control"].tolist()
+        before, _ = step.hear(number, self._step_limit)
         tight = self.tight or self._alone and step.state.tokens.shape[0] == 1
         while rows := step.views(before):
             if tight:
@@ -37,7 +37,6 @@ class EagerLoop:
             else:
                 step.run([step.fixed(rows, rows[0].step)])
             step.mailbox.posted = number = number + 1
-            letter = step.mailbox.read(number, self._step_limit)
-            after = letter["control"].tolist()
+            after, letter = step.hear(number, self._step_limit)
             yield Report(rows, after, letter)
             before = after

@@ -55,7 +55,7 @@ class ReplayLoop:
         """Step to the end; yields a report a step."""
         mailbox, graphs, first = step.mailbox, self._graphs[step], step.mailbox.posted
         ahead = self._ahead if step.policy.foreseen else 0
-        before = mailbox.read(first, self._step_limit)["control"].tolist()
+        before, _ = step.hear(first, self._step_limit)
         taken, started = 0, 0
         try:
             while rows := step.views(before):
@@ -67,8 +67,7 @@ class ReplayLoop:
                     mailbox.posted += 1
                     started += 1
                 taken += 1
-                letter = mailbox.read(first + taken, self._step_limit)
-                after = letter["control"].tolist()
+                after, letter = step.hear(first + taken, self._step_limit)
                 yield Report(rows, after, letter)
                 before = after
         except Exception:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy
 import torch
 
 from ..caching import CachePolicy, Canvas, RowView, Shape
@@ -78,6 +79,12 @@ class Step:
     def fixed(self, rows: Sequence[RowView], number: int) -> Shape:
         """The fixed shape of this generation's step ``number``, given how the rows stand before it."""
         return self.policy.fixed(self.canvas, number, any(row.k == 0 for row in rows))
+
+    def hear(self, number: int, limit: float) -> tuple[list[list[int]], dict[str, numpy.ndarray]]:
+        """Control numbers of all rows, and all that was posted, as letter ``number`` has them: the one place where a
+        host reads of a generation that runs. Waits for the letter at most ``limit`` seconds."""
+        letter = self.mailbox.read(number, limit)
+        return letter["control"].tolist(), letter
 
     def views(self, control: Sequence[Sequence[int]]) -> list[RowView]:
         """The rows that still run, from what was posted of them."""
