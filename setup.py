@@ -10,6 +10,7 @@ VERSION = re.search(r'__version__ = "([^"]+)"', (HERE / "sfs_triton" / "__init__
 
 PACKAGES = [
     "sfs_triton",
+    "sfs_triton.integrations",
     "sfs_triton.kernels",
     "sfs_triton.loops",
     "sfs_triton.models",
@@ -19,12 +20,14 @@ PACKAGES = [
 
 PICTURES = ["matplotlib>=3.8", "rich>=13.7"]
 TESTING = ["pytest>=8", "pytest-benchmark>=4", "pytest-xdist>=3.5", "hypothesis>=6.100", "filelock>=3"]
+HF = ["transformers>=5.17"]
 CLI = ["typer>=0.16", *PICTURES]
 
 EXTRAS = {
     "cli": CLI,
     "bench": [*PICTURES, *TESTING],
-    "test": [*CLI, *TESTING],
+    "hf": HF,
+    "test": [*CLI, *HF, *TESTING],
     "dev": ["ruff>=0.6", "pre-commit>=3.7"],
 }
 

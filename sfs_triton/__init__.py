@@ -51,3 +51,12 @@ __all__ = [
     "UnsupportedConfigError",
     "load",
 ]
+
+
+def __getattr__(name: str) -> object:
+    """What needs transformers, which is imported when it is asked for."""
+    if name not in ("accelerate", "custom_generate"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from .integrations import transformers
+
+    return getattr(transformers, name)

@@ -18,8 +18,10 @@ KERNELS = ROOT / "kernels" / "triton"
 # The house plan: a module may import those below it in this list, never those above.
 LAYERS = [
     "cli",
+    "serve",
     "render",
     "plot",
+    "integrations",
     "reference",
     "engine",
     "handles",

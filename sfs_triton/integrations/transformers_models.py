@@ -1,0 +1,256 @@
+"""LLaDA, iLLaDA and Dream as transformers knows models: plain modules under the checkpoints' own tensor names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import MaskedLMOutput
+from transformers.utils.generic import can_return_tuple
+
+from ..errors import require
+from ..models import ModelSpec, read_spec
+from ..models.weights import LLADA_NAMES, LLAMA_NAMES
+from ..ops import rope_tables
+from ..torch_ops.norm import rms_norm
+
+ROPE_KEYS = ("rope_parameters", "rope_scaling", "rope_theta")
+STANDARD_NAMES = {  # what transformers asks a configuration for, and what LLaDA's config.json calls it
+    "hidden_size": "d_model",
+    "intermediate_size": "mlp_hidden_size",
+    "max_position_embeddings": "max_sequence_length",
+    "num_attention_heads": "n_heads",
+    "num_hidden_layers": "n_layers",
+    "num_key_value_heads": "n_kv_heads",
+    "tie_word_embeddings": "weight_tying",
+}
+
+
+class MaskedDiffusionConfig(PreTrainedConfig):
+    """A checkpoint's ``config.json`` as it is: no key gets a default or another name, so it can be written back.
+
+    Where the file has LLaDA's own keys, the usual ones (``hidden_size``, ...) read and write those.
+    """
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        rope = {key: kwargs.pop(key) for key in ROPE_KEYS if key in kwargs}
+        super().__post_init__(**kwargs)
+        self.__dict__.update(rope)  # past the base class, which would rewrite them in a vocabulary of its own
+
+    def __getattr__(self, name: str) -> Any:
+        present = self.__dict__
+        for key in (name, STANDARD_NAMES.get(name)):
+            if key in present:
+                return present[key]
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        own = STANDARD_NAMES.get(name)
+        super().__setattr__(own if own in self.__dict__ else name, value)
+
+
+class LLaDAConfig(MaskedDiffusionConfig):
+    model_type = "llada"
+
+
+class ILLaDAConfig(MaskedDiffusionConfig):
+    model_type = "illada"
+
+
+class DreamConfig(MaskedDiffusionConfig):
+    model_type = "Dream"
+
+
+class RMSNorm(nn.Module):
+    """:func:`sfs_triton.torch_ops.norm.rms_norm` with a weight ``[d]``."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+def _place(root: nn.Module, name: str, module: nn.Module) -> None:
+    """Put ``module`` where its weight has the name ``name``, or ``name`` + ``.weight``."""
+    *path, last = name.removesuffix(".weight").split(".")
+    for part in path:
+        if not hasattr(root, part):
+            root.add_module(part, nn.Module())
+        root = getattr(root, part)
+    root.add_module(last, module)
+
+
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding of ``x [B, H, L, D]`` by float32 tables ``[L, D / 2]``."""
+    low, high = (x if x.dtype == torch.float64 else x.float()).chunk(2, -1)
+    return torch.cat((low * cos - high * sin, high * cos + low * sin), -1).to(x.dtype)
+
+
+class MaskedDiffusionLayer(GradientCheckpointingLayer):
+    """One layer: ``[B, L, d]`` to ``[B, L, d]``."""
+
+    def __init__(self, spec: ModelSpec, names: Mapping[str, str]):
+        super().__init__()
+        self.spec, self.names = spec, names
+        d, kv, mlp = spec.d_model, spec.kv_width, spec.mlp
+        for part, width in {"q": d, "k": kv, "v": kv}.items():
+            _place(self, names[part], nn.Linear(d, width, bias=spec.qkv_bias))
+        _place(self, names["o"], nn.Linear(d, d, bias=False))
+        for part in ("gate", "up"):
+            _place(self, names[part], nn.Linear(d, mlp, bias=False))
+        _place(self, names["down"], nn.Linear(mlp, d, bias=False))
+        for part in ("attn_norm", "mlp_norm"):
+            _place(self, names[part], RMSNorm(d, spec.norm_eps))
+
+    def _apply_part(self, part: str, x: torch.Tensor) -> torch.Tensor:
+        return self.get_submodule(self.names[part].removesuffix(".weight"))(x)
+
+    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        h = self._apply_part("attn_norm", x)
+        q, k, v = (
+            self._apply_part(part, h).unflatten(-1, (-1, self.spec.head_dim)).transpose(1, 2)
+            for part in ("q", "k", "v")
+        )
+        q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
+        grouped = self.spec.n_kv_heads != self.spec.n_heads
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
+        x = x + self._apply_part("o", mixed.transpose(1, 2).flatten(2))
+        h = self._apply_part("mlp_norm", x)
+        return x + self._apply_part("down", F.silu(self._apply_part("gate", h)) * self._apply_part("up", h))
+
+
+class MaskedDiffusionModel(PreTrainedModel, GenerationMixin):
+    """A bidirectional masked-diffusion model of the family, for training and for :func:`sfs_triton.accelerate`.
+
+    Raises:
+        CheckpointError, UnsupportedConfigError: the configuration lacks a key, or asks for what is not computed here.
+    """
+
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _no_split_modules = ["MaskedDiffusionLayer"]
+
+    def __init__(self, config: PreTrainedConfig):
+        super().__init__(config)
+        self.spec = spec = read_spec(config.to_dict())
+        self.names = names = LLADA_NAMES if spec.family == "llada" else LLAMA_NAMES
+        _place(self, names["embedding"], nn.Embedding(spec.vocab_size, spec.d_model))
+        layers = nn.ModuleList(MaskedDiffusionLayer(spec, names) for _ in range(spec.n_layers))
+        _place(self, names["layer"].removesuffix(".{layer}."), layers)
+        _place(self, names["norm"], RMSNorm(spec.d_model, spec.norm_eps))
+        _place(self, names["head"], nn.Linear(spec.d_model, spec.vocab_size, bias=False))
+        if spec.tied_head:
+            self._tied_weights_keys = {names["head"]: names["embedding"]}
+        self.post_init()
+
+    def _at(self, part: str) -> nn.Module:
+        return self.get_submodule(self.names[part].removesuffix(".weight"))
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self._at("embedding")
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        _place(self, self.names["embedding"], value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self._at("head")
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        _place(self, self.names["head"], new_embeddings)
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """As the base class has it; LLaDA counts its rows under a second key."""
+        embedding = super().resize_token_embeddings(*args, **kwargs)
+        if "embedding_size" in self.config.__dict__:
+            self.config.embedding_size = embedding.num_embeddings
+        self.spec = read_spec(self.config.to_dict())
+        return embedding
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        """As the base class has it. Dream's ``generation_config.json`` sets the temperature to 0, which is the default
+        by another name, and which some versions of transformers refuse to write."""
+        if self.generation_config.temperature == 0:
+            self.generation_config.temperature = None
+        return super().save_pretrained(*args, **kwargs)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> MaskedLMOutput:
+        """Logits ``[B, L, V]`` as the checkpoint's own code gives them: Dream's row ``i`` is about position ``i + 1``.
+
+        Args:
+            input_ids: ``[B, L]``, with mask ids where tokens are to be predicted; or ``inputs_embeds [B, L, d]``.
+            attention_mask: ``[B, L]``, 0 where no position may look; or boolean ``[B, 1, L, L]``.
+            labels: ``[B, L]``, the token at each position, -100 where none is to be learned; Dream's rows are shifted
+                to match. The loss is the mean cross entropy, without the weights by mask ratio of diffusion training.
+        """
+        require((input_ids is None) != (inputs_embeds is None), "give either input_ids or inputs_embeds")
+        x = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
+        spec, mask = self.spec, attention_mask
+        if mask is not None:
+            mask = (mask if mask.dim() == 4 else mask[:, None, None, :]).bool()
+        tables = rope_tables(x.shape[1], spec.head_dim, spec.rope_theta, x.device)
+        cos, sin = (table[:, : spec.head_dim // 2] for table in tables)
+        for layer in self.get_submodule(self.names["layer"].removesuffix(".{layer}.")):
+            x = layer(x, cos, sin, mask)
+        logits = self._at("head")(self._at("norm")(x))
+        loss = None
+        if labels is not None:
+            rows, targets = (logits[:, :-1], labels[:, 1:]) if spec.shifted else (logits, labels)
+            loss = F.cross_entropy(rows.flatten(0, 1).float(), targets.flatten())
+        return MaskedLMOutput(loss=loss, logits=logits)
+
+    def generate(
+        self, inputs: torch.Tensor | None = None, generation_config: Any = None, *, streamer: Any = None, **kwargs: Any
+    ) -> Any:
+        """``GenerationMixin.generate``, with :func:`sfs_triton.custom_generate` unless another one is given."""
+        from .transformers import Drafts, custom_generate  # which imports this module
+
+        if kwargs.setdefault("custom_generate", custom_generate) is not custom_generate:
+            return super().generate(inputs, generation_config, streamer=streamer, **kwargs)
+        if streamer is not None:
+            require(kwargs.get("on_step") is None, "give either streamer or on_step")
+            kwargs["on_step"] = Drafts(streamer)
+        return super().generate(inputs, generation_config, **kwargs)
+
+
+class LLaDAModelLM(MaskedDiffusionModel):
+    config_class = LLaDAConfig
+
+
+class ILLaDAModelLM(MaskedDiffusionModel):
+    config_class = ILLaDAConfig
+
+
+class DreamModel(MaskedDiffusionModel):
+    config_class = DreamConfig
+
+
+def register() -> None:
+    """Have transformers' automatic classes find those above: the ones that LLaDA's own files name, and masked LM."""
+    for model in (LLaDAModelLM, ILLaDAModelLM, DreamModel):
+        config = model.config_class
+        AutoConfig.register(config.model_type, config, exist_ok=True)
+        for auto in (AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM):
+            auto.register(config, model, exist_ok=True)
