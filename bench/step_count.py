@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from bench.baselines import plain
+from bench.baselines import PlainModel, vanilla
 from bench.kernels.case import GEOMETRIES
 from sfs_triton import triton_impl
 from sfs_triton.caching import CachePolicy, Shape, cache_policy
@@ -432,15 +432,12 @@ def steps_of(setting: Setting, impl: str, name: str) -> Steps:
 
 @cache
 def count_vanilla(setting: Setting) -> Count:
-    """What a step of plain PyTorch launches: all logits of the canvas, the softmax of all, and no cache.
-
-    Its rotary tables are brought to the weights' dtype, since it is written for float32.
-    """
+    """What a step of plain PyTorch launches: all logits of the canvas, the softmax of all, and no cache."""
     meter = Meter()
     with torch.device(META):
-        model = plain.PlainModel(meta_model(spec_of(setting.geometry), "torch", meter))
-        model.cos, model.sin = model.cos.to(DTYPE), model.sin.to(DTYPE)
+        model = PlainModel(meta_model(spec_of(setting.geometry), "torch", meter))
         canvas = torch.empty(setting.prompt + setting.response, dtype=torch.int64)
+        model.reach(len(canvas))
     with torch.inference_mode(), meter, meter.part("forward"):
-        plain._look(model, canvas, len(canvas))
+        vanilla.step(model, canvas, setting.prompt, len(canvas), 1)
     return meter.take()

@@ -15,15 +15,15 @@ import pytest
 import torch
 
 import sfs_triton
-from bench.baselines.plain import PlainModel, decode
+from bench.baselines import BASELINES, PlainModel
 
 GOLDEN = Path(__file__).resolve().parent.parent / "tests" / "golden"
 GEN_LENGTH, ROUNDS = 128, 7
 SAMPLERS = {
-    "vanilla": sfs_triton.FixedSteps(),
-    "semi-autoregressive": sfs_triton.FixedSteps(block_length=32),
-    "threshold": sfs_triton.Threshold(block_length=32),
-    "slowfast-paper": sfs_triton.SlowFast(),
+    "vanilla": ("vanilla", sfs_triton.FixedSteps()),
+    "semi-autoregressive": ("vanilla", sfs_triton.FixedSteps(block_length=32)),
+    "threshold": ("fast-dllm", sfs_triton.Threshold(block_length=32)),
+    "slowfast-paper": ("slowfast", sfs_triton.SlowFast()),
 }
 
 
@@ -39,16 +39,16 @@ def subject(request):
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_eager_is_no_slower_than_plain_torch(benchmark, subject, name):
     engine, plain, prompts = subject
-    sampler = SAMPLERS[name]
+    baseline, sampler = SAMPLERS[name]
 
     def ours():
         return [engine.generate(p, gen_length=GEN_LENGTH, sampler=sampler) for p in prompts]
 
     def theirs():
-        return [decode(plain, p, GEN_LENGTH, sampler) for p in prompts]
+        return [BASELINES[baseline].decode(plain, p, GEN_LENGTH, sampler) for p in prompts]
 
-    for mine, (tokens, nfe) in zip(ours(), theirs(), strict=True):
-        assert (mine.response, mine.nfe) == (tokens, nfe)
+    for mine, other in zip(ours(), theirs(), strict=True):
+        assert (mine.response, mine.nfe) == (other.response, other.nfe)
     ratios = []
     for _ in range(ROUNDS):
         marks = [time.perf_counter()]
