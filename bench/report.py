@@ -13,6 +13,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from statistics import median
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -20,7 +21,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from bench.gpu.record import BAD  # noqa: E402
-from bench.gpu.targets import RESULTS, Record, best_step, gaps, records, target_rows  # noqa: E402
+from bench.gpu.targets import RESULTS, Line, Record, best_step, gaps, records, target_rows  # noqa: E402
 
 DOC = ROOT / "docs" / "benchmarks.md"
 
@@ -164,35 +165,51 @@ def generations_section(new: Record, old: Record | None) -> str:
     return table(head, rows)
 
 
+def _merged(record: Record | None) -> dict[str, Line]:
+    """Each row of the throughput step: its visits, one a problem, taken together."""
+    by_row: dict[str, list[Line]] = {}
+    for line in record.of("throughput") if record else ():
+        if "row" in line and line.get("ms_per_forward"):
+            by_row.setdefault(line["row"], []).append(line)
+    found = {}
+    for name, lines in by_row.items():
+        first, checked = lines[0], sum(line["checked"] for line in lines)
+        middles = ("ms_per_forward", "tokens_per_second", "nfe", "tpf", "full_forwards")
+        found[name] = {
+            **{key: first[key] for key in ("by", "sampler", "cache", "impl", "loop", "extrapolated", "note")},
+            "real": "random" not in first["weights"],
+            **{key: median(line[key] for line in lines) for key in middles},
+            "memory": max((line["peak_memory_bytes"] or 0 for line in lines), default=0),
+            "right": f"{sum(line['correct'] for line in lines)} of {checked}" if checked else "",
+        }
+    return found
+
+
 def throughput_section(new: Record, old: Record | None) -> str:
-    before = {line["part"]: line.get("ms_per_step") for line in old.of("throughput")} if old else {}
-    rows = []
-    for line in new.of("throughput"):
-        if line.get("ms_per_step"):
-            real = "random" not in line["weights"]
-            rows.append(
-                (
-                    *(line.get("row", "vanilla (extrapolated)"), line.get("impl", "torch"), line.get("loop", "eager")),
-                    *(number(line["nfe"], 1), number(line["ms_per_step"]), number(line.get("tpf"))),
-                    number(line.get("tokens_per_second"), 1) if real else "",
-                    f"{line['correct']} of {line['problems']}" if line.get("correct") is not None else "",
-                    _change(line["ms_per_step"], before.get(line["part"])),
-                )
+    mine, before, rows = _merged(new), _merged(old), []
+    for name, row in mine.items():
+        mark = "~" if row["extrapolated"] else ""
+        ops = " ".join(filter(None, (row["impl"], row["loop"], row["note"])))
+        rows.append(
+            (
+                *(row["by"], row["sampler"], row["cache"], ops),
+                *(number(row["ms_per_forward"]), number(row["nfe"], 1)),
+                number(row["full_forwards"], 1),
+                *((number(row["tpf"]), mark + number(row["tokens_per_second"], 1)) if row["real"] else ("", "")),
+                *(number(row["memory"] / 2**30 or None, 1), row["right"]),
+                _change(row["ms_per_forward"], before.get(name, {}).get("ms_per_forward")),
             )
-    weights = {line["weights"] for line in new.of("throughput") if "weights" in line}
-    text = f"Weights: {'; '.join(sorted(weights))}.\n\n" if weights else ""
-    head = (
-        "sampler, cache",
-        "ops",
-        "loop",
-        "NFE",
-        "ms/step",
-        "TPF",
-        "tokens/s",
-        "right",
-        "ms/step since the last record",
-    )
-    return text + table(head, rows)
+        )
+    zeros = new.part("throughput", "zeros")
+    weights = sorted({line["weights"] for line in new.of("throughput") if "weights" in line})
+    told = [f"Weights: {'; '.join(weights)}."] if weights else []
+    if "dense_over_inflated_rows" in zeros:
+        shares = (f"{zeros[f'dense_over_inflated_{kind}']:.3f} of {kind}" for kind in ("rows", "full"))
+        told.append(f"Milliseconds of a step with dense random weights over those with these: {', '.join(shares)}.")
+    if mine:
+        told.append("Medians over problems; ~ is extrapolated from some of a generation's steps.")
+    head = ("by", "sampler", "cache", "ops, loop", "ms/step", "NFE", "full forwards", "TPF", "tokens/s", "GiB", "right")
+    return "\n\n".join(filter(None, (" ".join(told), table((*head, "ms/step since the last record"), rows))))
 
 
 def kernels_section(new: Record, old: Record | None) -> str:

@@ -2,11 +2,15 @@
 
     python bench/throughput.py                                   the embedded model, records task, under three minutes
     python bench/throughput.py --samplers vanilla,slowfast --limit 100 --json run.json
-    python bench/throughput.py --cache none,region --batch 4
+    python bench/throughput.py --by sfs_triton --cache none,region --batch 1,4
     python bench/throughput.py --model GSAI-ML/LLaDA-8B-Instruct --prompts questions.jsonl
+    python bench/throughput.py --geometry llada-8b --prompt-length 1100 --gen-length 1024 --batch 1,4,16
 
-Every row runs in one process, batch by batch in turn, ``--batch`` prompts at a time (one unless asked for). Tokens are
-response tokens up to and including the end-of-text, counted the same way for all.
+The last line runs the embedded model in LLaDA-8B's sizes (``bench/inflate.py``), with solved problems before each one.
+
+Rows by "plain torch" are the baselines of ``bench/baselines``, which decode one prompt at a time. All run in one
+process, and take turns batch by batch. Tokens are response tokens up to and including the end-of-text, counted the same
+way for all. Rows marked "~" are extrapolated: only some of their steps were taken.
 """
 
 from __future__ import annotations
@@ -14,10 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import sys
-import time
-from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,205 +30,111 @@ from rich.progress import Progress  # noqa: E402
 from rich.table import Table  # noqa: E402
 
 import sfs_triton  # noqa: E402
-from bench import chart  # noqa: E402
-from bench.embedded import problems, tasks  # noqa: E402
-from bench.figures import machine, wilson_interval  # noqa: E402
+from bench import chart, rows  # noqa: E402
+from bench.embedded import problems  # noqa: E402
+from bench.figures import machine  # noqa: E402
+from bench.inflate import GEOMETRIES, dense, inflate  # noqa: E402
+from bench.tally import Tally  # noqa: E402
+from bench.visits import Bench  # noqa: E402
+from bench.work import Work, read_work  # noqa: E402
 from sfs_triton.loops.choose import LOOPS  # noqa: E402
 
 RESULTS = ROOT / "bench" / "results"
+SAMPLED_STEPS = 32
+IMPLS = ("torch", "triton")
 
 
-@dataclass(frozen=True)
-class Row:
-    """One line of the table: a sampler with its cache."""
-
-    sampler: str
-    label: str
-    settings: sfs_triton.Sampler
-    caches: tuple[str, ...]
-
-
-def rows_for(gen_length: int) -> tuple[Row, ...]:
-    """The samplers that are compared; blocks are 32 positions where a response has a multiple of them."""
-    block = 32 if gen_length % 32 == 0 else gen_length
-    return (
-        Row("vanilla", "one token a step", sfs_triton.FixedSteps(), ("none",)),
-        Row("semi-autoregressive", f"blocks of {block}", sfs_triton.FixedSteps(block_length=block), ("none",)),
-        Row("threshold", "tau 0.9", sfs_triton.Threshold(block_length=block), ("none", "prefix", "dual", "region")),
-        Row("slowfast", "paper", sfs_triton.SlowFast(), ("none", "refresh", "region")),
-    )
+def select(arguments: argparse.Namespace) -> list[rows.Row]:
+    """The rows that are asked for. In sizes at which vanilla decoding is only sampled, it is the baselines' alone."""
+    found = rows.every_row(arguments.gen_length)
+    if arguments.sampled_steps:
+        found = [row for row in found if row.who != rows.OURS or not isinstance(row.settings, sfs_triton.FixedSteps)]
+    if not arguments.geometry:
+        found = [row for row in found if row.who != rows.AUTOREGRESSIVE]
+    wanted = {flag: getattr(arguments, flag) for flag in rows.FLAGS}
+    return rows.spread_out(rows.chosen(found, wanted), arguments.impl or [None], arguments.loop or [None])
 
 
-@dataclass
-class Tally:
-    """What a row has done so far."""
-
-    row: Row
-    cache: str
-    seconds: list[float] = field(default_factory=list)  # of each batch
-    rates: list[float] = field(default_factory=list)  # tokens/s of each
-    paces: list[float] = field(default_factory=list)  # seconds a step of each
-    nfe: int = 0
-    tokens: int = 0
-    rows_forwarded: int = 0
-    full_forwards: int = 0
-    correct: int = 0
-    checked: int = 0
-    generations: int = 0
-
-    def add(self, batch: list[sfs_triton.Generation], seconds: float, correct: list[bool | None]) -> None:
-        """Count a batch; ``correct`` has None where nobody knows the answer."""
-        self.seconds.append(seconds)
-        self.rates.append(sum(len(done.tokens) for done in batch) / seconds)
-        self.paces.append(seconds / max(done.nfe for done in batch))
-        self.nfe += sum(done.nfe for done in batch)
-        self.tokens += sum(len(done.tokens) for done in batch)
-        self.rows_forwarded += sum(done.rows_forwarded for done in batch)
-        self.full_forwards += sum(done.full_forwards for done in batch)
-        self.generations += len(batch)
-        known = [right for right in correct if right is not None]
-        self.checked += len(known)
-        self.correct += sum(known)
-
-    def summary(self, vanilla_rate: float | None, loop: str) -> dict:
-        """Counts as means, speeds as medians over the generations, so that a hiccup of the machine does not show."""
-        rate = statistics.median(self.rates)
-        low, high = wilson_interval(self.correct, self.checked)
-        return {
-            "sampler": self.row.sampler,
-            "preset": getattr(self.row.settings, "name", None),
-            "label": self.row.label,
-            "cache": self.cache,
-            "loop": loop,
-            "nfe": self.nfe / self.generations,
-            "tpf": self.tokens / self.nfe,
-            "tokens_per_second": rate,
-            "speedup": rate / vanilla_rate if vanilla_rate else None,
-            "ms_per_forward": 1e3 * statistics.median(self.paces),
-            "accuracy": self.correct / self.checked if self.checked else None,
-            "accuracy_low": low if self.checked else None,
-            "accuracy_high": high if self.checked else None,
-            "correct": self.correct,
-            "checked": self.checked,
-            "generations": self.generations,
-            "tokens": self.tokens,
-            "rows_forwarded": self.rows_forwarded / self.generations,
-            "full_forwards": self.full_forwards / self.generations,
-            "seconds": sum(self.seconds),
-        }
+def load(arguments: argparse.Namespace) -> sfs_triton.Engine:
+    """The checkpoint, or the embedded model in other sizes. Rows choose implementation and loop for themselves."""
+    if not arguments.geometry:
+        return sfs_triton.load(arguments.model, arguments.device, arguments.dtype)
+    make = dense if arguments.weights == "dense" else inflate
+    small = sfs_triton.load("embedded", "cpu", "float32")
+    return make(small, arguments.geometry, arguments.device, arguments.dtype)
 
 
-@dataclass
-class Work:
-    """The prompts of a run and, where known, what a right answer is."""
+def measure(bench: Bench, work: Work, chosen: list[rows.Row], batch: int, console: Console) -> list[Tally]:
+    """Every row on every batch of questions, row after row within a batch; what is extrapolated comes last.
 
-    name: str
-    prompts: list[str]
-    known: list[tasks.Problem | None] = field(default_factory=list)
-
-
-def read_work(arguments: argparse.Namespace, engine: sfs_triton.Engine) -> Work:
-    """The problems that ``--prompts`` names, or the lines of a JSONL file: ``{"prompt": ..., "answer": optional}``."""
-    name = arguments.prompts
-    if name in problems.DIFFICULTY:
-        length = min(engine.spec.max_length, 2 * arguments.gen_length)
-        chosen = problems.held_out(
-            name, arguments.limit, engine.text, seed=arguments.seed, gen_length=arguments.gen_length, max_length=length
-        )
-        return Work(name, [p.question for p in chosen], list(chosen))
-    path = Path(name)
-    if not path.is_file():
-        raise SystemExit(f"error: --prompts {name!r} is neither one of {tuple(problems.DIFFICULTY)} nor a file")
-    work = Work(path.stem, [])
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines()[: arguments.limit], 1):
-        try:
-            entry = json.loads(line)
-            prompt, answer = entry["prompt"], entry.get("answer")
-            if not isinstance(prompt, str) or not isinstance(answer, (str, type(None))):
-                raise TypeError("'prompt' and 'answer' are text")
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise SystemExit(f"error: {path}:{number}: not an object with a 'prompt': {error}") from None
-        work.prompts.append(prompt)
-        work.known.append(None if answer is None else tasks.Problem("exact", prompt, answer, prompt))
-    if not work.prompts:
-        raise SystemExit(f"error: {path} holds no prompt")
-    return work
-
-
-def select(arguments: argparse.Namespace) -> list[Tally]:
-    """The rows that ``--samplers`` and ``--cache`` leave."""
-    rows = rows_for(arguments.gen_length)
-    names = [row.sampler for row in rows]
-    wanted = arguments.samplers.split(",") if arguments.samplers else names
-    for name in wanted:
-        if name not in names:
-            raise SystemExit(f"error: --samplers {name!r} is not one of {names}")
-    known = {cache for row in rows for cache in row.caches}
-    caches = [name.strip() for name in arguments.cache.split(",")] if arguments.cache else sorted(known)
-    for name in caches:
-        if name not in known:
-            raise SystemExit(f"error: --cache {name!r} is not one of {sorted(known)}")
-    tallies = []
-    for row in rows:
-        if row.sampler in wanted:
-            tallies += [Tally(row, cache) for cache in row.caches if cache in caches]
-    if not tallies:
-        raise SystemExit(f"error: --cache {arguments.cache!r} leaves no row of {wanted}")
+    Only sfs_triton decodes several prompts at once.
+    """
+    mine = [row for row in chosen if row.who == rows.OURS or batch == 1]
+    tallies = [Tally(row, batch, bench.extrapolates(row)) for row in mine]
+    with Progress(console=console, transient=True) as progress:
+        total = progress.add_task("decoding", total=len(work.questions) * len(tallies))
+        for at in range(0, len(work.questions), batch):
+            part, like = work.questions[at : at + batch], None
+            for tally in sorted(tallies, key=lambda tally: tally.extrapolated):
+                progress.update(total, description=f"batch {batch}: {tally.row.name}")
+                visit = bench.visit(tally.row, [question.prompt for question in part], like)
+                if tally.extrapolated:
+                    tally.add(visit, [])
+                else:
+                    like = visit.done[0]
+                    tally.add(visit, [q.right(d.text) for q, d in zip(part, visit.done, strict=True)])
+                progress.advance(total, len(part))
     return tallies
 
 
-def measure(
-    engine: sfs_triton.Engine, work: Work, tallies: list[Tally], gen_length: int, batch: int, console: Console
-) -> None:
-    """Run every row on every batch of prompts, row after row within a batch, after one warm-up each."""
-    for tally in tallies:
-        warm = work.prompts[:batch]
-        engine.generate(warm, gen_length=gen_length, cache=tally.cache, sampler=tally.row.settings)
-    with Progress(console=console, transient=True) as progress:
-        total = progress.add_task("decoding", total=len(work.prompts) * len(tallies))
-        for at in range(0, len(work.prompts), batch):
-            prompts, known = work.prompts[at : at + batch], work.known[at : at + batch]
-            for tally in tallies:
-                progress.update(total, description=f"{tally.row.sampler}, cache {tally.cache}")
-                began = time.perf_counter()
-                done = engine.generate(prompts, gen_length=gen_length, sampler=tally.row.settings, cache=tally.cache)
-                seconds = time.perf_counter() - began
-                pairs = zip(known, done, strict=True)
-                tally.add(done, seconds, [None if k is None else tasks.correct(k, d.text or "") for k, d in pairs])
-                progress.advance(total, len(prompts))
+def vanilla_rate(tallies: list[Tally]) -> float | None:
+    """Tokens a second of one token a step: the baseline's, or if it is not there, sfs_triton's."""
+    found = [tally for tally in tallies if tally.row.sampler == "vanilla" and tally.batch == 1]
+    return min(found, key=lambda tally: rows.WHO.index(tally.row.who)).rate if found else None
+
+
+# --------------------------------------------------------------------------------------------------------------- output
 
 
 def show(record: dict, console: Console) -> None:
-    """Print the table."""
+    """Print a table for each batch size."""
     where = record["machine"]["gpu"] or f"{record['machine']['cpu']}, {record['machine']['threads']} threads"
-    table = Table(
-        title=f"{record['model']}, {record['prompts']} x {record['problems']}, "
-        f"gen_length {record['gen_length']}, batch {record['batch']}, loop {record['loop']}; {where}",
-        title_justify="left",
-    )
-    for name in ("sampler", "cache"):
-        table.add_column(name)
-    for name in ("tokens/s", "speed-up", "NFE", "TPF", "ms/step", "full forwards", "rows forwarded", "accuracy (95%)"):
-        table.add_column(name, justify="right")
-    for row in record["rows"]:
-        accuracy = (
-            ""
-            if row["accuracy"] is None
-            else (f"{row['accuracy']:.1%} ({row['accuracy_low']:.0%}-{row['accuracy_high']:.0%})")
+    for batch in dict.fromkeys(row["batch"] for row in record["rows"]):
+        table = Table(
+            title=f"{record['model']}, {record['prompts']} x {record['problems']}, "
+            f"gen_length {record['gen_length']}, batch {batch}; {where}",
+            title_justify="left",
         )
-        table.add_row(
-            f"{row['sampler']} ({row['label']})",
-            row["cache"],
-            f"{row['tokens_per_second']:.1f}",
-            "" if row["speedup"] is None else f"{row['speedup']:.2f}x",
-            f"{row['nfe']:.1f}",
-            f"{row['tpf']:.2f}",
-            f"{row['ms_per_forward']:.1f}",
-            f"{row['full_forwards']:.1f}",
-            f"{row['rows_forwarded']:.0f}",
-            accuracy,
-        )
-    console.print(table)
+        for name in ("by", "sampler", "cache"):
+            table.add_column(name)
+        for name in ("tokens/s", "speed-up", "NFE", "TPF", "ms/step", "full forwards", "rows forwarded"):
+            table.add_column(name, justify="right")
+        table.add_column("GiB", justify="right")
+        table.add_column("accuracy (95%)", justify="right")
+        for row in record["rows"]:
+            if row["batch"] == batch:
+                table.add_row(*_cells(row))
+        console.print(table)
+
+
+def _cells(row: dict) -> list[str]:
+    ways = " ".join(filter(None, (row["impl"], row["loop"])))
+    mark = "~" if row["extrapolated"] else ""
+    accuracy, memory = row["accuracy"], row["peak_memory_bytes"]
+    return [
+        f"{row['by']} {ways}".strip(),
+        f"{row['sampler']} ({row['label']})",
+        row["cache"],
+        f"{mark}{row['tokens_per_second']:.1f}",
+        "" if row["speedup"] is None else f"{row['speedup']:.2f}x",
+        f"{row['nfe']:.1f}",
+        f"{row['tpf']:.2f}",
+        f"{row['ms_per_forward']:.1f}",
+        f"{row['full_forwards']:.1f}",
+        f"{row['rows_forwarded']:.0f}",
+        "" if memory is None else f"{memory / 2**30:.1f}",
+        "" if accuracy is None else f"{accuracy:.1%} ({row['accuracy_low']:.0%}-{row['accuracy_high']:.0%})",
+    ]
 
 
 def check_writable(path: Path) -> None:
@@ -251,60 +158,112 @@ def write_json(record: dict, path: Path) -> None:
         partial.unlink(missing_ok=True)
 
 
+# --------------------------------------------------------------------------------------------------------- command line
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",")]
+
+
+def _counts(text: str) -> list[int]:
+    try:
+        counts = [int(part) for part in text.split(",")]
+    except ValueError:
+        counts = [0]
+    if min(counts) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not positive numbers, separated by commas")
+    return counts
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="embedded", help="checkpoint folder, hub id, or 'embedded'")
+    parser.add_argument("--model", help="checkpoint folder, hub id, or 'embedded' (default)")
+    parser.add_argument("--geometry", choices=GEOMETRIES, help="the embedded model in these sizes")
+    parser.add_argument("--weights", choices=("inflated", "dense"), default="inflated", help="dense: random ones")
     parser.add_argument("--device", help="default: a GPU if there is one")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
-    parser.add_argument("--impl", choices=("torch", "triton"), help="of the operations; default: see sfs_triton.load")
-    parser.add_argument("--loop", choices=LOOPS, help="who steps the generations; default: see sfs_triton.load")
-    parser.add_argument("--batch", type=int, default=1, help="prompts that are decoded at a time")
-    parser.add_argument("--samplers", help="comma-separated; default all")
-    parser.add_argument("--cache", help="comma-separated cache policies; default all")
+    parser.add_argument("--impl", type=_names, help=f"of {IMPLS}, comma-separated; default: see sfs_triton.load")
+    parser.add_argument("--loop", type=_names, help=f"of {LOOPS}, comma-separated; default: see sfs_triton.load")
+    parser.add_argument("--batch", type=_counts, default=[1], help="prompts decoded at a time, comma-separated")
+    parser.add_argument("--by", type=_names, help=f"of {rows.WHO}, comma-separated; default all")
+    parser.add_argument("--samplers", type=_names, help="comma-separated; default all")
+    parser.add_argument("--cache", type=_names, help="comma-separated cache policies; default all")
     parser.add_argument("--gen-length", type=int, default=128)
+    parser.add_argument("--prompt-length", type=int, help="tokens that solved problems before each one fill up")
     parser.add_argument("--prompts", default="records", help=f"one of {tuple(problems.DIFFICULTY)}, or a JSONL file")
     parser.add_argument("--limit", type=int, default=16, help="problems")
     parser.add_argument("--seed", type=int, default=0, help="of the problems")
+    parser.add_argument(
+        "--sampled-steps",
+        type=int,
+        help="of plain vanilla decoding and of the autoregressive model; the rest is extrapolated. 0: take all. "
+        f"Default {SAMPLED_STEPS} with --geometry, else 0",
+    )
     parser.add_argument("--json", type=Path, help="default bench/results/throughput.json, chart beside it")
     arguments = parser.parse_args(argv)
-    for name in ("gen_length", "limit", "batch"):
-        if getattr(arguments, name) < 1:
+    for name in ("gen_length", "limit", "prompt_length"):
+        if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
             parser.error(f"--{name.replace('_', '-')} {getattr(arguments, name)} is not positive")
+    if arguments.sampled_steps is None:
+        arguments.sampled_steps = SAMPLED_STEPS if arguments.geometry else 0
+    if not 0 <= arguments.sampled_steps <= arguments.gen_length:
+        parser.error(f"--sampled-steps {arguments.sampled_steps} of a generation that has {arguments.gen_length}")
+    if arguments.model and arguments.geometry:
+        parser.error(f"--model {arguments.model} has its own sizes; --geometry is for the embedded model")
+    if arguments.weights == "dense" and not arguments.geometry:
+        parser.error("--weights dense needs a --geometry")
     if arguments.json and arguments.json.suffix != ".json":
         parser.error(f"--json {arguments.json} does not end in .json; the chart goes beside it as .png")
+    arguments.model = arguments.model or "embedded"
     return arguments
+
+
+def run(arguments: argparse.Namespace, console: Console) -> dict:
+    """Measure, and describe what was measured."""
+    chosen = select(arguments)
+    engine = load(arguments)
+    bench = Bench(engine, arguments.gen_length, sampled_steps=arguments.sampled_steps)
+    for row in chosen:
+        if reason := bench.lacks(row):
+            console.print(f"{row.name}: left out: {reason}", highlight=False)
+    chosen = [row for row in chosen if not bench.lacks(row)]
+    work = read_work(
+        engine,
+        arguments.prompts,
+        limit=arguments.limit,
+        seed=arguments.seed,
+        gen_length=arguments.gen_length,
+        prompt_length=arguments.prompt_length,
+    )
+    if arguments.weights == "dense":
+        work = work.unanswered()
+    tallies = [tally for batch in arguments.batch for tally in measure(bench, work, chosen, batch, console)]
+    rate = vanilla_rate(tallies)
+    name = f"{arguments.geometry} ({arguments.weights})" if arguments.geometry else arguments.model
+    return {
+        "machine": machine(engine.model.device),
+        "model": name,
+        "dtype": str(engine.model.dtype),
+        "loop": engine.loop,  # of rows that name none
+        "prompts": work.name,
+        "prompt_tokens": [len(question.prompt) for question in work.questions],
+        "problems": len(work.questions),
+        "gen_length": arguments.gen_length,
+        "seed": arguments.seed,
+        "rows": [tally.summary(rate) for tally in tallies],
+    }
 
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse(argv)
     path = arguments.json or RESULTS / "throughput.json"
-    console = Console(width=None if sys.stdout.isatty() else 140)  # a log has room for the whole table
+    console = Console(width=None if sys.stdout.isatty() else 160)  # a log has room for the whole table
     try:
-        tallies = select(arguments)
         check_writable(path)
-        engine = sfs_triton.load(arguments.model, arguments.device, arguments.dtype, arguments.impl, arguments.loop)
-        if engine.text is None:
-            raise sfs_triton.ArgumentError(f"--model {arguments.model} has no tokenizer.json, which the prompts need")
-        work = read_work(arguments, engine)
-        measure(engine, work, tallies, arguments.gen_length, arguments.batch, console)
-    except (sfs_triton.SfsError, ValueError) as error:
-        console.print(f"error: {error}", style="red", highlight=False)
+        record = run(arguments, console)
+    except (sfs_triton.SfsError, ValueError, ImportError) as error:
+        console.print(f"error: {error}", style="red", highlight=False, markup=False)
         return 2
-    vanilla = next((t for t in tallies if t.row.sampler == "vanilla"), None)
-    rate = statistics.median(vanilla.rates) if vanilla else None
-    record = {
-        "machine": machine(engine.model.device),
-        "model": arguments.model,
-        "dtype": str(engine.model.dtype),
-        "impl": arguments.impl or "default",
-        "loop": engine.loop,
-        "batch": arguments.batch,
-        "prompts": work.name,
-        "problems": len(work.prompts),
-        "gen_length": arguments.gen_length,
-        "seed": arguments.seed,
-        "rows": [tally.summary(rate, engine.loop) for tally in tallies],
-    }
     write_json(record, path)
     picture = chart.draw_throughput(record, path.with_suffix(".png"))
     show(record, console)

@@ -9,6 +9,9 @@ import pytest
 
 from bench import report
 from bench.gpu import record, targets
+from bench.rows import Row
+from bench.tally import Done, Tally, Visit
+from sfs_triton import SlowFast
 
 GPU = "NVIDIA H200"
 
@@ -41,8 +44,8 @@ def _lines(date: str = "2027-01-02 10:00", *, factor: float = 1.0, toy: bool = F
         ("sync", "ok", "none, torch, replay", {"policy": "none", "impl": "torch", "loop": "replay", "nfe": 10,
                                                "ms_per_step": 2.0, "kernels_per_step": 90, "calls_per_step": 1.1,
                                                "decode": decode, "generation": {"copies": {"Memcpy DtoH": 1}}}),
-        ("throughput", "ok", "vanilla", {"weights": "random, tokens mean nothing", "nfe": 128, "ms_per_step": 60.0,
-                                         "tokens_per_second": 16.0}),
+        *(("throughput", "ok", f"region, problem {n}", _visit(60.0 * factor + n)) for n in (0, 1, 2)),
+        ("throughput", "ok", "zeros", {"dense_over_inflated_rows": 1.03, "dense_over_inflated_full": 1.1}),
         ("kernels", "ok", "t[1]", {**head, **cold, "implementation": "triton", "p50_us": 275.0, "gb_per_s": 3800.0}),
         ("kernels", "ok", "t[2]", {**head, **cold, "implementation": "torch", "p50_us": 550.0}),
         ("kernels", "ok", "t[3]", {"operation": "confidence", "case": "llada-8b-512", "implementation": "triton",
@@ -51,6 +54,13 @@ def _lines(date: str = "2027-01-02 10:00", *, factor: float = 1.0, toy: bool = F
         ("conditional", "ok", "while", {"us_per_iteration": 9.5, "us_of_the_body": 4.0}),
         ("tests", "failed", None, {}),
     ]  # fmt: skip
+
+
+def _visit(ms: float) -> dict:
+    """A problem by a row of the throughput step."""
+    tally = Tally(Row("sfs_triton", "slowfast", "paper", SlowFast(), "region", "triton", "replay"))
+    tally.add(Visit([Done(92, 4, 1, 500)], 4e-3 * ms, 1e-3 * ms, 20 * 2**30), [True])
+    return {"row": tally.row.name, "weights": "the embedded model, inflated", **tally.summary(None)}
 
 
 def _products() -> dict:
@@ -110,7 +120,10 @@ def test_the_tables_of_a_record(tmp_path):
         *("region", "rows", "triton", "128", "9.00", "5.00", "4.50", "1.11", "345 / 345", "3.0%", "", "")
     ]
     assert _row(text, "region | rows | torch")[4:] == ["19.00", "", "4.50", "", "", "", "", "failed"]
-    assert _row(text, "vanilla (extrapolated)")[6] == "", "tokens of random weights are none"
+    assert _row(text, "sfs_triton | slowfast")[2:] == [
+        *("region", "triton replay", "61.00", "4.0", "1.0", "23.00", "377.0", "20.0", "3 of 3", "")
+    ]
+    assert "dense random weights over those with these: 1.030 of rows, 1.100 of full" in text
     assert _row(text, "lm_head")[1:5] == ["llada-8b-64", "275.0", "550.0", "2.00"]
     assert _row(text, "tests")[1:] == ["1 failed", "tests/test_x.py::test_y"]
     assert _row(text, "128 | flash")[2] == "30.0" and _row(text, "128 | cudnn")[2] == "no plan"

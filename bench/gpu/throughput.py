@@ -1,15 +1,13 @@
-"""Generations at LLaDA-8B's sizes, of every sampler, cache policy, implementation and loop, in turn.
+"""Generations at LLaDA-8B's sizes: every row of the main benchmark, a problem at a time, in turn.
 
 With ``bench/inflate.py`` the model is the embedded one in those sizes, so that tokens per forward and answers are real,
-if a small model's. Without it weights are random: then milliseconds a step mean something, and tokens nothing. Vanilla
-decoding is timed over a few steps of the baseline's plain PyTorch, and marked as extrapolated.
+if a small model's. Without it weights are random: then milliseconds a step mean something, and tokens nothing. Whether
+they differ between the two, since the one's activations are mostly zeros, is measured as well.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib.util
-import statistics
 import sys
 import time
 from typing import Any
@@ -17,25 +15,20 @@ from typing import Any
 import torch
 
 import sfs_triton
-from bench.baselines.plain import PlainModel, _look
-from bench.embedded import problems, tasks
-from sfs_triton import Engine, SlowFast, Threshold
-from sfs_triton.models import Transformer
+from bench import inflate, rows
+from bench.step_count import kinds
+from bench.tally import Done, Tally
+from bench.visits import Bench as Visits
+from bench.work import Question, Work, read_work
+from sfs_triton import Engine
+from sfs_triton.models import ModelSpec, Transformer
 
-from . import generation, parts
-from .model import prompt_ids, random_weights, sizes
+from . import clock, generation, parts
+from .model import Rig, prompt_ids, random_weights, sizes
 
 PROBLEMS, RESPONSE = 3, 128
-VANILLA_STEPS = 8
-ROWS = {
-    "slowfast region": (SlowFast(), "region"),
-    "slowfast none": (SlowFast(), "none"),
-    "threshold dual": (Threshold(), "dual"),
-    "threshold region": (Threshold(), "region"),
-    "slowfast refresh": (SlowFast(), "refresh"),
-    "threshold prefix": (Threshold(), "prefix"),
-    "threshold none": (Threshold(), "none"),
-}
+SAMPLED_STEPS = 16  # of vanilla decoding
+ORDER = ("slowfast", "threshold", "vanilla", "autoregressive")
 
 
 class Bench:
@@ -44,120 +37,99 @@ class Bench:
     def __init__(self, toy: bool):
         self.toy, self.device = toy, parts.device()
         self.spec, self.setting, self.dtype = sizes(toy)
+        self._like: dict[int, Done] = {}  # how a row has decoded a problem
+        clock.hold(self.device)
 
     @functools.cached_property
     def model(self) -> tuple[Engine, str]:
         """An engine, and what its weights are. Whatever is wrong with inflation is no reason to measure nothing."""
-        reason = "bench/inflate.py is not there"
-        if importlib.util.find_spec("bench.inflate"):
-            try:
-                return self._inflated(), "the embedded model, inflated"
-            except Exception as error:
-                reason = f"inflating failed: {type(error).__name__}: {error}"[:300]
+        try:
+            small = sfs_triton.load("embedded", "cpu", "float32")
+            geometry = "toy-512" if self.toy else "llada-8b"
+            return inflate.inflate(
+                small, geometry, self.device, self.dtype, impl="torch"
+            ), "the embedded model, inflated"
+        except Exception as error:
+            reason = f"inflating failed: {type(error).__name__}: {error}"[:300]
         weights = random_weights(self.spec, self.device, self.dtype)
         return Engine(Transformer(self.spec, weights, "torch")), f"random, tokens mean nothing; {reason}"
 
-    def _inflated(self) -> Engine:
-        from bench import inflate
-
-        source = sfs_triton.load("embedded", "cpu", "float32")
-        return inflate.inflate(source, "toy-512" if self.toy else "llada-8b", self.device, self.dtype, impl="torch")
-
     @functools.cached_property
-    def work(self) -> list[tuple[Any, tasks.Problem | None]]:
+    def work(self) -> Work:
         """Prompts, with the answers that are known."""
         engine, _ = self.model
+        n = 1 if self.toy else PROBLEMS
         if engine.text is None:
-            return [(prompt_ids(engine.spec, self.setting.prompt, seed), None) for seed in range(PROBLEMS)]
-        chosen = problems.held_out(
-            "records", 1 if self.toy else PROBLEMS, engine.text, seed=0, gen_length=RESPONSE, max_length=2 * RESPONSE
-        )
-        return [(problem.question, problem) for problem in chosen]
+            return Work("random", [Question(prompt_ids(engine.spec, self.setting.prompt, seed)) for seed in range(n)])
+        return read_work(engine, "records", limit=n, seed=0, gen_length=RESPONSE)
+
+    @functools.cached_property
+    def visits(self) -> Visits:
+        engine, _ = self.model
+
+        def build(impl: str | None, loop: str | None) -> Engine:
+            model = Transformer(engine.spec, engine.model.weights, impl)
+            return generation.with_loop(Engine(model, engine.text), loop)
+
+        return Visits(engine, RESPONSE, sampled_steps=SAMPLED_STEPS, build=build)
 
     def build(self) -> dict[str, Any]:
         began = time.perf_counter()
         engine, weights = self.model
-        values = {"weights": weights, "parameters": _count(engine), "seconds": round(time.perf_counter() - began, 2)}
+        values = {"weights": weights, "parameters": inflate.parameters(engine.spec)}
+        values["seconds"] = round(time.perf_counter() - began, 2)
         if self.device.type == "cuda":
             values["memory_bytes"] = torch.cuda.memory_allocated()
-        return {**values, "prompts": [_length(engine, prompt) for prompt, _ in self.work], "response": RESPONSE}
+        return {**values, "prompts": [len(question.prompt) for question in self.work.questions], "response": RESPONSE}
 
-    def vanilla(self) -> dict[str, Any]:
-        """One token a step: a few steps of the plain baseline, and what all of them would take."""
+    def visit(self, row: rows.Row, number: int) -> dict[str, Any]:
+        """A row with a problem."""
+        question, visits = self.work.questions[number], self.visits
+        tally = Tally(row, 1, visits.extrapolates(row))
+        visit = visits.visit(row, [question.prompt], self._like.get(number))
+        if not tally.extrapolated:
+            self._like[number] = visit.done[0]
+        tally.add(visit, [] if tally.extrapolated else [question.right(visit.done[0].text)])
+        _, weights = self.model
+        return {"row": row.name, "problem": number, "weights": weights, **tally.summary(None)}
+
+    def zeros(self) -> dict[str, Any]:
+        """The same steps with the model's weights and with dense random ones, in milliseconds."""
         engine, weights = self.model
-        plain = PlainModel(engine.model)
-        plain.cos, plain.sin = (x.to(self.device, self.dtype) for x in (plain.cos, plain.sin))
-        length = _length(engine, self.work[0][0]) + RESPONSE
-        canvas = torch.full((length,), engine.spec.mask_id, device=self.device)
-        taken = []
-        with torch.inference_mode():
-            for _ in range(1 + VANILLA_STEPS):
-                began = time.perf_counter()
-                confidence, token = _look(plain, canvas, length)
-                best = int(confidence.argmax())  # as the official script does: the host reads
-                canvas[best] = token[best]
-                taken.append(time.perf_counter() - began)
-        step = statistics.median(taken[1:])
-        values = {"weights": weights, "canvas": length, "ms_per_step": 1e3 * step, "nfe": RESPONSE}
-        return {**values, "extrapolated": True, "tokens_per_second": 1 / step}
-
-    def row(self, name: str, impl: str, loop: str) -> dict[str, Any]:
-        """All problems by one sampler, after a warm-up."""
-        sampler, cache = ROWS[name]
-        base, weights = self.model
-        model = Transformer(base.spec, base.model.weights, impl)
-        engine = generation.with_loop(Engine(model, base.text), loop)
-        options = {"gen_length": RESPONSE, "sampler": sampler, "cache": cache}
-        done, seconds = [], []
-        with generation.warnings() as told:
-            for prompt, _ in (self.work[0], *self.work):
-                began = time.perf_counter()
-                done.append(engine.generate(prompt, **options))
-                seconds.append(time.perf_counter() - began)
-        done, seconds = done[1:], seconds[1:]
-        known = [(p, row) for (_, p), row in zip(self.work, done, strict=True) if p is not None]
-        tokens = sum(len(row.tokens) for row in done)
-        values = {
-            **{"row": name, "impl": impl, "loop": loop, "weights": weights, "response": RESPONSE},
-            "nfe": statistics.mean(row.nfe for row in done),
-            "full_forwards": statistics.mean(row.full_forwards for row in done),
-            "rows_forwarded": statistics.mean(row.rows_forwarded for row in done),
-            "ms_per_step": 1e3 * statistics.median(s / row.nfe for s, row in zip(seconds, done, strict=True)),
-            "tpf": tokens / sum(row.nfe for row in done) if known else None,
-            "tokens_per_second": tokens / sum(seconds) if known else None,
-            "correct": sum(tasks.correct(p, row.text or "") for p, row in known) if known else None,
-            "problems": len(done),
-        }
-        if told:
-            raise parts.Incomplete(values, RuntimeError(f"the loop failed: {'; '.join(told)}"))
+        if engine.text is None:
+            raise parts.Skip(weights)
+        values: dict[str, Any] = {}
+        dense = random_weights(engine.spec, self.device, self.dtype)
+        for name, its in (("inflated", engine.model.weights), ("dense", dense)):
+            values |= {f"{name}, {kind}": ms for kind, ms in self._steps(engine.spec, its).items()}
+        for kind in ("rows", "full"):
+            values[f"dense_over_inflated_{kind}"] = values[f"dense, {kind}"] / values[f"inflated, {kind}"]
         return values
 
-
-def _count(engine: Engine) -> int:
-    weights = engine.model.weights
-    layers = sum(t.numel() for layer in weights.layers for t in _tensors(layer))
-    return layers + sum(t.numel() for t in (weights.embedding, weights.norm, weights.head))
-
-
-def _tensors(layer) -> list[torch.Tensor]:
-    found = (getattr(layer, name) for name in type(layer).__slots__)
-    return [t for t in found if t is not None]
-
-
-def _length(engine: Engine, prompt: Any) -> int:
-    return len(prompt) if not isinstance(prompt, str) else len(engine._encode(prompt, False, 0))
+    def _steps(self, spec: ModelSpec, weights: sfs_triton.models.Weights) -> dict[str, float]:
+        rig, taken = Rig(Transformer(spec, weights, "torch"), self.setting, "region"), {}
+        for kind in kinds(self.setting, "region"):
+            rig.put(kind)
+            replay = rig.capture(rig.shape(kind))
+            taken[kind.name] = clock.spread(clock.seconds(replay, rig.device, before=rig.restore, budget=0.5))["ms"]
+        return taken
 
 
 def every_part() -> dict[str, parts.Part]:
+    """What matters most comes first, and every row has had a problem before any has a second."""
     toy = parts.is_toy()
     bench = Bench(toy)
-    found: dict[str, parts.Part] = {"model": bench.build, "vanilla": bench.vanilla}
-    combinations = [
-        (impl, loop) for loop in ("replay", "eager") for impl in (("torch",) if toy else ("triton", "torch"))
-    ]
-    for name in list(ROWS)[: 2 if toy else None]:
-        for impl, loop in combinations:
-            found[f"{name}, {impl}, {loop}"] = functools.partial(bench.row, name, impl, loop)
+    mine = [row for row in rows.every_row(RESPONSE) if row.sampler in ORDER]
+    mine = [row for row in mine if row.who != rows.OURS or row.sampler != "vanilla"]
+    mine = sorted(mine, key=lambda row: ORDER.index(row.sampler))
+    if toy:
+        mine = [row for row in mine if row.cache in ("none", "region") and row.sampler != "threshold"]
+    found: dict[str, parts.Part] = {"model": bench.build}
+    for number in range(1 if toy else PROBLEMS):
+        for row in rows.spread_out(mine, ("torch",) if toy else ("triton", "torch"), ("replay", "eager")):
+            found[f"{row.name}, problem {number}"] = functools.partial(bench.visit, row, number)
+        if number == 0:
+            found["zeros"] = bench.zeros
     return found
 
 
