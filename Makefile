@@ -1,4 +1,5 @@
 # make bench           install into .venv and run the main benchmark
+# make bench-all       everything that can be measured without a GPU, a quarter of an hour; into bench/results/<machine>/
 # make bench-kernels   each kernel beside eager torch, torch.compile and libraries; toy sizes where there is no GPU
 # make test            install into .venv and run the test suite
 # make test-oldest     the kernels' tests under the oldest triton that will do, in .venv-oldest
@@ -19,10 +20,13 @@ BIN := $(VENV)/bin
 # The interpreter of this triton fails with newer numpy.
 OLDEST := "triton==3.6.0" "numpy<2.4"
 
-.PHONY: bench bench-kernels test test-oldest resources lint install
+.PHONY: bench bench-all bench-kernels test test-oldest resources lint install
 
 bench: install
 	$(BIN)/python bench/throughput.py $(ARGS)
+
+bench-all: install
+	$(BIN)/python bench/all.py $(ARGS)
 
 bench-kernels: install
 	$(BIN)/python -m pytest bench/kernels --benchmark-json=bench/results/kernels.json $(ARGS)
