@@ -187,7 +187,7 @@ def _winner_table(ceilings: Ceilings) -> str:
         for impl in IMPLS:
             _, best, *_ = found = forecast(setting, impl, cycle, ceilings)
             speedups = {row.policy: f"{row.speedup:.1f}x" for row in found}
-            numbers = cycle.slow, cycle.fast, cycle.tokens, cycle.refresh_cycles or "never", impl
+            numbers = cycle.slow, cycle.fast, cycle.tokens, cycle.refresh_cycles or "never (0)", impl
             rows.append((*numbers, *(speedups[name] for name in NAMES), best.policy, ""))
     names = " | ".join(NAMES)
     return table(f"| slow | fast | tokens | cycles a refresh | ops | {names} | wins | measured |", rows)
@@ -364,9 +364,13 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         parser.error(str(error))
     what = setting, given.policy or ("region",), given.impl or IMPLS, cycle, CEILINGS[given.ceilings]
-    show(*what)
     if given.json:
-        given.json.write_text(json.dumps(record(*what), indent=1) + "\n")
+        text = json.dumps(record(*what), indent=1) + "\n"
+        try:
+            given.json.write_text(text)
+        except OSError as error:
+            parser.error(f"--json {given.json}: {error.strerror}")
+    show(*what)
     return 0
 
 

@@ -199,11 +199,21 @@ class Engine:
         return Stream(self._run(request), single)
 
     def generate_async(
-        self, prompts: Prompt | Sequence[Prompt], *, on_step: Callable[[Frame], None] | None = None, **options: Any
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        gen_length: int | Sequence[int] = 128,
+        sampler: Sampler | None = None,
+        cache: str | CachePolicy = "none",
+        seed: int | Sequence[int] = 0,
+        raw: bool = False,
+        trace: bool = False,
+        on_step: Callable[[Frame], None] | None = None,
     ) -> Pending:
-        """As :meth:`generate`, whose arguments it takes, but returns a handle at once; ``on_step`` is called in another
-        thread. Arguments are checked before it returns; generations that are pending run one after another."""
-        request, single = self._request(prompts, frames=_frames_for(on_step), **options)
+        """As :meth:`generate`, but returns a handle at once; ``on_step`` is called in another thread. Arguments are
+        checked before it returns; generations that are pending run one after another."""
+        options = {"gen_length": gen_length, "sampler": sampler, "cache": cache, "seed": seed, "raw": raw}
+        request, single = self._request(prompts, **options, trace=trace, frames=_frames_for(on_step))
         name = f"sfs_triton-{id(self):x}"
         with self._lock:
             if self._worker is None:

@@ -245,3 +245,10 @@ def test_bad_arguments_are_named(arguments, named, capsys):
     with pytest.raises(SystemExit, match="2"):
         cost_model.main(arguments)
     assert named in capsys.readouterr().err
+
+
+def test_a_record_that_cannot_be_written_is_refused_before_the_tables(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        cost_model.main(["--policy", "none", "--impl", "torch", "--json", str(tmp_path / "nowhere" / "model.json")])
+    told = capsys.readouterr()
+    assert "nowhere" in told.err and "No such file" in told.err and not told.out
