@@ -12,26 +12,15 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
 import sfs_triton
+from bench import measured
 from bench.embedded import problems, tasks
-from bench.figures import machine, wilson_interval
+from bench.figures import machine
+from bench.measured import GEN_LENGTH, Variant, decode
 from sfs_triton import NoCache, RefreshCache, RegionCache, SlowFast, Threshold
-from sfs_triton.caching import CachePolicy
-
-GEN_LENGTH, BATCH = 128, 16  # a row of a batch decodes as it would alone
-
-
-class Variant(NamedTuple):
-    """A line of the table, and what it is compared with: the group's first line."""
-
-    group: str
-    label: str
-    sampler: sfs_triton.Sampler
-    cache: CachePolicy
 
 
 def variants() -> list[Variant]:
@@ -67,26 +56,16 @@ def variants() -> list[Variant]:
     return lines
 
 
-def decode(engine: sfs_triton.Engine, variant: Variant, chosen: list[tasks.Problem]) -> list[sfs_triton.Generation]:
-    """Every problem's answer."""
-    how = {"gen_length": GEN_LENGTH, "sampler": variant.sampler, "cache": variant.cache}
-    batches = (chosen[at : at + BATCH] for at in range(0, len(chosen), BATCH))
-    return [done for batch in batches for done in engine.generate([p.question for p in batch], **how)]
-
-
 def measure(engine: sfs_triton.Engine, variant: Variant, chosen: list[tasks.Problem], exact: list[list[int]]) -> dict:
     """Decode every problem; ``exact`` are the responses of the same sampler without a cache, where known."""
     done = decode(engine, variant, chosen)
     n = len(done)
-    correct = sum(tasks.correct(p, d.text) for p, d in zip(chosen, done, strict=True))
-    low, high = wilson_interval(correct, n)
+    right = [tasks.correct(p, d.text) for p, d in zip(chosen, done, strict=True)]
     same = sum(d.tokens == wanted for d, wanted in zip(done, exact, strict=True))
     return {
         "group": variant.group,
         "label": variant.label,
-        "n": n,
-        "correct": correct,
-        "interval": [round(low, 4), round(high, 4)],
+        **measured.count(right),
         "same_as_none": same / n,
         "nfe": sum(d.nfe for d in done) / n,
         "tokens": sum(len(d.tokens) for d in done) / n,
@@ -95,43 +74,23 @@ def measure(engine: sfs_triton.Engine, variant: Variant, chosen: list[tasks.Prob
     }
 
 
-def read(path: Path) -> dict:
-    """A record that is there already."""
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(record["lines"], list):
-            raise TypeError("'lines' is no list")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise SystemExit(f"error: --json {path} is no record: {type(error).__name__}: {error}") from None
-    return record
-
-
 def run(limit: int, kinds: list[str], path: Path) -> None:
     """Measure all variants on all tasks; what is done is kept after every line, and not done again."""
     engine = sfs_triton.load("embedded", "cpu", "float32")
     record = {"machine": machine(engine.model.device), "model": "embedded", "gen_length": GEN_LENGTH, "lines": []}
     if path.exists():
-        record = read(path)
-        sizes = {line["n"] for line in record["lines"]} - {limit}
-        if sizes:
-            raise SystemExit(f"error: --limit {limit}, but {path} has lines of {sorted(sizes)}; use another file")
+        record = measured.read(path, limit)
     for kind in kinds:
-        chosen = problems.held_out(kind, limit, engine.text, seed=1, gen_length=GEN_LENGTH)
-        chosen.sort(key=lambda p: len(engine.text.encode(p.question)))  # alike ones are forwarded together
+        chosen = measured.choose(engine, kind, limit)
         exact: dict[str, list[list[int]]] = {}  # of each sampler without a cache
-        for variant in variants():
-            if any((line["task"], line["group"], line["label"]) == (kind, *variant[:2]) for line in record["lines"]):
-                continue
+        for variant in measured.missing(record, kind, variants()):
             key = "threshold" if isinstance(variant.sampler, Threshold) else "slowfast"
             if key not in exact:
                 plain = Variant("", "", variant.sampler if key == "threshold" else SlowFast(), NoCache())
                 exact[key] = [d.tokens for d in decode(engine, plain, chosen)]
             line = {"task": kind, **measure(engine, variant, chosen, exact[key])}
-            record["lines"].append(line)
             print(json.dumps(line), flush=True)
-            partial = path.with_name(path.name + ".partial")
-            partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-            partial.replace(path)
+            measured.keep(record, line, path)
 
 
 def tables(record: dict) -> str:
@@ -156,22 +115,6 @@ def tables(record: dict) -> str:
     return "\n".join(pieces)
 
 
-def write_doc(record: dict, page: Path) -> None:
-    """Replace what is between the page's markers by the tables."""
-    begin, end = "<!-- policies: begin -->", "<!-- policies: end -->"
-    try:
-        text = page.read_text(encoding="utf-8")
-    except OSError as error:
-        raise SystemExit(f"error: --write-doc {page}: {error.strerror}") from None
-    head, _, rest = text.partition(begin)
-    _, closed, tail = rest.partition(end)
-    if not closed:
-        raise SystemExit(f"error: --write-doc {page} has no marker {begin!r} with {end!r} after it")
-    partial = page.with_name(page.name + ".partial")
-    partial.write_text(head + begin + "\n" + tables(record) + end + tail, encoding="utf-8")
-    partial.replace(page)
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--limit", type=int, default=200, help="problems a task")
@@ -184,7 +127,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--threads {arguments.threads} is not positive")
     torch.set_num_threads(arguments.threads)
     if arguments.write_doc:
-        write_doc(read(arguments.json), arguments.write_doc)
+        record = measured.read(arguments.json)
+        measured.write_doc(arguments.write_doc, "policies", lambda: tables(record))
         return 0
     for kind in arguments.tasks.split(","):
         if kind not in problems.DIFFICULTY:

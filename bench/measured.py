@@ -1,0 +1,110 @@
+"""What the measurements on held-out problems share: variants, decoding, records that grow by line, marked pages."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import sfs_triton
+from bench.embedded import problems, tasks
+from bench.figures import wilson_interval
+from sfs_triton.caching import CachePolicy
+
+GEN_LENGTH, BATCH, SEED = 128, 16, 1  # a row of a batch decodes as it would alone
+
+
+class Variant(NamedTuple):
+    """A line of a table: the group it is compared within, its name there, and how it decodes."""
+
+    group: str
+    label: str
+    sampler: sfs_triton.Sampler
+    cache: CachePolicy
+
+
+def choose(engine: sfs_triton.Engine, kind: str, limit: int) -> list[tasks.Problem]:
+    """``limit`` held-out problems, sorted by length, so that alike ones are forwarded together."""
+    chosen = problems.held_out(kind, limit, engine.text, seed=SEED, gen_length=GEN_LENGTH)
+    return sorted(chosen, key=lambda p: len(engine.text.encode(p.question)))
+
+
+def decode(engine: sfs_triton.Engine, variant: Variant, chosen: list[tasks.Problem]) -> list[sfs_triton.Generation]:
+    """Every problem's answer."""
+    how = {"gen_length": GEN_LENGTH, "sampler": variant.sampler, "cache": variant.cache}
+    batches = (chosen[at : at + BATCH] for at in range(0, len(chosen), BATCH))
+    return [done for batch in batches for done in engine.generate([p.question for p in batch], **how)]
+
+
+def count(right: Sequence[bool]) -> dict:
+    """How many of a line's problems are right, with Wilson's interval of their share."""
+    low, high = wilson_interval(sum(right), len(right))
+    return {"n": len(right), "correct": sum(right), "interval": [round(low, 4), round(high, 4)]}
+
+
+def read(path: Path, n: int | None = None, **agreed) -> dict:
+    """A record that is there already; of ``n`` problems a line, and with the entries ``agreed``, where given."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(record["lines"], list):
+            raise TypeError("'lines' is no list")
+        sizes = {line["n"] for line in record["lines"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SystemExit(f"error: --json {path} is no record: {type(error).__name__}: {error}") from None
+    if n is not None and sizes - {n}:
+        raise SystemExit(f"error: --limit {n}, but {path} has lines of {sorted(sizes - {n})}; use another file")
+    for name, value in agreed.items():
+        if record.get(name) != value:
+            raise SystemExit(f"error: --{name} {value}, but {path} is of {record.get(name)!r}; use another file")
+    return record
+
+
+def missing(record: dict, task: str, variants: Sequence[Variant]) -> Iterator[Variant]:
+    """The variants of which the record has no line for the task."""
+    there = {(line["task"], line["group"], line["label"]) for line in record["lines"]}
+    return (v for v in variants if (task, v.group, v.label) not in there)
+
+
+def keep(record: dict, line: dict, path: Path) -> None:
+    """Add a line to the record and write it, whole or not at all, each line of it on one line of the file."""
+    record["lines"].append(line)
+    rest = {name: value for name, value in record.items() if name != "lines"}
+    head = json.dumps({**rest, "lines": []}, indent=1).removesuffix("]\n}")
+    lines = ",\n".join("  " + json.dumps(line) for line in record["lines"])
+    replace_file(path, f"{head}\n{lines}\n ]\n}}\n")
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def marked(text: str, name: str, part: str) -> str:
+    """``text`` with ``part`` between its markers of ``name``.
+
+    Raises:
+        ValueError: it has no such markers.
+    """
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    head, _, rest = text.partition(begin)
+    _, closed, tail = rest.partition(end)
+    if not closed:
+        raise ValueError(f"no marker {begin!r} with {end!r} after it")
+    return head + begin + "\n" + part + end + tail
+
+
+def write_doc(page: Path, name: str, render: Callable[[], str]) -> None:
+    """Replace what is between the page's markers of ``name`` by what ``render`` gives."""
+    try:
+        marked(page.read_text(encoding="utf-8"), name, "")  # refused before anything is rendered
+        replace_file(page, marked(page.read_text(encoding="utf-8"), name, render()))
+    except OSError as error:
+        raise SystemExit(f"error: --write-doc {page}: {error.strerror}") from None
+    except ValueError as error:
+        raise SystemExit(f"error: --write-doc {page}: {error}") from None
