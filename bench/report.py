@@ -1,4 +1,4 @@
-"""Renders ``docs/benchmarks.md`` from the records of GPU runs: ``python bench/report.py``.
+"""Renders ``docs/benchmarks.md``, and the README's main table, from the records: ``python bench/report.py``.
 
 A record is a file ``bench/results/<gpu>/<date>-<commit>.jsonl`` as ``bench/gpu_suite.py`` writes it; of lines about the
 same part of the same step the last counts. What no record says stays empty. Only figures of the same machine are
@@ -20,18 +20,16 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
+from bench import measured  # noqa: E402
+from bench.baselines import AUTOREGRESSIVE, BASELINES  # noqa: E402
+from bench.cpu_pages import CpuRun, cpu_section, newest, readme_part, table  # noqa: E402
 from bench.gpu.record import BAD  # noqa: E402
 from bench.gpu.targets import RESULTS, Line, Record, best_step, gaps, records, target_rows  # noqa: E402
 
-DOC = ROOT / "docs" / "benchmarks.md"
+DOC, README = ROOT / "docs" / "benchmarks.md", ROOT / "README.md"
 
 
 # -------------------------------------------------------------------------------------------------------------- tables
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
-    return "\n".join([*lines, *(f"| {' | '.join(map(str, row))} |" for row in rows)])
 
 
 def number(value: float | None, digits: int = 2, unit: str = "") -> str:
@@ -315,24 +313,52 @@ def published_section(record: Record | None) -> str:
     return table(("what", "figure", "conditions", "hardware", "ms a forward", f"over ours{here}"), rows)
 
 
+def baselines_section() -> str:
+    """Every baseline with the optimisations that it has and lacks; what all masked-diffusion ones share comes first."""
+    every = list(BASELINES.values())
+
+    def told(what: str, items: Iterable[str]) -> str:
+        return f"\n  - {what}: {'; '.join(items)}." if items else ""
+
+    shared = {
+        kind: [item for item in getattr(every[0], kind) if all(item in getattr(b, kind) for b in every)]
+        for kind in ("has", "lacks")
+    }
+    lines = ["- **all that follow but the last**" + told("have", shared["has"]) + told("lack", shared["lacks"])]
+    for b in (*every, AUTOREGRESSIVE):
+        of_all = shared if b in every else {"has": (), "lacks": ()}
+        own = (told(kind, [item for item in getattr(b, kind) if item not in of_all[kind]]) for kind in ("has", "lacks"))
+        lines.append(f"- **{b.name}**: {b.what}.{''.join(own)}")
+    return "\n".join(lines)
+
+
 # ------------------------------------------------------------------------------------------------------------ document
 
 HEAD = """\
 # Benchmarks
 
-Rendered from the records under `bench/results/<gpu>/` by `python bench/report.py`; do not edit. A record is what one
-run of
+Rendered from the records under `bench/results/` by `python bench/report.py`; do not edit. A record is what one run of
 
 ```
-python bench/gpu_suite.py --minutes 9
+python bench/gpu_suite.py --minutes 9     # on a machine with a GPU: bench/results/<gpu>/<date>-<commit>.jsonl
+make bench-all                            # on any: bench/results/<machine>/<date>-<commit>/
 ```
 
-found out on a machine with a GPU; its lines say how each part ended. A cell that nobody measured is empty.
+found out; a GPU's lines say how each part ended. A cell that nobody measured is empty.
 """
 
-NONE = """\
-**There is no record of a GPU yet**: nothing on this page was measured but by others. Figures of a CPU are in the
-README.
+NONE = "**There is no record of a GPU yet.**"
+
+ABOUT_CPUS = """\
+By `make bench-all`, which takes what needs no GPU. On a CPU a forwarded row is time, so these tables show what samplers
+and caches save in rows and steps; they say nothing about kernels, loops and the sizes of real models. "plain torch" are
+the baselines below, in the same process, taking turns with sfs_triton. ~ is extrapolated from some of a generation's
+steps.
+"""
+
+ABOUT_BASELINES = """\
+`bench/baselines/` has the published samplers in eager PyTorch, written from their papers, and held to the recorded runs
+of their authors' code in tokens and forwards (`tests/test_baselines.py`).
 """
 
 ABOUT_PUBLISHED = """\
@@ -354,8 +380,8 @@ SECTIONS: dict[str, Callable[[Record, Record | None], str]] = {
 }
 
 
-def render(found: Sequence[Record]) -> str:
-    """The page."""
+def render(found: Sequence[Record], cpus: Sequence[CpuRun] = (), root: Path = ROOT) -> str:
+    """The page, from records of GPUs and of CPUs, whose paths are told from ``root``."""
     by_gpu: dict[str, list[Record]] = {}
     for record in found:
         by_gpu.setdefault(record.header["gpu"], []).append(record)
@@ -376,30 +402,44 @@ def render(found: Sequence[Record]) -> str:
             if text.count("\n") > 1:  # more than a table's head
                 parts += [f"### {title}", text]
     last = max((its[-1] for its in by_gpu.values()), key=lambda r: r.header.get("date", ""), default=None)
+    if cpus:
+        parts += ["## Without a GPU", ABOUT_CPUS, *(part for run in cpus for part in cpu_section(run, root))]
     parts += ["## What others have published", ABOUT_PUBLISHED, published_section(last)]
+    parts += ["## The baselines", ABOUT_BASELINES, baselines_section()]
     return "\n\n".join(part.strip("\n") for part in parts) + "\n"
+
+
+def pages(results: Path, out: Path, readme: Path) -> dict[Path, str]:
+    """What the page and the README should be, by their paths. A README stays as it is where there is no CPU's run."""
+    cpus = newest(results)
+    found = {out: render(records(results), cpus, results.parents[1])}
+    if cpus:
+        part = readme_part(cpus[-1], results.parents[1])
+        found[readme] = measured.marked(readme.read_text(encoding="utf-8"), "table", part)
+    return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the records")
     parser.add_argument("--out", type=Path, default=DOC)
+    parser.add_argument("--readme", type=Path, default=README, help="whose main table is renewed")
     parser.add_argument(
-        "--check", action="store_true", help="write nothing; the exit status is 1 if the page is not current"
+        "--check", action="store_true", help="write nothing; the exit status is 1 if a page is not current"
     )
     arguments = parser.parse_args(argv)
     try:
-        text = render(records(arguments.results))
-        if arguments.check:
-            current = arguments.out.is_file() and arguments.out.read_text(encoding="utf-8") == text
-            print(f"{arguments.out} is {'' if current else 'not '}current")
-            return int(not current)
-        arguments.out.write_text(text, encoding="utf-8")
+        wanted = pages(arguments.results.resolve(), arguments.out, arguments.readme)
+        stale = [p for p, text in wanted.items() if not p.is_file() or p.read_text(encoding="utf-8") != text]
+        for path in wanted:
+            if not arguments.check:
+                measured.replace_file(path, wanted[path])
+            told = ("not current" if path in stale else "current") if arguments.check else "written"
+            print(f"{path} is {told}")
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"wrote {arguments.out}")
-    return 0
+    return int(arguments.check and bool(stale))
 
 
 if __name__ == "__main__":

@@ -202,3 +202,58 @@ def test_lines_that_lack_what_was_to_be_measured(tmp_path, values):
     _write(tmp_path, "2027-01-02-abc1234.jsonl", lines)
     text = report.render(targets.records(tmp_path))
     assert _row(text, "step of 128 rows")[2] == ""
+
+
+def _cpu_run(root: Path, date: str, ms: float) -> Path:
+    """A made-up run of ``make bench-all``: its folder."""
+    folder = root / "bench" / "results" / "amd-epyc-2-cores" / f"{date}-abc1234"
+    folder.mkdir(parents=True)
+    about = {"cpu": "AMD EPYC", "cores": 2, "threads": 2, "gpu": None, "torch": "2.13.0", "commit": "abc1234"}
+    run = {"machine": about, "date": f"{date} 10:00", "jobs": [{"job": "table", "status": 0, "seconds": 90.0}]}
+    plain = {**_visit(2 * ms), "by": "plain torch", "cache": "none", "extrapolated": True, "checked": 0}
+    rows = [plain, {**_visit(ms), "speedup": 2.0}]
+    record = {
+        **{"machine": about, "model": "embedded", "dtype": "torch.float32", "prompts": "records", "problems": 3},
+        **{"prompt_tokens": [79, 104, 88], "gen_length": 128, "rows": rows},
+    }
+    speed = [{"test": "test_eager[embedded-vanilla]", "median_s": 1.0, "speed_over_plain": 1.125}]
+    for name, content in (("run", run), ("table", record), ("speed", speed)):
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    return folder
+
+
+def test_a_run_without_a_gpu_is_on_the_page_and_in_the_readme(tmp_path, capsys):
+    old, new = (_cpu_run(tmp_path, date, ms) for date, ms in (("2027-01-02", 99.0), ("2027-02-01", 10.0)))
+    out, readme = tmp_path / "page.md", tmp_path / "README.md"
+    readme.write_text("before\n<!-- table: begin -->\nold\n<!-- table: end -->\nafter\n")
+    where = ["--results", str(tmp_path / "bench" / "results"), "--out", str(out), "--readme", str(readme)]
+    assert report.main([*where, "--check"]) == 1 and not out.exists()
+    assert report.main(where) == 0 and report.main([*where, "--check"]) == 0
+    for text in (out.read_text(), readme.read_text()):
+        assert _row(text, "sfs_triton | slowfast") == [
+            *("sfs_triton", "slowfast (paper)", "region", "2,300", "2.0x", "4.0", "23.00", "10.0", "1", "500", "1 of 1")
+        ]
+        assert (
+            _row(text, "plain torch | slowfast")[3:5] == ["~1,150", ""]
+            and _row(text, "plain torch | slowfast")[-1] == ""
+        )
+        assert new.name in text and old.name not in text
+        assert "3 problems (records), prompts of 79 to 104 tokens, 128 response positions, float32" in text
+    assert _row(out.read_text(), "embedded-vanilla")[1] == "1.12" and "1.5 minutes: table 90 s" in out.read_text()
+    text = readme.read_text()
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "\nold\n" not in text
+    assert f"![tokens per second and accuracy](bench/results/amd-epyc-2-cores/{new.name}/table.png)" in text
+    readme.write_text(text.replace("2,300", "9,999"))
+    assert report.main([*where, "--check"]) == 1
+    assert f"{readme} is not current" in capsys.readouterr().out
+    readme.write_text("no place for it")
+    assert report.main(where) == 2 and "no marker '<!-- table: begin -->'" in capsys.readouterr().err
+
+
+def test_every_baseline_is_told_with_what_it_has_and_lacks():
+    text = report.baselines_section()
+    for baseline in report.BASELINES.values():
+        part = text.partition(f"**{baseline.name}**")[2].partition("\n- **")[0]
+        shared = text.partition("\n- **")[0]
+        for item in (*baseline.has, *baseline.lacks):
+            assert (item in part) != (item in shared), f"{baseline.name}: {item}"
