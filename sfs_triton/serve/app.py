@@ -1,0 +1,189 @@
+"""The application: routes, and what OpenAPI says of them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.openapi.utils import get_openapi
+from fastapi.responses import JSONResponse
+from fastapi.staticfiles import StaticFiles
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+
+from .. import __version__
+from ..engine import Engine
+from ..errors import ArgumentError, require
+from .answers import Style
+from .errors import ApiError, from_argument
+from .guard import Guard, refuse
+from .metrics import Metrics
+from .options import prepare
+from .protocol import Answer, ChatRequest, Common, CompletionRequest, ErrorBody, ModelCard, ModelList, parse
+from .rows import Job
+from .scheduler import Scheduler
+from .settings import ServeSettings
+from .sse import Answering, Inbox
+
+PAGE = Path(__file__).parent / "page"  # what is served at / if it is there
+_SCHEMAS = "#/components/schemas/"
+_REFUSALS = {
+    400: "The request cannot be answered; says which field is at fault.",
+    401: "The API key is missing or wrong.",
+    404: "There is no such model.",
+    408: "The body did not come in time.",
+    413: "The body is too large.",
+    415: "The body is not declared as JSON.",
+    421: "The Host header names another server.",
+    429: "The queue is full; Retry-After says when to come back.",
+    500: "The generation failed.",
+    503: "The server is shutting down.",
+    504: "The time limit is over.",
+}
+
+
+def create_app(engine: Engine, settings: ServeSettings | None = None) -> FastAPI:
+    """A server of one engine. ``app.state.scheduler`` runs from the application's startup to its shutdown.
+
+    Raises:
+        ArgumentError: the engine's checkpoint has no tokenizer.
+    """
+    settings = settings or ServeSettings()
+    require(engine.text is not None, f"model={settings.model!r} has no tokenizer.json, which a server needs")
+    metrics = Metrics()
+    scheduler = Scheduler(engine, settings, metrics)
+    metrics.follow(scheduler)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        scheduler.start()
+        yield
+        await run_in_threadpool(scheduler.close)
+
+    app = FastAPI(title="sfs_triton", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.state.engine, app.state.settings, app.state.scheduler, app.state.metrics = engine, settings, scheduler, metrics
+    app.add_middleware(Guard, settings=settings, metrics=metrics)
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(ApiError, _api_error)
+    _add_completions(app)
+    _add_models(app)
+    _add_state(app)
+    app.openapi = lambda: _openapi(app)
+    if PAGE.is_dir():
+        app.mount("/", StaticFiles(directory=PAGE, html=True))
+    return app
+
+
+def _add_completions(app: FastAPI) -> None:
+    async def answer(request: Request, kind: type[Common]) -> Response:
+        state, began = request.app.state, time.monotonic()
+        state.scheduler.check_room()
+        body = parse(kind, await request.body())
+        try:
+            wanted = await run_in_threadpool(prepare, state.engine, state.settings, body)
+        except ArgumentError as error:
+            raise from_argument(error) from None
+        inbox, deadline = Inbox(), began + state.settings.time_limit
+        stream, frames = bool(body.stream), bool(body.frames)
+        job = Job(wanted, inbox.put, stops=body.stops, stream=stream, frames=frames, deadline=deadline)
+        style = Style(state.settings.model, wanted, body, chat=kind is ChatRequest)
+        state.scheduler.submit(job)
+        return Answering(job, inbox, style, state.scheduler)
+
+    @app.post("/v1/chat/completions", **_described(ChatRequest))
+    async def chat_completions(request: Request) -> Response:
+        """Answer a conversation, through the checkpoint's chat template."""
+        return await answer(request, ChatRequest)
+
+    @app.post("/v1/completions", **_described(CompletionRequest))
+    async def completions(request: Request) -> Response:
+        """Continue a text, or fill in what is missing before a suffix."""
+        return await answer(request, CompletionRequest)
+
+
+def _add_models(app: FastAPI) -> None:
+    created = int(time.time())
+    settings, spec = app.state.settings, app.state.engine.spec
+    card = ModelCard(id=settings.model, created=created, context_length=spec.max_length)
+
+    @app.get("/v1/models", responses=_refusals(401, 421))
+    async def models() -> ModelList:
+        """The one model that is served."""
+        return ModelList(data=[card])
+
+    @app.get("/v1/models/{model:path}", responses=_refusals(401, 404, 421))
+    async def model(model: str) -> ModelCard:
+        """The model of this name."""
+        if model != settings.model:
+            raise ApiError(404, f"there is no model {model!r} here, only {settings.model!r}", code="model_not_found")
+        return card
+
+
+def _add_state(app: FastAPI) -> None:
+    scheduler, metrics = app.state.scheduler, app.state.metrics
+
+    @app.get("/health", responses=_refusals(421))
+    async def health() -> dict[str, str]:
+        """The process is alive."""
+        return {"status": "ok"}
+
+    @app.get("/ready", responses=_refusals(421, 503))
+    async def ready() -> dict[str, str]:
+        """Requests are taken."""
+        if not scheduler.ready:
+            raise ApiError(503, "no requests are taken", code="not_ready")
+        return {"status": "ready"}
+
+    @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}, **_refusals(401)})
+    async def counted() -> Response:
+        """Counters in Prometheus' text format."""
+        return Response(metrics.page(), media_type=CONTENT_TYPE_LATEST)
+
+
+def _http_error(request: Request, error: HTTPException) -> JSONResponse:
+    """What the framework refuses: unknown routes, wrong methods."""
+    said = f"{error.detail}: {request.method} {request.url.path}"[:300]
+    return refuse(ApiError(error.status_code, said, headers=error.headers))
+
+
+def _invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+    return refuse(ApiError(400, "; ".join(problem["msg"] for problem in error.errors())))
+
+
+def _api_error(request: Request, error: ApiError) -> JSONResponse:
+    return refuse(error)
+
+
+def _refusals(*statuses: int) -> dict[int, dict[str, Any]]:
+    return {status: {"model": ErrorBody, "description": _REFUSALS[status]} for status in statuses}
+
+
+def _described(kind: type[Common]) -> dict[str, Any]:
+    """Keywords of a route whose body is parsed by :func:`parse`, so that OpenAPI knows it all the same."""
+    body = {"required": True, "content": {"application/json": {"schema": {"$ref": _SCHEMAS + kind.__name__}}}}
+    stream = {"schema": {"type": "string", "description": "Chunks, if stream is true."}}
+    done = {"model": Answer, "description": "The answer.", "content": {"text/event-stream": stream}}
+    return {"openapi_extra": {"requestBody": body}, "responses": {200: done, **_refusals(*_REFUSALS)}}
+
+
+def _openapi(app: FastAPI) -> dict[str, Any]:
+    """OpenAPI's document with the schemas of the bodies, which are not parameters of their routes."""
+    if app.openapi_schema is None:
+        schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
+        schemas = schema.setdefault("components", {}).setdefault("schemas", {})
+        for kind in (ChatRequest, CompletionRequest):
+            own = kind.model_json_schema(ref_template=_SCHEMAS + "{model}")
+            schemas |= own.pop("$defs", {})
+            schemas[kind.__name__] = own
+        if app.state.settings.api_key is not None:
+            schema["components"]["securitySchemes"] = {"bearer": {"type": "http", "scheme": "bearer"}}
+            schema["security"] = [{"bearer": []}]
+        app.openapi_schema = schema
+    return app.openapi_schema

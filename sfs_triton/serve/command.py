@@ -1,0 +1,142 @@
+"""``sfs serve``: from the command line to a server that runs until it is told to stop."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..caching import POLICIES, cache_policy
+from ..engine import DTYPES, load
+from ..errors import ArgumentError, MissingDependencyError, require
+from ..loops.choose import LOOPS
+from ..ops import IMPLEMENTATIONS
+from ..samplers import PRESETS, FixedSteps, Sampler, SlowFast, Threshold
+from .settings import ServeSettings
+
+SAMPLERS = ("slowfast", "threshold", "vanilla")
+KEY_VARIABLE = "SFS_API_KEY"
+_LIMITS = ServeSettings()
+
+
+def serve(
+    model: Annotated[str, typer.Option(help="'embedded', a checkpoint folder, or a hub id.")] = "embedded",
+    name: Annotated[str | None, typer.Option(help="What clients call the model; default: as --model ends.")] = None,
+    host: Annotated[str, typer.Option(help="Where to listen; others than loopback need an API key.")] = _LIMITS.host,
+    port: Annotated[int, typer.Option(help="0 takes a free one.")] = _LIMITS.port,
+    api_key_file: Annotated[
+        Path | None, typer.Option(help=f"A file with the API key; or set {KEY_VARIABLE}.", show_default=False)
+    ] = None,
+    without_key: Annotated[bool, typer.Option("--without-key", help="Let everyone in, wherever they are.")] = False,
+    allow_host: Annotated[list[str] | None, typer.Option(help="Another name for the Host header.")] = None,
+    sampler: Annotated[str, typer.Option(metavar="|".join(SAMPLERS), help="Of requests that do not say.")] = "slowfast",
+    preset: Annotated[str, typer.Option(metavar="|".join(PRESETS), help="slowfast's.")] = "paper",
+    cache: Annotated[str, typer.Option(metavar="|".join(POLICIES), help="Of requests that do not say.")] = "none",
+    default_tokens: Annotated[int, typer.Option(help="max_tokens if not said.")] = _LIMITS.default_tokens,
+    max_tokens: Annotated[int | None, typer.Option(help="Most that may be asked for.", show_default=False)] = None,
+    max_batch: Annotated[int, typer.Option(help="Rows that are decoded together.")] = _LIMITS.max_batch,
+    max_queue: Annotated[int, typer.Option(help="Requests that may wait.")] = _LIMITS.max_queue,
+    time_limit: Annotated[float, typer.Option(help="Seconds a request may take.")] = _LIMITS.time_limit,
+    max_body: Annotated[int, typer.Option(help="Bytes of a request.")] = _LIMITS.max_body,
+    grace: Annotated[float, typer.Option(help="Seconds to finish work when told to stop.")] = _LIMITS.grace,
+    device: Annotated[str | None, typer.Option(help="Default: a GPU if there is one.", show_default=False)] = None,
+    dtype: Annotated[str | None, typer.Option(metavar="|".join(DTYPES), help="Default: by device.")] = None,
+    impl: Annotated[
+        str | None, typer.Option(metavar="|".join(IMPLEMENTATIONS), help="Of the operations. Default: by device.")
+    ] = None,
+    loop: Annotated[str | None, typer.Option(metavar="|".join(LOOPS), help="Default: by device and record.")] = None,
+) -> None:
+    """Serve a model over HTTP, as OpenAI's interface has it, until SIGINT or SIGTERM."""
+    _need_libraries()
+    settings = ServeSettings(
+        model=name or model.rstrip("/").rpartition("/")[2] or model,
+        host=host,
+        port=port,
+        api_key=_api_key(api_key_file),
+        without_key=without_key,
+        allowed_hosts=tuple(allow_host or ()),
+        sampler=_sampler(sampler, preset),
+        cache=cache_policy(cache),
+        default_tokens=default_tokens,
+        max_tokens=max_tokens,
+        max_batch=max_batch,
+        max_queue=max_queue,
+        time_limit=time_limit,
+        max_body=max_body,
+        grace=grace,
+    )
+    settings.sampler.check_cache(settings.cache)
+    with _listen(settings) as listener:  # before gigabytes are read
+        run(load(model, device, dtype, impl, loop), settings, listener)
+
+
+def run(engine: Any, settings: ServeSettings, listener: socket.socket) -> None:
+    """Serve on a socket that listens, until a signal; then finish what was begun."""
+    import uvicorn
+
+    from .app import create_app
+
+    app = create_app(engine, settings)
+
+    class Server(uvicorn.Server):
+        def handle_exit(self, sig: int, frame: Any) -> None:
+            app.state.scheduler.drain(settings.grace)
+            self.force_exit = self.should_exit and sig == signal.SIGINT  # asked for once more, at a terminal
+            self.should_exit = True
+
+    config = uvicorn.Config(
+        app,
+        log_level="warning",
+        server_header=False,
+        proxy_headers=False,
+        timeout_graceful_shutdown=int(settings.grace) + 5,  # by when the scheduler has ended everything
+    )
+    where, port = listener.getsockname()[:2]
+    where = f"[{where}]" if ":" in where else where
+    print(f"serving {settings.model!r} at http://{where}:{port}/v1", file=sys.stderr, flush=True)
+    Server(config).run(sockets=[listener])
+
+
+def _listen(settings: ServeSettings) -> socket.socket:
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    try:
+        return socket.create_server((settings.host, settings.port), family=family, backlog=256)
+    except OSError as error:
+        where = f"host={settings.host!r}, port={settings.port}"
+        raise ArgumentError(f"{where} cannot be listened on: {error.strerror or error}") from None
+
+
+def _need_libraries() -> None:
+    try:
+        import fastapi  # noqa: F401
+        import prometheus_client  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        message = f'sfs serve needs {error.name}: pip install "sfs_triton[cli,serve]"'
+        raise MissingDependencyError(message) from None
+
+
+def _api_key(path: Path | None) -> str | None:
+    """The key from a file or the environment: on a command line everyone on the machine could read it.
+
+    An empty one is refused by the settings; it does not mean that there is none.
+    """
+    if path is None:
+        return os.environ.get(KEY_VARIABLE)
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeError) as error:
+        raise ArgumentError(f"--api-key-file {str(path)!r} cannot be read: {error}") from None
+
+
+def _sampler(kind: str, preset: str) -> Sampler:
+    require(kind in SAMPLERS, f"--sampler {kind} is not one of {', '.join(SAMPLERS)}")
+    if kind == "slowfast":
+        return SlowFast.preset(preset)
+    require(preset == "paper", f"--preset {preset} does not apply to --sampler {kind}, only to slowfast")
+    return Threshold() if kind == "threshold" else FixedSteps()

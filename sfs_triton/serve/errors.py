@@ -1,0 +1,68 @@
+"""Errors as clients of OpenAI's interface expect them."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from ..errors import ArgumentError, OutOfDeviceMemory, RowFault
+
+_LONGEST = 1000  # characters of a message: some repeat what they were given
+_KINDS = {401: "authentication_error", 408: "timeout_error", 429: "rate_limit_error", 504: "timeout_error"}
+
+
+class ApiError(Exception):
+    """An answer other than a completion: a status, and a body ``{"error": {message, type, param, code}}``."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ):
+        super().__init__(message)
+        self.status, self.param, self.code, self.headers = status, param, code, dict(headers or {})
+        self.message = message if len(message) <= _LONGEST else message[:_LONGEST] + " ..."
+
+    def body(self) -> dict[str, Any]:
+        kind = _KINDS.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+def busy(waiting: int, seconds: float) -> ApiError:
+    """The queue is full; ``seconds`` is when there may be room."""
+    retry = {"Retry-After": str(min(60, max(1, math.ceil(seconds))))}
+    return ApiError(429, f"{waiting} requests are waiting already; try again later", code="queue_full", headers=retry)
+
+
+def stopping() -> ApiError:
+    return ApiError(503, "the server is shutting down", code="shutting_down", headers={"Retry-After": "10"})
+
+
+def too_late(limit: float) -> ApiError:
+    return ApiError(504, f"the request was not finished within {limit:g} s", code="time_limit")
+
+
+def from_argument(error: ArgumentError) -> ApiError:
+    """An argument that the engine refuses, under the name that it has in a request."""
+    message = str(error).replace("gen_length", "max_tokens")
+    named = re.match(r"(\w+)(?:=| is over )", message)
+    return ApiError(400, message, param=named and named[1])
+
+
+def from_failure(error: Exception) -> ApiError:
+    """A generation that was accepted and then failed; what is not known to be harmless is not repeated."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, ArgumentError):
+        return from_argument(error)
+    if isinstance(error, OutOfDeviceMemory):
+        return ApiError(400, str(error), code="out_of_memory")
+    if isinstance(error, RowFault):
+        return ApiError(500, str(error), code="numerical_fault")
+    return ApiError(500, "the generation failed; the server's log has the reason", code="internal_error")

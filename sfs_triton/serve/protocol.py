@@ -1,0 +1,228 @@
+"""Requests and answers of OpenAI's interface, with the fields that are this server's own.
+
+What is asked for and cannot be had is refused by name; ``docs/serving.md`` lists the fields that are without effect.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+
+from .errors import ApiError
+
+_STOPS, _STOP_LENGTH = 4, 256
+_ONE = "this server gives one choice a request"
+_CALLS = "this server calls no tools"
+# Fields that are accepted only with values that ask for nothing, and what to say of others.
+UNSUPPORTED = {
+    "n": _ONE,
+    "best_of": _ONE,
+    "tools": _CALLS,
+    "tool_choice": _CALLS,
+    "functions": _CALLS,
+    "function_call": _CALLS,
+    "response_format": "this server constrains no formats; only {'type': 'text'} is accepted",
+    "logprobs": "this server gives no log probabilities; stream with frames=true for confidences",
+    "top_logprobs": "this server gives no log probabilities; stream with frames=true for confidences",
+    "logit_bias": "this server biases no tokens",
+    "frequency_penalty": "this server has no penalties; only 0 is accepted",
+    "presence_penalty": "this server has no penalties; only 0 is accepted",
+    "echo": "this server does not repeat prompts",
+    "modalities": "this server answers with text only",
+}
+# What to say of fields that may have one of several shapes.
+SHAPES = {
+    "stop": f"must be a string, or a list of at most {_STOPS}, of 1 to {_STOP_LENGTH} characters each",
+    "content": "must be a text, or a list of parts {'type': 'text', 'text': ...}",
+    "prompt": "must be one text, or one list of token ids; several prompts take several requests",
+    "sampler": "must be a name, or an object with a 'kind' and options",
+    "cache": "must be a name, or an object with a 'kind' and options",
+}
+
+
+class Strict(BaseModel):
+    """What is not declared is refused, and nothing is converted: ``"5"`` and ``true`` are no numbers."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class StreamOptions(Strict):
+    include_usage: bool = False
+    include_obfuscation: Literal[False] | None = None
+
+
+class TextPart(Strict):
+    type: Literal["text"]
+    text: str
+
+
+class Message(Strict):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+
+    def plain(self) -> dict[str, str]:
+        """As a chat template takes it."""
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+
+
+class TextFormat(Strict):
+    type: Literal["text"]
+
+
+Setting = str | dict[str, JsonValue]
+Stop = Annotated[str, Field(min_length=1, max_length=_STOP_LENGTH)]
+
+
+class Common(Strict):
+    """What chat and completions share."""
+
+    model: Annotated[str, Field(max_length=512)] | None = None
+    max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=_STOPS)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    # this server's own
+    sampler: Setting | None = None
+    cache: Setting | None = None
+    frames: bool | None = None
+    # without effect
+    user: str | None = None
+    n: Literal[1] | None = None
+    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
+    presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    @property
+    def tokens_wanted(self) -> int | None:
+        return self.max_tokens
+
+
+class ChatRequest(Common):
+    """``POST /v1/chat/completions``."""
+
+    messages: Annotated[list[Message], Field(min_length=1, max_length=1024)]
+    max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    store: Literal[False] | None = None
+    tools: Annotated[list[JsonValue], Field(max_length=0)] | None = None
+    tool_choice: Literal["none"] | None = None
+    parallel_tool_calls: bool | None = None
+    functions: Annotated[list[JsonValue], Field(max_length=0)] | None = None
+    function_call: Literal["none"] | None = None
+    response_format: TextFormat | None = None
+    logprobs: Literal[False] | None = None
+    top_logprobs: None = None
+    modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = None
+
+    @property
+    def tokens_wanted(self) -> int | None:
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+
+class CompletionRequest(Common):
+    """``POST /v1/completions``. With ``suffix``, what lies between the two is filled in."""
+
+    prompt: str | Annotated[list[int], Field(max_length=1 << 20)]
+    suffix: str | None = None
+    best_of: Literal[1] | None = None
+    echo: Literal[False] | None = None
+    logprobs: None = None
+
+
+def parse(kind: type[Common], body: bytes) -> Common:
+    """A request's body, checked.
+
+    Raises:
+        ApiError: 400; names the field.
+    """
+    try:
+        request = kind.model_validate_json(body)
+    except ValidationError as error:
+        raise _explain(error) from None
+    for given, needed in (("frames", "stream"), ("stream_options", "stream")):
+        if getattr(request, given) and not getattr(request, needed):
+            raise ApiError(400, f"{given!r} needs {needed!r}: true", param=given)
+    if isinstance(request, ChatRequest) and None not in (request.max_tokens, request.max_completion_tokens):
+        raise ApiError(400, "give 'max_tokens' or 'max_completion_tokens', not both", param="max_tokens")
+    return request
+
+
+def _explain(error: ValidationError) -> ApiError:
+    """The first thing that is wrong with a body, in one sentence."""
+    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    path = [str(part) for part in first["loc"]]
+    name = path[0][:100] if path else None
+    if first["type"] == "json_invalid":
+        return ApiError(400, f"the body is no valid JSON: {first['msg']}", code="invalid_json")
+    if name is None:
+        return ApiError(400, f"the body is no JSON object: {first['msg']}")
+    if first["type"] == "missing":
+        return ApiError(400, f"{'.'.join(path)!r} is missing", param=name)
+    if name in UNSUPPORTED:
+        return ApiError(
+            400, f"{name!r} is not supported: {UNSUPPORTED[name]}", param=name, code="unsupported_parameter"
+        )
+    shaped = next((n for n, part in enumerate(path) if part in SHAPES), None)
+    if shaped is not None:
+        return ApiError(400, f"{'.'.join(path[: shaped + 1])!r} {SHAPES[path[shaped]]}", param=name)
+    if first["type"] == "extra_forbidden":
+        return ApiError(400, f"{'.'.join(path)[:200]!r} is not known here", param=name, code="unknown_parameter")
+    return ApiError(400, f"{'.'.join(path)[:200]!r}: {first['msg']}", param=name)
+
+
+class Usage(BaseModel):
+    """Tokens, up to and with the end-of-text or the stop string; and what they cost."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    nfe: int
+    tokens_per_forward: float
+    seconds: float
+
+
+class ErrorDetail(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    error: ErrorDetail
+
+
+class ModelCard(BaseModel):
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "sfs_triton"
+    context_length: int
+
+
+class ModelList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[ModelCard]
+
+
+class Answer(BaseModel):
+    """A completion, whole or a chunk of one."""
+
+    id: str
+    object: Literal["chat.completion", "chat.completion.chunk", "text_completion"]
+    created: int
+    model: str
+    choices: list[dict[str, Any]]
+    usage: Usage | None = None
+    seed: int | None = None
+    diffusion: dict[str, Any] | None = None

@@ -1,0 +1,239 @@
+"""One request on its way through the engine: what becomes of its canvas row, as events for whoever asked."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..generation import Frame, Generation
+from ..text import TextCodec
+from ..trace import StepTrace
+from .errors import ApiError
+from .options import Wanted
+
+UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what tokenizers make of a character whose bytes have not all come
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """The row is about to take its first step. ``frame`` is None where no frames were asked for."""
+
+    frame: dict[str, Any] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Stepped:
+    """New text in order, which may be empty, and the step's frame if frames were asked for."""
+
+    text: str
+    frame: dict[str, Any] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    text: str
+    tokens: int
+    nfe: int
+    reason: str  # "stop": an end-of-text or a stop string; "length": every position holds text
+    seconds: float
+
+    @property
+    def tokens_per_forward(self) -> float:
+        return self.tokens / max(1, self.nfe)
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    error: ApiError
+
+
+Event = Started | Stepped | Finished | Failed
+
+
+class SettledText:
+    """The text of tokens that are decided from the left, cut at the first stop string that is complete in it."""
+
+    def __init__(self, codec: TextCodec, stops: Sequence[str]):
+        self._codec, self._stops = codec, stops
+        self.text, self.stopped_at = "", None  # given so far; how many tokens a stop string took
+
+    def take(self, tokens: Sequence[int], final: bool) -> str:
+        """What can be shown beyond what was: ``tokens`` are all up to now, ``final`` says that no more will come.
+
+        Held back is what later tokens could change: a character without its last bytes, the begin of a stop string.
+        """
+        text = self._codec.decode(tokens)
+        end = min(((text.find(s) + len(s), text.find(s)) for s in self._stops if s in text), default=None)
+        if end is not None:
+            self.stopped_at = self._tokens_until(tokens, end[0])
+            text = text[: end[1]]
+        elif not final:
+            text = text.rstrip(UNFINISHED)
+            text = text[: len(text) - self._begun(text)]
+        if not text.startswith(self.text):  # bytes that only now turned out to be no character, or not yet
+            return ""
+        new = text[len(self.text) :]
+        self.text = text
+        return new
+
+    def _begun(self, text: str) -> int:
+        """Length of the longest end of ``text`` that a stop string begins with."""
+        longest = max(map(len, self._stops), default=1) - 1
+        sizes = range(min(longest, len(text)), 0, -1)
+        return next((n for n in sizes if any(s.startswith(text[-n:]) for s in self._stops)), 0)
+
+    def _tokens_until(self, tokens: Sequence[int], end: int) -> int:
+        """How many tokens it takes to have ``end`` characters."""
+        low, high = 1, len(tokens)
+        while low < high:
+            middle = (low + high) // 2
+            if len(self._codec.decode(tokens[:middle]).rstrip(UNFINISHED)) >= end:
+                high = middle
+            else:
+                low = middle + 1
+        return low
+
+
+class Job:
+    """A request that waits, runs or is over. ``emit`` is given its events, in the engine's thread, up to the last."""
+
+    def __init__(
+        self,
+        wanted: Wanted,
+        emit: Callable[[Event], None],
+        *,
+        stops: Sequence[str] = (),
+        stream: bool = False,
+        frames: bool = False,
+        deadline: float = math.inf,
+    ):
+        self.wanted, self.stops, self.stream, self.frames, self.deadline = wanted, stops, stream, frames, deadline
+        self.left = False  # whether its client is gone
+        self.outcome: Finished | Failed | None = None
+        self._emit = emit
+
+    @property
+    def over(self) -> bool:
+        return self.outcome is not None
+
+    def tell(self, event: Event) -> None:
+        """Give an event to whoever asked; the last one ends the job, and nothing is told after it."""
+        if self.over:
+            return
+        if isinstance(event, (Finished, Failed)):
+            self.outcome = event
+        if not self.left:
+            self._emit(event)
+
+
+class Row:
+    """A job's row in a batch that runs."""
+
+    def __init__(self, job: Job, codec: TextCodec, mask_id: int, eos_id: int, piece: Callable[[int], str]):
+        self.job, self._mask, self._eos, self._piece = job, mask_id, eos_id, piece
+        self._text, self._began = SettledText(codec, job.stops), time.monotonic()
+        self._nfe = self._told = 0
+        if job.stream:
+            job.tell(Started(self._opening() if job.frames else None))
+
+    def see(self, frame: Frame, index: int, trace: StepTrace | None) -> None:
+        """Take in a step of the row: tell of it, and finish the job if its answer is complete."""
+        job, first, stop = self.job, self.job.wanted.first, self.job.wanted.stop
+        self._nfe = frame.step + 1
+        canvas, settled = frame.tokens[index], min(frame.settled[index], stop)
+        filled = not frame.running[index] and not self._open(canvas)
+        grown, self._told = settled > self._told, max(settled, self._told)
+        new, watched = "", job.stream or job.stops
+        if watched and (grown or filled):
+            new = self._text.take(self._answer(canvas[first:settled]), filled)
+        shown = self._frame(frame, index, trace) if job.frames and trace is not None else None
+        if job.stream and (new or shown):
+            job.tell(Stepped(new, shown))
+        if self._text.stopped_at is not None:
+            self._finish(self._text.stopped_at, "stop")
+        elif filled:
+            self._complete(canvas[first:stop])
+
+    def end(self, result: Generation) -> None:
+        """Finish a row that its sampler's own bounds left undecided positions in."""
+        self._nfe = result.nfe
+        response = result.canvas[self.job.wanted.first : self.job.wanted.stop]
+        if self.job.stream and (new := self._text.take(self._answer(response), True)):
+            self.job.tell(Stepped(new, None))
+        if self._text.stopped_at is None:
+            self._complete(response)
+        else:
+            self._finish(self._text.stopped_at, "stop")
+
+    def _complete(self, response: list[int]) -> None:
+        if not self.job.stream and not self.job.stops:
+            self._text.take(self._answer(response), True)
+        ended = self._eos in response
+        self._finish(response.index(self._eos) + 1 if ended else len(response), "stop" if ended else "length")
+
+    def _finish(self, tokens: int, reason: str) -> None:
+        seconds = time.monotonic() - self._began
+        self.job.tell(Finished(self._text.text, tokens, self._nfe, reason, seconds))
+
+    def _answer(self, tokens: list[int]) -> list[int]:
+        return tokens[: tokens.index(self._eos)] if self._eos in tokens else tokens
+
+    def _open(self, canvas: list[int]) -> bool:
+        return self._mask in canvas[self.job.wanted.first : self.job.wanted.stop]
+
+    def _opening(self) -> dict[str, Any]:
+        wanted = self.job.wanted
+        return {
+            "type": "start",
+            "prompt_length": wanted.first,
+            "response_length": wanted.stop - wanted.first,
+            "suffix_length": len(wanted.request.canvases[0]) - wanted.stop,
+            "mask_id": self._mask,
+            "eos_id": self._eos,
+            "sampler": wanted.sampler,
+            "cache": wanted.cache,
+            "seed": wanted.request.seeds[0],
+        }
+
+    def _frame(self, frame: Frame, index: int, trace: StepTrace) -> dict[str, Any]:
+        """What the step changed; positions count from the answer's first."""
+        wanted, canvas = self.job.wanted, frame.tokens[index]
+        first, size = wanted.first, wanted.stop - wanted.first
+        start = wanted.request.starts[0]
+        block = start - first + trace.block * (wanted.sampler.get("block_length") or 0)
+        committed = []
+        for place in trace.committed:
+            score = trace.confidence[place]
+            token, fine = canvas[start + place], score is not None and math.isfinite(score)
+            committed.append(
+                {
+                    "position": start + place - first,
+                    "token": token,
+                    "text": self._piece(token),
+                    "confidence": round(score, 5) if fine else None,
+                }
+            )
+        closed = wanted.request.sampler.eos_stop and self._first_end(frame, index)
+        return {
+            "type": "step",
+            "step": trace.step,
+            "phase": trace.phase,
+            "block": trace.block,
+            "cycle": trace.cycle,
+            "span": [max(0, block + trace.s), None if trace.e is None else min(size, max(0, block + trace.e))],
+            "committed": committed,
+            "settled": max(0, min(frame.settled[index], wanted.stop) - first),
+            "masks_left": canvas[first : wanted.stop].count(self._mask),
+            "closed_from": closed if closed else None,
+            "rows_forwarded": trace.rows_forwarded,
+            "seconds": round(time.monotonic() - self._began, 6),
+        }
+
+    def _first_end(self, frame: Frame, index: int) -> int | None:
+        """One past the leftmost end-of-text that was committed, counted from the answer's first position."""
+        first, stop = self.job.wanted.first, self.job.wanted.stop
+        pairs = zip(frame.tokens[index][first:stop], frame.commit_step[index][first:stop], strict=True)
+        return next((n + 1 for n, (token, at) in enumerate(pairs) if token == self._eos and at >= 0), None)

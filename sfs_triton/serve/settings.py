@@ -1,0 +1,94 @@
+"""What a server is started with."""
+
+from __future__ import annotations
+
+import ipaddress
+import math
+from dataclasses import dataclass, field
+
+from ..caching import CachePolicy, NoCache
+from ..errors import require
+from ..samplers import Sampler, SlowFast
+
+KEY_LENGTH = 8  # characters that an API key has at least
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeSettings:
+    """Limits, defaults and who may ask.
+
+    Args:
+        model: the name that clients ask for.
+        host, port: where to listen. Anything but loopback needs an ``api_key``, or ``without_key``.
+        api_key: clients must send it as a bearer token; None asks for none.
+        allowed_hosts: names that a ``Host`` header may have besides those of loopback, where that is listened on.
+        sampler, cache: of requests that do not say; their temperature is that of the request.
+        default_tokens, max_tokens: response positions of requests that do not say, and the most there may be (None: as
+            many as the model's context leaves).
+        max_batch: rows that are decoded together.
+        max_queue: requests that may wait; one more is refused with 429.
+        time_limit: seconds from a request's arrival to its end.
+        max_body, body_seconds: bytes of a request's body, and how long it may take to come.
+        grace: seconds that running and waiting requests have to finish when the server is told to stop.
+    """
+
+    model: str = "embedded"
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_key: str | None = field(default=None, repr=False)
+    without_key: bool = False
+    allowed_hosts: tuple[str, ...] = ()
+    sampler: Sampler = field(default_factory=SlowFast)
+    cache: CachePolicy = field(default_factory=NoCache)
+    default_tokens: int = 128
+    max_tokens: int | None = None
+    max_batch: int = 8
+    max_queue: int = 64
+    time_limit: float = 300.0
+    max_body: int = 1 << 20
+    body_seconds: float = 20.0
+    grace: float = 30.0
+
+    def __post_init__(self) -> None:
+        for name, least in (("default_tokens", 1), ("max_batch", 1), ("max_queue", 1), ("max_body", 1024)):
+            _check_count(name, getattr(self, name), least)
+        if self.max_tokens is not None:
+            _check_count("max_tokens", self.max_tokens, 1)
+        for name in ("time_limit", "body_seconds", "grace"):
+            value = getattr(self, name)
+            fine = isinstance(value, (int, float)) and math.isfinite(value) and value > 0
+            require(fine, f"{name}={value!r} is not a positive number of seconds")
+        require(0 <= self.port < 65536, f"port={self.port} is not in [0, 65536)")
+        require(bool(self.model) and self.model.isprintable(), f"model={self.model!r} is no name")
+        key = self.api_key
+        fine = key is None or len(key) >= KEY_LENGTH and key.isascii() and key.isprintable() and " " not in key
+        require(fine, f"the API key is not {KEY_LENGTH} or more printable ASCII characters without a space")
+        require(
+            self.loopback or key is not None or self.without_key,
+            f"host={self.host!r} can be reached from other machines: set an API key, or say that there is to be none "
+            "(--without-key)",
+        )
+
+    @property
+    def loopback(self) -> bool:
+        """Whether only this machine can reach the server."""
+        if self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:  # another name, or "" for all addresses
+            return False
+
+    def knows_host(self, header: str) -> bool:
+        """Whether a request may have this ``Host`` header.
+
+        A page of a stranger whose name suddenly resolves to loopback (DNS rebinding) still sends that name.
+        """
+        name = header[: header.rfind("]") + 1] if header.startswith("[") else header.partition(":")[0]
+        ours = {"localhost", "127.0.0.1", "[::1]", self.host, f"[{self.host}]", *self.allowed_hosts}
+        return not self.loopback or name.lower() in {known.lower() for known in ours}
+
+
+def _check_count(name: str, value: object, least: int) -> None:
+    fine = isinstance(value, int) and not isinstance(value, bool) and value >= least
+    require(fine, f"{name}={value!r} is not an integer of at least {least}")

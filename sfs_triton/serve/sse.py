@@ -1,0 +1,94 @@
+"""Bringing events from the engine's thread to a client, and noticing that the client has gone."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+from starlette.responses import JSONResponse, Response
+
+from .answers import Style
+from .errors import ApiError
+from .guard import refuse
+from .rows import Event, Failed, Finished, Job
+from .scheduler import Scheduler
+
+_QUIET = 15.0  # seconds after which a comment keeps a silent stream open
+_STALLED = 60.0  # seconds that a client may leave a chunk unread
+
+
+class Inbox:
+    """Events of a job, for the event loop that made it."""
+
+    def __init__(self) -> None:
+        self._loop, self._events = asyncio.get_running_loop(), asyncio.Queue()
+
+    def put(self, event: Event) -> None:
+        """For the engine's thread."""
+        try:
+            self._loop.call_soon_threadsafe(self._events.put_nowait, event)
+        except RuntimeError:  # the loop is closed: nobody is left to tell
+            pass
+
+    async def get(self, timeout: float | None = None) -> Event | None:
+        """The next event; None if there is none within ``timeout`` seconds."""
+        try:
+            return await asyncio.wait_for(self._events.get(), timeout)
+        except (asyncio.TimeoutError, TimeoutError):
+            return None
+
+
+class Answering(Response):
+    """The response to a job that is queued: one JSON object at its end, or a stream of events from its begin.
+
+    Until the first event nothing is sent, so that what fails before it has its own status. The job is given up, and its
+    row freed, when the client goes away or when the server cuts the response off.
+    """
+
+    def __init__(self, job: Job, inbox: Inbox, style: Style, scheduler: Scheduler):
+        super().__init__()
+        self._job, self._inbox, self._style, self._scheduler = job, inbox, style, scheduler
+
+    async def __call__(self, scope: dict, receive: Any, send: Any) -> None:
+        watch = asyncio.create_task(self._watch(receive))
+        try:
+            first = await self._inbox.get()
+            if isinstance(first, Failed):
+                await refuse(first.error)(scope, receive, send)
+            elif isinstance(first, Finished):
+                await JSONResponse(self._style.whole(first))(scope, receive, send)
+            else:
+                await self._stream(first, send)
+        finally:
+            watch.cancel()
+            if not self._job.over:
+                self._scheduler.leave(self._job)
+
+    async def _watch(self, receive: Any) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self._scheduler.leave(self._job)
+        self._inbox.put(Failed(ApiError(499, "the client has left")))  # so that nobody waits for what will not come
+
+    async def _stream(self, first: Event, send: Any) -> None:
+        headers = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-store"}
+        headers["x-accel-buffering"] = "no"  # a proxy must not hold chunks back
+        pairs = [(name.encode(), value.encode()) for name, value in headers.items()]
+        await send({"type": "http.response.start", "status": 200, "headers": pairs})
+        async for event in self._events(first):
+            lines = [": still there"] if event is None else [f"data: {chunk}" for chunk in self._style.chunks(event)]
+            body = "".join(line + "\n\n" for line in lines).encode()
+            try:
+                await asyncio.wait_for(send({"type": "http.response.body", "body": body, "more_body": True}), _STALLED)
+            except (asyncio.TimeoutError, TimeoutError):  # it is there, but does not read: as good as gone
+                return
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _events(self, first: Event) -> AsyncIterator[Event | None]:
+        """Events to the last; None where it has been quiet for a while."""
+        event: Event | None = first
+        yield event
+        while not isinstance(event, (Finished, Failed)):
+            event = await self._inbox.get(_QUIET)
+            yield event

@@ -1,0 +1,965 @@
+"""The server: what OpenAI's client gets from it, what it refuses, who is decoded together, and how it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+pytest.importorskip("fastapi")
+pytest.importorskip("openai")
+pytest.importorskip("typer")
+
+import httpx  # noqa: E402
+import openai  # noqa: E402
+import torch  # noqa: E402
+import uvicorn  # noqa: E402
+from prometheus_client.parser import text_string_to_metric_families  # noqa: E402
+from typer.testing import CliRunner  # noqa: E402
+
+from sfs_triton import ArgumentError, Engine, FixedSteps, OutOfDeviceMemory, SlowFast, Threshold, cli  # noqa: E402
+from sfs_triton.models import Transformer  # noqa: E402
+from sfs_triton.serve import app as app_module  # noqa: E402
+from sfs_triton.serve import sse  # noqa: E402
+from sfs_triton.serve.app import create_app  # noqa: E402
+from sfs_triton.serve.errors import ApiError  # noqa: E402
+from sfs_triton.serve.options import SAMPLERS  # noqa: E402
+from sfs_triton.serve.rows import Failed, SettledText, Started  # noqa: E402
+from sfs_triton.serve.settings import ServeSettings  # noqa: E402
+
+ROOT = Path(__file__).parent.parent
+TABLE = "Rewrite as JSON:\nid,name,age\n1,Ann,31\n2,Bob,45\n3,Kim,77\n4,Leo,12"
+SUMS = "15,44,79,50"
+STORY = (
+    "Ann has 12 apples. Ann buys 7 more apples at the market. Then Ann loses 4 apples. How many apples does Ann have?"
+)
+KEY = "correct-horse-battery"
+
+
+class Gate:
+    """Lets a server's steps through one at a time, once it is closed."""
+
+    def __init__(self, app):
+        self._permits, self._open, self._held = threading.Semaphore(0), True, False
+        self.rows: list[int] = []  # that took each step
+        inner = app.state.metrics.step
+
+        def step(rows: int) -> None:
+            inner(rows)
+            self.rows.append(rows)
+            if not self._open:
+                self._held = not self._permits.acquire(blocking=False)
+                assert not self._held or self._permits.acquire(timeout=30)
+                self._held = False
+
+        app.state.metrics.step = step
+
+    @property
+    def taken(self) -> int:
+        return len(self.rows)
+
+    @property
+    def held(self) -> bool:
+        """Whether a step has been taken, and nothing goes on until :meth:`let`."""
+        return self._held
+
+    def close(self) -> None:
+        self._open = False
+
+    def let(self, steps: int = 1) -> None:
+        self._permits.release(steps)
+
+    def open(self) -> None:
+        self._open = True
+        self.let(10_000)
+
+
+class Running:
+    """A server on a free port of loopback, in a thread."""
+
+    def __init__(self, engine: Engine, **settings):
+        self.app = create_app(engine, ServeSettings(**settings))
+        self.gate = Gate(self.app)
+        self.scheduler = self.app.state.scheduler
+        listener = socket.create_server(("127.0.0.1", 0))
+        self.port = listener.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._server = uvicorn.Server(uvicorn.Config(self.app, log_level="warning", timeout_graceful_shutdown=5))
+        self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [listener]}, daemon=True)
+        self._thread.start()
+        wait_for(lambda: self._server.started)
+
+    def client(self, key: str = "none") -> openai.OpenAI:
+        return openai.OpenAI(base_url=self.url + "/v1", api_key=key, max_retries=0, timeout=60)
+
+    def post(self, body, path: str = "/v1/chat/completions", **options) -> httpx.Response:
+        return httpx.post(self.url + path, json=body, timeout=60, **options)
+
+    def metrics(self) -> dict[str, float]:
+        """Unlabelled samples by name, and generations by how they ended."""
+        page, values = httpx.get(self.url + "/metrics").text, {}
+        for family in text_string_to_metric_families(page):
+            for sample in family.samples:
+                if not sample.labels or "how" in sample.labels and sample.name.endswith("_total"):
+                    values[sample.labels.get("how", sample.name)] = sample.value
+        return values
+
+    def stop(self) -> None:
+        self.gate.open()
+        self._server.should_exit = True
+        self._thread.join(20)
+        assert not self._thread.is_alive()
+
+
+def wait_for(condition, seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come about"
+        time.sleep(0.005)
+
+
+@contextmanager
+def serving(engine: Engine, **settings) -> Iterator[Running]:
+    running = Running(engine, **settings)
+    try:
+        yield running
+    finally:
+        running.stop()
+
+
+@pytest.fixture(scope="module")
+def server(embedded) -> Iterator[Running]:
+    with serving(embedded) as running:
+        yield running
+
+
+def chat(text: str = SUMS, **more) -> dict:
+    return {"model": "embedded", "messages": [{"role": "user", "content": text}], "max_tokens": 32, **more}
+
+
+def streamed(server: Running, **request) -> tuple[str, list[dict], object]:
+    """Text, frames and the last chunk of a stream through the official client."""
+    extra = {name: request.pop(name) for name in ("sampler", "cache", "frames") if name in request}
+    chunks = list(server.client().chat.completions.create(**request, stream=True, extra_body=extra))
+    frames = [chunk.diffusion for chunk in chunks if "diffusion" in (chunk.model_extra or {})]
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    return text, frames, chunks[-1]
+
+
+def error_of(response: httpx.Response) -> dict:
+    """The error of a refusal, whose shape is checked."""
+    assert 400 <= response.status_code < 600, response.text
+    body = response.json()
+    assert set(body) == {"error"} and set(body["error"]) == {"message", "type", "param", "code"}, body
+    assert body["error"]["message"] and isinstance(body["error"]["message"], str)
+    return body["error"]
+
+
+# ------------------------------------------------------------------------------------------------ the official client
+
+
+@pytest.mark.parametrize("text", [SUMS, TABLE])
+def test_chat_is_what_the_engine_generates(server, embedded, text):
+    wanted = embedded.generate(text, gen_length=64)
+    answer = server.client().chat.completions.create(**chat(text, max_tokens=64))
+    assert answer.choices[0].message.content == wanted.text and answer.choices[0].message.role == "assistant"
+    assert answer.choices[0].finish_reason == "stop" and answer.model == "embedded"
+    usage = answer.usage
+    assert (usage.prompt_tokens, usage.completion_tokens) == (wanted.prompt_length, len(wanted.tokens))
+    assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens
+    assert usage.nfe == wanted.nfe and usage.tokens_per_forward == pytest.approx(wanted.tokens_per_forward, abs=1e-4)
+
+
+def test_a_conversation_goes_through_the_template(server, embedded):
+    messages = [
+        {"role": "system", "content": "Sums."},
+        {"role": "user", "content": SUMS},
+        {"role": "assistant", "content": "79-44=35"},
+        {"role": "user", "content": [{"type": "text", "text": "15,"}, {"type": "text", "text": "44"}]},
+    ]
+    plain = [*messages[:3], {"role": "user", "content": "15,44"}]
+    wanted = embedded.generate(plain, gen_length=16)
+    answer = server.client().chat.completions.create(model="embedded", messages=messages, max_completion_tokens=16)
+    assert answer.choices[0].message.content == wanted.text and answer.usage.prompt_tokens == wanted.prompt_length
+
+
+@pytest.mark.parametrize("prompt", ["id,name\n1,", [629, 538, 465]])
+def test_completions_take_the_prompt_as_it_is(server, embedded, prompt):
+    wanted = embedded.generate(prompt, gen_length=16, raw=True)
+    answer = server.client().completions.create(model="embedded", prompt=prompt, max_tokens=16)
+    assert answer.choices[0].text == wanted.text and answer.usage.nfe == wanted.nfe
+
+
+CHOICES = [
+    ({"kind": "slowfast", "preset": "fast", "tau_high": 0.7}, "region"),
+    ({"kind": "threshold", "tau": 0.8, "block_length": 16}, {"kind": "dual"}),
+    ({"kind": "fixed", "steps": 8}, {"kind": "refresh", "prompt_interval": 3, "response_interval": 2, "ratio": 0.0}),
+    ("vanilla", "none"),
+    ({"kind": "slowfast", "eos_stop": True}, {"kind": "region", "capacity": 24, "refresh_every": 4}),
+]
+
+
+def as_settings(sampler, cache):
+    """The same for the engine."""
+    from sfs_triton.caching import cache_policy
+
+    options = dict(sampler) if isinstance(sampler, dict) else {"kind": sampler}
+    kind = options.pop("kind")
+    made = SlowFast.preset(options.pop("preset", "paper"), **options) if kind == "slowfast" else None
+    caching = dict(cache) if isinstance(cache, dict) else {"kind": cache}
+    return made or SAMPLERS[kind](**options), cache_policy(caching.pop("kind"), **caching)
+
+
+@pytest.mark.parametrize(("sampler", "cache"), CHOICES)
+def test_samplers_and_caches_by_request_whole_and_streamed(server, embedded, sampler, cache):
+    mine, policy = as_settings(sampler, cache)
+    wanted = embedded.generate(TABLE, gen_length=64, sampler=mine, cache=policy)
+    extra = {"sampler": sampler, "cache": cache}
+    whole = server.client().chat.completions.create(**chat(TABLE, max_tokens=64), extra_body=extra)
+    assert whole.choices[0].message.content == wanted.text and whole.usage.nfe == wanted.nfe
+    request = chat(TABLE, max_tokens=64, stream_options={"include_usage": True}, **extra)
+    text, frames, last = streamed(server, **request)
+    assert text == wanted.text and frames == []
+    assert last.usage.nfe == wanted.nfe and last.usage.completion_tokens == len(wanted.tokens) and last.choices == []
+
+
+def test_a_stream_is_text_in_order(server, embedded):
+    """Piece by piece, each of which is a part that was decided from the left."""
+    wanted = embedded.generate(SUMS, gen_length=32, trace=True)
+    chunks = list(server.client().chat.completions.create(**chat(), stream=True))
+    pieces = [chunk.choices[0].delta.content for chunk in chunks if chunk.choices[0].delta.content]
+    assert len(pieces) > 1 and "".join(pieces) == wanted.text
+    assert [c.choices[0].finish_reason for c in chunks] == [None] * (len(chunks) - 1) + ["stop"]
+    assert chunks[0].choices[0].delta.role == "assistant" and len({chunk.id for chunk in chunks}) == 1
+    completion = server.client().completions.create(model="embedded", prompt="id,name\n1,", max_tokens=16, stream=True)
+    wanted = embedded.generate("id,name\n1,", gen_length=16, raw=True)
+    assert "".join(chunk.choices[0].text for chunk in completion) == wanted.text
+
+
+@pytest.mark.parametrize("text", [SUMS, STORY])
+@pytest.mark.parametrize(("sampler", "cache"), CHOICES)
+def test_frames_rebuild_every_step(server, embedded, text, sampler, cache):
+    mine, policy = as_settings(sampler, cache)
+    wanted = embedded.generate(text, gen_length=32, sampler=mine, cache=policy, trace=True)
+    said, frames, _ = streamed(server, **chat(text, sampler=sampler, cache=cache, frames=True))
+    first, *steps, last = frames
+    assert [frame["type"] for frame in frames] == ["start"] + ["step"] * wanted.nfe + ["end"]
+    assert (first["prompt_length"], first["response_length"], first["suffix_length"]) == (wanted.prompt_length, 32, 0)
+    assert first["sampler"]["kind"] in ("slowfast", "threshold", "fixed") and first["cache"]["kind"] == policy.name
+    canvas, closed = [first["mask_id"]] * 32, None
+    for frame, step in zip(steps, wanted.trace, strict=True):
+        assert (frame["step"], frame["phase"], frame["cycle"]) == (step.step, step.phase, step.cycle)
+        offset = step.block * (getattr(mine, "block_length", None) or 0)
+        assert frame["span"] == [offset + step.s, None if step.e is None else offset + step.e]
+        assert [c["position"] for c in frame["committed"]] == step.committed
+        for commit in frame["committed"]:
+            assert commit["confidence"] == pytest.approx(step.confidence[commit["position"]], abs=1e-4)
+            canvas[commit["position"]] = commit["token"]
+            assert commit["text"] == embedded.text.piece(commit["token"])
+        closed = frame["closed_from"] or closed
+        if closed is not None:
+            canvas[closed:] = [first["eos_id"]] * (32 - closed)
+        assert frame["masks_left"] == canvas.count(first["mask_id"])
+        assert first["mask_id"] not in canvas[: frame["settled"]]
+    assert canvas == wanted.response and (closed is not None) == (mine.eos_stop and 1 in wanted.response)
+    assert last["text"] == said == wanted.text and last["nfe"] == wanted.nfe
+
+
+@pytest.mark.parametrize("eos_stop", [False, True])
+def test_suffixes_are_filled_in_before(server, embedded, eos_stop):
+    before, after = "id,name\n1,Ann\n", "\n3,Kim"
+    ids = [embedded.text.encode(text) for text in (before, after)]
+    canvas = ids[0] + [embedded.spec.mask_id] * 6 + ids[1]
+    sampler = SlowFast(eos_stop=eos_stop)
+    wanted = embedded.infill(canvas, sampler=sampler)
+    hole = wanted.canvas[len(ids[0]) : len(ids[0]) + 6]
+    hole = hole[: hole.index(embedded.spec.eos_id)] if embedded.spec.eos_id in hole else hole
+    extra = {"sampler": {"kind": "slowfast", "eos_stop": eos_stop}}
+    request = {"model": "embedded", "prompt": before, "suffix": after, "max_tokens": 6}
+    whole = server.client().completions.create(**request, extra_body=extra)
+    assert whole.choices[0].text == embedded.text.decode(hole)
+    assert whole.usage.prompt_tokens == len(ids[0]) + len(ids[1]) and whole.usage.nfe == wanted.nfe
+    chunks = list(server.client().completions.create(**request, stream=True, extra_body={**extra, "frames": True}))
+    assert "".join(chunk.choices[0].text for chunk in chunks) == whole.choices[0].text
+    frames = [chunk.diffusion for chunk in chunks if "diffusion" in (chunk.model_extra or {})]
+    assert frames[0]["prompt_length"] == len(ids[0]) and frames[0]["suffix_length"] == len(ids[1])
+    committed = {c["position"]: c["token"] for frame in frames[1:-1] for c in frame["committed"]}
+    assert all(wanted.canvas[len(ids[0]) + place] == token for place, token in committed.items())
+
+
+def test_stop_strings_cut_and_end_the_row(server, embedded):
+    wanted = embedded.generate(TABLE, gen_length=96, sampler=FixedSteps(block_length=8))
+    before = wanted.text[: wanted.text.index('"name"')]
+    request = chat(TABLE, max_tokens=96, stop=["nowhere", '"name"'])
+    sampler = {"kind": "vanilla", "block_length": 8}
+    whole = server.client().chat.completions.create(**request, extra_body={"sampler": sampler})
+    assert whole.choices[0].message.content == before and whole.choices[0].finish_reason == "stop"
+    assert whole.usage.nfe < 24 < wanted.nfe and whole.usage.completion_tokens < len(wanted.tokens)
+    request = {**request, "sampler": sampler, "stream_options": {"include_usage": True}}
+    text, _, last = streamed(server, **request)
+    assert text == before and last.usage.nfe == whole.usage.nfe
+    assert last.usage.completion_tokens == whole.usage.completion_tokens
+
+
+def test_length_is_the_reason_where_nothing_ended(server):
+    answer = server.client().chat.completions.create(**chat(TABLE, max_tokens=8))
+    assert answer.choices[0].finish_reason == "length" and answer.usage.completion_tokens == 8
+
+
+# ----------------------------------------------------------------------------------------------------- seeds, batches
+
+
+def test_the_same_seed_gives_the_same_tokens(server, embedded):
+    ask = server.client().chat.completions.create
+    request = chat(STORY, temperature=1.5)
+    wanted = embedded.generate(STORY, gen_length=32, sampler=SlowFast(temperature=1.5), seed=7)
+    once, again, other = (ask(**request, seed=seed) for seed in (7, 7, 8))
+    assert once.choices[0].message.content == again.choices[0].message.content == wanted.text and once.seed == 7
+    assert other.choices[0].message.content != wanted.text
+    unseeded = ask(**request)
+    repeated = ask(**request, seed=unseeded.seed)
+    assert repeated.choices[0].message.content == unseeded.choices[0].message.content
+
+
+def test_requests_that_wait_are_decoded_together_and_get_what_they_get_alone(embedded):
+    sampler = SlowFast(temperature=0.7)
+    asked = [(SUMS, 16, 3), (TABLE, 64, 4), (STORY, 40, 5), (SUMS, 32, 2**62), (SUMS, 16, 3)]
+    wanted = [embedded.generate(t, gen_length=n, sampler=sampler, seed=s) for t, n, s in asked]
+    with serving(embedded) as server, ThreadPoolExecutor(8) as pool:
+        server.gate.close()
+        first = pool.submit(server.post, chat(max_tokens=8))
+        wait_for(lambda: server.gate.taken == 1)
+        sent = [pool.submit(server.post, chat(t, max_tokens=n, seed=s, temperature=0.7)) for t, n, s in asked]
+        other = pool.submit(server.post, chat(sampler="vanilla", max_tokens=8))
+        wait_for(lambda: server.scheduler.waiting == 6)
+        assert server.metrics()["sfs_waiting_requests"] == 6
+        server.gate.open()
+        answers = [future.result().json() for future in sent]
+        assert first.result().status_code == other.result().status_code == 200
+        for answer, alone in zip(answers, wanted, strict=True):
+            assert answer["choices"][0]["message"]["content"] == alone.text
+            assert answer["usage"]["nfe"] == alone.nfe and answer["usage"]["completion_tokens"] == len(alone.tokens)
+        counted = server.metrics()
+        assert counted["sfs_batches_total"] == 3 and counted["sfs_batch_rows_sum"] == 7
+        assert counted["sfs_running_rows"] == counted["sfs_waiting_requests"] == 0
+
+
+def test_a_short_answer_does_not_wait_for_a_long_one(embedded):
+    with serving(embedded) as server, ThreadPoolExecutor(4) as pool:
+        server.gate.close()
+        held = pool.submit(server.post, chat(max_tokens=4))
+        wait_for(lambda: server.gate.taken == 1)
+        lengths = (4, 60)
+        short, long = (pool.submit(server.post, chat(sampler="vanilla", max_tokens=n)) for n in lengths)
+        wait_for(lambda: server.scheduler.waiting == 2)
+        server.gate.let(20)
+        assert short.result().status_code == held.result().status_code == 200
+        assert not long.done() and server.scheduler.running == 1
+        server.gate.open()
+        assert long.result().json()["usage"]["nfe"] == 60
+
+
+# ----------------------------------------------------------------------------------------- limits, and clients that go
+
+
+def test_a_full_queue_is_said_so(embedded):
+    with serving(embedded, max_queue=2) as server, ThreadPoolExecutor(4) as pool:
+        server.gate.close()
+        sent = [pool.submit(server.post, chat(max_tokens=8))]
+        wait_for(lambda: server.gate.taken == 1)
+        sent += [pool.submit(server.post, chat(max_tokens=8)) for _ in range(2)]
+        wait_for(lambda: server.scheduler.waiting == 2)
+        refused = server.post(chat())
+        assert refused.status_code == 429 and 1 <= int(refused.headers["retry-after"]) <= 60
+        assert error_of(refused)["code"] == "queue_full"
+        with pytest.raises(openai.RateLimitError):
+            server.client().chat.completions.create(**chat())
+        server.gate.open()
+        assert [future.result().status_code for future in sent] == [200] * 3
+        assert server.post(chat(max_tokens=8)).status_code == 200
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_frees_its_row_before_the_next_step(embedded, stream):
+    wanted = embedded.generate(STORY, gen_length=64, sampler=FixedSteps())
+    with serving(embedded) as server, ThreadPoolExecutor(4) as pool:
+        server.gate.close()
+        held = pool.submit(server.post, chat(max_tokens=4))
+        wait_for(lambda: server.gate.taken == 1)
+        request = json.dumps(chat(sampler="vanilla", max_tokens=200, stream=stream, frames=stream)).encode()
+        leaving = socket.create_connection(("127.0.0.1", server.port))
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(request)}\r\n"
+        leaving.sendall(head.encode() + b"Content-Type: application/json\r\n\r\n" + request)
+        staying = pool.submit(server.post, chat(STORY, sampler="vanilla", max_tokens=64))
+        wait_for(lambda: server.scheduler.waiting == 2)
+        server.gate.let(20)
+        wait_for(lambda: held.done())
+        wait_for(lambda: server.scheduler.running == 2 and server.gate.held)
+        leaving.close()
+        wait_for(lambda: any(job.left for job in jobs_of(server)))
+        taken = server.gate.taken
+        server.gate.let(1)
+        wait_for(lambda: server.scheduler.running == 1)
+        wait_for(lambda: server.gate.held and server.gate.taken == taken + 1)
+        assert server.gate.rows[taken - 1 :] == [2, 1] and server.metrics()["left"] == 1
+        server.gate.open()
+        answer = staying.result().json()
+        assert answer["choices"][0]["message"]["content"] == wanted.text and answer["usage"]["nfe"] == wanted.nfe
+        assert sum(server.gate.rows[taken:]) == 64 - server.gate.rows[:taken].count(2)
+
+
+def jobs_of(server: Running) -> list:
+    return [row.job for row in server.scheduler.rows]
+
+
+def test_a_client_that_leaves_the_queue_makes_room(embedded):
+    with serving(embedded, max_queue=1) as server, ThreadPoolExecutor(2) as pool:
+        server.gate.close()
+        held = pool.submit(server.post, chat(max_tokens=4))
+        wait_for(lambda: server.gate.taken == 1)
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(server.url + "/v1/chat/completions", json=chat(), timeout=0.3)
+        wait_for(lambda: server.scheduler.waiting == 0)
+        server.gate.open()
+        assert held.result().status_code == 200 and server.metrics()["left"] == 1
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_time_limit_ends_a_row(embedded, stream):
+    with serving(embedded, time_limit=0.4) as server:
+        began = time.monotonic()
+        answer = server.post(chat(sampler="vanilla", max_tokens=400, stream=stream))
+        assert time.monotonic() - began < 3
+        if stream:
+            assert answer.status_code == 200 and "[DONE]" not in answer.text
+            last = [line for line in answer.text.splitlines() if line.startswith("data: ")][-1]
+            assert json.loads(last[6:])["error"]["code"] == "time_limit"
+            with pytest.raises(openai.APIError, match="not finished within 0.4 s"):
+                streamed(server, **chat(sampler="vanilla", max_tokens=400))
+        else:
+            assert answer.status_code == 504 and error_of(answer)["code"] == "time_limit"
+        wait_for(lambda: server.scheduler.running == 0)
+        assert server.post(chat(max_tokens=4)).status_code == 200
+
+
+def test_the_time_limit_holds_in_the_queue(embedded):
+    with serving(embedded, time_limit=1.0) as server, ThreadPoolExecutor(2) as pool:
+        server.gate.close()
+        held = pool.submit(server.post, chat(sampler="vanilla", max_tokens=400))
+        wait_for(lambda: server.gate.taken == 1)
+        waiting = pool.submit(server.post, chat())
+        wait_for(lambda: server.scheduler.waiting == 1)
+        time.sleep(1.1)
+        server.gate.open()
+        for future in (held, waiting):
+            assert future.result().status_code == 504
+
+
+def sent_by(monkeypatch, stalls: bool) -> tuple[list[bytes], list]:
+    """What a stream sends to a client that reads, or does not, while the engine is silent; and who was given up."""
+    monkeypatch.setattr(sse, "_STALLED", 0.05)
+    monkeypatch.setattr(sse, "_QUIET", 0.02)
+    sent, given_up = [], []
+    job = SimpleNamespace(over=False)
+    style = SimpleNamespace(chunks=lambda event: ["x"])
+
+    async def receive():
+        await asyncio.sleep(30)
+
+    async def send(message):
+        sent.append(message.get("body"))
+        await asyncio.sleep(30 if stalls and len(sent) > 1 else 0)
+        if len(sent) == 4:
+            inbox.put(Failed(ApiError(500, "enough")))
+
+    async def run():
+        nonlocal inbox
+        inbox = sse.Inbox()
+        inbox.put(Started(None))
+        await asyncio.wait_for(
+            sse.Answering(job, inbox, style, SimpleNamespace(leave=given_up.append))({}, receive, send), 20
+        )
+
+    inbox = None
+    asyncio.run(run())
+    return sent, given_up
+
+
+def test_a_client_that_does_not_read_is_given_up(monkeypatch):
+    sent, given_up = sent_by(monkeypatch, stalls=True)
+    assert sent == [None, b"data: x\n\n"] and len(given_up) == 1
+
+
+def test_a_silent_stream_is_kept_open(monkeypatch):
+    sent, _ = sent_by(monkeypatch, stalls=False)
+    assert sent == [None, b"data: x\n\n", b": still there\n\n", b": still there\n\n", b"data: x\n\n", b""]
+
+
+# ------------------------------------------------------------------------------------------------------ who may ask
+
+
+def test_an_api_key_is_asked_for(embedded):
+    with serving(embedded, api_key=KEY) as server:
+        for headers in ({}, {"Authorization": f"Bearer {KEY}x"}, {"Authorization": KEY}, {"Authorization": "Bearer"}):
+            for method, path in (("POST", "/v1/chat/completions"), ("GET", "/v1/models"), ("GET", "/metrics")):
+                refused = httpx.request(method, server.url + path, headers=headers)
+                assert refused.status_code == 401 and refused.headers["www-authenticate"] == "Bearer"
+                assert error_of(refused)["code"] == "invalid_api_key" and KEY not in refused.text
+        with pytest.raises(openai.AuthenticationError):
+            server.client("wrong-key-altogether").models.list()
+        assert [model.id for model in server.client(KEY).models.list()] == ["embedded"]
+        assert server.client(KEY).chat.completions.create(**chat(max_tokens=4)).usage.nfe > 0
+        assert httpx.get(server.url + "/health").status_code == httpx.get(server.url + "/ready").status_code == 200
+
+
+def test_names_of_other_sites_are_not_served(embedded):
+    with serving(embedded, allowed_hosts=("box.local",)) as server:
+        for name, status in (("evil.example", 421), ("localhost:1", 200), ("box.local:80", 200), ("[::1]:5", 200)):
+            answer = httpx.get(server.url + "/v1/models", headers={"Host": name})
+            assert answer.status_code == status, name
+        assert error_of(httpx.get(server.url + "/health", headers={"Host": "evil"}))["code"] == "unknown_host"
+
+
+def test_forms_of_other_sites_are_not_read(server):
+    """What a page of another origin can send without asking is refused."""
+    for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x"):
+        answer = httpx.post(
+            server.url + "/v1/chat/completions", content=json.dumps(chat()), headers={"Content-Type": kind}
+        )
+        assert answer.status_code == 415 and error_of(answer)["code"] == "unsupported_media_type"
+
+
+def test_bodies_that_are_too_large_or_too_slow(embedded):
+    with serving(embedded, max_body=2048, body_seconds=0.3) as server:
+        assert error_of(server.post(chat("x" * 3000)))["code"] == "too_large"
+        parts = (b" " * 500 for _ in range(20))
+        url, kind = server.url + "/v1/chat/completions", {"Content-Type": "application/json"}
+        chunked = httpx.post(url, content=parts, headers=kind)
+        assert chunked.status_code == 413 and error_of(chunked)["code"] == "too_large"
+        with socket.create_connection(("127.0.0.1", server.port), timeout=10) as slow:
+            head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            slow.sendall(head + b"Content-Length: 100\r\n\r\n{")
+            assert slow.recv(100).startswith(b"HTTP/1.1 408 ")
+        assert server.post(chat(max_tokens=4)).status_code == 200
+
+
+def test_where_it_may_listen():
+    for host in ("127.0.0.1", "localhost", "::1", "127.8.9.1"):
+        assert ServeSettings(host=host).loopback
+    for host in ("0.0.0.0", "::", "", "192.168.1.5", "example.org"):
+        with pytest.raises(ArgumentError, match="other machines"):
+            ServeSettings(host=host)
+        ServeSettings(host=host, api_key=KEY)
+        ServeSettings(host=host, without_key=True)
+    for key in ("", "short", "with a space in it", "schl\u00fcssel-lang"):
+        with pytest.raises(ArgumentError, match="API key") as refused:
+            ServeSettings(api_key=key)
+        assert not key or key not in str(refused.value)
+    assert KEY not in repr(ServeSettings(api_key=KEY))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--host", "0.0.0.0"), ("host='0.0.0.0'", "API key", "--without-key")),
+        (("--port", "70000"), ("port=70000",)),
+        (("--sampler", "greedy"), ("greedy", "slowfast")),
+        (("--sampler", "vanilla", "--preset", "fast"), ("--preset fast", "vanilla")),
+        (("--cache", "prefix"), ("prefix", "SlowFast")),
+        (("--max-batch", "0"), ("max_batch=0",)),
+        (("--time-limit", "-1"), ("time_limit=-1",)),
+        (("--api-key-file", "/nowhere/key"), ("/nowhere/key",)),
+        (("--model", "/nowhere/model"), ("/nowhere/model",)),
+        (("--host", "198.51.100.7", "--without-key"), ("198.51.100.7", "cannot be listened on")),
+    ],
+)
+def test_the_command_refuses_by_name(options, words):
+    result = CliRunner().invoke(cli.app, ["serve", "--port", "0", *options])
+    assert result.exit_code == 2, result.output
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+    assert all(word in result.stderr for word in words), result.stderr
+
+
+def test_a_key_comes_from_a_file_or_the_environment(tmp_path, monkeypatch):
+    from sfs_triton.serve.command import _api_key
+
+    (tmp_path / "key").write_text(KEY + "\n")
+    monkeypatch.setenv("SFS_API_KEY", "another-key")
+    assert _api_key(tmp_path / "key") == KEY and _api_key(None) == "another-key"
+    monkeypatch.setenv("SFS_API_KEY", "")
+    with pytest.raises(ArgumentError, match="API key"):
+        ServeSettings(api_key=_api_key(None))
+
+
+# ------------------------------------------------------------------------------------------------------- bad requests
+
+USER = {"role": "user", "content": "hi"}
+BAD_CHATS = {
+    "unknown-model": ({"model": "gpt-9"}, 404, "gpt-9"),
+    "unknown-field": ({"foo": 1}, 400, "'foo'"),
+    "no-messages": ({"messages": []}, 400, "messages"),
+    "a-string-of-messages": ({"messages": "hi"}, 400, "messages"),
+    "unknown-role": ({"messages": [{"role": "tool", "content": "x"}]}, 400, "messages.0.role"),
+    "null-content": ({"messages": [{"role": "user", "content": None}]}, 400, "messages.0.content"),
+    "image": ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "must be a text"),
+    "mask-in-prompt": ({"messages": [{"role": "user", "content": "a <|mdm_mask|>"}]}, 400, "mask id"),
+    "n": ({"n": 2}, 400, "one choice"),
+    "tools": ({"tools": [{"type": "function", "function": {"name": "f"}}]}, 400, "calls no tools"),
+    "tool-choice": ({"tool_choice": "auto"}, 400, "calls no tools"),
+    "json-mode": ({"response_format": {"type": "json_object"}}, 400, "constrains no formats"),
+    "logprobs": ({"logprobs": True}, 400, "no log probabilities"),
+    "penalty": ({"frequency_penalty": 0.5}, 400, "no penalties"),
+    "bias": ({"logit_bias": {"5": 1}}, 400, "biases no tokens"),
+    "tokens-0": ({"max_tokens": 0}, 400, "max_tokens"),
+    "tokens-text": ({"max_tokens": "5"}, 400, "max_tokens"),
+    "tokens-bool": ({"max_tokens": True}, 400, "max_tokens"),
+    "tokens-over-context": ({"max_tokens": 510}, 400, "the context is 512"),
+    "tokens-huge": ({"max_tokens": 10**30}, 400, "max_tokens"),
+    "tokens-twice": ({"max_completion_tokens": 5}, 400, "not both"),
+    "prompt-over-context": ({"messages": [{"role": "user", "content": "Ann " * 600}]}, 400, "the context is 512"),
+    "prompt-huge": ({"messages": [{"role": "user", "content": "a" * 40_000}]}, 400, "the context is 512"),
+    "temperature": ({"temperature": 3}, 400, "temperature"),
+    "temperature-tiny": ({"temperature": 1e-9}, 400, "temperature=1e-09"),
+    "top-p": ({"top_p": 0}, 400, "top_p"),
+    "seed": ({"seed": -1}, 400, "seed"),
+    "seed-huge": ({"seed": 2**63}, 400, "seed"),
+    "stops": ({"stop": ["a"] * 5}, 400, "at most 4"),
+    "stop-empty": ({"stop": ""}, 400, "1 to 256"),
+    "frames": ({"frames": True}, 400, "'frames' needs 'stream'"),
+    "usage": ({"stream_options": {"include_usage": True}}, 400, "'stream_options' needs 'stream'"),
+    "sampler": ({"sampler": "greedy"}, 400, "sampler='greedy'"),
+    "sampler-list": ({"sampler": ["slowfast"]}, 400, "'kind'"),
+    "sampler-option": ({"sampler": {"kind": "threshold", "k_max": 4}}, 400, "'k_max'"),
+    "sampler-type": ({"sampler": {"kind": "threshold", "tau": "high"}}, 400, "tau='high'"),
+    "sampler-huge": ({"sampler": {"kind": "slowfast", "window": 10**12}}, 400, "window is over 512"),
+    "sampler-number": ({"sampler": {"kind": "slowfast", "tau_min": 10**400}}, 400, "tau_min is over"),
+    "sampler-block": ({"sampler": {"kind": "threshold", "block_length": 5}}, 400, "max_tokens=32"),
+    "preset": ({"sampler": {"kind": "slowfast", "preset": "draft"}}, 400, "draft"),
+    "cache": ({"cache": "disk"}, 400, "disk"),
+    "cache-pair": ({"cache": "prefix"}, 400, "SlowFast"),
+    "cache-interval": ({"cache": {"kind": "refresh", "prompt_interval": 400}}, 400, "over 256"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_CHATS)
+def test_bad_chats_are_refused_by_name(server, name):
+    changes, status, words = BAD_CHATS[name]
+    answer = server.post(chat(**changes))
+    assert answer.status_code == status and words in error_of(answer)["message"], answer.text
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"prompt": ""}, "empty"),
+        ({"prompt": []}, "empty"),
+        ({"prompt": ["a", "b"]}, "several prompts take several requests"),
+        ({"prompt": [1, 896]}, "no token id below 896"),
+        ({"prompt": [5]}, "mask id"),
+        ({"prompt": [-1]}, "no token id"),
+        ({"prompt": [1] * 513}, "the context is 512"),
+        ({"prompt": None}, "prompt"),
+        ({"suffix": "a<|mdm_mask|>"}, "mask id"),
+        ({"suffix": "Ann " * 600}, "the context is 512"),
+        ({"echo": True}, "does not repeat"),
+        ({"best_of": 2}, "one choice"),
+        ({"logprobs": 0}, "no log probabilities"),
+        ({"messages": [USER]}, "'messages'"),
+    ],
+)
+def test_bad_completions_are_refused_by_name(server, changes, words):
+    answer = server.post({"prompt": "1,", "max_tokens": 4, **changes}, "/v1/completions")
+    assert answer.status_code == 400 and words in error_of(answer)["message"], answer.text
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b"\xff\xfe{}",
+        b"[" * 100_000,
+        b'{"messages": [{"role": "user", "content": "a\x00b"}]}',
+        b'{"messages": [{"role": "user", "content": "\\ud800"}]}',
+        b'{"messages": [{"role": "user", "content": "hi"}], "temperature": NaN}',
+        b'{"messages": [{"role": "user", "content": "hi"}], "temperature": 1e999}',
+        b'{"messages": [{"role": "user", "content": "hi"}], "seed": ' + b"9" * 5000 + b"}",
+    ],
+)
+def test_malformed_bodies(server, body):
+    answer = httpx.post(server.url + "/v1/chat/completions", content=body, headers={"Content-Type": "application/json"})
+    assert answer.status_code == 400
+    assert error_of(answer)["type"] == "invalid_request_error"
+
+
+def test_control_characters_in_a_prompt_are_text(server):
+    answer = server.post(chat("a\x00b\x1b[31m\u202e\u0007", max_tokens=4))
+    assert answer.status_code == 200, answer.text
+    assert "\\x1b" in error_of(server.post(chat(model="\x1b[31m")))["message"]
+
+
+def test_values_that_ask_for_nothing_are_accepted(server):
+    harmless = {
+        "n": 1,
+        "user": "me",
+        "tools": [],
+        "tool_choice": "none",
+        "parallel_tool_calls": True,
+        "response_format": {"type": "text"},
+        "frequency_penalty": 0,
+        "presence_penalty": 0.0,
+        "logit_bias": {},
+        "logprobs": False,
+        "store": False,
+        "top_p": 1,
+        "stop": None,
+    }
+    assert server.post(chat(max_tokens=4, **harmless)).status_code == 200
+
+
+def test_routes_that_are_not_there(server):
+    for method, path, status in (("GET", "/nope", 404), ("GET", "/v1/completions", 405), ("DELETE", "/health", 405)):
+        answer = httpx.request(method, server.url + path)
+        assert answer.status_code == status and error_of(answer)["type"] == "invalid_request_error"
+        assert answer.headers["x-content-type-options"] == "nosniff"
+    assert error_of(httpx.get(server.url + "/v1/models/other"))["code"] == "model_not_found"
+    assert server.client().models.retrieve("embedded").context_length == 512
+
+
+def test_default_length_follows_the_context(embedded):
+    with serving(embedded, default_tokens=100, max_tokens=120) as server:
+        request = {"messages": [USER], "sampler": {"kind": "fixed", "steps": 1}}
+        assert server.post(request).json()["usage"]["completion_tokens"] <= 100
+        assert "limit of 120" in error_of(server.post({**request, "max_tokens": 121}))["message"]
+        long = {**request, "messages": [{"role": "user", "content": "Ann " * 245}]}
+        used = server.post({**long, "sampler": {"kind": "threshold", "tau": 0.0, "block_length": 8}})
+        assert used.status_code == 200, used.text
+
+
+# ----------------------------------------------------------------------------------------------- what goes wrong inside
+
+
+def test_a_row_that_breaks_fails_alone(embedded):
+    model = Transformer(embedded.spec, embedded.model.weights)
+    place = model.ops.place
+
+    def spoiled(state, *given, **named):
+        place(state, *given, **named)
+        if state.tokens.shape[0] == 2 and state.step[0] == 2:
+            state.score[0] = torch.nan
+
+    model.ops = replace(model.ops, place=spoiled)
+    engine = Engine(model, embedded.text)
+    wanted = embedded.generate(SUMS, gen_length=16, sampler=Threshold(block_length=8)).text
+    with serving(engine) as server, ThreadPoolExecutor(4) as pool:
+        server.gate.close()
+        held = pool.submit(server.post, chat(max_tokens=4))
+        wait_for(lambda: server.gate.taken == 1)
+        sent = []
+        for index in (1, 2):
+            request = chat(max_tokens=16, sampler={"kind": "threshold", "block_length": 8})
+            sent.append(pool.submit(server.post, request))
+            wait_for(lambda index=index: server.scheduler.waiting == index)
+        server.gate.open()
+        broken, fine = (future.result() for future in sent)
+        assert broken.status_code == 500 and "NaN" in error_of(broken)["message"]
+        assert fine.json()["choices"][0]["message"]["content"] == wanted
+        assert held.result().status_code == 200 and server.metrics()["failed"] == 1
+
+
+def test_a_batch_that_fails_does_not_end_the_server(embedded, monkeypatch):
+    engine = Engine(embedded.model, embedded.text)
+    with serving(engine) as server:
+        with monkeypatch.context() as patch:
+            patch.setattr(engine, "_run", lambda request: 1 / 0)
+            answer = server.post(chat())
+            assert answer.status_code == 500 and "ZeroDivision" not in answer.text
+            assert error_of(answer)["type"] == "server_error"
+        assert server.post(chat(max_tokens=4)).status_code == 200
+
+
+def test_an_error_outside_of_the_engine_is_told_in_shape(embedded, monkeypatch):
+    with serving(embedded) as server:
+        monkeypatch.setattr(app_module, "prepare", lambda *given: 1 / 0)
+        answer = server.post(chat())
+        assert answer.status_code == 500 and error_of(answer)["code"] == "internal_error"
+
+
+def test_what_does_not_fit_together_runs_in_parts(embedded, monkeypatch):
+    engine = Engine(embedded.model, embedded.text)
+    run = engine._run
+
+    def narrow(request):
+        if len(request.canvases) > 2:
+            raise OutOfDeviceMemory("3 canvases are too many")
+        return run(request)
+
+    monkeypatch.setattr(engine, "_run", narrow)
+    wanted = embedded.generate(SUMS, gen_length=16).text
+    with serving(engine) as server, ThreadPoolExecutor(8) as pool:
+        server.gate.close()
+        held = pool.submit(server.post, chat(max_tokens=4))
+        wait_for(lambda: server.gate.taken == 1)
+        sent = [pool.submit(server.post, chat(max_tokens=16)) for _ in range(5)]
+        wait_for(lambda: server.scheduler.waiting == 5)
+        server.gate.open()
+        assert [f.result().json()["choices"][0]["message"]["content"] for f in sent] == [wanted] * 5
+        assert held.result().status_code == 200
+
+
+# --------------------------------------------------------------------------------------------------- state and the end
+
+
+def test_state_pages(server):
+    assert httpx.get(server.url + "/health").json() == {"status": "ok"}
+    assert httpx.get(server.url + "/ready").json() == {"status": "ready"}
+    page = httpx.get(server.url + "/metrics")
+    assert page.headers["content-type"].startswith("text/plain")
+    names = {family.name for family in text_string_to_metric_families(page.text)}
+    assert {"sfs_http_requests", "sfs_tokens", "sfs_steps", "sfs_waiting_requests", "sfs_running_rows"} <= names
+
+
+def test_a_folder_of_the_page_is_served(embedded, tmp_path, monkeypatch):
+    (tmp_path / "index.html").write_text("<title>canvas</title>")
+    monkeypatch.setattr(app_module, "PAGE", tmp_path)
+    with serving(embedded) as server:
+        assert httpx.get(server.url + "/").text == "<title>canvas</title>"
+        assert httpx.get(server.url + "/v1/models").status_code == 200
+        assert error_of(httpx.get(server.url + "/../setup.py"))
+        assert httpx.get(server.url + "/%2e%2e/setup.py").status_code == 404
+
+
+def test_draining_takes_nothing_new(embedded):
+    with serving(embedded) as server, ThreadPoolExecutor(2) as pool:
+        server.gate.close()
+        held = pool.submit(server.post, chat(max_tokens=8))
+        wait_for(lambda: server.gate.taken == 1)
+        server.scheduler.drain(30)
+        assert httpx.get(server.url + "/ready").status_code == 503
+        refused = server.post(chat())
+        assert refused.status_code == 503 and refused.headers["retry-after"]
+        assert error_of(refused)["code"] == "shutting_down"
+        server.gate.open()
+        assert held.result().status_code == 200
+
+
+def test_grace_ends(embedded):
+    with serving(embedded) as server, ThreadPoolExecutor(2) as pool:
+        server.gate.close()
+        held = pool.submit(server.post, chat(sampler="vanilla", max_tokens=400))
+        wait_for(lambda: server.gate.taken == 1)
+        server.scheduler.drain(0.1)
+        time.sleep(0.2)
+        server.gate.open()
+        assert held.result().status_code == 503
+
+
+def test_a_signal_lets_running_and_waiting_work_finish(embedded):
+    """SIGTERM to ``sfs serve``: answers that were begun come whole, then the process ends."""
+    command = [sys.executable, "-m", "sfs_triton.cli", "serve", "--port", "0", "--device", "cpu", "--dtype", "float32"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "SFS_API_KEY": KEY}
+    wanted = embedded.generate(SUMS, gen_length=96, sampler=FixedSteps())
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            line = process.stderr.readline()
+            assert line.startswith("serving 'embedded' at http://127.0.0.1:"), line
+            url, headers = line.split(" at ")[1].strip(), {"Authorization": f"Bearer {KEY}"}
+            wait_for(lambda: answers(url[:-3] + "/ready"))
+
+            def ask(**more) -> httpx.Response:
+                body = chat(sampler="vanilla", max_tokens=96, **more)
+                return httpx.post(url + "/chat/completions", json=body, headers=headers, timeout=60)
+
+            with ThreadPoolExecutor(3) as pool:
+                running = pool.submit(ask)
+                wait_for(lambda: gauge(url, headers, "sfs_running_rows") == 1)
+                waiting = [pool.submit(ask), pool.submit(ask, stream=True)]
+                wait_for(lambda: gauge(url, headers, "sfs_waiting_requests") == 2)
+                process.send_signal(signal.SIGTERM)
+                for future in (running, waiting[0]):
+                    assert future.result().json()["choices"][0]["message"]["content"] == wanted.text
+                assert waiting[1].result().text.rstrip().endswith("data: [DONE]")
+            assert process.wait(20) == 0
+            with pytest.raises(httpx.ConnectError):
+                httpx.get(url + "/models")
+        finally:
+            process.kill()
+
+
+def answers(url: str) -> bool:
+    try:
+        return httpx.get(url).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def gauge(url: str, headers: dict, name: str) -> float:
+    page = httpx.get(url[:-3] + "/metrics", headers=headers).text
+    return next(s.value for f in text_string_to_metric_families(page) for s in f.samples if s.name == name)
+
+
+def test_the_package_and_the_command_line_need_none_of_it():
+    code = (
+        "import sys\n"
+        "for name in ('fastapi', 'uvicorn', 'prometheus_client', 'starlette'): sys.modules[name] = None\n"
+        "import sfs_triton, sfs_triton.cli\n"
+        "from typer.testing import CliRunner\n"
+        "print(CliRunner().invoke(sfs_triton.cli.app, ['serve', '--port', '0']).stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert 'pip install "sfs_triton[cli,serve]"' in done.stdout, done.stderr
+
+
+# ------------------------------------------------------------------------------------------------------- settled text
+
+
+def test_settled_text_holds_back_what_may_change(embedded):
+    codec = embedded.text
+    ids = codec.encode("Bob \u00e4\u00f6 \U0001f642 end")
+    text, given = SettledText(codec, ()), ""
+    for count in range(len(ids) + 1):
+        given += text.take(ids[:count], final=count == len(ids))
+        assert codec.decode(ids).startswith(given)
+    assert given == codec.decode(ids)
+
+
+@pytest.mark.parametrize(
+    ("stops", "wanted"),
+    [
+        (("79",), "15,44,"),
+        (("44,7",), "15,"),
+        (("9,50!", "44,79,50?"), "15,44,79,50"),
+        (("79,50", "44"), "15,"),
+        (("1",), ""),
+    ],
+)
+@pytest.mark.parametrize("stride", [1, 3, 100])
+def test_stop_strings_are_found_wherever_tokens_end(embedded, stops, wanted, stride):
+    ids = embedded.text.encode(SUMS)
+    text, given = SettledText(embedded.text, stops), ""
+    counts = [*range(0, len(ids), stride), len(ids)]
+    for count in counts:
+        given += text.take(ids[:count], final=count == len(ids))
+        assert wanted.startswith(given), "what a stop string cuts was given"
+        if text.stopped_at is not None:
+            break
+    assert given == wanted
+    if text.stopped_at is not None:
+        upto, before = (embedded.text.decode(ids[:n]) for n in (text.stopped_at, text.stopped_at - 1))
+        assert any(stop in upto for stop in stops) and not any(stop in before for stop in stops)
