@@ -33,7 +33,8 @@ import sfs_triton  # noqa: E402
 from bench import chart, rows  # noqa: E402
 from bench.embedded import problems  # noqa: E402
 from bench.figures import machine  # noqa: E402
-from bench.inflate import GEOMETRIES, dense, inflate  # noqa: E402
+from bench.geometry import GEOMETRIES  # noqa: E402
+from bench.inflate import dense, inflate  # noqa: E402
 from bench.tally import Tally  # noqa: E402
 from bench.visits import Bench  # noqa: E402
 from bench.work import Work, read_work  # noqa: E402

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 import sfs_triton
-from bench import inflate
+from bench import geometry, inflate, inflation
 from bench.embedded import problems, tasks
 from sfs_triton import ArgumentError, CheckpointError, RegionCache, SlowFast, Threshold
 from sfs_triton.engine import EMBEDDED
@@ -68,8 +68,8 @@ def short(embedded):
     return [p.question for p in chosen[1:]]
 
 
-def _plan(embedded, geometry, dtype=torch.float32):
-    return inflate.Plan(embedded, inflate.geometry_spec(geometry, embedded.spec), dtype)
+def _plan(embedded, name, dtype=torch.float32):
+    return inflation.Plan(embedded, geometry.geometry_spec(name, embedded.spec), dtype)
 
 
 def _masked(logits, canvas, mask_id=5):
@@ -101,16 +101,16 @@ def test_ids_that_the_model_does_not_have_are_never_probable(embedded, grown, ca
         logits = grown(name).model.logits(ids)[ids == embedded.spec.mask_id]
         assert logits.shape[1] == 2000
         assert (logits.softmax(-1)[:, MODEL_IDS:] == 0).all()
-        assert (logits[:, MODEL_IDS:] < inflate.UNUSED_LOGIT).all()
+        assert (logits[:, MODEL_IDS:] < inflation.UNUSED_LOGIT).all()
 
 
 def test_the_largest_rms_holds_for_other_problems(embedded, canvas):
     plan = _plan(embedded, "toy-768")
-    largest = inflate.largest_rms(embedded, plan.constant)
+    largest = inflation.largest_rms(embedded, plan.constant)
     weights, scope = embedded.model.weights, Scope(0, canvas.shape[1], canvas.shape[1])
     hidden = embedded.model.forward(canvas, scope)[..., plan.constant]
     rms = weights.embedding[0, plan.constant] * weights.norm[plan.constant] / hidden
-    assert 0.1 * largest < rms.max() < 0.5 * inflate.RMS_HEADROOM * largest
+    assert 0.1 * largest < rms.max() < 0.5 * inflation.RMS_HEADROOM * largest
 
 
 HOWS = {
@@ -190,7 +190,7 @@ MUTATIONS = {
     "other channels of queries": ("toy-768", {"spare_queries": NONE}, {}),
     "values in other query heads": ("toy-tied", {"echoes": NONE}, {}),
     "channels that stay zero": ("toy-768", {"_free": slice(0, 0)}, {}),
-    "embedding of the mask": ("toy-tied", {"_supply": inflate.Plan._extra_layer}, {}),
+    "embedding of the mask": ("toy-tied", {"_supply": inflation.Plan._extra_layer}, {}),
 }
 
 
@@ -199,8 +199,8 @@ def test_each_condition_is_needed(embedded, double, canvas, monkeypatch, what):
     name, changes, other = MUTATIONS[what]
     for attribute, value in changes.items():
         value = value if callable(value) else property(lambda self, value=value: value)
-        monkeypatch.setattr(inflate.Plan, attribute, value)
-    spec = replace(inflate.geometry_spec(name, embedded.spec), **other)
+        monkeypatch.setattr(inflation.Plan, attribute, value)
+    spec = replace(geometry.geometry_spec(name, embedded.spec), **other)
     logits = inflate.inflate(embedded, spec, "cpu").model.logits(canvas)
     off = (_masked(logits, canvas) - _masked(double.logits(canvas), canvas)).abs().max()
     assert not off < 1e-2
@@ -208,14 +208,14 @@ def test_each_condition_is_needed(embedded, double, canvas, monkeypatch, what):
 
 @pytest.mark.parametrize("name", ["toy-768", "toy-tied"])
 def test_the_weight_of_ids_it_does_not_have_is_needed(embedded, canvas, monkeypatch, name):
-    monkeypatch.setattr(inflate.Plan, "unused_weight", 0.0)
+    monkeypatch.setattr(inflation.Plan, "unused_weight", 0.0)
     logits = inflate.inflate(embedded, name, "cpu").model.logits(canvas)
     assert (logits.softmax(-1)[canvas == embedded.spec.mask_id][:, MODEL_IDS:] > 0).any()
 
 
 @pytest.mark.parametrize(("name", "value"), [("COPY", 1.0), ("TIED", 2.0**-4), ("SUPPLY", 1.0)])
 def test_each_scale_of_a_tied_head_is_needed(embedded, double, canvas, monkeypatch, name, value):
-    monkeypatch.setattr(inflate, name, value)
+    monkeypatch.setattr(inflation, name, value)
     logits = inflate.inflate(embedded, "toy-tied", "cpu").model.logits(canvas)
     assert not (_masked(logits, canvas) - _masked(double.logits(canvas), canvas)).abs().max() < 1e-2
 
@@ -228,7 +228,7 @@ def test_only_what_must_be_zero_is(embedded, name):
     """Zeros are those that the plan counts, and the small model's own."""
     plan = _plan(embedded, name)
     zeros = 0
-    for (part, layer), (_, shape) in inflate.layout(plan.big).items():
+    for (part, layer), (_, shape) in geometry.layout(plan.big).items():
         tensor = torch.full(shape, math.nan)
         plan.fill(tensor, part, layer)
         assert tensor.isfinite().all(), (part, layer)
@@ -256,14 +256,14 @@ def test_dense_is_random_everywhere(embedded):
     assert len(engine.generate([7, 8, 9], gen_length=4).canvas) == 7
 
 
-@pytest.mark.parametrize("name", inflate.GEOMETRIES)
+@pytest.mark.parametrize("name", geometry.GEOMETRIES)
 def test_shapes_are_those_that_load_expects(embedded, name):
     """At full size, without memory: names, shapes and fused tensors."""
-    spec = inflate.geometry_spec(name, embedded.spec)
+    spec = geometry.geometry_spec(name, embedded.spec)
     names = LLADA_NAMES if spec.family == "llada" else LLAMA_NAMES
-    assert dict(inflate.layout(spec).values()) == expected_shapes(spec, names)
-    fill = inflate.functools.partial(inflate.randomise, seed=0)
-    weights = inflate.assemble(spec, fill, META, torch.bfloat16)
+    assert dict(geometry.layout(spec).values()) == expected_shapes(spec, names)
+    fill = inflate.functools.partial(geometry.randomise, seed=0)
+    weights = geometry.assemble(spec, fill, META, torch.bfloat16)
     d, both = spec.d_model, spec.d_model + 2 * spec.kv_width
     assert len(weights.layers) == spec.n_layers
     shapes = {"attn_norm": (d,), "qkv": (both, d), "out": (d, d), "gate_up": (2 * spec.mlp, d), "down": (d, spec.mlp)}
@@ -279,20 +279,20 @@ def test_full_size(embedded, name):
     """Every block finds its place at the real size, and the file's parts are all of it."""
     plan = _plan(embedded, name, torch.bfloat16)
     assert (plan.f, plan.q_scale) == (4.0, 2.0)
-    for place, (_, shape) in inflate.layout(plan.big).items():
+    for place, (_, shape) in geometry.layout(plan.big).items():
         for at, value in plan.blocks(*place):
             hole = torch.empty(shape, device="meta")[at]
             assert not isinstance(value, torch.Tensor) or hole.shape == value.shape, place
-    inflate.assemble(plan.big, plan.fill, META, torch.bfloat16)
+    geometry.assemble(plan.big, plan.fill, META, torch.bfloat16)
     files = inflate.shards(plan.big, torch.bfloat16)
-    assert [place for file in files for place in file] == list(inflate.layout(plan.big))
-    assert plan.zeros < 0.03 * inflate.parameters(plan.big)
+    assert [place for file in files for place in file] == list(geometry.layout(plan.big))
+    assert plan.zeros < 0.03 * geometry.parameters(plan.big)
     assert read_spec(inflate.config_dict(plan.big, torch.bfloat16)) == plan.big
 
 
 def test_llada_8b_has_its_published_size(embedded):
-    spec = inflate.geometry_spec("llada-8b", embedded.spec)
-    assert round(2 * inflate.parameters(spec) / 1e9, 2) == 16.03
+    spec = geometry.geometry_spec("llada-8b", embedded.spec)
+    assert round(2 * geometry.parameters(spec) / 1e9, 2) == 16.03
     assert (spec.n_layers, spec.d_model, spec.n_heads, spec.head_dim, spec.mlp) == (32, 4096, 32, 128, 12288)
     assert (spec.vocab_size, spec.rope_theta, spec.norm_eps, spec.tied_head) == (126464, 500000.0, 1e-5, False)
 
@@ -319,7 +319,7 @@ def test_llada_8b_has_its_published_size(embedded):
     ],
 )
 def test_a_geometry_that_does_not_fit(embedded, change, match):
-    spec = replace(inflate.geometry_spec("toy-512", embedded.spec), **change)
+    spec = replace(geometry.geometry_spec("toy-512", embedded.spec), **change)
     with pytest.raises(ArgumentError, match=match):
         inflate.inflate(embedded, spec, "cpu")
 

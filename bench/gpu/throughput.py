@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 import sfs_triton
-from bench import inflate, rows
+from bench import geometry, inflate, rows
 from bench.step_count import kinds
 from bench.tally import Done, Tally
 from bench.visits import Bench as Visits
@@ -76,7 +76,7 @@ class Bench:
     def build(self) -> dict[str, Any]:
         began = time.perf_counter()
         engine, weights = self.model
-        values = {"weights": weights, "parameters": inflate.parameters(engine.spec)}
+        values = {"weights": weights, "parameters": geometry.parameters(engine.spec)}
         values["seconds"] = round(time.perf_counter() - began, 2)
         if self.device.type == "cuda":
             values["memory_bytes"] = torch.cuda.memory_allocated()
