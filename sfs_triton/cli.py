@@ -1,4 +1,4 @@
-"""The command line face: ``sfs generate`` and ``sfs plot``. Results go to stdout, everything else to stderr."""
+"""The command line: ``sfs generate``, ``plot``, ``chat``, ``serve``. Results go to stdout, all else to stderr."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import inspect
 import json
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
@@ -204,15 +205,48 @@ def plot(
     typer.echo(f"{_summary(result, request.label())} | wrote {out}", err=True)
 
 
-def _takes_request(command: Callable[..., None]) -> Callable[..., None]:
+def chat(
+    request: Request,
+    system: Annotated[str, typer.Option(help="A system message.", show_default=False)] = "",
+    forget: Annotated[bool, typer.Option("--forget", help="Drop oldest exchanges where a turn has no room.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object for each answer.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Show the canvas live, on stderr.")] = False,
+    delay: Annotated[float, typer.Option(help="Seconds per frame of --watch.")] = DELAY,
+    history: Annotated[Path | None, typer.Option(help="A file to keep typed lines in.", show_default=False)] = None,
+) -> None:
+    """Talk to a model, turn by turn. Lines that begin with / are commands: /help lists them."""
+    from .chat import Chat, Settings
+    from .chat_terminal import ChatTerminal, InputHistory
+
+    require(math.isfinite(delay) and delay >= 0, f"--delay {delay} is not a number of seconds")
+    if watch:
+        from . import render  # noqa: F401  which names the extra where rich is missing
+    settings = Settings(
+        sampler=request.make_sampler(),
+        cache=cache_policy(request.cache),
+        gen_length=request.gen_length,
+        seed=request.seed,
+        forget=forget,
+    )
+    typed = InputHistory(history)
+    engine = load(request.model, request.device, request.dtype, request.impl, request.loop)
+    terminal = ChatTerminal(
+        Chat(engine, settings, system), model=request.model, as_json=as_json, watch=watch, delay=delay, history=typed
+    )
+    raise typer.Exit(terminal.run())
+
+
+def _takes_request(command: Callable[..., None], **fixed: Any) -> Callable[..., None]:
     """Give ``command`` one option per field of :class:`Request`, and turn package errors into one line and exit code 2.
 
-    The options stand in one place that way, and the bodies stay free of twenty parameters.
+    Fields that are ``fixed`` are no options. The others stand in one place that way, and the bodies stay free of twenty
+    parameters.
     """
     hints = get_type_hints(Request, include_extras=True)
     shared = [
         inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, annotation=hints[f.name], default=_default(f))
         for f in fields(Request)
+        if f.name not in fixed
     ]
     own_hints = get_type_hints(command, include_extras=True)
     own = [
@@ -223,17 +257,24 @@ def _takes_request(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def wrapper(**values: Any) -> None:
-        request = {f.name: values.pop(f.name) for f in fields(Request)}
-        try:
+        request = {f.name: fixed[f.name] if f.name in fixed else values.pop(f.name) for f in fields(Request)}
+        with _refusals():
             command(Request(**request), **values)
-        except SfsError as error:
-            typer.echo(_error_line(error), err=True)
-            raise typer.Exit(2) from None
 
     parameters = [shared[0], *own, *shared[1:]]  # arguments in the order they are typed: the prompt, then the rest
     wrapper.__signature__ = inspect.Signature(parameters)
     wrapper.__annotations__ = {p.name: p.annotation for p in parameters}
     return wrapper
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """Turn package errors into one line and exit code 2."""
+    try:
+        yield
+    except SfsError as error:
+        typer.echo(_error_line(error), err=True)
+        raise typer.Exit(2) from None
 
 
 def _default(field: Any) -> Any:
@@ -263,6 +304,10 @@ def _build_app() -> typer.Typer:
     built.callback()(_root)
     for command in (generate, plot):
         built.command()(_takes_request(command))
+    built.command()(_takes_request(chat, prompt="", raw=False))
+    from .serve.command import serve
+
+    built.command()(_refusals()(serve))
     return built
 
 

@@ -18,6 +18,9 @@ KERNELS = ROOT / "kernels" / "triton"
 # The house plan: a module may import those below it in this list, never those above.
 LAYERS = [
     "cli",
+    "chat_terminal",
+    "chat_commands",
+    "chat",
     "serve",
     "render",
     "plot",
