@@ -12,6 +12,7 @@ from .errors import require
 from .ops import BlockRules, CycleRules, Draw
 
 SPREADS, SLOW_ENDS, ROUNDINGS = ("variance", "std", "unbiased"), ("stable", "fixed", "filled"), ("floor", "even")
+LARGEST = 1_000_000  # of whole numbers: no canvas has so many positions
 FIXED_METRICS = ("confidence", "maskgit_plus", "topk_margin", "entropy", "origin")
 
 
@@ -23,6 +24,7 @@ def _check_number(name: str, value: Any, least: float = 0.0) -> None:
 def _check_integer(name: str, value: Any, least: int = 1) -> None:
     ok = isinstance(value, int) and not isinstance(value, bool) and value >= least
     require(ok, f"{name}={value!r} is not an integer of at least {least}")
+    require(value <= LARGEST, f"{name}={value!r} is larger than {LARGEST}, more than any canvas has room for")
 
 
 def _check_flag(name: str, value: Any) -> None:

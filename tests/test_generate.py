@@ -35,6 +35,7 @@ SAMPLERS = [
         ({"share_stable": True, "slow_end": "filled"}, "share_stable=True does not go with slow_end='filled'"),
         ({"window": 0}, "window=0"),
         ({"k_max": 0}, "k_max=0"),
+        ({"k_max": 10**26}, "is larger than 1000000"),
         ({"k_max": 2.5}, "k_max=2.5"),
         ({"spread": "range"}, "spread='range'"),
         ({"slow_end": "never"}, "slow_end='never'"),
