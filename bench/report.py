@@ -20,9 +20,10 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from bench import measured  # noqa: E402
+from bench import gpu_charts, measured  # noqa: E402
 from bench.baselines import AUTOREGRESSIVE, BASELINES  # noqa: E402
 from bench.cpu_pages import CpuRun, cpu_section, newest, readme_part, table  # noqa: E402
+from bench.figures import wilson_interval  # noqa: E402
 from bench.gpu.record import BAD  # noqa: E402
 from bench.gpu.targets import RESULTS, Line, Record, best_step, gaps, records, target_rows  # noqa: E402
 
@@ -172,13 +173,17 @@ def _merged(record: Record | None) -> dict[str, Line]:
     found = {}
     for name, lines in by_row.items():
         first, checked = lines[0], sum(line["checked"] for line in lines)
+        correct = sum(line["correct"] for line in lines)
+        low, high = wilson_interval(correct, checked)
         middles = ("ms_per_forward", "tokens_per_second", "nfe", "tpf", "full_forwards")
         found[name] = {
             **{key: first[key] for key in ("by", "sampler", "cache", "impl", "loop", "extrapolated", "note")},
             "real": "random" not in first["weights"],
             **{key: median(line[key] for line in lines) for key in middles},
             "memory": max((line["peak_memory_bytes"] or 0 for line in lines), default=0),
-            "right": f"{sum(line['correct'] for line in lines)} of {checked}" if checked else "",
+            "right": f"{correct} of {checked}" if checked else "",
+            **{"problems": len(lines), "batch": 1, "accuracy": correct / checked if checked else None},
+            **{"accuracy_low": low, "accuracy_high": high},
         }
     return found
 
@@ -395,6 +400,8 @@ def render(found: Sequence[Record], cpus: Sequence[CpuRun] = (), root: Path = RO
         new, old = its[-1], its[-2] if len(its) > 1 else None
         parts += [f"## {gpu}", f"The last record, `{new.name}`{f', beside `{old.name}`' if old else ''}."]
         parts += ["### Against the design's targets", targets_section(new, old)]
+        for name, file in gpu_charts.names(new, _merged(new)).items():
+            parts.append(f"![{gpu_charts.TITLES[name]}]({file})")
         if missed := gaps(new):
             parts += ["### The largest gaps", "\n".join(f"{i}. {line}" for i, line in enumerate(missed, 1))]
         for title, section in SECTIONS.items():
@@ -429,13 +436,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     arguments = parser.parse_args(argv)
     try:
-        wanted = pages(arguments.results.resolve(), arguments.out, arguments.readme)
+        results = arguments.results.resolve()
+        wanted = pages(results, arguments.out, arguments.readme)
         stale = [p for p, text in wanted.items() if not p.is_file() or p.read_text(encoding="utf-8") != text]
         for path in wanted:
             if not arguments.check:
                 measured.replace_file(path, wanted[path])
             told = ("not current" if path in stale else "current") if arguments.check else "written"
             print(f"{path} is {told}")
+        if not arguments.check:
+            for record in {record.header["gpu"]: record for record in records(results)}.values():
+                gpu_charts.draw(record, _merged(record), arguments.out.parent)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

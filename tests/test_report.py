@@ -131,6 +131,23 @@ def test_the_tables_of_a_record(tmp_path):
     assert "4,000 / 500" in text
 
 
+def test_a_record_has_pictures_where_it_has_figures(tmp_path):
+    results = tmp_path / "bench" / "results"
+    results.mkdir(parents=True)
+    _write(results, "2027-01-02-abc1234.jsonl", _lines())
+    out = tmp_path / "page.md"
+    assert report.main(["--results", str(results), "--out", str(out)]) == 0
+    for name in ("steps", "throughput"):
+        file = f"benchmarks-nvidia-h200-{name}.png"
+        assert f"]({file})" in out.read_text() and (tmp_path / file).read_bytes()[:4] == b"\x89PNG"
+    bare = tmp_path / "bare" / "results"
+    bare.mkdir(parents=True)
+    _write(bare, "2027-01-02-abc1234.jsonl", [line for line in _lines() if line[0] not in ("engine", "throughput")])
+    assert report.main(["--results", str(bare), "--out", str(tmp_path / "bare" / "page.md")]) == 0
+    assert "benchmarks-" not in (tmp_path / "bare" / "page.md").read_text()
+    assert not list((tmp_path / "bare").glob("*.png"))
+
+
 def test_the_largest_gaps_come_with_what_the_profile_shows(tmp_path):
     path = _write(tmp_path, "2027-01-02-abc1234.jsonl", _lines())
     first, second = targets.gaps(targets.Record(path, record.read(path)))
