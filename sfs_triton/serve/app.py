@@ -11,7 +11,7 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
-from fastapi.responses import JSONResponse
+from fastapi.responses import FileResponse, JSONResponse
 from fastapi.staticfiles import StaticFiles
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.concurrency import run_in_threadpool
@@ -31,7 +31,7 @@ from .scheduler import Scheduler
 from .settings import ServeSettings
 from .sse import Answering, Inbox
 
-PAGE = Path(__file__).parent / "page"  # what is served at / if it is there
+PAGE = Path(__file__).parent / "page"  # index.html is served at /, what it needs below /page
 _SCHEMAS = "#/components/schemas/"
 _REFUSALS = {
     400: "The request cannot be answered; says which field is at fault.",
@@ -76,8 +76,7 @@ def create_app(engine: Engine, settings: ServeSettings | None = None) -> FastAPI
     _add_models(app)
     _add_state(app)
     app.openapi = lambda: _openapi(app)
-    if PAGE.is_dir():
-        app.mount("/", StaticFiles(directory=PAGE, html=True))
+    _add_page(app)
     return app
 
 
@@ -145,6 +144,17 @@ def _add_state(app: FastAPI) -> None:
     async def counted() -> Response:
         """Counters in Prometheus' text format."""
         return Response(metrics.page(), media_type=CONTENT_TYPE_LATEST)
+
+
+def _add_page(app: FastAPI) -> None:
+    """The page, on routes of its own: a mount at / would hide what is wrong with requests to others."""
+    index = PAGE / "index.html"
+
+    @app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
+    async def page() -> FileResponse:
+        return FileResponse(index)
+
+    app.mount("/page", StaticFiles(directory=PAGE))
 
 
 def _http_error(request: Request, error: HTTPException) -> JSONResponse:
