@@ -7,6 +7,7 @@ from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 COLOURS = {
     "vanilla": "#7f7f7f",
@@ -89,6 +90,9 @@ def _accuracies(axis, rows: list[dict]) -> None:
     for x, y, numbers in taken:
         axis.annotate("\n".join(map(str, numbers)), (x, y), (0, 7), textcoords="offset points", ha="center", fontsize=7)
     axis.set_xscale("log")
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda rate, _: f"{rate:g}"))
+    axis.xaxis.set_minor_locator(NullLocator())
     axis.set_ylim(-3, 103 + 5 * max((len(numbers) for *_, numbers in taken), default=0))
     axis.set_yticks(range(0, 101, 20))
     axis.set_xlabel("tokens/s")
