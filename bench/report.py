@@ -358,7 +358,8 @@ ABOUT_CPUS = """\
 By `make bench-all`, which takes what needs no GPU. On a CPU a forwarded row is time, so these tables show what samplers
 and caches save in rows and steps; they say nothing about kernels, loops and the sizes of real models. "plain torch" are
 the baselines below, in the same process, taking turns with sfs_triton. ~ is extrapolated from some of a generation's
-steps.
+steps. Behind few-shot prompts the embedded model's answers are wrong, since it has not been trained on conversations of
+several turns, and takes more steps; a step is the same work all the same.
 """
 
 ABOUT_BASELINES = """\
