@@ -3,6 +3,7 @@
 # make bench-kernels   each kernel beside eager torch, torch.compile and libraries; toy sizes where there is no GPU
 # make test            install into .venv and run the test suite
 # make test-oldest     the kernels' tests under the oldest triton that will do, in .venv-oldest
+# make docs            build docs/ into site/
 # make resources       compile every kernel variant ahead of time and write kernels/resources.json
 #
 # Variables, read when .venv is made (remove it to choose anew): PYTHON (interpreter), TORCH (what to install where
@@ -20,7 +21,7 @@ BIN := $(VENV)/bin
 # The interpreter of this triton fails with newer numpy.
 OLDEST := "triton==3.6.0" "numpy<2.4"
 
-.PHONY: bench bench-all bench-kernels test test-oldest resources lint install
+.PHONY: bench bench-all bench-kernels test test-oldest docs resources lint install
 
 bench: install
 	$(BIN)/python bench/throughput.py $(ARGS)
@@ -37,6 +38,9 @@ test: install
 test-oldest:
 	$(MAKE) test VENV=.venv-oldest EXTRAS=test PINS='$(OLDEST)' \
 	  ARGS='tests/kernels tests/test_aot.py tests/test_kernel_benchmarks.py tests/test_ops.py tests/test_conformance.py $(ARGS)'
+
+docs: install
+	$(BIN)/python -m mkdocs build --strict
 
 resources: install
 	$(BIN)/python -m bench.kernels.resources --write
