@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 
@@ -18,6 +19,8 @@ def test_addition(benchmark):
 
 @pytest.fixture
 def jobs(monkeypatch, tmp_path):
+    for name in [name for name in os.environ if name.startswith("PYTEST_XDIST")]:
+        monkeypatch.delenv(name)  # where pytest-benchmark sees one, it times nothing
     (tmp_path / "test_one.py").write_text(TEST)
     mine = (
         Job("good", "write", ("-c", "import pathlib; pathlib.Path(r'{out}/mine.txt').write_text('here')")),

@@ -28,6 +28,14 @@ HOSTILE = "\x1b[2J\x9b31mred\x07\x7f\u202etxet\u2028\r\n\tfine é"
 CLEAN = "�[2J�31mred���txet�\n\tfine é"
 
 
+@pytest.fixture(autouse=True)
+def interruptible():
+    """Interrupts as at a terminal: what a shell starts in the background ignores them, and so does all it starts."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture
 def chat(embedded) -> Chat:
     return Chat(embedded, Settings(gen_length=32))
