@@ -30,7 +30,7 @@ from safetensors.torch import save_file  # noqa: E402
 import sfs_triton  # noqa: E402
 from bench.geometry import GEOMETRIES, assemble, geometry_spec, layout, parameters, randomise  # noqa: E402
 from bench.inflation import Plan  # noqa: E402
-from sfs_triton import ArgumentError, CheckpointError, Engine  # noqa: E402
+from sfs_triton import ArgumentError, CheckpointError, Engine, OutOfDeviceMemory  # noqa: E402
 from sfs_triton.engine import DTYPES, EMBEDDED  # noqa: E402
 from sfs_triton.loops import check_loop  # noqa: E402
 from sfs_triton.models import ModelSpec, Transformer  # noqa: E402
@@ -67,9 +67,11 @@ def inflate(
 
     Raises:
         ArgumentError: the model does not fit the geometry; says why, with both numbers.
+        OutOfDeviceMemory: its weights do not fit the memory that is free.
     """
     spec = geometry_spec(geometry, source.spec)
     device, dtype = _where(device, dtype, impl, loop)
+    _check_memory(spec, device, dtype)
     weights = assemble(spec, Plan(source, spec, dtype, seed).fill, device, dtype)
     return Engine(Transformer(spec, weights, impl), source.text, loop)
 
@@ -87,6 +89,7 @@ def dense(
     """As :func:`inflate`, for any geometry, but with all weights random: for what a step costs without any zeros."""
     spec = geometry_spec(geometry, source.spec)
     device, dtype = _where(device, dtype, impl, loop)
+    _check_memory(spec, device, dtype)
     weights = assemble(spec, functools.partial(randomise, seed=seed), device, dtype)
     return Engine(Transformer(spec, weights, impl), source.text, loop)
 
@@ -102,6 +105,26 @@ def _where(
     if not isinstance(dtype, torch.dtype):
         raise ArgumentError(f"dtype={dtype!r} is not one of {tuple(DTYPES)}")
     return device, dtype
+
+
+def _check_memory(spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> None:
+    """Refuse weights that do not fit: a host's kernel would end the process, or others, without a word."""
+    needed = parameters(spec) * dtype.itemsize
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
+    if device.type != "meta" and free is not None and needed > free:
+        raise OutOfDeviceMemory(
+            f"the weights take {needed / 1e9:.1f} GB in {str(dtype).removeprefix('torch.')}, and {str(device)!r} has "
+            f"{free / 1e9:.1f} GB free"
+        )
+
+
+def free_memory() -> int | None:
+    """Bytes of the host's memory that programs can still have; None where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    except (OSError, ValueError, StopIteration):
+        return None
 
 
 # ------------------------------------------------------------------------------------------------------------- as files

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 import sfs_triton
 from bench import geometry, inflate, inflation
 from bench.embedded import problems, tasks
-from sfs_triton import ArgumentError, CheckpointError, RegionCache, SlowFast, Threshold
+from sfs_triton import ArgumentError, CheckpointError, OutOfDeviceMemory, RegionCache, SlowFast, Threshold
 from sfs_triton.engine import EMBEDDED
 from sfs_triton.models import Transformer, load_weights, read_spec
 from sfs_triton.models.cache import Scope
@@ -346,6 +346,19 @@ def test_a_model_without_a_constant_channel(engines):
 def test_geometries_that_are_not_there(embedded, name, match):
     with pytest.raises(ArgumentError, match=match):
         inflate.inflate(embedded, name, "cpu")
+
+
+@pytest.mark.parametrize("make", [inflate.inflate, inflate.dense])
+def test_weights_that_do_not_fit_are_refused_before_they_are_made(embedded, make, monkeypatch):
+    monkeypatch.setattr(inflate, "assemble", None)
+    monkeypatch.setattr(inflate, "free_memory", lambda: 10**9)
+    with pytest.raises(OutOfDeviceMemory, match=r"take 32.1 GB in float32, and 'cpu' has 1.0 GB free"):
+        make(embedded, "llada-8b", "cpu", "float32")
+
+
+def test_what_is_free_is_a_number_of_bytes():
+    free = inflate.free_memory()
+    assert free is None or 2**20 < free < 2**50
 
 
 @pytest.mark.parametrize("option", [{"dtype": "float8"}, {"impl": "fast"}, {"loop": "fast"}])
