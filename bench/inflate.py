@@ -71,8 +71,9 @@ def inflate(
     """
     spec = geometry_spec(geometry, source.spec)
     device, dtype = _where(device, dtype, impl, loop)
+    plan = Plan(source, spec, dtype, seed)
     _check_memory(spec, device, dtype)
-    weights = assemble(spec, Plan(source, spec, dtype, seed).fill, device, dtype)
+    weights = assemble(spec, plan.fill, device, dtype)
     return Engine(Transformer(spec, weights, impl), source.text, loop)
 
 
