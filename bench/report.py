@@ -419,10 +419,12 @@ def render(found: Sequence[Record], cpus: Sequence[CpuRun] = (), root: Path = RO
 
 def pages(results: Path, out: Path, readme: Path) -> dict[Path, str]:
     """What the page and the README should be, by their paths. A README stays as it is where there is no CPU's run."""
-    cpus = newest(results)
-    found = {out: render(records(results), cpus, results.parents[1])}
+    if not results.is_dir():
+        raise ValueError(f"--results {results} is no folder")
+    cpus, root = newest(results), results.parent.parent
+    found = {out: render(records(results), cpus, root)}
     if cpus:
-        part = readme_part(cpus[-1], results.parents[1])
+        part = readme_part(cpus[-1], root)
         found[readme] = measured.marked(readme.read_text(encoding="utf-8"), "table", part)
     return found
 

@@ -267,6 +267,11 @@ def test_a_run_without_a_gpu_is_on_the_page_and_in_the_readme(tmp_path, capsys):
     assert report.main(where) == 2 and "no marker '<!-- table: begin -->'" in capsys.readouterr().err
 
 
+def test_a_folder_that_is_not_there(tmp_path, capsys):
+    assert report.main(["--results", "/nowhere", "--out", str(tmp_path / "page.md")]) == 2
+    assert "--results /nowhere is no folder" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
 def test_every_baseline_is_told_with_what_it_has_and_lacks():
     text = report.baselines_section()
     for baseline in report.BASELINES.values():
