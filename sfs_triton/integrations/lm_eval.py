@@ -5,6 +5,7 @@ Importing this module registers the model; ``lm_eval.simple_evaluate(model="sfs_
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 from collections import Counter, defaultdict
@@ -21,7 +22,7 @@ from ..caching import POLICIES, CachePolicy, cache_policy
 from ..engine import Engine, load
 from ..errors import ArgumentError, MissingDependencyError, SfsError, require
 from ..generation import Generation
-from ..samplers import FixedSteps, Sampler, SlowFast, Threshold
+from ..samplers import SAMPLERS, Sampler, SlowFast
 from ..text import TextCodec
 
 try:
@@ -34,7 +35,6 @@ try:
 except ImportError as error:
     raise MissingDependencyError(f'this needs lm-eval ({error}): pip install "sfs_triton[eval]"') from error
 
-SAMPLERS = {"slowfast": SlowFast, "threshold": Threshold, "fixed": FixedSteps, "vanilla": FixedSteps}
 LM_EVALS_DEVICE = "cuda:0"  # what lm-eval passes when nobody has asked for a device
 PATIENCE = timedelta(days=7)  # ranks with long answers may keep the others waiting
 
@@ -231,6 +231,7 @@ class Ranks:
                 self._group = distributed.new_group(backend="gloo", timeout=PATIENCE)
             else:
                 distributed.init_process_group("gloo", timeout=PATIENCE)
+                atexit.register(_leave)  # threads of gloo's that outlive the interpreter abort the process
 
     def device(self, asked: Any) -> Any:
         """The device of this rank: its own GPU, unless one was named by number."""
@@ -252,6 +253,12 @@ class Ranks:
 
     def wait(self) -> None:
         distributed.barrier(group=self._group)
+
+
+def _leave() -> None:
+    """End the group, if there is one."""
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 # ------------------------------------------------------------------------------------------------------------ model
@@ -503,8 +510,7 @@ def main() -> None:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
     finally:
-        if distributed.is_initialized():
-            distributed.destroy_process_group()
+        _leave()
     if os.environ.get("RANK", "0") == "0":
         for tally in _TALLIES:
             print(tally.table())
