@@ -15,10 +15,10 @@ from .engine import Engine
 from .errors import ArgumentError, require
 from .generation import Frame, Generation
 from .samplers import FixedSteps, Sampler, SlowFast
+from .text import UNFINISHED
 
 ROLES = ("system", "user", "assistant")
 LARGEST_FILE = 16 * 2**20  # bytes; what is larger is no conversation
-UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what tokenizers make of a character whose bytes have not all come
 
 
 class ContextOverflow(ArgumentError):

@@ -12,10 +12,8 @@ from .caching import POLICIES, CachePolicy, cache_policy
 from .chat import Chat, kind, shown
 from .errors import ArgumentError, require
 from .generation import Generation
-from .samplers import PRESETS, FixedSteps, Sampler, SlowFast, Threshold
+from .samplers import LARGEST, PRESETS, SAMPLERS, Sampler, SlowFast
 
-SAMPLERS = {"slowfast": SlowFast, "threshold": Threshold, "fixed": FixedSteps, "vanilla": FixedSteps}
-LARGEST = 1_000_000  # integer that a sampler or cache could want
 WORDS = {"none": None, "true": True, "false": False}
 
 

@@ -19,7 +19,7 @@ from .engine import DTYPES, Engine, Generation, load
 from .errors import ArgumentError, MissingDependencyError, SfsError, require
 from .loops.choose import LOOPS
 from .ops import IMPLEMENTATIONS
-from .samplers import PRESETS, FixedSteps, Sampler, SlowFast, Threshold
+from .samplers import PRESETS, SAMPLERS, FixedSteps, Sampler, SlowFast, Threshold
 
 try:
     import typer
@@ -27,7 +27,6 @@ except ImportError:  # main() names the extra in one line, where an error raised
     typer = None
 
 DELAY = 0.03
-SAMPLERS = ("slowfast", "threshold", "fixed", "vanilla")
 # The options that only some samplers have; one that was given for another sampler is refused by name.
 BELONGS_TO = {
     "preset": ("slowfast",),

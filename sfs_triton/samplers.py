@@ -364,3 +364,12 @@ class FixedSteps(Sampler):
 
     def step_cap(self, length: int) -> int:
         return (self.block_steps(length) + 2) * -(-length // (self.block_length or length)) + 2
+
+
+# What they are called on the command line, in requests and in evaluations; ``vanilla`` is one token a step.
+SAMPLERS: dict[str, type[Sampler]] = {
+    "slowfast": SlowFast,
+    "threshold": Threshold,
+    "fixed": FixedSteps,
+    "vanilla": FixedSteps,
+}

@@ -11,6 +11,8 @@ from tokenizers import Tokenizer
 from .errors import ArgumentError, CheckpointError, require
 from .models.weights import read_json
 
+UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what tokenizers make of a character whose bytes have not all come
+
 
 class TextCodec:
     """A tokenizer and, where the checkpoint has one, a chat template rendered in a sandbox."""

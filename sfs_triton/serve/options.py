@@ -10,13 +10,12 @@ from ..caching import POLICIES, CachePolicy, RefreshCache, cache_policy
 from ..engine import Engine
 from ..errors import require
 from ..models.spec import ModelSpec
-from ..samplers import PRESETS, FixedSteps, Sampler, SlowFast, Threshold
+from ..samplers import PRESETS, SAMPLERS, Sampler, SlowFast
 from ..session import Request
 from .errors import ApiError
 from .protocol import ChatRequest, Common, CompletionRequest
 from .settings import ServeSettings
 
-SAMPLERS = {"slowfast": SlowFast, "threshold": Threshold, "fixed": FixedSteps, "vanilla": FixedSteps}
 _ELSEWHERE = ("temperature", "top_p", "name")  # settings that a request has fields of its own for, or none
 _INTERVAL, _NUMBER = 256, 1e4  # largest refresh interval, and largest number that is no count
 _CHARACTERS = 64  # of a prompt for each position of the context: encoding far more than can fit would hold others up

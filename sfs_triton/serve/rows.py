@@ -9,12 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..generation import Frame, Generation
-from ..text import TextCodec
+from ..text import UNFINISHED, TextCodec
 from ..trace import StepTrace
 from .errors import ApiError
 from .options import Wanted
-
-UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what tokenizers make of a character whose bytes have not all come
 
 
 @dataclass(frozen=True, slots=True)
