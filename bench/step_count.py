@@ -23,6 +23,7 @@ from bench.baselines import PlainModel, vanilla
 from bench.kernels.case import GEOMETRIES
 from sfs_triton import triton_impl
 from sfs_triton.caching import CachePolicy, Shape, cache_policy
+from sfs_triton.engine import WEIGHTS
 from sfs_triton.kernels.attention import attention_cost
 from sfs_triton.kernels.confidence import confidence_cost
 from sfs_triton.kernels.control import CONTROL, FAST, SLOW
@@ -46,6 +47,7 @@ from sfs_triton.loops.step import Step
 from sfs_triton.models import Transformer
 from sfs_triton.models.spec import ModelSpec
 from sfs_triton.models.weights import LayerWeights, Weights
+from sfs_triton.ops import Matrix, Quantised
 from sfs_triton.samplers import Sampler, SlowFast, Threshold
 from sfs_triton.state import DecodeState
 
@@ -230,7 +232,7 @@ COSTS: dict[str, Callable[[dict[str, Any], tuple[int, ...]], Cost]] = {
         a["n_rows"], a["n_out"], a["n_in"], a["x_ptr"].itemsize, a["HAS_RESIDUAL"]
     ),
     "lm_head.lm_head": lambda a, grid: lm_head_cost(
-        a["n_rows"], a["n_columns"], a["n_features"], a["hidden_ptr"].itemsize
+        a["n_rows"], a["n_columns"], a["n_features"], a["hidden_ptr"].itemsize, a["HAS_SCALE"]
     ),
     "mlp.silu_mul": lambda a, grid: silu_mul_cost(a["n_rows"], a["n_columns"], a["out_ptr"].itemsize),
     "norm.rms_norm": lambda a, grid: rms_norm_cost(
@@ -304,8 +306,11 @@ class Setting:
     block_length: int = 32
     style: str = "fixed"
     span: int = 20
+    weights: str | None = None  # "fp8": as load() takes it; the products' weights are then of that size
 
     def __post_init__(self) -> None:
+        if self.weights not in (None, *WEIGHTS):
+            raise ValueError(f"weights={self.weights!r} is not one of {WEIGHTS}, or None")
         for name in ("prompt", "response", "batch", "capacity", "span_cap", "block_length", "span"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} is not positive")
@@ -344,19 +349,25 @@ def kinds(setting: Setting, name: str) -> dict[Kind, int]:
     return {Kind(named[pair], due.index(pair), 1, False): count for pair, count in Counter(due).items()}
 
 
-def meta_model(spec: ModelSpec, impl: str, meter: Meter) -> Transformer:
+def meta_model(spec: ModelSpec, impl: str, meter: Meter, weights: str | None = None) -> Transformer:
     """A model without data whose work is counted. As on every GPU, ``post`` is a kernel."""
 
     def empty(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=DTYPE, device=META)
 
+    def matrix(*shape: int) -> Matrix:
+        if weights is None:
+            return empty(*shape)
+        codes = torch.empty(shape, dtype=torch.float8_e4m3fn, device=META)
+        return Quantised(codes, torch.empty(shape[0], device=META))
+
     d, qkv = spec.d_model, spec.d_model + 2 * spec.kv_width
     bias = empty(qkv) if spec.qkv_bias else None
     layer = LayerWeights(
-        empty(d), empty(qkv, d), bias, empty(d, d), empty(d), empty(2 * spec.mlp, d), empty(d, spec.mlp)
+        empty(d), matrix(qkv, d), bias, matrix(d, d), empty(d), matrix(2 * spec.mlp, d), matrix(d, spec.mlp)
     )
     embedding = empty(spec.vocab_size, d)
-    head = embedding if spec.tied_head else empty(spec.vocab_size, d)
+    head = embedding if spec.tied_head and weights is None else matrix(spec.vocab_size, d)
     model = Transformer(spec, Weights(embedding, (layer,) * spec.n_layers, empty(d), head), "torch")
     ops = {op.name: getattr(model.ops, op.name) for op in fields(model.ops)}
     names = ops if impl == "triton" else ("post",)
@@ -384,7 +395,7 @@ class Steps:
             device=META,
             trace=False,
         )
-        self._step = Step(meta_model(spec, impl, self._meter), sampler, policy, state)
+        self._step = Step(meta_model(spec, impl, self._meter, setting.weights), sampler, policy, state)
         mailbox = self._step.mailbox  # its rings are in memory of the host, where a meta tensor cannot be copied to
         mailbox._rings, mailbox._bell = [ring.to(META) for ring in mailbox._rings], mailbox._bell.to(META)
         self._step.expect([setting.prompt] * setting.batch, [setting.response] * setting.batch)

@@ -43,7 +43,7 @@ class Span(NamedTuple):
 
 
 class Canvas(NamedTuple):
-    """What a generation's host knows from the start: the canvas' length, and extremes over the batch."""
+    """What the host knows of the rows of a lane before they come: the canvas' length, and extremes over the rows."""
 
     length: int
     shortest_prompt: int
@@ -58,8 +58,9 @@ class Shape(NamedTuple):
     ``kind`` says where the rows come from: ``"same"``, ``[first, first + size)`` of every canvas, with all keys before
     ``keys``; ``"prefix"``, the canvas' first ``size``, of which each uses as many as the device says; ``"list"``, a
     list of ``size`` with one contiguous stretch; ``"plan"``, a list of ``size`` that is planned. ``targets`` is the
-    room for rows whose tokens are wanted, ``ragged`` whether canvases differ in their keys, ``members`` the canvases
-    that go along (None: all of them).
+    room for rows whose tokens are wanted, ``ragged`` whether canvases differ in their keys. ``members`` are the slots
+    whose canvases go along: these, or the first so many of those that the step is aimed at, or (None) all of them.
+    ``aimed`` says that only canvases that the step is aimed at take it; all others are left as they are.
     """
 
     kind: str
@@ -69,7 +70,8 @@ class Shape(NamedTuple):
     targets: int
     ragged: bool = False
     features: Features | None = None
-    members: tuple[int, ...] | None = None
+    members: tuple[int, ...] | int | None = None
+    aimed: bool = False
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,7 @@ class CachePolicy:
 
     name: ClassVar[str]
     by_block: ClassVar[bool] = False
+    by_prompt: ClassVar[bool] = False  # whether fixed shapes depend on the prompts' lengths
     store: ClassVar[type | None] = None
     to_span_end: ClassVar[bool] = False
     block: ClassVar[str | None] = None
@@ -123,6 +126,10 @@ class CachePolicy:
         """How many of those go through the layers."""
         return covered
 
+    def together(self, rows: Sequence[RowView]) -> list[list[RowView]]:
+        """The rows, in groups that can take a step of tight shapes together."""
+        return [list(rows)]
+
     def tight(self, rows: Sequence[RowView], canvas: Canvas) -> list[Shape]:
         """Shapes that hold just what these rows need: one for all rows whose spans are equal."""
         groups: dict[Shape, list[RowView]] = {}
@@ -136,8 +143,8 @@ class CachePolicy:
         ]
 
     def fixed(self, canvas: Canvas, step: int, opening: bool) -> Shape:
-        """The size for capture that holds what any row may need. ``opening``: some row is at the begin of its block,
-        which is not asked where the shape is ``foreseen``."""
+        """The size for capture that holds what any row may need at its step of this number. ``opening``: it is at the
+        begin of its block, which is not asked where the shape is ``foreseen``."""
         shape = Shape("prefix", 0, canvas.length, canvas.length, canvas.window, ragged=True)
         longest = min(canvas.length, _coarse(canvas.longest_prompt + _COARSE - 1))
         return shape._replace(features=self._features(step, _coarse(canvas.shortest_prompt), longest))
@@ -165,6 +172,7 @@ class PrefixCache(CachePolicy):
 
     name = "prefix"
     by_block = True
+    by_prompt = True
     store = KVCache
     block = "rest"
     foreseen = False
@@ -185,6 +193,7 @@ class DualCache(PrefixCache):
     """Fast-dLLM's dual cache: as :class:`PrefixCache`, but what follows the block is cached as well."""
 
     name = "dual"
+    by_prompt = False  # but without a block length
     block = "own"
 
     def _most(self, canvas: Canvas) -> int:
@@ -203,6 +212,7 @@ class RefreshCache(CachePolicy):
     ratio: float = 0.25
 
     name = "refresh"
+    by_prompt = True
     store = FeatureCache
     to_span_end = True
 
@@ -266,6 +276,10 @@ class RegionCache(CachePolicy):
 
     def planned(self, step: int) -> bool:
         return step > 0 and (self.refresh_every is None or step % self.refresh_every > 0)
+
+    def together(self, rows: Sequence[RowView]) -> list[list[RowView]]:
+        groups = [[row for row in rows if self.planned(row.step) == planned] for planned in (False, True)]
+        return [group for group in groups if group]
 
     def tight(self, rows: Sequence[RowView], canvas: Canvas) -> list[Shape]:
         if not self.planned(rows[0].step):

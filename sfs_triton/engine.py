@@ -20,12 +20,16 @@ from .loops import LoopChoice, check_loop
 from .models import Transformer, load_weights, read_spec
 from .models.weights import read_json
 from .ops import implementation
+from .parallel import Group, join, own_device
+from .request import Request
+from .row import Row
+from .run import Run
 from .samplers import Sampler, SlowFast
-from .session import Request, Run, Session
+from .scheduler import Lanes, Scheduler, room_for
 from .text import TextCodec
 
 EMBEDDED = Path(__file__).parent / "embedded"
-SPARE_SESSIONS = 1  # kept for the next generation of their kind, with their caches
+WEIGHTS = ("fp8",)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 Prompt = str | Sequence[int] | torch.Tensor | Sequence[Mapping[str, Any]]
@@ -37,6 +41,9 @@ def load(
     dtype: str | torch.dtype | None = None,
     impl: str | None = None,
     loop: str | None = None,
+    *,
+    weights: str | None = None,
+    tensor_parallel: int | Group = 1,
 ) -> Engine:
     """An :class:`Engine` for a checkpoint folder, a hub id, or ``"embedded"`` (the small model in this package).
 
@@ -48,12 +55,34 @@ def load(
             record shows to be faster.
         loop: ``"eager"`` or ``"replay"`` (captured CUDA graphs); default: eager on a CPU, on a GPU whatever a committed
             record shows to pass and to be faster.
+        weights: ``"fp8"`` keeps matrices as float8 with a scale a row, decoded in every product; the rest, and what is
+            computed, stays in ``dtype``. Default: all in ``dtype``.
+        tensor_parallel: processes that share the model, started by ``torchrun --nproc-per-node N``; each loads its part
+            only, and all must then make the same calls. Or the group that :func:`sfs_triton.parallel.join` gave.
 
     Raises:
         ArgumentError: names the argument and its value.
+        RankFailure: another process could not load its part, or has not come.
         CheckpointError: names the file, key or tensor at fault. Code and pickles in a checkpoint are never touched.
     """
-    device = _device(device)
+    group = tensor_parallel if isinstance(tensor_parallel, Group) else join(tensor_parallel, device)
+    with group.together("loading the model"):
+        engine = _load(path_or_hub_id, device, dtype, impl, loop, weights, group)
+    model = engine.model
+    group.agree("models", f"{model.spec}, {model.dtype}, {weights}, {impl}, {model.device.type}")
+    return engine
+
+
+def _load(
+    path_or_hub_id: str | Path,
+    device: str | torch.device | None,
+    dtype: str | torch.dtype | None,
+    impl: str | None,
+    loop: str | None,
+    weights: str | None,
+    group: Group,
+) -> Engine:
+    device = _device(device if group.size == 1 else own_device(device))
     implementation(impl, device)  # refused before gigabytes are read
     check_loop(loop, device)
     if dtype is None:
@@ -62,17 +91,24 @@ def load(
         require(dtype in DTYPES, f"dtype={dtype!r} is not one of {tuple(DTYPES)}")
         dtype = DTYPES[dtype]
     require(dtype in DTYPES.values(), f"dtype={dtype!r} is not one of {tuple(DTYPES)}")
+    require(weights in (None, *WEIGHTS), f"weights={weights!r} is not one of {WEIGHTS}, or None")
     named = isinstance(path_or_hub_id, (str, Path)) and str(path_or_hub_id) not in ("", ".")
     require(named, f"path_or_hub_id={path_or_hub_id!r} is neither a folder nor a hub id")
-    embedded = str(path_or_hub_id) == "embedded"
-    folder = EMBEDDED if embedded else Path(path_or_hub_id)
-    if not embedded and not folder.is_dir():
-        if folder.is_absolute() or folder.exists():
-            raise CheckpointError(f"{str(folder)!r} is not a folder")
-        folder = _download(str(path_or_hub_id))
+    folder = _folder(path_or_hub_id)
     spec = read_spec(read_json(folder / "config.json"))
-    weights = load_weights(folder, spec, device, dtype)
-    return Engine(Transformer(spec, weights, impl), TextCodec.from_folder(folder), loop)
+    spec.shard(group.size)  # refused before anything is read
+    loaded = load_weights(folder, spec, device, dtype, group, quantised=weights == "fp8")
+    return Engine(Transformer(spec, loaded, impl, group), TextCodec.from_folder(folder), loop)
+
+
+def _folder(path_or_hub_id: str | Path) -> Path:
+    """Where the checkpoint is, fetched if it has to be."""
+    folder = EMBEDDED if str(path_or_hub_id) == "embedded" else Path(path_or_hub_id)
+    if folder.is_dir():
+        return folder
+    if folder.is_absolute() or folder.exists():
+        raise CheckpointError(f"{str(folder)!r} is not a folder")
+    return _download(str(path_or_hub_id))
 
 
 def _device(device: str | torch.device | None) -> torch.device:
@@ -103,8 +139,12 @@ class Engine:
 
     def __init__(self, model: Transformer, text: TextCodec | None = None, loop: str | None = None):
         self.model, self.text = model, text
+        if model.group.size > 1:
+            # another loop's ranks would each queue as many steps as their own clocks allow
+            require(loop in (None, "eager"), f"loop={loop!r} does not go with tensor_parallel={model.group.size}")
+            loop = "eager"
         self._loops = LoopChoice(loop, model.device)
-        self._spare: list[Session] = []  # sessions that no generation uses, newest last
+        self.lanes = Lanes(model, self._loops)
         self._lock = threading.Lock()
         self._worker: ThreadPoolExecutor | None = None
 
@@ -147,7 +187,7 @@ class Engine:
             NumericalFault: the model produced NaN; names row and step. Its ``finished`` has the other rows.
         """
         options = {"gen_length": gen_length, "sampler": sampler, "cache": cache, "seed": seed, "raw": raw}
-        request, single = self._request(prompts, **options, trace=trace, frames=_frames_for(on_step))
+        request, single = self.request(prompts, **options, trace=trace, frames=_frames_for(on_step))
         return self._finish(request, single, on_step)
 
     def infill(
@@ -165,7 +205,7 @@ class Engine:
         Arguments as for :meth:`generate`. ``prompt_length`` of the result is 0: the whole canvas is the response.
         """
         single = _is_single(canvases)
-        rows = [self._encode(c, True, i) for i, c in enumerate([canvases] if single else canvases)]
+        rows = [self.encode(c, True, i) for i, c in enumerate([canvases] if single else canvases)]
         for index, ids in enumerate(rows):
             require(self.spec.mask_id in ids, f"canvas {index} holds no mask (id {self.spec.mask_id})")
             self._check_room(index, len(ids), 0)
@@ -195,7 +235,7 @@ class Engine:
         closed or dropped before its end leaves the engine as it was.
         """
         options = {"gen_length": gen_length, "sampler": sampler, "cache": cache, "seed": seed, "raw": raw}
-        request, single = self._request(prompts, **options, trace=trace, frames=True)
+        request, single = self.request(prompts, **options, trace=trace, frames=True)
         return Stream(self._run(request), single)
 
     def generate_async(
@@ -213,14 +253,14 @@ class Engine:
         """As :meth:`generate`, but returns a handle at once; ``on_step`` is called in another thread. Arguments are
         checked before it returns; generations that are pending run one after another."""
         options = {"gen_length": gen_length, "sampler": sampler, "cache": cache, "seed": seed, "raw": raw}
-        request, single = self._request(prompts, **options, trace=trace, frames=_frames_for(on_step))
+        request, single = self.request(prompts, **options, trace=trace, frames=_frames_for(on_step))
         name = f"sfs_triton-{id(self):x}"
         with self._lock:
             if self._worker is None:
                 self._worker = ThreadPoolExecutor(1, name)
             return Pending(self._worker, name, lambda halt: self._finish(request, single, on_step, halt))
 
-    def _request(
+    def request(
         self,
         prompts: Prompt | Sequence[Prompt],
         *,
@@ -232,9 +272,12 @@ class Engine:
         trace: bool = False,
         frames: bool = False,
     ) -> tuple[Request, bool]:
-        """Checked canvases for prompts, and whether it was one prompt and not a list."""
+        """What :meth:`generate` would run, and whether it was one prompt and not a list. Arguments as there.
+
+        ``frames``: canvases are posted after each step.
+        """
         single = _is_single(prompts)
-        rows = [self._encode(p, raw, i) for i, p in enumerate([prompts] if single else prompts)]
+        rows = [self.encode(p, raw, i) for i, p in enumerate([prompts] if single else prompts)]
         require(bool(rows), "prompts=[] holds no prompt")
         lengths = _per_row("gen_length", gen_length, len(rows))
         canvases = []
@@ -258,13 +301,14 @@ class Engine:
             f"row {index} has {given} + {length} = {given + length} positions, the model allows {self.spec.max_length}",
         )
 
-    def _encode(self, prompt: Prompt, raw: bool, index: int) -> list[int]:
+    def encode(self, prompt: Prompt, raw: bool = False, index: int = 0) -> list[int]:
+        """Checked token ids of a prompt; ``index`` is what errors call it."""
         if isinstance(prompt, torch.Tensor):
             prompt = prompt.tolist()
         fine = isinstance(prompt, (str, Sequence)) and not isinstance(prompt, (bytes, bytearray))
         require(fine, f"prompt {index} is {prompt!r}, neither text nor a sequence of token ids")
         if isinstance(prompt, str) or (prompt and isinstance(prompt[0], Mapping)):
-            require(self.text is not None, f"prompt {index} is text, but the checkpoint has no tokenizer.json")
+            require(self.text is not None, f"prompt {index} is text, but this engine has no tokenizer: give token ids")
             require(bool(prompt), f"prompt {index} is empty: {prompt!r}")
             if isinstance(prompt, str) and not raw and self.text.template is not None:
                 prompt = [{"role": "user", "content": prompt}]
@@ -299,24 +343,15 @@ class Engine:
 
     @contextmanager
     def _run(self, request: Request) -> Iterator[Run]:
-        """The request on a session of its own, which is kept for the next request of its kind."""
-        length = self._loops.loop.canvas_length(max(map(len, request.canvases)), self.spec.max_length)
-        with self._lock:
-            session = next((s for s in self._spare if s.fits(request, length)), None)
-            if session is not None:
-                self._spare.remove(session)
-            else:
-                self._spare.clear()  # which makes room for the new one, that takes their place in the end
-        if session is None:
-            session = Session(self.model, request, length)
-        run = Run(session, request, self._loops, self.text)
-        try:
-            yield run
-        finally:
-            run.close()
-            if run.sound:
-                with self._lock:
-                    self._spare = [*self._spare, session][-SPARE_SESSIONS:]
+        """The request on a scheduler of its own: all rows side by side, as far as there is memory for them."""
+        rows = Row.of(request, self.spec.mask_id)
+        room = room_for(rows)
+        with self.model.group.generation(lambda: repr(request)):
+            run = Run(Scheduler(self.lanes, lambda row: room, slots=len(rows)), rows, self.spec, self.text)
+            try:
+                yield run
+            finally:
+                run.close()
 
 
 def _request(

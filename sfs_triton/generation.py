@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from .kernels.control import COLUMN, FAST
-from .loops import Report
 from .trace import StepTrace
 
 
@@ -58,28 +56,17 @@ class Generation:
         """Everything decoded, padding after the end-of-text included."""
         return self.canvas[self.prompt_length :]
 
-
-def frame(report: Report, canvases: Sequence[Sequence[int]], mask_id: int) -> Frame:
-    """A report of a loop that posts frames, as its users see it. ``canvases`` are the rows as they were given."""
-    step = max(row.step for row in report.rows)
-    tokens = [row[: len(given)] for row, given in zip(report.letter["tokens"].tolist(), canvases, strict=True)]
-    commits = [row[: len(given)] for row, given in zip(report.letter["commit_step"].tolist(), canvases, strict=True)]
-    taken = {row.index: row.step for row in report.rows}
-    settled = []
-    for given, commit, control in zip(canvases, commits, report.control, strict=True):
-        places = range(control[COLUMN["start"]], control[COLUMN["limit"]])
-        open_places = (p for p in places if given[p] == mask_id and commit[p] < 0)
-        settled.append(next(open_places, len(given)))
-    return Frame(
-        step=step,
-        tokens=tokens,
-        commit_step=commits,
-        running=[not row[COLUMN["done"]] for row in report.control],
-        fast=[row[COLUMN["phase"]] == FAST for row in report.control],
-        span=[(row[COLUMN["s"]], row[COLUMN["e"]]) for row in report.control],
-        committed=[
-            [p for p, at in enumerate(row) if at == taken[index]] if index in taken else []
-            for index, row in enumerate(commits)
-        ],
-        settled=settled,
-    )
+    def as_dict(self) -> dict[str, Any]:
+        """The answer and what it took, ready for JSON."""
+        return {
+            "text": self.text,
+            "tokens": self.tokens,
+            "prompt_tokens": self.prompt_length,
+            "response_tokens": len(self.tokens),
+            "nfe": self.nfe,
+            "forwards": self.forwards,
+            "tokens_per_forward": self.tokens_per_forward,
+            "rows_forwarded": self.rows_forwarded,
+            "seconds": self.seconds,
+            "tokens_per_second": len(self.tokens) / max(self.seconds, 1e-9),
+        }

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, ExitStack
 
 from .errors import RowFault, require
 from .generation import Frame, Generation
-from .session import Run
+from .run import Run
 
 
 class Stream(Iterator[Frame]):

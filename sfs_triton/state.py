@@ -9,9 +9,15 @@ import torch
 from .kernels.control import COLUMN, CONTROL
 
 
+def send(there: torch.Tensor, values: list | torch.Tensor) -> None:
+    """Write numbers of the host to a tensor, without waiting for the device."""
+    here = torch.as_tensor(values, dtype=there.dtype, device="cpu")
+    there.copy_(here.pin_memory() if there.is_cuda else here, non_blocking=True)
+
+
 @dataclass(slots=True)
 class DecodeState:
-    """The canvas of ``B`` rows and ``L`` positions, and where each row stands. Rows may differ in every length."""
+    """Canvases of ``L`` positions in ``B`` slots, and where each row stands. Rows may differ in every length."""
 
     tokens: torch.Tensor  # int64 [B, L]; undecided positions hold the mask id
     masked: torch.Tensor  # bool [B, L]
@@ -87,14 +93,15 @@ class DecodeState:
         """
         shape = {"batch": len(rows), "length": max(map(len, rows)), "window": window}
         state = cls.blank(**shape, mask_id=mask_id, eos_id=eos_id, device=device, trace=trace)
-        state.begin(rows, starts, block_length=block_length, seeds=seeds, caps=caps)
+        for slot, (row, start, seed, cap) in enumerate(zip(rows, starts, seeds, caps, strict=True)):
+            state.put(slot, row, start, block_length=block_length, seed=seed, cap=cap)
         return state
 
     @classmethod
     def blank(
         cls, *, batch: int, length: int, window: int, mask_id: int, eos_id: int, device: torch.device, trace: bool
     ) -> DecodeState:
-        """Tensors for ``batch`` canvases of ``length``, all zero until :meth:`begin` puts some there."""
+        """Tensors for ``batch`` canvases of ``length``. Every slot is free until :meth:`put` puts a canvas there."""
 
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
@@ -103,6 +110,7 @@ class DecodeState:
             return zeros(batch, length, dtype=dtype)
 
         control, history = zeros(batch, len(CONTROL)), zeros(batch, window)
+        control[:, COLUMN["done"]] = 1
         spread = zeros(batch, dtype=torch.float64)
         events = None
         if trace:
@@ -138,42 +146,46 @@ class DecodeState:
             events=events,
         )
 
-    def begin(
-        self, rows: list[list[int]], starts: list[int], *, block_length: int | None, seeds: list[int], caps: list[int]
-    ) -> None:
-        """Put canvases into tensors that are there already; arguments as for :meth:`allocate`."""
-        tokens = torch.full(self.tokens.shape, self.eos_id, dtype=torch.int64)
-        for index, row in enumerate(rows):
-            tokens[index, : len(row)] = torch.tensor(row)
-        begin, end = torch.tensor(starts), torch.tensor([len(row) for row in rows])
-        place = torch.arange(self.length)
-        masked = (tokens == self.mask_id) & (place >= begin[:, None]) & (place < end[:, None])
-        control = torch.zeros(self.control.shape, dtype=torch.int64)
-        size = (end - begin if block_length is None else torch.full_like(end, block_length)).clamp(min=1)
-        index = torch.where(masked.any(1), (masked.int().argmax(1) - begin) // size, 0)  # the first block with a mask
-        block = begin + index * size
+    @torch.inference_mode()
+    def put(
+        self,
+        slot: int,
+        row: list[int],
+        start: int,
+        *,
+        block_length: int | None,
+        seed: int,
+        cap: int,
+        block_steps: int = 0,
+    ) -> list[int]:
+        """Put a canvas into a slot whose last one is done, in order with the device's other work; its control numbers.
+
+        ``cap`` is the most steps that it can need, ``block_steps`` what a schedule gives to each of its blocks.
+        """
+        end, masks = len(row), [p for p in range(start, len(row)) if row[p] == self.mask_id]
+        size = max(1, end - start if block_length is None else block_length)
+        block = (masks[0] - start) // size if masks else 0  # the first that holds a mask
+        begin = start + block * size
         values = {
-            "start": begin,
-            "end": end,
-            "limit": end,
-            "block": index,
-            "block_start": block,
-            "block_end": torch.minimum(block + size, end),
-            "s": block,
-            "e": -1,
-            "estimate": -1,
-            "cap": torch.tensor([min(cap, 2**31 - 1) for cap in caps]),  # kernels count in 32 bits
-            "masks_left": masked.sum(1),
-            "done": (~masked.any(1)).long(),
+            **{"start": start, "end": end, "limit": end},
+            **{"block": block, "block_start": begin, "block_end": min(begin + size, end)},
+            **{"s": begin, "e": -1, "estimate": -1, "block_steps": block_steps},
+            "cap": min(cap, 2**31 - 1),  # kernels count in 32 bits
+            **{"masks_left": len(masks), "done": int(not masks)},
         }
-        for name, value in values.items():
-            control[:, COLUMN[name]] = value
-        given = {"tokens": tokens, "masked": masked, "given": ~masked, "control": control, "seed": torch.tensor(seeds)}
-        for name, value in given.items():
-            getattr(self, name).copy_(value)
-        blank = {"commit_step": -1, "forwarded": -1, "spread": float("nan")}
-        for name in ("inside", "choice_token", "choice_score", "fill", "dirty", "history", *blank):
-            getattr(self, name).fill_(blank.get(name, 0))
+        control = [values.get(column, 0) for column in CONTROL]
+        send(self.tokens[slot], row + [self.eos_id] * (self.length - end))
+        masked = self.masked[slot]
+        torch.eq(self.tokens[slot], self.mask_id, out=masked)
+        masked[:start] = False
+        masked[end:] = False
+        torch.logical_not(masked, out=self.given[slot])
+        self.seed[slot : slot + 1].fill_(seed)
+        fresh = {"commit_step": -1, "forwarded": -1, "spread": float("nan")}
+        for name in ("inside", "token", "score", "fill", "dirty", "history", *fresh):
+            getattr(self, name)[slot : slot + 1].fill_(fresh.get(name, 0))
+        send(self.control[slot], control)  # last: it says that the row runs
+        return control
 
     def record_event(self, control: torch.Tensor, history: torch.Tensor) -> None:
         """Keep what this step decides on: ``control`` and ``history`` are those before anything is committed."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy
@@ -37,28 +36,27 @@ class StepTrace:
 
 
 class Tracer:
-    """Counts what the forwards of all rows covered, and keeps traces if the state records events."""
+    """Counts what the forwards of a row covered, and keeps its trace if the state records events."""
 
-    def __init__(self, sampler: Sampler, policy: CachePolicy, starts: Sequence[int], ends: Sequence[int]):
-        self._sampler, self._policy, self._starts, self._ends = sampler, policy, starts, ends
-        self.forward_lengths: list[list[int]] = [[] for _ in starts]
-        self.rows_forwarded = [0] * len(starts)
-        self.full_forwards = [0] * len(starts)
-        self.rows: list[list[StepTrace]] = [[] for _ in starts]
+    def __init__(self, sampler: Sampler, policy: CachePolicy, start: int, end: int):
+        self._sampler, self._policy, self._start, self._end = sampler, policy, start, end
+        self.forward_lengths: list[int] = []
+        self.rows_forwarded = 0
+        self.full_forwards = 0
+        self.steps: list[StepTrace] = []
 
-    def after(self, report: Report) -> None:
-        """Note a step that has just been decided."""
-        for row in report.rows:
-            covered = self._policy.covered(row, report.control[row.index][COLUMN["listed"]])
-            recomputed = self._policy.recomputed(row, covered)
-            self.forward_lengths[row.index].append(covered)
-            self.rows_forwarded[row.index] += recomputed
-            self.full_forwards[row.index] += recomputed >= row.limit
-            if "event_control" in report.letter:
-                self.rows[row.index].append(self._trace(report.letter, row, covered, recomputed))
+    def after(self, row: RowView, report: Report) -> None:
+        """Note a step that has just been decided; ``row`` is how it stood before."""
+        covered = self._policy.covered(row, report.control[row.index][COLUMN["listed"]])
+        recomputed = self._policy.recomputed(row, covered)
+        self.forward_lengths.append(covered)
+        self.rows_forwarded += recomputed
+        self.full_forwards += recomputed >= row.limit
+        if "event_control" in report.letter:
+            self.steps.append(self._trace(report.letter, row, covered, recomputed))
 
     def _trace(self, letter: dict[str, numpy.ndarray], row: RowView, covered: int, recomputed: int) -> StepTrace:
-        index, start, end = row.index, self._starts[row.index], self._ends[row.index]
+        index, start, end = row.index, self._start, self._end
         event = {name: letter[f"event_{name}"][index].tolist() for name in ("control", "history", "spread")}
         control = event["control"]
         looked, scores = (letter[f"event_{name}"][index, start:end].tolist() for name in ("inside", "score"))

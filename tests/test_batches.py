@@ -9,7 +9,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sfs_triton import Engine, NumericalFault, RegionCache, SlowFast
+from sfs_triton import Engine, NumericalFault, OutOfDeviceMemory, RegionCache, SlowFast
+from sfs_triton.lane import Lane
 from sfs_triton.loops import Step
 from sfs_triton.models import Transformer
 from sfs_triton.models.cache import FeatureCache
@@ -110,18 +111,20 @@ def _poison_rest(state) -> None:
     state.tokens.masked_fill_(beyond, UNREADABLE)
 
 
-def _poison_caches(step: Step, everywhere: bool) -> None:
-    """With NaN: all, or what no row of the model may ever use."""
+def _poison_caches(step: Step, fresh: int | None = None) -> None:
+    """With NaN: what no row of the model may ever use, and all of a slot whose row has just come."""
     state = step.state
     beyond = state.position >= state.end[:, None]
+    if fresh is not None:
+        beyond[fresh] = True
     for cache in step.caches:
         if isinstance(cache, FeatureCache):
             for tensor in cache.tensors:
                 tensor[:, :, -1] = torch.nan
-                tensor[:, :, :-1].masked_fill_(beyond[None, :, :, None] | everywhere, torch.nan)
+                tensor[:, :, :-1].masked_fill_(beyond[None, :, :, None], torch.nan)
         else:
             for tensor in (cache.k, cache.v):
-                tensor.masked_fill_(beyond[None, :, None, :, None] | everywhere, torch.nan)
+                tensor.masked_fill_(beyond[None, :, None, :, None], torch.nan)
 
 
 def _poison_buffers(step: Step) -> None:
@@ -139,22 +142,22 @@ def _poison_buffers(step: Step) -> None:
 
 @pytest.fixture
 def poisoned(monkeypatch):
-    """Poison before each generation, and again before each of its steps."""
-    begin, run = Step.begin, Step.run
+    """Poison where a row joins, and again before each step."""
+    join, run = Step.join, Step.run
 
-    def begin_poisoned(step):
+    def join_poisoned(step, slot, *given, **named):
+        join(step, slot, *given, **named)
         with torch.inference_mode():
             _poison_rest(step.state)
-            _poison_caches(step, True)
-        begin(step)
+            _poison_caches(step, slot)
 
     def run_poisoned(step, shapes, **named):
         with torch.inference_mode():
-            _poison_caches(step, False)
+            _poison_caches(step)
             _poison_buffers(step)
         run(step, shapes, **named)
 
-    monkeypatch.setattr(Step, "begin", begin_poisoned)
+    monkeypatch.setattr(Step, "join", join_poisoned)
     monkeypatch.setattr(Step, "run", run_poisoned)
 
 
@@ -177,6 +180,24 @@ def test_poison_has_no_effect(engines, wary, poisoned, monkeypatch, model, sampl
     done = engine_with(wary[model], Roomy(LOOPS[loop](), 9)).generate(**options)
     monkeypatch.undo()
     assert_same(done, engine_with(engines[model]).generate(**options))
+
+
+@pytest.mark.parametrize(("sampler", "policy"), SOME_PAIRS)
+@pytest.mark.parametrize("loop", ["tight", "replay"])
+def test_poison_has_no_effect_on_rows_that_join_later(engines, wary, poisoned, monkeypatch, sampler, policy, loop):
+    """Nor does what a slot's last row has left."""
+    init = Lane.__init__
+
+    def narrow(lane, model, kind, slots, *given):
+        if slots > 1:
+            raise OutOfDeviceMemory("one at a time")
+        init(lane, model, kind, slots, *given)
+
+    options = {**RAGGED, "sampler": sampler.replace(cfg_scale=0.4), "cache": policy, "trace": True}
+    monkeypatch.setattr(Lane, "__init__", narrow)
+    done = engine_with(wary["dream-gqa"], Roomy(LOOPS[loop](), 9)).generate(**options)
+    monkeypatch.undo()
+    assert_same(done, engine_with(engines["dream-gqa"]).generate(**options))
 
 
 @pytest.mark.parametrize(

@@ -110,7 +110,7 @@ def test_bad_prompts(engines, prompt, named):
 
 
 def test_text_without_a_tokenizer(engines):
-    with pytest.raises(ArgumentError, match="no tokenizer.json"):
+    with pytest.raises(ArgumentError, match="this engine has no tokenizer"):
         engines["llada-mha"].generate("hello")
 
 

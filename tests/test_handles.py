@@ -84,7 +84,7 @@ def test_a_stream_begins_with_its_first_frame(engine):
     run = engine._run
     engine._run = lambda request: calls.append(run(request)) or calls[-1]
     stream = engine.stream(**ONE)
-    assert engine._spare == []
+    assert engine.lanes.spare == []
     with pytest.raises(ArgumentError, match="gen_length=0"):
         engine.stream(PROMPTS[0], gen_length=0)
     next(stream)
@@ -178,9 +178,9 @@ def test_a_run_stopped_midway_leaves_the_engine_usable(engines, name, policy, lo
     wanted = engine_with(engines["llada-mha"]).generate(**options)
     engine = engine_with(engines["llada-mha"], loop)
     stop(engine, options)
-    (session,) = engine._spare
+    (session,) = engine.lanes.spare
     assert_same(engine.generate(**options, on_step=lambda frame: None), wanted)
-    assert engine._spare == [session], "what was stopped is not used again"
+    assert engine.lanes.spare == [session], "what was stopped is not used again"
 
 
 # ---- streams that fail
@@ -312,7 +312,7 @@ def test_a_dropped_row_stays_dropped_where_a_loop_starts_again(engines, policy):
 
 
 def test_traces_that_were_taken_are_not_kept(engine):
-    request, _ = engine._request(**RAGGED, trace=True, frames=True)
+    request, _ = engine.request(**RAGGED, trace=True, frames=True)
     wanted = engine.generate(**RAGGED, trace=True)
     with engine._run(request) as run:
         taken = [run.take_traces() for _ in run.frames()]
@@ -427,7 +427,7 @@ def test_a_generation_inside_another(engines, loop):
     assert_same(engine.generate(**outer, on_step=on_step), wanted[0])
     assert_same(inner[1], wanted[1])
     assert_same(inner[2], wanted[2])
-    assert len(engine._spare) == 1
+    assert len(engine.lanes.spare) == 1
 
 
 def test_streams_side_by_side(engine):

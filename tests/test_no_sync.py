@@ -20,8 +20,10 @@ from sfs_triton import Engine, FixedSteps, NoCache, RefreshCache, SlowFast, Thre
 from sfs_triton.kernels.control import COLUMN
 from sfs_triton.loops import EagerLoop, Loop, ReplayLoop, Step
 from sfs_triton.loops.replay import capture_graph
+from sfs_triton.lane import Lane
 from sfs_triton.models import Transformer
-from sfs_triton.session import Request, Session, _set_schedule
+from sfs_triton.request import Request
+from sfs_triton.row import Row
 from sfs_triton.state import DecodeState
 from sfs_triton.testing import no_host_reads
 
@@ -226,16 +228,17 @@ def _move(state: DecodeState) -> None:
 
 @pytest.fixture
 def meta_step(engines, monkeypatch):
-    monkeypatch.setattr("sfs_triton.loops.step.Mailbox", lambda *given: NoMail())
-
     def make(sampler, policy) -> Step:
         engine, lengths = engines["dream-gqa"], [16, 8, 48]
         canvases = [prompt + [engine.spec.mask_id] * n for prompt, n in zip(PROMPTS, lengths, strict=True)]
         request = Request(canvases, [len(prompt) for prompt in PROMPTS], sampler, policy, [1, 2, 3], trace=True)
-        state = Session(engine.model, request, 67).state
-        if isinstance(sampler, FixedSteps):
-            _set_schedule(state, sampler, lengths, request.seeds)
+        lane = Lane(engine.model, request.kind, 3, 67, 48, engine._loops)
+        lane.expect(request.starts, lengths)
+        for row in Row.of(request, engine.spec.mask_id):
+            lane.join(row)
+        state = lane.state
         _move(state)
+        monkeypatch.setattr("sfs_triton.loops.step.Mailbox", lambda *given: NoMail())
         step = Step(Transformer(engine.spec, _on_meta(engine.model.weights)), sampler, policy, state)
         step.expect(request.starts, lengths)
         return step
@@ -247,8 +250,9 @@ def meta_step(engines, monkeypatch):
 def test_steps_run_without_values(meta_step, sampler, policy):
     """On tensors that have none: whoever asked for one would be told so. And on nothing else."""
     step = meta_step(sampler.replace(temperature=0.5, eos_stop=True), policy)
-    shapes = policy.shapes(step.canvas)
-    assert shapes and all(cache.k.device.type == "meta" for cache in step.caches)
+    shapes = step.fixed_shapes()
+    assert {shape.members for shape in shapes} == {1, 2, None} and all(shape.aimed for shape in shapes)
+    assert all(cache.k.device.type == "meta" for cache in step.caches)
     for shape in shapes:
         with Nowhere():
             step.run([shape])

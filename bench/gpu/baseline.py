@@ -40,7 +40,7 @@ class Plain:
     """A transformer in a few lines of torch: rows of a canvas against cached keys and values, then logits of some."""
 
     def __init__(self, spec: ModelSpec, weights: Weights, length: int):
-        self.spec, self.weights, self.length = spec, weights, length
+        self.spec, self.weights, self.length = spec, weights.plain("the baseline"), length
         self.device, dtype = weights.embedding.device, weights.embedding.dtype
         generator = torch.Generator(self.device).manual_seed(2)
         shape = (spec.n_layers, 2, 1, spec.n_kv_heads, length, spec.head_dim)

@@ -119,7 +119,7 @@ class Bench:
         hidden = torch.zeros((batch, max(targets, 1), self.spec.d_model), device=rig.device, dtype=self.dtype)
         token = torch.zeros(batch * targets, dtype=torch.int32, device=rig.device)
         score = torch.full((batch * targets,), 0.5, device=rig.device)
-        model = rig.session.model
+        model = rig.model
         ops = replace(model.ops, lm_head=lambda *_, **__: (token, score))
         with (
             mock.patch.object(model, "ops", ops),

@@ -10,11 +10,13 @@ import torch
 from bench.step_count import Kind, Setting, spec_of
 from sfs_triton.caching import Shape
 from sfs_triton.kernels.control import COLUMN, CONTROL, FAST, SLOW
+from sfs_triton.lane import Lane
+from sfs_triton.loops.choose import LoopChoice
 from sfs_triton.loops.replay import ReplayLoop, capture_graph
 from sfs_triton.loops.step import Step
 from sfs_triton.models import ModelSpec, Transformer, Weights
 from sfs_triton.models.weights import LayerWeights
-from sfs_triton.session import Request, Session
+from sfs_triton.request import Kind as RowKind
 from sfs_triton.state import DecodeState
 
 LIMIT = 15.0  # seconds that a step may take
@@ -79,12 +81,14 @@ class Rig:
         self.sampler = setting.sampler(self.policy)
         self.device = model.device
         canvas = prompt_ids(model.spec, setting.prompt) + [model.spec.mask_id] * setting.response
-        starts = [setting.prompt] * setting.batch
-        request = Request([canvas] * setting.batch, starts, self.sampler, self.policy, [0] * setting.batch)
         length = ReplayLoop().canvas_length(len(canvas), model.spec.max_length)
-        self.session = Session(model, request, length)
-        self.step = self.session.step
-        self.step.expect(starts, [setting.response] * setting.batch)
+        kind = RowKind(self.sampler, self.policy, trace=False, frames=False)
+        lane = Lane(model, kind, setting.batch, length, setting.response, LoopChoice("eager", model.device))
+        self.model, self.step = model, lane.step
+        self.step.expect([setting.prompt], [setting.response])
+        for slot in range(setting.batch):
+            block_length = getattr(self.sampler, "block_length", None)
+            self.step.join(slot, canvas, setting.prompt, block_length=block_length, seed=0, cap=2**31)
         self._fresh: dict[str, torch.Tensor] = {}
 
     @property
@@ -121,7 +125,7 @@ class Rig:
         """Go to where a step of this kind begins; :meth:`restore` comes back here."""
         state, half = self.state, self._half()
         decided = slice(self.setting.prompt, half)
-        state.tokens[:, decided] = torch.tensor(prompt_ids(self.session.model.spec, half - self.setting.prompt, 1)).to(
+        state.tokens[:, decided] = torch.tensor(prompt_ids(self.model.spec, half - self.setting.prompt, 1)).to(
             self.device
         )
         state.masked[:, decided] = False

@@ -11,8 +11,8 @@ class EagerLoop:
 
     ``tight`` steps are as large as what the rows then need, and rows whose scopes are equal are forwarded together,
     others on their own: no row pays for another's length, and each gets the bits that it would get alone or in its
-    group. Otherwise steps have the fixed sizes of a captured loop, and all rows go along; ``alone`` makes them tight
-    for a batch of one all the same.
+    group. Otherwise steps have the fixed sizes of a captured loop; ``alone`` makes them tight where there is only one
+    slot all the same.
     """
 
     name = "eager"
@@ -27,16 +27,17 @@ class EagerLoop:
         """There is nothing to prepare."""
 
     def run(self, step: Step) -> Reports:
-        """Step to the end; yields a report a step."""
-        number = step.mailbox.posted
-        before, _ = step.hear(number, self._step_limit)
-        tight = self.tight or self._alone and step.state.tokens.shape[0] == 1
-        while rows := step.views(before):
-            if tight:
-                step.run(step.policy.tight(rows, step.canvas), slow=not all(row.fast for row in rows))
-            else:
-                step.run([step.fixed(rows, rows[0].step)])
-            step.mailbox.posted = number = number + 1
-            after, letter = step.hear(number, self._step_limit)
-            yield Report(rows, after, letter)
-            before = after
+        """Step until no row runs; yields a report a step."""
+        tight = self.tight or self._alone and step.slots == 1
+        while rows := step.running():
+            turns = step.tight_turns(rows) if tight else step.fixed_turns(rows)
+            for planned in turns:
+                if (turn := step.still(planned)) is None:
+                    continue
+                number = step.mailbox.posted + 1
+                takers = step.takers(turn, number)
+                step.aim(turn)
+                step.run(turn.shapes, slow=turn.slow)
+                step.started(turn)
+                letter = step.hear(number, self._step_limit)
+                yield Report(takers, step.control, letter, last=planned is turns[-1])

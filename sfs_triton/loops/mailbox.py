@@ -46,6 +46,10 @@ class Mailbox:
         self.wait(number, limit)
         return {name: page[(number - 1) % self.depth] for name, page in self._pages.items()}
 
+    def has(self, number: int) -> bool:
+        """Whether the letter of this number has come."""
+        return bool(self._count[0] >= number)
+
     def wait(self, number: int, limit: float) -> None:
         began, spins = time.monotonic(), 0
         deadline, nap = began + limit, began + _WAKE

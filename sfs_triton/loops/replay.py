@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+from collections import deque
 from collections.abc import Callable
 from weakref import WeakKeyDictionary
 
@@ -12,7 +13,7 @@ import torch
 from ..caching import Shape
 from ..errors import require
 from .report import Report, Reports
-from .step import Step
+from .step import Step, Turn
 
 _LENGTHS = 64  # canvases are rounded up to a multiple, so that prompts of similar length share graphs
 
@@ -20,7 +21,8 @@ Capture = Callable[[Step, Shape], Callable[[], None]]
 
 
 class ReplayLoop:
-    """Replays a graph a step: one for each shape that a policy's steps have (of ``region``: a step and a refresh).
+    """Replays a graph a step: one for each shape that a policy's steps have (of ``region``: a step and a refresh), and
+    for one, two, four... up to all canvases. Rows that come or go change what the graphs read, and need no others.
 
     The host queues ``ahead`` replays beyond the one that it waits for, where they are short lists of rows and their
     shape follows from the step's number alone; else it waits for each step's letter before it starts the next, which
@@ -47,34 +49,40 @@ class ReplayLoop:
         depth = step.mailbox.depth
         require(self._ahead < depth, f"ahead={self._ahead} is not below {depth}, as many letters as a mailbox holds")
         graphs = self._graphs.setdefault(step, {})
-        for shape in step.policy.shapes(step.canvas):
+        for shape in step.fixed_shapes():
             if shape not in graphs:
                 graphs[shape] = self._capture(step, shape)
 
     def run(self, step: Step) -> Reports:
-        """Step to the end; yields a report a step."""
-        mailbox, graphs, first = step.mailbox, self._graphs[step], step.mailbox.posted
+        """Step until no row runs; yields a report a step."""
+        mailbox, graphs = step.mailbox, self._graphs[step]
         ahead = self._ahead if step.policy.foreseen else 0
-        before, _ = step.hear(first, self._step_limit)
-        taken, started = 0, 0
+        due: deque[Turn] = deque()  # of this round, not started
+        queued: deque[tuple[int, Turn, bool]] = deque()  # letters that are to come
         try:
-            while rows := step.views(before):
-                while started <= taken + ahead:
-                    shape = step.fixed(rows, started)
-                    if started > taken and shape.kind != "plan":
+            while True:
+                while len(queued) <= ahead and (due := due or deque(step.fixed_turns(step.running()))):
+                    (shape,) = due[0].shapes
+                    if queued and shape.kind != "plan":
                         break
+                    if (turn := step.still(due.popleft())) is None:
+                        continue
+                    step.aim(turn)
                     graphs[shape]()
-                    mailbox.posted += 1
-                    started += 1
-                taken += 1
-                after, letter = step.hear(first + taken, self._step_limit)
-                yield Report(rows, after, letter)
-                before = after
+                    step.started(turn)
+                    queued.append((mailbox.posted, turn, not due))
+                if not queued:
+                    return
+                number, turn, last = queued.popleft()
+                takers = step.takers(turn, number)
+                letter = step.hear(number, self._step_limit)
+                if takers:
+                    yield Report(takers, step.control, letter, last)
         except Exception:
-            started = 0  # nothing more is waited for: no one uses this step again
+            queued.clear()  # nothing more is waited for: no one uses this step again
             raise
         finally:
-            mailbox.wait(first + started, self._step_limit)  # whoever comes next finds a device at rest
+            mailbox.wait(max((number for number, *_ in queued), default=0), self._step_limit)  # a device at rest
 
 
 def capture_graph(step: Step, shape: Shape) -> Callable[[], None]:

@@ -1,0 +1,44 @@
+"""What is asked of an engine: canvases, and how they are to be decoded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from .caching import CachePolicy
+from .errors import require
+from .samplers import FixedSteps, Sampler, SlowFast, Threshold
+
+
+class Kind(NamedTuple):
+    """What rows have in common that are decoded side by side. ``frames``: their canvases are posted after each step."""
+
+    sampler: Sampler
+    policy: CachePolicy
+    trace: bool
+    frames: bool
+
+
+@dataclass(frozen=True)
+class Request:
+    """Checked arguments of a generation: canvases of token ids, where each is decoded from, and how."""
+
+    canvases: list[list[int]]
+    starts: list[int]
+    sampler: Sampler
+    policy: CachePolicy
+    seeds: list[int]
+    trace: bool = False
+    frames: bool = False
+
+    def __post_init__(self) -> None:
+        known = isinstance(self.sampler, (SlowFast, Threshold, FixedSteps))
+        require(known, f"sampler={self.sampler!r} is not a SlowFast, Threshold or FixedSteps")
+        self.sampler.check_cache(self.policy)
+        self.sampler.rules(**self.policy.rules)  # which refuse what does not go together
+        for seed in self.seeds:
+            require(0 <= seed < 2**63, f"seed={seed} is not in [0, 2**63)")
+
+    @property
+    def kind(self) -> Kind:
+        return Kind(self.sampler, self.policy, self.trace, self.frames)
