@@ -11,29 +11,18 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import ipaddress
 import json
-import math
 import os
-import platform
 import random
-import statistics
-import subprocess
-import sys
 import time
 from collections import Counter
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import httpx
-import torch
 
-import sfs_triton
+from bench.loopback import RESIDENT, check_loopback, counted, environment, own_server, quantiles, table_prompt
 
-ROOT = Path(__file__).resolve().parent.parent
-NAMES = ("Ann", "Bob", "Kim", "Leo", "Mia", "Tom")
 MAX_CLIENTS, MAX_SECONDS = 256, 600
 
 
@@ -50,16 +39,10 @@ class Tally:
     memory: list[tuple[float, int]] = field(default_factory=list)
 
 
-def prompt(rng: random.Random) -> str:
-    """A table to rewrite, of a random length."""
-    rows = [f"{n},{rng.choice(NAMES)},{rng.randint(10, 99)}" for n in range(1, rng.randint(2, 6))]
-    return "Rewrite as JSON:\nid,name,age\n" + "\n".join(rows)
-
-
 async def ask(client: httpx.AsyncClient, options: argparse.Namespace, rng: random.Random, tally: Tally) -> None:
     """One request, streamed or not, counted."""
     stream = rng.random() < options.streams
-    body = {"messages": [{"role": "user", "content": prompt(rng)}], "max_tokens": rng.choice(options.lengths)}
+    body = {"messages": [{"role": "user", "content": table_prompt(rng)}], "max_tokens": rng.choice(options.lengths)}
     body |= {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
     body |= {"sampler": options.sampler, "cache": options.cache}
     began, usage = time.perf_counter(), None
@@ -111,12 +94,8 @@ async def watch_memory(client: httpx.AsyncClient, tally: Tally, every: float) ->
     began = time.perf_counter()
     while True:
         page = (await client.get("/metrics")).text
-        bytes_ = next((float(line.split()[1]) for line in page.splitlines() if line.startswith(_RESIDENT)), 0)
-        tally.memory.append((round(time.perf_counter() - began, 1), int(bytes_)))
+        tally.memory.append((round(time.perf_counter() - began, 1), int(counted(page)[RESIDENT])))
         await asyncio.sleep(every)
-
-
-_RESIDENT = "process_resident_memory_bytes"
 
 
 async def load(url: str, options: argparse.Namespace) -> dict:
@@ -137,7 +116,7 @@ async def load(url: str, options: argparse.Namespace) -> dict:
 
 
 def report(options: argparse.Namespace, tally: Tally, took: float, page: str) -> dict:
-    values = {line.split()[0]: float(line.split()[1]) for line in page.splitlines() if line and line[0] != "#"}
+    values = counted(page)
     memory = [size for _, size in tally.memory]
     half = memory[len(memory) // 2 :]
     return {
@@ -153,7 +132,7 @@ def report(options: argparse.Namespace, tally: Tally, took: float, page: str) ->
         "tokens": tally.tokens,
         "tokens_per_second": round(tally.tokens / took, 1),
         "tokens_per_forward": round(tally.tokens / max(1, tally.nfe), 2),
-        "rows_per_batch": round(values["sfs_batch_rows_sum"] / max(1, values["sfs_batch_rows_count"]), 2),
+        "rows_per_step": round(values["sfs_step_rows_sum"] / max(1, values["sfs_step_rows_count"]), 2),
         "resident_mib": [[at, round(size / 2**20, 1)] for at, size in tally.memory],
         "resident_growth_second_half_mib": round((half[-1] - half[0]) / 2**20, 2) if half else None,
         "sampler": options.sampler,
@@ -162,49 +141,8 @@ def report(options: argparse.Namespace, tally: Tally, took: float, page: str) ->
         "share_streamed": options.streams,
         "model": options.model,
         "seed": options.seed,
-        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
-        "torch": torch.__version__,
-        "sfs_triton": sfs_triton.__version__,
-        "commit": commit(),
+        **environment(),
     }
-
-
-def quantiles(values: list[float]) -> dict[str, float] | None:
-    if not values:
-        return None
-    ordered = sorted(values)
-    at = {name: ordered[min(len(ordered) - 1, math.ceil(share * len(ordered)) - 1)] for name, share in _SHARES}
-    return {name: round(value, 4) for name, value in {**at, "mean": statistics.fmean(values)}.items()}
-
-
-_SHARES = (("p50", 0.5), ("p90", 0.9), ("p99", 0.99), ("max", 1.0))
-
-
-def commit() -> str | None:
-    done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
-    return done.stdout.strip() or None
-
-
-@contextmanager
-def own_server(model: str):
-    """A server of its own on a free port, stopped in the end as an operator would stop it."""
-    command = [sys.executable, "-m", "sfs_triton.cli", "serve", "--model", model, "--port", "0"]
-    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
-        try:
-            line = process.stderr.readline()
-            if " at http" not in line:
-                sys.exit(f"error: the server did not start: {line}{process.stderr.read()}")
-            url = line.split(" at ")[1].strip().removesuffix("/v1")
-            for _ in range(200):
-                try:
-                    if httpx.get(url + "/ready").status_code == 200:
-                        break
-                except httpx.TransportError:
-                    time.sleep(0.05)
-            yield url
-        finally:
-            process.terminate()
-            process.wait(60)
 
 
 def arguments() -> argparse.Namespace:
@@ -222,9 +160,8 @@ def arguments() -> argparse.Namespace:
     options = parser.parse_args()
     if not (0 < options.clients <= MAX_CLIENTS and 0 < options.seconds <= MAX_SECONDS):
         parser.error(f"at most {MAX_CLIENTS} clients and {MAX_SECONDS} seconds")
-    host = urlsplit(options.url).hostname if options.url else "127.0.0.1"
-    if host != "localhost" and not (host and ipaddress.ip_address(host).is_loopback):
-        parser.error(f"--url {options.url}: only loopback is loaded")
+    if (wrong := check_loopback(options.url)) is not None:
+        parser.error(wrong)
     return options
 
 
@@ -233,8 +170,8 @@ def main() -> None:
     if options.url:
         result = asyncio.run(load(options.url, options))
     else:
-        with own_server(options.model) as url:
-            result = asyncio.run(load(url, options))
+        with own_server(options.model) as server:
+            result = asyncio.run(load(server.url, options))
     text = json.dumps(result, indent=1)
     if options.out:
         options.out.write_text(text + "\n", encoding="utf-8")

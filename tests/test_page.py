@@ -243,10 +243,10 @@ def test_stop_frees_the_row(browser, embedded):
         visit.find("#stop").click()
         expect(visit.find("#status")).to_have_text("Stopped.")
         expect(visit.find("#prompt")).to_be_focused()
-        wait_for(lambda: all(row.job.left for row in server.scheduler.rows))
+        wait_for(lambda: all(job.left for job in server.worker.jobs))
         taken = server.gate.taken
         server.gate.open()
-        wait_for(lambda: not server.scheduler.rows)
+        wait_for(lambda: not server.worker.jobs)
         assert server.gate.taken <= taken + 1
         assert "stopped" in visit.find("#turns .note").text_content()
         assert visit.ask("15,44,79,51")["messages"] == [{"role": "user", "content": "15,44,79,51"}]

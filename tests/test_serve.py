@@ -32,6 +32,7 @@ from prometheus_client.parser import text_string_to_metric_families  # noqa: E40
 from typer.testing import CliRunner  # noqa: E402
 
 from sfs_triton import ArgumentError, Engine, FixedSteps, OutOfDeviceMemory, SlowFast, Threshold, cli  # noqa: E402
+from sfs_triton.loops import Step  # noqa: E402
 from sfs_triton.models import Transformer  # noqa: E402
 from sfs_triton.serve import app as app_module  # noqa: E402
 from sfs_triton.serve import sse  # noqa: E402
@@ -94,7 +95,7 @@ class Running:
     def __init__(self, engine: Engine, **settings):
         self.app = create_app(engine, ServeSettings(**settings))
         self.gate = Gate(self.app)
-        self.scheduler = self.app.state.scheduler
+        self.worker = self.app.state.worker
         listener = socket.create_server(("127.0.0.1", 0))
         self.port = listener.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
@@ -345,7 +346,7 @@ def test_requests_that_wait_are_decoded_together_and_get_what_they_get_alone(emb
         wait_for(lambda: server.gate.taken == 1)
         sent = [pool.submit(server.post, chat(t, max_tokens=n, seed=s, temperature=0.7)) for t, n, s in asked]
         other = pool.submit(server.post, chat(sampler="vanilla", max_tokens=8))
-        wait_for(lambda: server.scheduler.waiting == 6)
+        wait_for(lambda: server.worker.waiting == 6)
         assert server.metrics()["sfs_waiting_requests"] == 6
         server.gate.open()
         answers = [future.result().json() for future in sent]
@@ -354,7 +355,7 @@ def test_requests_that_wait_are_decoded_together_and_get_what_they_get_alone(emb
             assert answer["choices"][0]["message"]["content"] == alone.text
             assert answer["usage"]["nfe"] == alone.nfe and answer["usage"]["completion_tokens"] == len(alone.tokens)
         counted = server.metrics()
-        assert counted["sfs_batches_total"] == 3 and counted["sfs_batch_rows_sum"] == 7
+        assert counted["sfs_joined_rows_total"] == 7 and max(server.gate.rows) == len(asked)
         assert counted["sfs_running_rows"] == counted["sfs_waiting_requests"] == 0
 
 
@@ -365,10 +366,10 @@ def test_a_short_answer_does_not_wait_for_a_long_one(embedded):
         wait_for(lambda: server.gate.taken == 1)
         lengths = (4, 60)
         short, long = (pool.submit(server.post, chat(sampler="vanilla", max_tokens=n)) for n in lengths)
-        wait_for(lambda: server.scheduler.waiting == 2)
+        wait_for(lambda: server.worker.waiting == 2)
         server.gate.let(20)
         assert short.result().status_code == held.result().status_code == 200
-        assert not long.done() and server.scheduler.running == 1
+        assert not long.done() and server.worker.running == 1
         server.gate.open()
         assert long.result().json()["usage"]["nfe"] == 60
 
@@ -382,7 +383,7 @@ def test_a_full_queue_is_said_so(embedded):
         sent = [pool.submit(server.post, chat(max_tokens=8))]
         wait_for(lambda: server.gate.taken == 1)
         sent += [pool.submit(server.post, chat(max_tokens=8)) for _ in range(2)]
-        wait_for(lambda: server.scheduler.waiting == 2)
+        wait_for(lambda: server.worker.waiting == 2)
         refused = server.post(chat())
         assert refused.status_code == 429 and 1 <= int(refused.headers["retry-after"]) <= 60
         assert error_of(refused)["code"] == "queue_full"
@@ -400,20 +401,20 @@ def test_a_client_that_leaves_frees_its_row_before_the_next_step(embedded, strea
         server.gate.close()
         held = pool.submit(server.post, chat(max_tokens=4))
         wait_for(lambda: server.gate.taken == 1)
-        request = json.dumps(chat(sampler="vanilla", max_tokens=200, stream=stream, frames=stream)).encode()
+        request = json.dumps(chat(sampler="vanilla", max_tokens=100, stream=stream, frames=stream)).encode()
         leaving = socket.create_connection(("127.0.0.1", server.port))
         head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(request)}\r\n"
         leaving.sendall(head.encode() + b"Content-Type: application/json\r\n\r\n" + request)
         staying = pool.submit(server.post, chat(STORY, sampler="vanilla", max_tokens=64))
-        wait_for(lambda: server.scheduler.waiting == 2)
+        wait_for(lambda: server.worker.waiting == 2)
         server.gate.let(20)
         wait_for(lambda: held.done())
-        wait_for(lambda: server.scheduler.running == 2 and server.gate.held)
+        wait_for(lambda: server.worker.running == 2 and server.gate.held)
         leaving.close()
         wait_for(lambda: any(job.left for job in jobs_of(server)))
         taken = server.gate.taken
         server.gate.let(1)
-        wait_for(lambda: server.scheduler.running == 1)
+        wait_for(lambda: server.worker.running == 1)
         wait_for(lambda: server.gate.held and server.gate.taken == taken + 1)
         assert server.gate.rows[taken - 1 :] == [2, 1] and server.metrics()["left"] == 1
         server.gate.open()
@@ -423,7 +424,7 @@ def test_a_client_that_leaves_frees_its_row_before_the_next_step(embedded, strea
 
 
 def jobs_of(server: Running) -> list:
-    return [row.job for row in server.scheduler.rows]
+    return server.worker.jobs
 
 
 def test_a_client_that_leaves_the_queue_makes_room(embedded):
@@ -433,7 +434,7 @@ def test_a_client_that_leaves_the_queue_makes_room(embedded):
         wait_for(lambda: server.gate.taken == 1)
         with pytest.raises(httpx.ReadTimeout):
             httpx.post(server.url + "/v1/chat/completions", json=chat(), timeout=0.3)
-        wait_for(lambda: server.scheduler.waiting == 0)
+        wait_for(lambda: server.worker.waiting == 0)
         server.gate.open()
         assert held.result().status_code == 200 and server.metrics()["left"] == 1
 
@@ -452,7 +453,7 @@ def test_the_time_limit_ends_a_row(embedded, stream):
                 streamed(server, **chat(sampler="vanilla", max_tokens=400))
         else:
             assert answer.status_code == 504 and error_of(answer)["code"] == "time_limit"
-        wait_for(lambda: server.scheduler.running == 0)
+        wait_for(lambda: server.worker.running == 0)
         assert server.post(chat(max_tokens=4)).status_code == 200
 
 
@@ -462,7 +463,7 @@ def test_the_time_limit_holds_in_the_queue(embedded):
         held = pool.submit(server.post, chat(sampler="vanilla", max_tokens=400))
         wait_for(lambda: server.gate.taken == 1)
         waiting = pool.submit(server.post, chat())
-        wait_for(lambda: server.scheduler.waiting == 1)
+        wait_for(lambda: server.worker.waiting == 1)
         time.sleep(1.1)
         server.gate.open()
         for future in (held, waiting):
@@ -616,7 +617,7 @@ BAD_CHATS = {
     "unknown-role": ({"messages": [{"role": "tool", "content": "x"}]}, 400, "messages.0.role"),
     "null-content": ({"messages": [{"role": "user", "content": None}]}, 400, "messages.0.content"),
     "image": ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "must be a text"),
-    "mask-in-prompt": ({"messages": [{"role": "user", "content": "a <|mdm_mask|>"}]}, 400, "mask id"),
+    "mask-in-prompt": ({"messages": [{"role": "user", "content": "a <|mdm_mask|>"}]}, 400, "mask token"),
     "n": ({"n": 2}, 400, "one choice"),
     "tools": ({"tools": [{"type": "function", "function": {"name": "f"}}]}, 400, "calls no tools"),
     "tool-choice": ({"tool_choice": "auto"}, 400, "calls no tools"),
@@ -669,11 +670,11 @@ def test_bad_chats_are_refused_by_name(server, name):
         ({"prompt": []}, "empty"),
         ({"prompt": ["a", "b"]}, "several prompts take several requests"),
         ({"prompt": [1, 896]}, "no token id below 896"),
-        ({"prompt": [5]}, "mask id"),
+        ({"prompt": [5]}, "mask token"),
         ({"prompt": [-1]}, "no token id"),
         ({"prompt": [1] * 513}, "the context is 512"),
         ({"prompt": None}, "prompt"),
-        ({"suffix": "a<|mdm_mask|>"}, "mask id"),
+        ({"suffix": "a<|mdm_mask|>"}, "mask token"),
         ({"suffix": "Ann " * 600}, "the context is 512"),
         ({"echo": True}, "does not repeat"),
         ({"best_of": 2}, "one choice"),
@@ -761,7 +762,7 @@ def test_a_row_that_breaks_fails_alone(embedded):
 
     def spoiled(state, *given, **named):
         place(state, *given, **named)
-        if state.tokens.shape[0] == 2 and state.step[0] == 2:
+        if state.history.shape[1] == 1 and state.step[0] == 2:  # not in the lane of the first request
             state.score[0] = torch.nan
 
     model.ops = replace(model.ops, place=spoiled)
@@ -775,7 +776,7 @@ def test_a_row_that_breaks_fails_alone(embedded):
         for index in (1, 2):
             request = chat(max_tokens=16, sampler={"kind": "threshold", "block_length": 8})
             sent.append(pool.submit(server.post, request))
-            wait_for(lambda index=index: server.scheduler.waiting == index)
+            wait_for(lambda index=index: server.worker.waiting == index)
         server.gate.open()
         broken, fine = (future.result() for future in sent)
         assert broken.status_code == 500 and "NaN" in error_of(broken)["message"]
@@ -787,7 +788,7 @@ def test_a_batch_that_fails_does_not_end_the_server(embedded, monkeypatch):
     engine = Engine(embedded.model, embedded.text)
     with serving(engine) as server:
         with monkeypatch.context() as patch:
-            patch.setattr(engine, "_run", lambda request: 1 / 0)
+            patch.setattr(engine.lanes, "take", lambda *given: 1 / 0)
             answer = server.post(chat())
             assert answer.status_code == 500 and "ZeroDivision" not in answer.text
             assert error_of(answer)["type"] == "server_error"
@@ -801,26 +802,37 @@ def test_an_error_outside_of_the_engine_is_told_in_shape(embedded, monkeypatch):
         assert answer.status_code == 500 and error_of(answer)["code"] == "internal_error"
 
 
-def test_what_does_not_fit_together_runs_in_parts(embedded, monkeypatch):
+@pytest.mark.parametrize("where", ["caches", "step"])
+def test_what_does_not_fit_together_runs_in_parts(embedded, monkeypatch, where):
     engine = Engine(embedded.model, embedded.text)
-    run = engine._run
+    take, run = engine.lanes.take, Step.run
 
-    def narrow(request):
-        if len(request.canvases) > 2:
-            raise OutOfDeviceMemory("3 canvases are too many")
-        return run(request)
+    def narrow(kind, slots, room):
+        if where == "caches" and slots > 2:
+            raise OutOfDeviceMemory(f"{slots} canvases are too many")
+        return take(kind, slots, room)
 
-    monkeypatch.setattr(engine, "_run", narrow)
+    def crowded(step, *given, **named):
+        if where == "step" and len(step.running()) > 2:
+            raise torch.OutOfMemoryError("no room for activations")
+        run(step, *given, **named)
+
+    monkeypatch.setattr(engine.lanes, "take", narrow)
+    monkeypatch.setattr(Step, "run", crowded)
     wanted = embedded.generate(SUMS, gen_length=16).text
     with serving(engine) as server, ThreadPoolExecutor(8) as pool:
         server.gate.close()
         held = pool.submit(server.post, chat(max_tokens=4))
         wait_for(lambda: server.gate.taken == 1)
-        sent = [pool.submit(server.post, chat(max_tokens=16)) for _ in range(5)]
-        wait_for(lambda: server.scheduler.waiting == 5)
+        sent = [pool.submit(server.post, chat(max_tokens=16)) for _ in range(4)]
+        sent.append(pool.submit(server.post, chat(max_tokens=16, stream=True)))
+        wait_for(lambda: server.worker.waiting == 5)
         server.gate.open()
-        assert [f.result().json()["choices"][0]["message"]["content"] for f in sent] == [wanted] * 5
-        assert held.result().status_code == 200
+        *answers, streamed_answer = (future.result() for future in sent)
+        assert [answer.json()["choices"][0]["message"]["content"] for answer in answers] == [wanted] * 4
+        chunks = [json.loads(line[6:]) for line in streamed_answer.text.splitlines() if line.startswith("data: {")]
+        assert "".join(c["choices"][0]["delta"].get("content") or "" for c in chunks if c["choices"]) == wanted
+        assert held.result().status_code == 200 and max(server.gate.rows) == (2 if where == "caches" else 1)
 
 
 # --------------------------------------------------------------------------------------------------- state and the end
@@ -829,10 +841,11 @@ def test_what_does_not_fit_together_runs_in_parts(embedded, monkeypatch):
 def test_state_pages(server):
     assert httpx.get(server.url + "/health").json() == {"status": "ok"}
     assert httpx.get(server.url + "/ready").json() == {"status": "ready"}
+    assert [httpx.head(server.url + path).status_code for path in ("/health", "/ready")] == [200, 200]
     page = httpx.get(server.url + "/metrics")
     assert page.headers["content-type"].startswith("text/plain")
     names = {family.name for family in text_string_to_metric_families(page.text)}
-    assert {"sfs_http_requests", "sfs_tokens", "sfs_steps", "sfs_waiting_requests", "sfs_running_rows"} <= names
+    assert {"sfs_http_requests", "sfs_tokens", "sfs_step_rows", "sfs_waiting_requests", "sfs_running_rows"} <= names
 
 
 def test_a_folder_of_the_page_is_served(embedded, tmp_path, monkeypatch):
@@ -850,7 +863,7 @@ def test_draining_takes_nothing_new(embedded):
         server.gate.close()
         held = pool.submit(server.post, chat(max_tokens=8))
         wait_for(lambda: server.gate.taken == 1)
-        server.scheduler.drain(30)
+        server.worker.drain(30)
         assert httpx.get(server.url + "/ready").status_code == 503
         refused = server.post(chat())
         assert refused.status_code == 503 and refused.headers["retry-after"]
@@ -864,7 +877,7 @@ def test_grace_ends(embedded):
         server.gate.close()
         held = pool.submit(server.post, chat(sampler="vanilla", max_tokens=400))
         wait_for(lambda: server.gate.taken == 1)
-        server.scheduler.drain(0.1)
+        server.worker.drain(0.1)
         time.sleep(0.2)
         server.gate.open()
         assert held.result().status_code == 503
@@ -873,6 +886,7 @@ def test_grace_ends(embedded):
 def test_a_signal_lets_running_and_waiting_work_finish(embedded):
     """SIGTERM to ``sfs serve``: answers that were begun come whole, then the process ends."""
     command = [sys.executable, "-m", "sfs_triton.cli", "serve", "--port", "0", "--device", "cpu", "--dtype", "float32"]
+    command += ["--max-batch", "1"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "SFS_API_KEY": KEY}
     wanted = embedded.generate(SUMS, gen_length=96, sampler=FixedSteps())
     with subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) as process:

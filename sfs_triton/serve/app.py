@@ -27,9 +27,9 @@ from .metrics import Metrics
 from .options import prepare
 from .protocol import Answer, ChatRequest, Common, CompletionRequest, ErrorBody, ModelCard, ModelList, parse
 from .rows import Job
-from .scheduler import Scheduler
 from .settings import ServeSettings
 from .sse import Answering, Inbox
+from .worker import Worker
 
 PAGE = Path(__file__).parent / "page"  # index.html is served at /, what it needs below /page
 _SCHEMAS = "#/components/schemas/"
@@ -39,7 +39,7 @@ _REFUSALS = {
     404: "There is no such model.",
     408: "The body did not come in time.",
     413: "The body is too large.",
-    415: "The body is not declared as JSON.",
+    415: "The body is not declared as JSON, or as encoded.",
     421: "The Host header names another server.",
     429: "The queue is full; Retry-After says when to come back.",
     500: "The generation failed.",
@@ -49,7 +49,7 @@ _REFUSALS = {
 
 
 def create_app(engine: Engine, settings: ServeSettings | None = None) -> FastAPI:
-    """A server of one engine. ``app.state.scheduler`` runs from the application's startup to its shutdown.
+    """A server of one engine. ``app.state.worker`` runs from the application's startup to its shutdown.
 
     Raises:
         ArgumentError: the engine's checkpoint has no tokenizer.
@@ -57,17 +57,17 @@ def create_app(engine: Engine, settings: ServeSettings | None = None) -> FastAPI
     settings = settings or ServeSettings()
     require(engine.text is not None, f"model={settings.model!r} has no tokenizer.json, which a server needs")
     metrics = Metrics()
-    scheduler = Scheduler(engine, settings, metrics)
-    metrics.follow(scheduler)
+    worker = Worker(engine, settings, metrics)
+    metrics.follow(worker)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        scheduler.start()
+        worker.start()
         yield
-        await run_in_threadpool(scheduler.close)
+        await run_in_threadpool(worker.close)
 
     app = FastAPI(title="sfs_triton", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
-    app.state.engine, app.state.settings, app.state.scheduler, app.state.metrics = engine, settings, scheduler, metrics
+    app.state.engine, app.state.settings, app.state.worker, app.state.metrics = engine, settings, worker, metrics
     app.add_middleware(Guard, settings=settings, metrics=metrics)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(RequestValidationError, _invalid)
@@ -83,7 +83,7 @@ def create_app(engine: Engine, settings: ServeSettings | None = None) -> FastAPI
 def _add_completions(app: FastAPI) -> None:
     async def answer(request: Request, kind: type[Common]) -> Response:
         state, began = request.app.state, time.monotonic()
-        state.scheduler.check_room()
+        state.worker.check_room()
         body = parse(kind, await request.body())
         try:
             wanted = await run_in_threadpool(prepare, state.engine, state.settings, body)
@@ -93,8 +93,8 @@ def _add_completions(app: FastAPI) -> None:
         stream, frames = bool(body.stream), bool(body.frames)
         job = Job(wanted, inbox.put, stops=body.stops, stream=stream, frames=frames, deadline=deadline)
         style = Style(state.settings.model, wanted, body, chat=kind is ChatRequest)
-        state.scheduler.submit(job)
-        return Answering(job, inbox, style, state.scheduler)
+        state.worker.submit(job)
+        return Answering(job, inbox, style, state.worker)
 
     @app.post("/v1/chat/completions", **_described(ChatRequest))
     async def chat_completions(request: Request) -> Response:
@@ -126,17 +126,19 @@ def _add_models(app: FastAPI) -> None:
 
 
 def _add_state(app: FastAPI) -> None:
-    scheduler, metrics = app.state.scheduler, app.state.metrics
+    worker, metrics = app.state.worker, app.state.metrics
 
+    @app.head("/health", include_in_schema=False)
     @app.get("/health", responses=_refusals(421))
     async def health() -> dict[str, str]:
         """The process is alive."""
         return {"status": "ok"}
 
+    @app.head("/ready", include_in_schema=False)
     @app.get("/ready", responses=_refusals(421, 503))
     async def ready() -> dict[str, str]:
         """Requests are taken."""
-        if not scheduler.ready:
+        if not worker.ready:
             raise ApiError(503, "no requests are taken", code="not_ready")
         return {"status": "ready"}
 

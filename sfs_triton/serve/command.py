@@ -12,10 +12,11 @@ from typing import Annotated, Any
 import typer
 
 from ..caching import POLICIES, cache_policy
-from ..engine import DTYPES, load
+from ..engine import DTYPES, WEIGHTS, load
 from ..errors import ArgumentError, MissingDependencyError, require
 from ..loops.choose import LOOPS
 from ..ops import IMPLEMENTATIONS
+from ..parallel import world
 from ..samplers import PRESETS, FixedSteps, Sampler, SlowFast, Threshold
 from .settings import ServeSettings
 
@@ -39,13 +40,18 @@ def serve(
     cache: Annotated[str, typer.Option(metavar="|".join(POLICIES), help="Of requests that do not say.")] = "none",
     default_tokens: Annotated[int, typer.Option(help="max_tokens if not said.")] = _LIMITS.default_tokens,
     max_tokens: Annotated[int | None, typer.Option(help="Most that may be asked for.", show_default=False)] = None,
-    max_batch: Annotated[int, typer.Option(help="Rows that are decoded together.")] = _LIMITS.max_batch,
+    max_batch: Annotated[int, typer.Option(help="Rows that are decoded side by side.")] = _LIMITS.max_batch,
+    max_lanes: Annotated[int, typer.Option(help="Settings that may have rows at a time.")] = _LIMITS.max_lanes,
+    cache_memory: Annotated[
+        float | None, typer.Option(help="GiB for all caches. Default: what the device has.", show_default=False)
+    ] = None,
     max_queue: Annotated[int, typer.Option(help="Requests that may wait.")] = _LIMITS.max_queue,
     time_limit: Annotated[float, typer.Option(help="Seconds a request may take.")] = _LIMITS.time_limit,
     max_body: Annotated[int, typer.Option(help="Bytes of a request.")] = _LIMITS.max_body,
     grace: Annotated[float, typer.Option(help="Seconds to finish work when told to stop.")] = _LIMITS.grace,
     device: Annotated[str | None, typer.Option(help="Default: a GPU if there is one.", show_default=False)] = None,
     dtype: Annotated[str | None, typer.Option(metavar="|".join(DTYPES), help="Default: by device.")] = None,
+    weights: Annotated[str | None, typer.Option(metavar="|".join(WEIGHTS), help="Default: as --dtype.")] = None,
     impl: Annotated[
         str | None, typer.Option(metavar="|".join(IMPLEMENTATIONS), help="Of the operations. Default: by device.")
     ] = None,
@@ -53,6 +59,8 @@ def serve(
 ) -> None:
     """Serve a model over HTTP, as OpenAI's interface has it, until SIGINT or SIGTERM."""
     _need_libraries()
+    _, processes = world()
+    require(processes == 1, f"sfs serve is one process, and this is one of {processes} (WORLD_SIZE)")
     settings = ServeSettings(
         model=name or model.rstrip("/").rpartition("/")[2] or model,
         host=host,
@@ -65,6 +73,8 @@ def serve(
         default_tokens=default_tokens,
         max_tokens=max_tokens,
         max_batch=max_batch,
+        max_lanes=max_lanes,
+        cache_memory=_bytes(cache_memory),
         max_queue=max_queue,
         time_limit=time_limit,
         max_body=max_body,
@@ -72,7 +82,7 @@ def serve(
     )
     settings.sampler.check_cache(settings.cache)
     with _listen(settings) as listener:  # before gigabytes are read
-        run(load(model, device, dtype, impl, loop), settings, listener)
+        run(load(model, device, dtype, impl, loop, weights=weights), settings, listener)
 
 
 def run(engine: Any, settings: ServeSettings, listener: socket.socket) -> None:
@@ -82,10 +92,11 @@ def run(engine: Any, settings: ServeSettings, listener: socket.socket) -> None:
     from .app import create_app
 
     app = create_app(engine, settings)
+    worker = app.state.worker
 
     class Server(uvicorn.Server):
         def handle_exit(self, sig: int, frame: Any) -> None:
-            app.state.scheduler.drain(settings.grace)
+            worker.drain(settings.grace)
             self.force_exit = self.should_exit and sig == signal.SIGINT  # asked for once more, at a terminal
             self.should_exit = True
 
@@ -94,7 +105,7 @@ def run(engine: Any, settings: ServeSettings, listener: socket.socket) -> None:
         log_level="warning",
         server_header=False,
         proxy_headers=False,
-        timeout_graceful_shutdown=int(settings.grace) + 5,  # by when the scheduler has ended everything
+        timeout_graceful_shutdown=int(settings.grace) + 5,  # by when the worker has ended everything
     )
     where, port = listener.getsockname()[:2]
     where = f"[{where}]" if ":" in where else where
@@ -132,6 +143,11 @@ def _api_key(path: Path | None) -> str | None:
         return path.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeError) as error:
         raise ArgumentError(f"--api-key-file {str(path)!r} cannot be read: {error}") from None
+
+
+def _bytes(gib: float | None) -> int | None:
+    require(gib is None or 0 < gib < 2**20, f"--cache-memory {gib} is not a number of GiB")
+    return None if gib is None else max(1, int(gib * 2**30))
 
 
 def _sampler(kind: str, preset: str) -> Sampler:

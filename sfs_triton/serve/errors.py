@@ -44,15 +44,25 @@ def stopping() -> ApiError:
     return ApiError(503, "the server is shutting down", code="shutting_down", headers={"Retry-After": "10"})
 
 
+def stopped() -> ApiError:
+    return ApiError(
+        503, "the engine has stopped after a failure; the server's log has the reason", code="engine_stopped"
+    )
+
+
 def too_late(limit: float) -> ApiError:
     return ApiError(504, f"the request was not finished within {limit:g} s", code="time_limit")
 
 
-def from_argument(error: ArgumentError) -> ApiError:
-    """An argument that the engine refuses, under the name that it has in a request."""
+def from_argument(error: ArgumentError, param: str | None = None) -> ApiError:
+    """An argument that the engine refuses, under the name that it has in a request; ``param`` is the field at fault."""
     message = str(error).replace("gen_length", "max_tokens")
     named = re.match(r"(\w+)(?:=| is over )", message)
-    return ApiError(400, message, param=named and named[1])
+    return ApiError(400, message, param=param or named and named[1])
+
+
+def too_long(message: str, param: str) -> ApiError:
+    return ApiError(400, message, param=param, code="context_length_exceeded")
 
 
 def from_failure(error: Exception) -> ApiError:

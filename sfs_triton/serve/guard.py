@@ -107,6 +107,10 @@ class Guard:
                 raise ApiError(401, "a valid API key is needed", code="invalid_api_key", headers=challenge)
         if scope["method"] == "POST":
             kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+            coding = ", ".join(headers.getlist("content-encoding")).strip().lower()
+            if coding not in ("", "identity"):
+                message = f"Content-Encoding: {coding[:40]} is not read here; send the body as it is"
+                raise ApiError(415, message, code="unsupported_content_encoding")
             if kind != "application/json":  # a page of another origin can send other types without being asked
                 raise ApiError(415, "Content-Type must be application/json", code="unsupported_media_type")
 

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import math
 import secrets
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
 
 from ..caching import POLICIES, CachePolicy, RefreshCache, cache_policy
 from ..engine import Engine
-from ..errors import require
+from ..errors import ArgumentError, require
 from ..models.spec import ModelSpec
+from ..request import Request
 from ..samplers import PRESETS, SAMPLERS, Sampler, SlowFast
-from ..session import Request
-from .errors import ApiError
-from .protocol import ChatRequest, Common, CompletionRequest
+from ..text import CHARACTERS
+from .errors import ApiError, from_argument, too_long
+from .protocol import ChatRequest, Common
 from .settings import ServeSettings
 
-_ELSEWHERE = ("temperature", "top_p", "name")  # settings that a request has fields of its own for, or none
+_OWN = ("temperature", "top_p")  # settings that a request has fields of its own for
 _INTERVAL, _NUMBER = 256, 1e4  # largest refresh interval, and largest number that is no count
-_CHARACTERS = 64  # of a prompt for each position of the context: encoding far more than can fit would hold others up
 
 
 @dataclass(frozen=True)
@@ -48,51 +51,63 @@ def prepare(engine: Engine, settings: ServeSettings, body: Common) -> Wanted:
         raise ApiError(404, message, param="model", code="model_not_found")
     sampler = sampler_for(body, settings.sampler, engine.spec)
     cache = settings.cache if body.cache is None else _cache(body.cache, engine.spec)
-    _check_size(body, engine.spec.max_length)
-    if isinstance(body, ChatRequest):
-        prompt, suffix = engine._encode([message.plain() for message in body.messages], False, 0), None
-    else:
-        prompt, suffix = engine._encode(body.prompt, True, 0), _suffix(engine, body)
-    length = _length(engine, settings, body, len(prompt) + len(suffix or ()), sampler)
+    prompt, suffix = _given(engine, body)
+    with _blamed("cache", when=body.cache is not None):
+        sampler.check_cache(cache)
+    length = _length(engine, settings, body, (len(prompt), len(suffix)), sampler)
     seed = secrets.randbelow(2**31) if body.seed is None else body.seed
     how = {"sampler": sampler, "cache": cache, "seed": seed, "trace": bool(body.frames), "frames": True}
-    if suffix is None:
-        request, _ = engine._request(prompt, gen_length=length, **how)
-    else:
-        mask = engine.spec.mask_id
-        require(mask not in prompt and mask not in suffix, f"prompt and suffix hold the mask id {mask}")
-        canvas = prompt + [mask] * length + suffix
-        request = Request([canvas], [0], sampler, cache, [seed], bool(body.frames), True)
+    with _blamed("cache" if body.sampler is None else "sampler"):  # what is left is whether those two go together
+        if suffix:
+            _check_infilling(engine.spec, prompt, cache)
+            canvas = prompt + [engine.spec.mask_id] * length + suffix
+            request = Request([canvas], [0], sampler, cache, [seed], bool(body.frames), True)
+        else:
+            request, _ = engine.request(prompt, gen_length=length, **how)
     first = len(prompt)
     return Wanted(request, first, first + length, _described(sampler, SAMPLERS), _described(cache, POLICIES))
 
 
 def sampler_for(body: Common, default: Sampler, spec: ModelSpec) -> Sampler:
     """The sampler of a request: its own or the server's, at the request's temperature."""
-    sampler = default if body.sampler is None else _sampler(body.sampler, spec)
+    with _blamed("sampler"):
+        sampler = default if body.sampler is None else _sampler(body.sampler, spec)
     changes = {"temperature": body.temperature, "top_p": None if body.top_p == 1 else body.top_p}
     return sampler.replace(**{name: value for name, value in changes.items() if value is not None})
 
 
 def _sampler(wanted: str | dict[str, Any], spec: ModelSpec) -> Sampler:
     kind, options = _kind("sampler", wanted, SAMPLERS)
-    preset = options.pop("preset", "paper") if kind == "slowfast" else None
-    allowed = {f.name for f in fields(SAMPLERS[kind])} - {*_ELSEWHERE} - ({"steps"} if kind == "vanilla" else set())
+    for name in _OWN:
+        require(name not in options, f"sampler.{name}: {name!r} is a field of the request itself, beside 'sampler'")
+    allowed = {f.name for f in fields(SAMPLERS[kind])} - {*_OWN, "name"}
+    allowed = allowed | {"preset"} if kind == "slowfast" else allowed - {"steps"} if kind == "vanilla" else allowed
     _check_options(f"sampler {kind!r}", options, allowed, spec)
     if kind == "slowfast":
+        preset = options.pop("preset", "paper")
         require(isinstance(preset, str), f"preset={preset!r} is not one of {tuple(PRESETS)}")
         return SlowFast.preset(preset, **options)
     return SAMPLERS[kind](**options)
 
 
 def _cache(wanted: str | dict[str, Any], spec: ModelSpec) -> CachePolicy:
-    kind, options = _kind("cache", wanted, POLICIES)
-    _check_options(f"cache {kind!r}", options, {f.name for f in fields(POLICIES[kind])}, spec)
-    policy = cache_policy(kind, **options)
-    if isinstance(policy, RefreshCache):
-        for name in ("prompt_interval", "response_interval"):
-            require(getattr(policy, name) <= _INTERVAL, f"{name}={getattr(policy, name)} is over {_INTERVAL}")
-    return policy
+    with _blamed("cache"):
+        kind, options = _kind("cache", wanted, POLICIES)
+        _check_options(f"cache {kind!r}", options, {f.name for f in fields(POLICIES[kind])}, spec)
+        policy = cache_policy(kind, **options)
+        if isinstance(policy, RefreshCache):
+            for name in ("prompt_interval", "response_interval"):
+                require(getattr(policy, name) <= _INTERVAL, f"{name}={getattr(policy, name)} is over {_INTERVAL}")
+        return policy
+
+
+@contextmanager
+def _blamed(field: str, when: bool = True) -> Iterator[None]:
+    """What is refused is a matter of this field of the request."""
+    try:
+        yield
+    except ArgumentError as error:
+        raise from_argument(error, field if when else None) from None
 
 
 def _kind(field: str, wanted: str | dict[str, Any], known: dict[str, type]) -> tuple[str, dict[str, Any]]:
@@ -107,47 +122,99 @@ def _kind(field: str, wanted: str | dict[str, Any], known: dict[str, type]) -> t
 def _check_options(owner: str, options: dict[str, Any], allowed: set[str], spec: ModelSpec) -> None:
     """Refuse options that are not there, and numbers that would only cost time or memory. Classes check their types."""
     for name, value in options.items():
-        require(name in allowed, f"{owner} has no option {name!r}; it has {', '.join(sorted(allowed))}")
+        has = f"it has {', '.join(sorted(allowed))}" if allowed else "it has none"
+        require(name in allowed, f"{owner} has no option {name!r}; {has}")
         require(value is None or isinstance(value, (bool, int, float, str)), f"{name} is a {type(value).__name__}")
         if isinstance(value, int) and not isinstance(value, bool):
             most = spec.vocab_size if name == "top_k" else spec.max_length
             require(abs(value) <= most, f"{name} is over {most}")
         elif isinstance(value, float):
+            require(math.isfinite(value), f"{name}={value} is not a finite number")
             require(abs(value) <= _NUMBER, f"{name} is over {_NUMBER:g}")
 
 
-def _check_size(body: Common, context: int) -> None:
-    """Refuse what cannot fit before it is encoded."""
+def _given(engine: Engine, body: Common) -> tuple[list[int], list[int]]:
+    """Token ids of what comes before the answer, and of what comes after it."""
     if isinstance(body, ChatRequest):
-        field, size = "messages", sum(len(message.plain()["content"]) for message in body.messages)
-    else:
-        field, size = "prompt", len(body.prompt) + len(body.suffix or "")
-    most = context * _CHARACTERS if isinstance(body, ChatRequest) or isinstance(body.prompt, str) else context
-    if size > most:
-        message = f"{field!r} has a length of {size}, over {most}: the context is {context} tokens"
-        raise ApiError(400, message, param=field, code="context_length_exceeded")
+        messages = [message.plain() for message in body.messages]
+        _check_size("messages", sum(len(message["content"]) for message in messages), engine, CHARACTERS)
+        return _ids(engine, "messages", messages), []
+    suffix = body.suffix or ""
+    _check_size("prompt", len(body.prompt), engine, CHARACTERS if isinstance(body.prompt, str) else 1)
+    _check_size("suffix", len(suffix), engine, CHARACTERS)
+    if not body.prompt and not suffix:
+        raise ApiError(400, "'prompt' is empty; only with a 'suffix' it may be", param="prompt")
+    before = _ids(engine, "prompt", body.prompt) if body.prompt else []
+    return before, _ids(engine, "suffix", suffix) if suffix else []
 
 
-def _suffix(engine: Engine, body: CompletionRequest) -> list[int] | None:
-    return engine._encode(body.suffix, True, 0) if body.suffix else None
+def _check_size(field: str, size: int, engine: Engine, most: int) -> None:
+    """Refuse what cannot fit before it is encoded, which would hold others up; ``most`` is for each position."""
+    context = engine.spec.max_length
+    if size > context * most:
+        unit = "characters" if most > 1 else "token ids"
+        raise too_long(f"{field!r} has {size} {unit}, over {context * most}: the context is {context} tokens", field)
 
 
-def _length(engine: Engine, settings: ServeSettings, body: Common, given: int, sampler: Sampler) -> int:
-    """Response positions: what is asked for, or the default as far as the context leaves room for it."""
-    context, wanted = engine.spec.max_length, body.tokens_wanted
-    room = context - given
+def _ids(engine: Engine, field: str, given: str | Sequence[int] | Sequence[dict[str, str]]) -> list[int]:
+    """Token ids of a field, in which no position may be undecided."""
+    try:
+        ids = engine.encode(given, field != "messages", 0)
+    except ArgumentError as error:
+        if field == "messages":  # of a template, whose refusal quotes the whole conversation
+            message = f"the checkpoint's chat template refused 'messages': {error.__context__ or error}"
+        else:
+            message = repr(field) + str(error).removeprefix("prompt 0")
+        raise ApiError(400, message, param=field) from None
+    mask = engine.spec.mask_id
+    if mask in ids:
+        raise ApiError(
+            400,
+            f"{field!r} holds the mask token (id {mask}, at position {ids.index(mask)} of its tokens); to have a gap "
+            "filled in, send what comes after it as 'suffix' of /v1/completions",
+            param=field,
+        )
+    return ids
+
+
+def _check_infilling(spec: ModelSpec, prompt: list[int], cache: CachePolicy) -> None:
+    """Refuse the gap that a list of rows cannot fill."""
+    if spec.shifted and not prompt and cache.name == "region":
+        message = "'prompt' is empty, and this model predicts a first position from no row of a list: use cache 'none'"
+        raise ApiError(400, message, param="prompt")
+
+
+def _length(engine: Engine, settings: ServeSettings, body: Common, given: tuple[int, int], sampler: Sampler) -> int:
+    """Response positions: what is asked for, or the default as far as the context leaves room for it.
+
+    ``given`` are the tokens before and after them. Blocks count from a response's first position, which what is asked
+    for must be a multiple of; with a suffix they count from the canvas' first, and the last may be a part of one.
+    """
+    context, (field, wanted) = engine.spec.max_length, body.tokens_wanted
+    before, after = given
+    room = context - before - after
+    first = "messages" if isinstance(body, ChatRequest) else "prompt"
+    what = f"{first!r} has {before} tokens" + (f" and 'suffix' {after}" if after else "")
     if room < 1:
-        message = f"the prompt has {given} tokens, which leaves no room for an answer: the context is {context}"
-        raise ApiError(400, message, param="prompt", code="context_length_exceeded")
+        message = f"{what}, which leaves no room for an answer: the context is {context}"
+        raise too_long(message, "suffix" if after > before else first)
     most = min(room, settings.max_tokens or room)
-    block = getattr(sampler, "block_length", None)
+    block = None if after else getattr(sampler, "block_length", None)
     if wanted is None:
         wanted = min(most, settings.default_tokens)
-        return wanted if block is None else wanted // block * block or block
+        if block is None:
+            return wanted
+        wanted = max(block, wanted // block * block)
+        if wanted > most:
+            message = f"no block of block_length={block} fits into {most} positions: {what}, the context is {context}"
+            raise ApiError(400, message, param="sampler" if body.sampler else first)
+        return wanted
     if wanted > room:
-        message = f"{given} tokens of prompt and max_tokens={wanted} are {given + wanted}: the context is {context}"
-        raise ApiError(400, message, param="max_tokens", code="context_length_exceeded")
-    require(wanted <= most, f"max_tokens={wanted} is over the server's limit of {most}")
+        message = f"{what}, and with {field}={wanted} that makes {before + after + wanted}: the context is {context}"
+        raise too_long(message, field)
+    with _blamed(field):
+        require(wanted <= most, f"{field}={wanted} is over the server's limit of {most}")
+        require(block is None or wanted % block == 0, f"{field}={wanted} is not a multiple of block_length={block}")
     return wanted
 
 

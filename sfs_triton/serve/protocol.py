@@ -5,13 +5,19 @@ What is asked for and cannot be had is refused by name; ``docs/serving.md`` list
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from .errors import ApiError
 
-_STOPS, _STOP_LENGTH = 4, 256
+_STOPS, _STOP_LENGTH, _MESSAGES = 4, 256, 1024
+# An escape of a surrogate that has not its other half beside it.
+_HALF = re.compile(
+    rb"(?<!\\u[dD][89abAB][0-9a-fA-F]{2})\\u[dD][c-fC-F][0-9a-fA-F]{2}"
+    rb"|\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])"
+)
 _ONE = "this server gives one choice a request"
 _CALLS = "this server calls no tools"
 # Fields that are accepted only with values that ask for nothing, and what to say of others.
@@ -39,6 +45,8 @@ SHAPES = {
     "sampler": "must be a name, or an object with a 'kind' and options",
     "cache": "must be a name, or an object with a 'kind' and options",
 }
+# What to use instead of a field that only the other interface has.
+INSTEAD = {"prompt": "chat takes 'messages'", "suffix": "/v1/completions takes it", "messages": "give a 'prompt'"}
 
 
 class Strict(BaseModel):
@@ -102,14 +110,15 @@ class Common(Strict):
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
     @property
-    def tokens_wanted(self) -> int | None:
-        return self.max_tokens
+    def tokens_wanted(self) -> tuple[str, int | None]:
+        """How many response positions are asked for, and the field that says so."""
+        return "max_tokens", self.max_tokens
 
 
 class ChatRequest(Common):
     """``POST /v1/chat/completions``."""
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=1024)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=_MESSAGES)]
     max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
@@ -125,8 +134,10 @@ class ChatRequest(Common):
     modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = None
 
     @property
-    def tokens_wanted(self) -> int | None:
-        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+    def tokens_wanted(self) -> tuple[str, int | None]:
+        if self.max_completion_tokens is None:
+            return "max_tokens", self.max_tokens
+        return "max_completion_tokens", self.max_completion_tokens
 
 
 class CompletionRequest(Common):
@@ -148,22 +159,35 @@ def parse(kind: type[Common], body: bytes) -> Common:
     try:
         request = kind.model_validate_json(body)
     except ValidationError as error:
-        raise _explain(error) from None
+        raise _explain(error, body) from None
     for given, needed in (("frames", "stream"), ("stream_options", "stream")):
         if getattr(request, given) and not getattr(request, needed):
             raise ApiError(400, f"{given!r} needs {needed!r}: true", param=given)
     if isinstance(request, ChatRequest) and None not in (request.max_tokens, request.max_completion_tokens):
         raise ApiError(400, "give 'max_tokens' or 'max_completion_tokens', not both", param="max_tokens")
+    if isinstance(request, ChatRequest):
+        _check_messages(request.messages)
     return request
 
 
-def _explain(error: ValidationError) -> ApiError:
+def _check_messages(messages: list[Message]) -> None:
+    """An answer may have been empty; what is asked may not, and something has to be asked."""
+    for index, message in enumerate(messages):
+        if message.role != "assistant" and not message.plain()["content"].strip():
+            raise ApiError(400, f"'messages.{index}' is empty: a {message.role} message needs text", param="messages")
+    if not any(message.role == "user" for message in messages):
+        raise ApiError(400, "'messages' has no user message, so nothing is asked", param="messages")
+
+
+def _explain(error: ValidationError, body: bytes) -> ApiError:
     """The first thing that is wrong with a body, in one sentence."""
-    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    problems = error.errors(include_url=False, include_input=False, include_context=False)
+    elsewhere = (p for p in problems if p["type"] == "extra_forbidden" and p["loc"][0] in INSTEAD)
+    first = next(elsewhere, problems[0])
     path = [str(part) for part in first["loc"]]
     name = path[0][:100] if path else None
     if first["type"] == "json_invalid":
-        return ApiError(400, f"the body is no valid JSON: {first['msg']}", code="invalid_json")
+        return ApiError(400, _not_json(first["msg"].removeprefix("Invalid JSON: "), body), code="invalid_json")
     if name is None:
         return ApiError(400, f"the body is no JSON object: {first['msg']}")
     if first["type"] == "missing":
@@ -172,12 +196,25 @@ def _explain(error: ValidationError) -> ApiError:
         return ApiError(
             400, f"{name!r} is not supported: {UNSUPPORTED[name]}", param=name, code="unsupported_parameter"
         )
+    if first["type"] == "extra_forbidden" and len(path) == 1:
+        instead = f": {INSTEAD[name]}" if name in INSTEAD else ""
+        return ApiError(400, f"{name!r} is not known here{instead}", param=name, code="unknown_parameter")
+    if path == ["messages"] and first["type"] in ("too_short", "too_long"):
+        return ApiError(400, f"'messages' must hold 1 to {_MESSAGES} messages", param=name)
     shaped = next((n for n, part in enumerate(path) if part in SHAPES), None)
     if shaped is not None:
         return ApiError(400, f"{'.'.join(path[: shaped + 1])!r} {SHAPES[path[shaped]]}", param=name)
     if first["type"] == "extra_forbidden":
         return ApiError(400, f"{'.'.join(path)[:200]!r} is not known here", param=name, code="unknown_parameter")
     return ApiError(400, f"{'.'.join(path)[:200]!r}: {first['msg']}", param=name)
+
+
+def _not_json(reason: str, body: bytes) -> str:
+    half = _HALF.search(body) if "hex escape" in reason else None
+    if half is not None:
+        escape = half[0].decode()
+        return f"the body is no valid JSON: {escape} is half of a surrogate pair, and stands alone ({reason})"
+    return f"the body is no valid JSON: {reason}"
 
 
 class Usage(BaseModel):

@@ -8,7 +8,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..generation import Frame, Generation
+from ..generation import Generation
+from ..models import ModelSpec
+from ..row import Row
 from ..text import UNFINISHED, TextCodec
 from ..trace import StepTrace
 from .errors import ApiError
@@ -17,7 +19,7 @@ from .options import Wanted
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """The row is about to take its first step. ``frame`` is None where no frames were asked for."""
+    """The row has a slot. ``frame`` is None where no frames were asked for."""
 
     frame: dict[str, Any] | None
 
@@ -127,27 +129,40 @@ class Job:
             self._emit(event)
 
 
-class Row:
-    """A job's row in a batch that runs."""
+class Follower:
+    """Follows the row of a job, and tells the job what becomes of it. A row may begin again: no step is told twice."""
 
-    def __init__(self, job: Job, codec: TextCodec, mask_id: int, eos_id: int, piece: Callable[[int], str]):
-        self.job, self._mask, self._eos, self._piece = job, mask_id, eos_id, piece
-        self._text, self._began = SettledText(codec, job.stops), time.monotonic()
+    def __init__(self, job: Job, codec: TextCodec, spec: ModelSpec, piece: Callable[[int], str]):
+        self.job, self._spec, self._piece = job, spec, piece
+        self._text, self._began = SettledText(codec, job.stops), 0.0
         self._nfe = self._told = 0
-        if job.stream:
-            job.tell(Started(self._opening() if job.frames else None))
 
-    def see(self, frame: Frame, index: int, trace: StepTrace | None) -> None:
+    @property
+    def begun(self) -> bool:
+        """Whether the row has had a slot."""
+        return self._began > 0
+
+    def begin(self) -> None:
+        """The row has its slot."""
+        if not self.begun:
+            self._began = time.monotonic()
+            if self.job.stream:
+                self.job.tell(Started(self._opening() if self.job.frames else None))
+
+    def see(self, row: Row) -> None:
         """Take in a step of the row: tell of it, and finish the job if its answer is complete."""
         job, first, stop = self.job, self.job.wanted.first, self.job.wanted.stop
-        self._nfe = frame.step + 1
-        canvas, settled = frame.tokens[index], min(frame.settled[index], stop)
-        filled = not frame.running[index] and not self._open(canvas)
+        trace = row.tracer.steps.pop() if row.tracer.steps else None
+        if row.steps <= self._nfe:
+            return
+        self._nfe = row.steps
+        canvas, settled = row.tokens, min(row.settled, stop)
+        filled = not row.running and not self._open(canvas)
         grown, self._told = settled > self._told, max(settled, self._told)
         new, watched = "", job.stream or job.stops
         if watched and (grown or filled):
             new = self._text.take(self._answer(canvas[first:settled]), filled)
-        shown = self._frame(frame, index, trace) if job.frames and trace is not None else None
+        shown = self._frame(row, trace) if job.frames and trace is not None else None
         if job.stream and (new or shown):
             job.tell(Stepped(new, shown))
         if self._text.stopped_at is not None:
@@ -169,18 +184,20 @@ class Row:
     def _complete(self, response: list[int]) -> None:
         if not self.job.stream and not self.job.stops:
             self._text.take(self._answer(response), True)
-        ended = self._eos in response
-        self._finish(response.index(self._eos) + 1 if ended else len(response), "stop" if ended else "length")
+        end = self._spec.eos_id
+        ended = end in response
+        self._finish(response.index(end) + 1 if ended else len(response), "stop" if ended else "length")
 
     def _finish(self, tokens: int, reason: str) -> None:
         seconds = time.monotonic() - self._began
         self.job.tell(Finished(self._text.text, tokens, self._nfe, reason, seconds))
 
     def _answer(self, tokens: list[int]) -> list[int]:
-        return tokens[: tokens.index(self._eos)] if self._eos in tokens else tokens
+        end = self._spec.eos_id
+        return tokens[: tokens.index(end)] if end in tokens else tokens
 
     def _open(self, canvas: list[int]) -> bool:
-        return self._mask in canvas[self.job.wanted.first : self.job.wanted.stop]
+        return self._spec.mask_id in canvas[self.job.wanted.first : self.job.wanted.stop]
 
     def _opening(self) -> dict[str, Any]:
         wanted = self.job.wanted
@@ -189,16 +206,16 @@ class Row:
             "prompt_length": wanted.first,
             "response_length": wanted.stop - wanted.first,
             "suffix_length": len(wanted.request.canvases[0]) - wanted.stop,
-            "mask_id": self._mask,
-            "eos_id": self._eos,
+            "mask_id": self._spec.mask_id,
+            "eos_id": self._spec.eos_id,
             "sampler": wanted.sampler,
             "cache": wanted.cache,
             "seed": wanted.request.seeds[0],
         }
 
-    def _frame(self, frame: Frame, index: int, trace: StepTrace) -> dict[str, Any]:
+    def _frame(self, row: Row, trace: StepTrace) -> dict[str, Any]:
         """What the step changed; positions count from the answer's first."""
-        wanted, canvas = self.job.wanted, frame.tokens[index]
+        wanted, canvas = self.job.wanted, row.tokens
         first, size = wanted.first, wanted.stop - wanted.first
         start = wanted.request.starts[0]
         block = start - first + trace.block * (wanted.sampler.get("block_length") or 0)
@@ -214,7 +231,7 @@ class Row:
                     "confidence": round(score, 5) if fine else None,
                 }
             )
-        closed = wanted.request.sampler.eos_stop and self._first_end(frame, index)
+        closed = wanted.request.sampler.eos_stop and self._first_end(row)
         return {
             "type": "step",
             "step": trace.step,
@@ -223,15 +240,15 @@ class Row:
             "cycle": trace.cycle,
             "span": [max(0, block + trace.s), None if trace.e is None else min(size, max(0, block + trace.e))],
             "committed": committed,
-            "settled": max(0, min(frame.settled[index], wanted.stop) - first),
-            "masks_left": canvas[first : wanted.stop].count(self._mask),
+            "settled": max(0, min(row.settled, wanted.stop) - first),
+            "masks_left": canvas[first : wanted.stop].count(self._spec.mask_id),
             "closed_from": closed if closed else None,
             "rows_forwarded": trace.rows_forwarded,
             "seconds": round(time.monotonic() - self._began, 6),
         }
 
-    def _first_end(self, frame: Frame, index: int) -> int | None:
+    def _first_end(self, row: Row) -> int | None:
         """One past the leftmost end-of-text that was committed, counted from the answer's first position."""
         first, stop = self.job.wanted.first, self.job.wanted.stop
-        pairs = zip(frame.tokens[index][first:stop], frame.commit_step[index][first:stop], strict=True)
-        return next((n + 1 for n, (token, at) in enumerate(pairs) if token == self._eos and at >= 0), None)
+        pairs = zip(row.tokens[first:stop], row.commit_step[first:stop], strict=True)
+        return next((n + 1 for n, (token, at) in enumerate(pairs) if token == self._spec.eos_id and at >= 0), None)

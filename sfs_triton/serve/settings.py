@@ -25,7 +25,9 @@ class ServeSettings:
         sampler, cache: of requests that do not say; their temperature is that of the request.
         default_tokens, max_tokens: response positions of requests that do not say, and the most there may be (None: as
             many as the model's context leaves).
-        max_batch: rows that are decoded together.
+        max_batch: rows that are decoded side by side with the same sampler settings and cache.
+        max_lanes: how many such settings, or lengths of canvases, may have rows at a time.
+        cache_memory: bytes that the caches and canvases of all rows may take; None: what the device has.
         max_queue: requests that may wait; one more is refused with 429.
         time_limit: seconds from a request's arrival to its end.
         max_body, body_seconds: bytes of a request's body, and how long it may take to come.
@@ -43,6 +45,8 @@ class ServeSettings:
     default_tokens: int = 128
     max_tokens: int | None = None
     max_batch: int = 8
+    max_lanes: int = 4
+    cache_memory: int | None = None
     max_queue: int = 64
     time_limit: float = 300.0
     max_body: int = 1 << 20
@@ -50,10 +54,10 @@ class ServeSettings:
     grace: float = 30.0
 
     def __post_init__(self) -> None:
-        for name, least in (("default_tokens", 1), ("max_batch", 1), ("max_queue", 1), ("max_body", 1024)):
-            _check_count(name, getattr(self, name), least)
-        if self.max_tokens is not None:
-            _check_count("max_tokens", self.max_tokens, 1)
+        least = {"default_tokens": 1, "max_batch": 1, "max_lanes": 1, "max_queue": 1, "max_body": 1024}
+        optional = {name: 1 for name in ("max_tokens", "cache_memory") if getattr(self, name) is not None}
+        for name, smallest in {**least, **optional}.items():
+            _check_count(name, getattr(self, name), smallest)
         for name in ("time_limit", "body_seconds", "grace"):
             value = getattr(self, name)
             fine = isinstance(value, (int, float)) and math.isfinite(value) and value > 0

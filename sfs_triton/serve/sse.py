@@ -12,7 +12,7 @@ from .answers import Style
 from .errors import ApiError
 from .guard import refuse
 from .rows import Event, Failed, Finished, Job
-from .scheduler import Scheduler
+from .worker import Worker
 
 _QUIET = 15.0  # seconds after which a comment keeps a silent stream open
 _STALLED = 60.0  # seconds that a client may leave a chunk unread
@@ -46,9 +46,9 @@ class Answering(Response):
     row freed, when the client goes away or when the server cuts the response off.
     """
 
-    def __init__(self, job: Job, inbox: Inbox, style: Style, scheduler: Scheduler):
+    def __init__(self, job: Job, inbox: Inbox, style: Style, worker: Worker):
         super().__init__()
-        self._job, self._inbox, self._style, self._scheduler = job, inbox, style, scheduler
+        self._job, self._inbox, self._style, self._worker = job, inbox, style, worker
 
     async def __call__(self, scope: dict, receive: Any, send: Any) -> None:
         watch = asyncio.create_task(self._watch(receive))
@@ -63,12 +63,12 @@ class Answering(Response):
         finally:
             watch.cancel()
             if not self._job.over:
-                self._scheduler.leave(self._job)
+                self._worker.leave(self._job)
 
     async def _watch(self, receive: Any) -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
-        self._scheduler.leave(self._job)
+        self._worker.leave(self._job)
         self._inbox.put(Failed(ApiError(499, "the client has left")))  # so that nobody waits for what will not come
 
     async def _stream(self, first: Event, send: Any) -> None:
