@@ -15,7 +15,7 @@ from .engine import Engine
 from .errors import ArgumentError, require
 from .generation import Frame, Generation
 from .samplers import FixedSteps, Sampler, SlowFast
-from .text import UNFINISHED
+from .text import UNFINISHED, check_size
 
 ROLES = ("system", "user", "assistant")
 LARGEST_FILE = 16 * 2**20  # bytes; what is larger is no conversation
@@ -52,6 +52,15 @@ class Settings:
         self.sampler.rules(**self.cache.rules)  # which refuse what does not go together
         self.sampler.check_length(self.gen_length)
 
+    def as_dict(self) -> dict[str, Any]:
+        """What decides an answer, ready for JSON."""
+        return {
+            "sampler": {"kind": kind(self.sampler), **asdict(self.sampler)},
+            "cache": {"kind": self.cache.name, **asdict(self.cache)},
+            "gen_length": self.gen_length,
+            "seed": self.seed,
+        }
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -68,25 +77,8 @@ class Answer:
 
     def as_dict(self) -> dict[str, Any]:
         """Everything about it, ready for JSON."""
-        made, settings = self.generation, self.settings
-        return {
-            "message": self.message,
-            "text": made.text,
-            "tokens": made.tokens,
-            "prompt_tokens": made.prompt_length,
-            "response_tokens": len(made.tokens),
-            "nfe": made.nfe,
-            "forwards": made.forwards,
-            "tokens_per_forward": made.tokens_per_forward,
-            "rows_forwarded": made.rows_forwarded,
-            "seconds": made.seconds,
-            "tokens_per_second": len(made.tokens) / max(made.seconds, 1e-9),
-            "sampler": {"kind": kind(settings.sampler), **asdict(settings.sampler)},
-            "cache": {"kind": settings.cache.name, **asdict(settings.cache)},
-            "gen_length": settings.gen_length,
-            "seed": settings.seed,
-            "forgotten": self.forgotten,
-        }
+        made, how = self.generation.as_dict(), self.settings.as_dict()
+        return {"message": self.message, **made, **how, "forgotten": self.forgotten}
 
 
 @dataclass(slots=True)
@@ -198,6 +190,7 @@ class Chat:
             ArgumentError: not valid Unicode, or the template refuses it; the one before stays.
         """
         _check_unicode("system message", text)
+        check_size("system message", text, self.engine.spec.max_length)
         before, self.system = self.system, text
         try:
             self.count()
@@ -291,10 +284,11 @@ class Chat:
     def _begin(self, text: str, exchanges: list[tuple[str, str]]) -> Turn:
         if self._turn is not None:
             self._turn.close()
+        settings, room = self.settings, self.engine.spec.max_length
         require(bool(text.strip()), "the message is empty")
         _check_unicode("message", text)
+        check_size("message", text, room)
         self._unanswered = (text, exchanges)
-        settings, room = self.settings, self.engine.spec.max_length
         prompt = self._encode(self._messages(exchanges, text))
         over, forgotten = len(prompt) + settings.gen_length - room, 0
         while len(prompt) + settings.gen_length > room and settings.forget and forgotten < len(exchanges):

@@ -5,12 +5,10 @@ Answers go to stdout, everything else to stderr. No text of a model, a file or a
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
 import threading
-import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,35 +18,15 @@ from .chat import Chat, Turn
 from .chat_commands import label, parse, perform, summary
 from .errors import ArgumentError, SfsError, require
 from .generation import Frame
+from .printable import printable, printable_json
 
 try:
     import readline
 except ImportError:  # a Python without it: lines are read all the same
     readline = None
 
-UNSAFE = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
-HARMLESS = "\n\t\u200c\u200d"  # of those; the last two join and separate letters, as Persian and emoji need
 LONGEST_ERROR = 1000
-
-
-def printable(text: str) -> str:
-    """``text`` without what a terminal could take for more than text; newlines and tabs stay."""
-    return "".join(
-        c if c in HARMLESS or unicodedata.category(c) not in UNSAFE else "\N{REPLACEMENT CHARACTER}"
-        for c in text
-        if c != "\r"
-    )
-
-
-def printable_json(value: dict) -> str:
-    """A JSON object on a line, with escapes for what :func:`printable` replaces."""
-    text = json.dumps(value, ensure_ascii=False)
-    return "".join(c if unicodedata.category(c) not in UNSAFE else _escaped(c) for c in text)
-
-
-def _escaped(character: str) -> str:
-    units = character.encode("utf-16-be", "surrogatepass")
-    return "".join(f"\\u{units[i : i + 2].hex()}" for i in range(0, len(units), 2))
+LARGEST_MESSAGE = 16 * 2**20  # bytes or characters that are read: no context has room for so many
 
 
 class InputHistory:
@@ -182,9 +160,10 @@ class ChatTerminal:
 
     def _read(self) -> str | None:
         """A message, of several lines where all but the last end with a backslash; None at the end of the input."""
-        lines = []
+        lines, size = [], 0
         while True:
             line = self._line("... " if lines else "> ")
+            size += len(line or "")
             if line is None:
                 return "\n".join(lines) if lines else None
             if not lines and not line.strip():
@@ -192,8 +171,10 @@ class ChatTerminal:
             if self._typed:
                 self._record(line)
             if not line.endswith("\\"):
+                require(size <= LARGEST_MESSAGE, f"this message is longer than {LARGEST_MESSAGE:,} characters")
                 return "\n".join([*lines, line])
-            lines.append(line[:-1])
+            if size <= LARGEST_MESSAGE:  # of a longer one the rest is read, and not kept
+                lines.append(line[:-1])
 
     def _record(self, line: str) -> None:
         try:
@@ -207,7 +188,11 @@ class ChatTerminal:
                 return input(prompt)
             if self._typed:
                 _write(sys.stderr, prompt)
-            line = sys.stdin.buffer.readline()
+            line = sys.stdin.buffer.readline(LARGEST_MESSAGE + 1)
+            if len(line) > LARGEST_MESSAGE:
+                while line and not line.endswith(b"\n"):
+                    line = sys.stdin.buffer.readline(LARGEST_MESSAGE)
+                raise ArgumentError(f"this line is longer than {LARGEST_MESSAGE:,} bytes")
             return line.decode(sys.stdin.encoding).rstrip("\r\n") if line else None
         except EOFError:
             self._note("")

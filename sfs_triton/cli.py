@@ -4,29 +4,36 @@ from __future__ import annotations
 
 import functools
 import inspect
-import json
+import io
 import math
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, TextIO, get_type_hints
 
 from . import __version__
-from .caching import POLICIES, CachePolicy, cache_policy
-from .engine import DTYPES, Engine, Generation, load
+from .caching import POLICIES, cache_policy
+from .chat import Settings
+from .engine import DTYPES, WEIGHTS, Engine, Generation, load
 from .errors import ArgumentError, MissingDependencyError, SfsError, require
 from .loops.choose import LOOPS
 from .ops import IMPLEMENTATIONS
+from .parallel import Group, check_started, join, joined, world
+from .printable import printable, printable_json
 from .samplers import PRESETS, SAMPLERS, FixedSteps, Sampler, SlowFast, Threshold
+from .text import check_size
 
 try:
     import typer
+    import typer.core
 except ImportError:  # main() names the extra in one line, where an error raised here would be a traceback
     typer = None
 
 DELAY = 0.03
+LARGEST_INPUT = 16 * 2**20  # characters that are read from stdin: no context has room for so many
 # The options that only some samplers have; one that was given for another sampler is refused by name.
 BELONGS_TO = {
     "preset": ("slowfast",),
@@ -38,6 +45,36 @@ BELONGS_TO = {
     "steps": ("threshold", "fixed"),
     "block_length": SAMPLERS,
 }
+
+
+class Output(io.TextIOWrapper):
+    """Another stream's successor, which remembers why it could not be written.
+
+    What its encoding does not have becomes a question mark, as in a chat.
+    """
+
+    def __init__(self, stream: TextIO):
+        how = {"line_buffering": stream.line_buffering, "write_through": stream.write_through}
+        errors = "replace" if stream.errors == "strict" else stream.errors
+        super().__init__(stream.buffer, stream.encoding, errors, **how)
+        self.failure: OSError | None = None
+        self.before = stream  # which would close what both write to
+
+    def write(self, text: str) -> int:
+        with self._noting():
+            return super().write(text)
+
+    def flush(self) -> None:
+        with self._noting():
+            super().flush()
+
+    @contextmanager
+    def _noting(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self.failure = error
+            raise
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,20 +101,24 @@ class Request:
     raw: Annotated[bool, typer.Option("--raw", help="Use the prompt as it is, without the chat template.")] = False
     device: Annotated[str | None, typer.Option(help="Default: a GPU if there is one.", show_default=False)] = None
     dtype: Annotated[str | None, typer.Option(metavar="|".join(DTYPES), help="Default: by device.")] = None
+    weights: Annotated[str | None, typer.Option(metavar="|".join(WEIGHTS), help="Default: as --dtype.")] = None
     impl: Annotated[
         str | None, typer.Option(metavar="|".join(IMPLEMENTATIONS), help="Of the operations. Default: by device.")
     ] = None
 
     loop: Annotated[str | None, typer.Option(metavar="|".join(LOOPS), help="Default: by device and record.")] = None
+    tensor_parallel: Annotated[int, typer.Option(help="Processes that share the model, started by torchrun.")] = 1
 
     def text(self) -> str:
         """The prompt itself, read from stdin if it is ``-``."""
         try:
-            text = sys.stdin.read().rstrip("\n") if self.prompt == "-" else self.prompt
+            text = sys.stdin.read(LARGEST_INPUT + 1) if self.prompt == "-" else self.prompt
+            require(len(text) <= LARGEST_INPUT, f"the prompt on stdin is larger than {LARGEST_INPUT:,} characters")
+            text = text.rstrip("\n") if self.prompt == "-" else text
             text.encode()  # bytes that the terminal's encoding could not decode arrive as lone surrogates
         except UnicodeError as error:
             raise ArgumentError(f"the prompt is not valid text: {error}") from None
-        require(bool(text), "the prompt is empty")
+        require(bool(text.strip()), "the prompt is empty")
         return text
 
     def make_sampler(self) -> Sampler:
@@ -93,6 +134,15 @@ class Request:
             return SlowFast.preset(given.pop("preset", "paper"), **given)
         return Threshold(**given) if self.sampler == "threshold" else FixedSteps(**given)
 
+    def settings(self, **more: Any) -> Settings:
+        """How to answer, checked as far as no checkpoint is needed for it."""
+        sampler, policy = self.make_sampler(), cache_policy(self.cache)
+        return Settings(sampler=sampler, cache=policy, gen_length=self.gen_length, seed=self.seed, **more)
+
+    def load(self, group: Group | int = 1) -> Engine:
+        how = {"weights": self.weights, "tensor_parallel": group}
+        return load(self.model, self.device, self.dtype, self.impl, self.loop, **how)
+
     def label(self) -> str:
         """Sampler and cache in a few words, for summaries and titles."""
         preset = f" ({self.preset or 'paper'})" if self.sampler == "slowfast" else ""
@@ -105,34 +155,31 @@ class Job:
 
     request: Request
     prompt: str
-    sampler: Sampler
-    policy: CachePolicy
+    settings: Settings
     engine: Engine
 
     @classmethod
     def prepare(cls, request: Request) -> Job:
         """Check everything that can be checked before a checkpoint of many gigabytes is loaded, then load it."""
-        sampler, policy = request.make_sampler(), cache_policy(request.cache)
-        sampler.check_cache(policy)
-        require(request.gen_length > 0, f"gen_length={request.gen_length} is not positive")
-        sampler.check_length(request.gen_length)
-        require(0 <= request.seed < 2**63, f"seed={request.seed} is not in [0, 2**63)")
-        prompt = request.text()
-        engine = load(request.model, request.device, request.dtype, request.impl, request.loop)
+        settings = request.settings()
+        group = join(request.tensor_parallel, request.device)
+        prompt = group.first(request.text)
+        engine = request.load(group)
         require(engine.text is not None, f"model={request.model!r} has no tokenizer.json, which a text prompt needs")
         room = engine.spec.max_length
         require(request.gen_length < room, f"gen_length={request.gen_length}: the model has only {room} positions")
-        return cls(request, prompt, sampler, policy, engine)
+        check_size("prompt", prompt, room)
+        return cls(request, prompt, settings, engine)
 
     def run(self, **options: Any) -> Generation:
-        request = self.request
+        how = self.settings
         return self.engine.generate(
             self.prompt,
-            gen_length=request.gen_length,
-            sampler=self.sampler,
-            cache=self.policy,
-            seed=request.seed,
-            raw=request.raw,
+            gen_length=how.gen_length,
+            sampler=how.sampler,
+            cache=how.cache,
+            seed=how.seed,
+            raw=self.request.raw,
             **options,
         )
 
@@ -146,26 +193,7 @@ def _summary(result: Generation, label: str) -> str:
 
 
 def _as_json(job: Job, result: Generation) -> str:
-    return json.dumps(
-        {
-            "text": result.text,
-            "tokens": result.tokens,
-            "prompt_tokens": result.prompt_length,
-            "response_tokens": len(result.tokens),
-            "nfe": result.nfe,
-            "forwards": result.forwards,
-            "tokens_per_forward": result.tokens_per_forward,
-            "rows_forwarded": result.rows_forwarded,
-            "seconds": result.seconds,
-            "tokens_per_second": len(result.tokens) / max(result.seconds, 1e-9),
-            "model": job.request.model,
-            "sampler": {"kind": job.request.sampler, **asdict(job.sampler)},
-            "cache": {"kind": job.policy.name, **asdict(job.policy)},
-            "gen_length": job.request.gen_length,
-            "seed": job.request.seed,
-        },
-        ensure_ascii=False,
-    )
+    return printable_json({**result.as_dict(), "model": job.request.model, **job.settings.as_dict()})
 
 
 def generate(
@@ -181,12 +209,18 @@ def generate(
     if watch:
         from .render import Watcher
     job = Job.prepare(request)
-    if watch:
-        with Watcher(job.engine, job.sampler, request.gen_length, delay=delay, title=f"sfs: {request.label()}") as show:
+    if watch and job.engine.model.group.rank > 0:
+        result = job.run(on_step=lambda frame: None)  # ranks make the same calls
+    elif watch:
+        title = f"sfs: {request.label()}"
+        with Watcher(job.engine, job.settings.sampler, request.gen_length, delay=delay, title=title) as show:
             result = job.run(on_step=show)
     else:
         result = job.run()
-    typer.echo(_as_json(job, result) if as_json else result.text)
+    if job.engine.model.group.rank > 0:
+        return
+    text = printable(result.text) if sys.stdout.isatty() else result.text  # a file gets what the model said
+    typer.echo(_as_json(job, result) if as_json else text)
     typer.echo(_summary(result, request.label()), err=True)
 
 
@@ -200,7 +234,7 @@ def plot(
     check_path(out)
     job = Job.prepare(request)
     result = job.run(trace=True)
-    save(confidence_map(result, job.sampler, title=request.label()), out)
+    save(confidence_map(result, job.settings.sampler, title=request.label()), out)
     typer.echo(f"{_summary(result, request.label())} | wrote {out}", err=True)
 
 
@@ -214,21 +248,15 @@ def chat(
     history: Annotated[Path | None, typer.Option(help="A file to keep typed lines in.", show_default=False)] = None,
 ) -> None:
     """Talk to a model, turn by turn. Lines that begin with / are commands: /help lists them."""
-    from .chat import Chat, Settings
+    from .chat import Chat
     from .chat_terminal import ChatTerminal, InputHistory
 
     require(math.isfinite(delay) and delay >= 0, f"--delay {delay} is not a number of seconds")
     if watch:
         from . import render  # noqa: F401  which names the extra where rich is missing
-    settings = Settings(
-        sampler=request.make_sampler(),
-        cache=cache_policy(request.cache),
-        gen_length=request.gen_length,
-        seed=request.seed,
-        forget=forget,
-    )
+    settings = request.settings(forget=forget)
     typed = InputHistory(history)
-    engine = load(request.model, request.device, request.dtype, request.impl, request.loop)
+    engine = request.load()
     terminal = ChatTerminal(
         Chat(engine, settings, system), model=request.model, as_json=as_json, watch=watch, delay=delay, history=typed
     )
@@ -258,6 +286,7 @@ def _takes_request(command: Callable[..., None], **fixed: Any) -> Callable[..., 
     def wrapper(**values: Any) -> None:
         request = {f.name: fixed[f.name] if f.name in fixed else values.pop(f.name) for f in fields(Request)}
         with _refusals():
+            check_started(request["tensor_parallel"])
             command(Request(**request), **values)
 
     parameters = [shared[0], *own, *shared[1:]]  # arguments in the order they are typed: the prompt, then the rest
@@ -272,7 +301,9 @@ def _refusals() -> Iterator[None]:
     try:
         yield
     except SfsError as error:
-        typer.echo(_error_line(error), err=True)
+        rank, _ = world()
+        if rank == 0 or not joined():
+            typer.echo(f"rank {rank}: " * (rank > 0) + _error_line(error), err=True)
         raise typer.Exit(2) from None
 
 
@@ -298,14 +329,33 @@ def _root(
     """Fast decoding for full-attention masked-diffusion language models."""
 
 
+def _prompt_command() -> type:
+    """The class of commands that take a prompt: where that begins with a dash, their refusal says what to do."""
+
+    class PromptCommand(typer.core.TyperCommand):
+        def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+            given = list(args)
+            try:
+                return super().parse_args(ctx, args)
+            except typer.BadParameter.__base__ as error:  # the parser's errors of usage
+                if any(arg.startswith("-") and (" " in arg or arg[1:2].isdigit()) for arg in given):
+                    error.message += "\nA prompt that begins with a dash goes last, after --, as in: -- '-5 apples'"
+                raise
+
+    return PromptCommand
+
+
 def _build_app() -> typer.Typer:
     built = typer.Typer(name="sfs", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
     built.callback()(_root)
-    for command in (generate, plot):
-        built.command()(_takes_request(command))
-    built.command()(_takes_request(chat, prompt="", raw=False))
+    alone = {"tensor_parallel": 1}
+    built.command(cls=_prompt_command())(_takes_request(generate))
+    built.command(cls=_prompt_command())(_takes_request(plot, **alone))
+    built.command()(_takes_request(chat, prompt="", raw=False, **alone))
+    from .batch_command import batch
     from .serve.command import serve
 
+    built.command()(_takes_request(batch, prompt="", **alone))
     built.command()(_refusals()(serve))
     return built
 
@@ -319,7 +369,19 @@ def main() -> None:
         missing = MissingDependencyError('the command line needs typer: pip install "sfs_triton[cli]"')
         print(_error_line(missing), file=sys.stderr)
         sys.exit(2)
-    app()
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by whoever started it
+            setattr(sys, name, open(os.devnull, mode))
+    sys.stdout = out = Output(sys.stdout)
+    try:
+        app()
+        out.flush()
+    except OSError:
+        if out.failure is None:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())  # or the interpreter's end would try again
+        print(f"error: stdout cannot be written: {out.failure.strerror or out.failure}", file=sys.stderr)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -95,7 +95,9 @@ class SlowFast(Sampler):
     Args:
         tau_min: confidence of a candidate for the horizon.
         tau_high: confidence for parallel unmasking in the fast stage.
-        tau_slow: the same in the slow stage; None unmasks only the best position there.
+        tau_slow: the same in the slow stage; None unmasks only the best position there. No confidence exceeds 1, so
+            a threshold above it is never reached: without candidates the horizon is ``s + 1``, and without positions
+            over ``tau_high`` a step fills the best one.
         k_max, window: most slow steps of a cycle; how many horizons the stability test looks at.
         spread, spread_limit, inclusive: the stability test, ``spread < limit`` (or ``<=``).
         strict: whether thresholds must be exceeded or reached.
@@ -258,6 +260,7 @@ PRESETS = {
 class Threshold(Sampler):
     """Confidence-aware parallel decoding (Fast-dLLM), block by block: the best position and all that reach ``tau``.
 
+    A ``tau`` above 1 is never reached: one position a step.
     ``steps`` sets a quota: at most ``gen_length / steps`` positions a step plus what earlier steps left over, as
     Fast-dLLM's sampler for Dream has it.
     """

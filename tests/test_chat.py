@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import select
 import signal
 import subprocess
@@ -14,14 +15,15 @@ from pathlib import Path
 
 import pytest
 
+from sfs_triton import chat_terminal
 from sfs_triton.caching import RegionCache
-from sfs_triton.chat import Chat, ContextOverflow, Settings, read_messages
+from sfs_triton.chat import Chat, ContextOverflow, Settings, Turn, read_messages
 from sfs_triton.chat_commands import COMMANDS, Action, label, parse, perform
 from sfs_triton.chat_terminal import ChatTerminal, InputHistory, printable, printable_json
 from sfs_triton.errors import ArgumentError, NumericalFault
 from sfs_triton.handles import Stream
+from sfs_triton.run import Run
 from sfs_triton.samplers import FixedSteps, SlowFast, Threshold
-from sfs_triton.session import Run
 
 ROOT = Path(__file__).parent.parent
 HOSTILE = "\x1b[2J\x9b31mred\x07\x7f\u202etxet\u2028\r\n\tfine é"
@@ -460,6 +462,88 @@ def test_json_is_an_object_an_answer(chat):
     assert first["tokens_per_forward"] == made.tokens_per_forward and first["tokens_per_second"] > 0
     assert list(refusal) == ["error"] and "mask token" in refusal["error"]
     assert "mask token" in second["error"], "the last message is the refused one"
+
+
+def test_json_says_what_generate_says(embedded):
+    """The same facts under the same names, from one place."""
+    pytest.importorskip("typer")
+    from typer.testing import CliRunner
+
+    from sfs_triton import cli
+
+    options = ["--device", "cpu", "--dtype", "float32", "--gen-length", "32", "--json", "--cache", "region"]
+    alone = CliRunner().invoke(cli.app, ["generate", "1,2,3", *options])
+    talked = CliRunner().invoke(cli.app, ["chat", *options], input="1,2,3\n")
+    one, other = json.loads(alone.stdout), json.loads(talked.stdout)
+    assert set(other) - set(one) == {"message", "forgotten"} and set(one) <= set(other)
+    for facts in (one, other):
+        assert facts.pop("seconds") > 0 and facts.pop("tokens_per_second") > 0
+    assert all(other[name] == value for name, value in one.items())
+    assert one["sampler"]["kind"] == "slowfast" and one["cache"]["capacity"] == 128
+
+
+def test_input_that_no_context_has_room_for(chat, monkeypatch):
+    """It is refused before it is encoded, and what comes after it is still heard."""
+    encoded = []
+    monkeypatch.setattr(type(chat.engine.text), "encode", lambda codec, text: encoded.append(len(text)) or [0])
+    with pytest.raises(ArgumentError, match=r"the message has 40,000 characters, over 32,768: .* 512 positions"):
+        chat.say("a" * 40_000)
+    with pytest.raises(ArgumentError, match="the system message has 40,000 characters"):
+        chat.set_system("a" * 40_000)
+    assert max(encoded, default=0) < 1000
+    monkeypatch.undo()
+    monkeypatch.setattr(chat_terminal, "LARGEST_MESSAGE", 100)
+    result = sfs_chat("--gen-length", "8", stdin="a" * 1000 + "\n" + "b\\\n" * 200 + "\n/seed\n/quit\n")
+    said = result.stderr.splitlines()
+    assert result.exit_code == 2 and said[0] == "error: this line is longer than 100 bytes"
+    assert said[1:] == ["error: this message is longer than 100 characters", "seed 0"]
+
+
+class Screen(io.StringIO):
+    """A terminal's."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+class Typist:
+    """Types lines at a terminal, which echoes them."""
+
+    def __init__(self, lines: list[str], screen: Screen):
+        self.lines, self.screen, self.encoding = iter(lines), screen, "utf-8"
+
+    def isatty(self) -> bool:
+        return True
+
+    def readline(self) -> str:
+        line = next(self.lines, "")
+        self.screen.write(line)
+        return line
+
+
+def test_the_session_of_the_docs(embedded, monkeypatch, tmp_path):
+    """What docs/chat.md shows is typed again: all comes out the same, speeds left out."""
+    (shown,) = re.findall(r"```console\n\$ sfs chat\n(.*?)```", (ROOT / "docs" / "chat.md").read_text(), re.DOTALL)
+    screen, stopped = Screen(), int(re.search(r"stopped after step (\d+)", shown)[1])
+    lines = [line[2:] + "\n" for line in re.findall(r"^> .+$", shown, re.MULTILINE)]
+    asked = [more[4:] + "\n" for more in re.findall(r"^\.\.\. .+$", shown, re.MULTILINE)]
+    typist = Typist([lines[0], *asked, *lines[1:]], screen)
+    go_on = Turn.__next__
+
+    def pressed(turn: Turn):
+        frame = go_on(turn)
+        if turn.steps == stopped:
+            screen.write("^C")
+            signal.raise_signal(signal.SIGINT)
+        return frame
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Turn, "__next__", pressed)
+    for name, stream in (("stdin", typist), ("stdout", screen), ("stderr", screen)):
+        monkeypatch.setattr(sys, name, stream)
+    assert ChatTerminal(Chat(embedded), model="embedded").run() == 0
+    said = re.sub(r"[\d,]+\.\d tokens/s", "... tokens/s", screen.getvalue())
+    assert [line.rstrip() for line in said.splitlines()] == [line.rstrip() for line in shown.splitlines()]
 
 
 def test_options_of_the_command(tmp_path):

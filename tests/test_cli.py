@@ -118,6 +118,7 @@ def test_options_reach_the_sampler(model, engine, options, sampler, cache):
 def test_prompt_from_stdin(model):
     assert generate(model, prompt="-", stdin=PROMPT + "\n").stdout == generate(model).stdout
     refused(generate(model, prompt="-", stdin=""), "prompt is empty")
+    refused(generate(model, prompt="-", stdin=" \n\n"), "prompt is empty")
 
 
 @pytest.mark.parametrize(
@@ -152,6 +153,62 @@ def test_bad_models_and_prompts_are_refused(model, tmp_path):
     refused(generate(model, prompt=""), "prompt is empty")
     refused(generate(model, prompt="w1 <|mdm_mask|>"), "mask id 500")
     refused(generate(model, prompt="w1 \udcff"), "not valid text")
+
+
+def program(*arguments: str, **options) -> subprocess.CompletedProcess:
+    """``sfs`` as a process of its own."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
+    command = [sys.executable, "-m", "sfs_triton.cli", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, text=True, timeout=120, **options)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("command", ["generate", "chat", "--version"])
+def test_a_full_disk_is_a_line(command):
+    arguments = {"generate": ["hi", "--gen-length", "4"], "chat": ["--gen-length", "4"]}.get(command, [])
+    with open("/dev/full", "w") as full:
+        done = program(command, *arguments, input="hi\nho\n", stdout=full, stderr=subprocess.PIPE)
+    assert done.returncode == 1
+    assert done.stderr == "error: stdout cannot be written: No space left on device\n"
+
+
+@pytest.mark.parametrize("command", ["generate", "chat"])
+def test_a_reader_that_has_left_is_no_traceback(command):
+    arguments = {"generate": ["hi", "--gen-length", "4"], "chat": ["--gen-length", "4"]}[command]
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "w") as pipe:
+        done = program(command, *arguments, input="hi\nho\n", stdout=pipe, stderr=subprocess.PIPE)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_encodings_without_a_character():
+    code = "import sys; from sfs_triton.cli import Output; print('a\\u00e9', file=Output(sys.stdout), flush=True)"
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, b"a?\n"), done.stderr
+
+
+def test_streams_may_be_closed():
+    code = "import os; [os.close(n) for n in (0, 1)]; os.execvp(os.sys.executable, os.sys.argv[1:])"
+    command = [sys.executable, "-c", code, sys.executable, "-m", "sfs_triton.cli", "chat", "--gen-length", "4"]
+    done = subprocess.run(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_prompt_that_begins_with_a_dash(model):
+    refusal = generate(model, prompt="-5 apples")
+    assert refusal.exit_code == 2 and "after --" in refusal.stderr
+    assert "after --" not in generate(model, "--tua", "0.5").stderr
+    options = ("--model", str(model), "--device", "cpu", "--gen-length", "8")
+    assert sfs("generate", *options, "--", "-5 apples").exit_code == 0
+
+
+def test_a_prompt_far_over_the_context_is_not_encoded(model, monkeypatch):
+    monkeypatch.setattr(sfs_triton.text.TextCodec, "encode", lambda *_: pytest.fail("encoded"))
+    refused(generate(model, prompt="-", stdin="a" * 100_000), "100,000 characters, over 32,768", "512 positions")
+    monkeypatch.setattr(cli, "LARGEST_INPUT", 50)
+    refused(generate(model, prompt="-", stdin="a" * 51), "on stdin", "larger than 50 characters")
 
 
 def test_missing_extras_are_named(model, monkeypatch, tmp_path):
@@ -313,3 +370,27 @@ def test_failed_write_leaves_the_old_picture(engine, tmp_path, monkeypatch):
     with pytest.raises(ArgumentError, match="map.png.*No space left"):
         plot.save(figure, out)
     assert out.read_bytes() == b"old" and list(tmp_path.iterdir()) == [out]
+
+
+HOSTILE = "a\x1b]0;owned\x07\u202eb"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+def test_text_of_a_model_cannot_steer_a_terminal():
+    """A pipe gets it as it is."""
+    import pty
+
+    program = (
+        "import sys; from sfs_triton import cli, text\n"
+        f"text.TextCodec.decode = lambda codec, tokens: {HOSTILE!r}\n"
+        "sys.argv = ['sfs', 'generate', '1,2', '--gen-length', '8', '--device', 'cpu']; cli.main()"
+    )
+    how = {"cwd": ROOT, "env": {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}, "timeout": 60}
+    piped = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, check=True, **how)
+    assert piped.stdout.decode() == HOSTILE + "\n"
+    terminal, screen = pty.openpty()
+    try:
+        subprocess.run([sys.executable, "-c", program], stdout=screen, check=True, **how)
+        assert os.read(terminal, 4096).decode() == "a\ufffd]0;owned\ufffd\ufffdb\r\n"
+    finally:
+        os.close(terminal), os.close(screen)
