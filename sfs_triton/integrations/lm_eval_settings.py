@@ -1,0 +1,104 @@
+"""What lm-eval's ``model_args`` and ``gen_kwargs`` say about sampler, cache and lengths."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any, NamedTuple
+
+from lm_eval.models.utils import normalize_gen_kwargs
+
+from ..caching import POLICIES, CachePolicy, cache_policy
+from ..errors import ArgumentError, require
+from ..samplers import SAMPLERS, Sampler, SlowFast
+
+
+def _settings_of(sampler: str) -> set[str]:
+    """What can be set for a sampler."""
+    names = {f.name for f in fields(SAMPLERS[sampler])} - {"name"}
+    if sampler == "slowfast":
+        return names | {"preset"}
+    return names - {"steps", "metric", "eps"} if sampler == "vanilla" else names
+
+
+def _settings_of_cache(cache: str) -> set[str]:
+    return {f.name for f in fields(POLICIES[cache])}
+
+
+def make_settings(sampler: str, cache: str, given: Mapping[str, Any]) -> tuple[Sampler, CachePolicy]:
+    """A sampler and a cache policy by name, with the settings that ``model_args`` give.
+
+    Raises:
+        ArgumentError: names the argument, its value, and what it belongs to.
+    """
+    require(sampler in SAMPLERS, f"model_args: sampler={sampler!r} is not one of {tuple(SAMPLERS)}")
+    require(cache in POLICIES, f"model_args: cache={cache!r} is not one of {tuple(POLICIES)}")
+    of_sampler, of_cache = _settings_of(sampler), _settings_of_cache(cache)
+    for name, value in given.items():
+        if name in of_sampler | of_cache:
+            continue
+        owners = [f"sampler={other}" for other in SAMPLERS if name in _settings_of(other)]
+        owners += [f"cache={other}" for other in POLICIES if name in _settings_of_cache(other)]
+        why = f"goes with {', '.join(owners)}" if owners else "is not known"
+        raise ArgumentError(f"model_args: {name}={value!r} {why}; given are sampler={sampler}, cache={cache}")
+    chosen = {name: value for name, value in given.items() if name in of_sampler}
+    if sampler == "slowfast":
+        settings = SlowFast.preset(chosen.pop("preset", "paper"), **chosen)
+    else:
+        settings = SAMPLERS[sampler](**chosen)
+    policy = cache_policy(cache, **{name: value for name, value in given.items() if name in of_cache})
+    settings.check_cache(policy)
+    return settings, policy
+
+
+def whole(name: str, value: Any, least: int) -> int:
+    """An integer; the command line gives some of them as text."""
+    fine = not isinstance(value, (bool, float)) and str(value).lstrip("-").isdecimal() and int(value) >= least
+    require(fine, f"model_args: {name}={value!r} is not an integer of at least {least}")
+    return int(value)
+
+
+def flag(name: str, value: Any) -> bool:
+    require(isinstance(value, bool), f"model_args: {name}={value!r} is neither True nor False")
+    return value
+
+
+class Wish(NamedTuple):
+    """What one request's ``gen_kwargs`` ask for."""
+
+    length: int
+    until: tuple[str, ...]
+    sampler: Sampler
+
+
+def read_wish(task: str, given: Mapping[str, Any], sampler: Sampler, length: int) -> Wish:
+    """``gen_kwargs`` of a request, over the model's own ``sampler`` and response ``length``.
+
+    A request that samples (``do_sample``) brings its own temperature, top-p and top-k; for one that does not, the
+    model's stay as they are. All other settings of the sampler can be given, too.
+
+    Raises:
+        ArgumentError: names task, argument and value.
+    """
+    try:
+        wish = dict(normalize_gen_kwargs(dict(given), length))
+    except (TypeError, ValueError) as error:
+        raise ArgumentError(f"task {task!r}: gen_kwargs {dict(given)!r}: {error}") from None
+    until, length, samples = wish.pop("until"), wish.pop("max_gen_toks"), wish.pop("do_sample")
+    for stop in until:
+        require(isinstance(stop, str), f"task {task!r}: until={until!r} holds {stop!r}, which is no text")
+    require(length > 0, f"task {task!r}: max_gen_toks={length} is not positive")
+    beams = wish.pop("num_beams", 1)
+    require(beams == 1, f"task {task!r}: num_beams={beams!r} is not supported: a diffusion model has no beams")
+    draw = {name: wish.pop(name) for name in ("temperature", "top_p", "top_k") if name in wish}
+    if samples and draw["temperature"] > 0:
+        top_p, top_k = draw.get("top_p"), draw.get("top_k")
+        wish["temperature"] = float(draw["temperature"])
+        wish["top_p"] = None if top_p is None or top_p >= 1 else float(top_p)
+        wish["top_k"] = None if top_k is None or top_k <= 0 else int(top_k)
+    known = {f.name for f in fields(sampler)} - {"name"}
+    for name, value in wish.items():
+        require(name in known, f"task {task!r}: gen_kwargs {name}={value!r} is no setting of {type(sampler).__name__}")
+    wanted = sampler.replace(**wish) if wish else sampler
+    wanted.check_length(length)
+    return Wish(length, tuple(stop for stop in until if stop), wanted)

@@ -1,0 +1,89 @@
+"""The command ``sfs-eval``: lm-eval's command line, in a process where the model ``sfs_triton`` is registered."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..errors import SfsError, require
+from .lm_eval_costs import TALLIES
+from .lm_eval_ranks import leave
+
+
+class RefusedError(SfsError):
+    """What lm-eval does not do, as it says itself."""
+
+
+def main() -> None:
+    """Entry point of the console script ``sfs-eval``."""
+    try:
+        _evaluate()
+    except SfsError as error:
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)
+    finally:
+        leave()
+    if os.environ.get("RANK", "0") == "0":
+        for tally in TALLIES:
+            print(tally.table())
+
+
+def _evaluate() -> None:
+    """Do what the command line asks of lm-eval.
+
+    Raises:
+        SfsError: what lm-eval refuses before the first answer is decoded: tasks, files and options that are not
+            there or not right. An error that comes later keeps its traceback.
+    """
+    from .lm_eval import DiffusionLM  # noqa: F401, I001  # registers it, or says what to install
+
+    from lm_eval._cli import HarnessCLI
+    from lm_eval.utils import setup_logging
+    from yaml import YAMLError
+
+    setup_logging()
+    harness = HarnessCLI()
+    asked = harness.parse_args()
+    include = getattr(asked, "include_path", None)
+    require(include is None or Path(include).is_dir(), f"include_path={include!r} is not a folder")
+    _refuse_output(getattr(asked, "output_path", None))
+    try:
+        harness.execute(asked)
+    except SfsError:
+        raise
+    except (ValueError, TypeError, KeyError, OSError, ImportError, YAMLError) as error:
+        if any(tally.begun for tally in TALLIES):
+            raise
+        logging.getLogger("lm_eval").debug("refused", exc_info=True)
+        kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
+        said = [f"lm-eval: {kind}{error}", *_broken(include)]
+        raise RefusedError("; ".join(said) + " (LMEVAL_LOG_LEVEL=DEBUG shows where)") from error
+
+
+def _refuse_output(path: str | None) -> None:
+    """Refuse a place where results cannot be written, which lm-eval would only mention when it has them."""
+    if path is None:
+        return
+    place = Path(path).absolute()
+    parent = next(folder for folder in (place, *place.parents) if folder.exists())
+    fine = parent.is_dir() and os.access(parent, os.W_OK) or parent == place and place.suffix == ".json"
+    require(fine, f"output_path={path!r}: {str(parent)!r} is no folder that can be written to")
+
+
+def _broken(folder: str | None) -> Iterator[str]:
+    """What is wrong with the task files in a folder, which lm-eval passes over in silence."""
+    from lm_eval.tasks._yaml_loader import load_yaml
+    from yaml import YAMLError
+
+    for path in sorted(Path(folder).rglob("*.yaml")) if folder else ():
+        try:
+            load_yaml(path, resolve_func=False)
+        except (ValueError, OSError, YAMLError) as error:
+            yield f"{path} cannot be read: {error}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,227 @@
+"""Engines on the weights of models that are loaded already: :func:`accelerate`. Imports nothing of transformers."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Mapping, Sequence
+from reprlib import repr  # of what may be as long as a vocabulary
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.utils.dlpack import from_dlpack, to_dlpack
+
+from ..engine import DTYPES, Engine
+from ..errors import ArgumentError, CheckpointError, require
+from ..loops import check_loop
+from ..models import ModelSpec, Transformer, Weights, read_spec
+from ..models.weights import LLADA_NAMES, LLAMA_NAMES, LayerWeights, expected_shapes
+from ..ops import implementation
+from ..text import TextCodec, check_unicode
+
+
+class _Known(NamedTuple):
+    """An engine on a model's weights, and where those were then."""
+
+    engine: Engine
+    places: tuple[int, ...]
+    impl: str | None
+    loop: str | None
+
+
+_ENGINES: weakref.WeakKeyDictionary[nn.Module, _Known] = weakref.WeakKeyDictionary()
+_LOCK = threading.RLock()
+
+
+def accelerate(hf_model: nn.Module, impl: str | None = None, loop: str | None = None, tokenizer: Any = None) -> Engine:
+    """An :class:`Engine` on the weights of a loaded LLaDA, iLLaDA or Dream model: its remote-code class, or ours.
+
+    No weight exists twice. The engine wants q, k, v of a layer in one tensor, and gate and up in another; those are
+    laid out anew, one at a time, and the model's own parameters then lie in them. So model and engine go on reading
+    the same memory, and training changes it for both. ``hf_model.to(...)`` parts the two again.
+
+    Args:
+        hf_model: the model itself, on one device, without adapters, not quantised.
+        impl, loop: as for :func:`sfs_triton.load`. :func:`custom_generate` uses this engine from then on.
+        tokenizer: a tokenizer of transformers, or a :class:`TextCodec`; without it, prompts are token ids.
+
+    Raises:
+        ArgumentError: what ``hf_model`` is cannot be used as it is.
+        CheckpointError: its configuration or parameters are not those of the family; names class and key.
+    """
+    _refuse_wrapped(hf_model)
+    codec = as_codec(tokenizer)
+    fine = impl is None or isinstance(impl, str)
+    require(fine, f"impl={repr(impl)} is no name of an implementation; a tokenizer goes into tokenizer=")
+    with _LOCK, torch.inference_mode(False), torch.no_grad():
+        spec = _spec(hf_model)
+        llada = any(name == LLADA_NAMES["embedding"] for name, _ in hf_model.named_parameters())
+        names = LLADA_NAMES if llada else LLAMA_NAMES
+        parameters = _parameters(hf_model, spec, names)
+        device = parameters[names["embedding"]].device
+        implementation(impl, device)  # refused before anything is laid out anew
+        check_loop(loop, device)
+        known = _ENGINES.get(hf_model)
+        if known is not None and known.places == _places(hf_model):
+            weights = known.engine.model.weights
+        else:
+            weights = _share(parameters, spec, names)
+            if device.type == "cuda":
+                torch.cuda.empty_cache()  # of what q, k, v and gate, up lay in: nothing else has such sizes
+        engine = Engine(Transformer(spec, weights, impl), codec, loop)
+        _ENGINES[hf_model] = _Known(engine, _places(hf_model), impl, loop)
+    return engine
+
+
+def engine_of(model: nn.Module) -> Engine:
+    """The model's engine; a new one where its parameters have moved since."""
+    with _LOCK:
+        known = _ENGINES.get(model)
+        if known is None:
+            return accelerate(model)
+        if known.places != _places(model):
+            return accelerate(model, known.impl, known.loop, known.engine.text)
+        return known.engine
+
+
+def _places(model: nn.Module) -> tuple[int, ...]:
+    return tuple(p.data_ptr() for p in model.parameters())
+
+
+def _refuse_wrapped(model: Any) -> None:
+    """Refuse what is no plain model."""
+    name = type(model).__name__
+    require(isinstance(model, nn.Module), f"hf_model={repr(model)} is no torch module")
+    require(
+        not hasattr(model, "peft_config") and not getattr(model, "_hf_peft_config_loaded", False),
+        f"hf_model is a {name} with adapters, which are not computed here: merge them into the weights first "
+        "(peft: merge_and_unload())",
+    )
+    inner = next((n for n in ("module", "_orig_mod") if isinstance(getattr(model, n, None), nn.Module)), None)
+    require(inner is None, f"hf_model is a {name} around a model: pass hf_model.{inner}")
+    config = getattr(model, "config", None)
+    require(callable(getattr(config, "to_dict", None)), f"hf_model is a {name} without a config that has to_dict()")
+    quantised = getattr(config, "quantization_config", None) or getattr(model, "quantization_method", None)
+    require(
+        not quantised and not getattr(model, "is_quantized", False),
+        f"hf_model is a {name} with quantised weights ({quantised}), which are not computed here: load it in "
+        f"one of {tuple(DTYPES)}",
+    )
+
+
+def _spec(model: nn.Module) -> ModelSpec:
+    try:
+        return read_spec(model.config.to_dict())
+    except CheckpointError as error:
+        text = str(error).removeprefix("config.json: ").removeprefix("config.json ")
+        raise type(error)(f"the config of {type(model).__name__}: {text}") from None
+
+
+def _parameters(model: nn.Module, spec: ModelSpec, names: Mapping[str, str]) -> dict[str, nn.Parameter]:
+    """The model's parameters by the names of a checkpoint, all that there must be and no others."""
+    kind, wanted = type(model).__name__, expected_shapes(spec, names)
+    present = dict(model.named_parameters(remove_duplicate=False))
+    if spec.tied_head and (head := present.pop(names["head"], None)) is not None:
+        require(
+            head is present.get(names["embedding"]),
+            f"{kind}: its config ties {names['head']} to {names['embedding']}, the model does not: tie_weights() does",
+        )
+    for title, those in (("lacks", wanted.keys() - present.keys()), ("has no place for", present.keys() - wanted)):
+        if those:
+            more = f" and {len(those) - 4} more" if len(those) > 4 else ""
+            raise CheckpointError(f"{kind} {title} parameters: {', '.join(sorted(those)[:4])}{more}")
+    for name, shape in wanted.items():
+        if tuple(present[name].shape) != shape:
+            found = list(present[name].shape)
+            raise CheckpointError(f"{kind}: {name} has shape {found}, the configuration says {list(shape)}")
+    first = present[names["embedding"]]
+    for name, parameter in present.items():
+        plain = type(parameter.data) is torch.Tensor
+        require(plain, f"{kind}: {name} is a {type(parameter.data).__name__}, spread or packed, no plain tensor")
+        where = parameter.device
+        require(where.type != "meta", f"{kind}: {name} is on the device 'meta': it is offloaded, or was never loaded")
+        require(where == first.device, f"{kind}: {name} is on {str(where)!r}, others on {str(first.device)!r}")
+        dtype = parameter.dtype
+        require(dtype in DTYPES.values(), f"{kind}: {name} has dtype {dtype}, not one of {tuple(DTYPES)}")
+        require(
+            dtype == first.dtype, f"{kind}: {name} has dtype {dtype}, others {first.dtype}: hf_model.to(dtype) first"
+        )
+    return present
+
+
+def _share(parameters: Mapping[str, nn.Parameter], spec: ModelSpec, names: Mapping[str, str]) -> Weights:
+    """Weights in the memory of the parameters, some of which are moved to where the fused ones lie."""
+
+    def layer(index: int) -> LayerWeights:
+        at = names["layer"].format(layer=index)
+
+        def take(*parts: str) -> torch.Tensor:
+            return _fuse([parameters[at + part] for part in parts])
+
+        qkv = [names[part] for part in ("q", "k", "v")]
+        return LayerWeights(
+            attn_norm=take(names["attn_norm"]),
+            qkv=take(*(f"{part}.weight" for part in qkv)),
+            qkv_bias=take(*(f"{part}.bias" for part in qkv)) if spec.qkv_bias else None,
+            out=take(names["o"]),
+            mlp_norm=take(names["mlp_norm"]),
+            gate_up=take(names["gate"], names["up"]),
+            down=take(names["down"]),
+        )
+
+    embedding = _fuse([parameters[names["embedding"]]])
+    return Weights(
+        embedding=embedding,
+        layers=tuple(layer(i) for i in range(spec.n_layers)),
+        norm=_fuse([parameters[names["norm"]]]),
+        head=embedding if spec.tied_head else _fuse([parameters[names["head"]]]),
+    )
+
+
+def _fuse(parts: Sequence[nn.Parameter]) -> torch.Tensor:
+    """All parts in one tensor, along their first dimension; from then on they lie in its memory.
+
+    Each keeps a storage of its own, which begins at its first element: of several tensors in one storage, what saves a
+    model makes copies, or drops all but one.
+    """
+    if len(parts) == 1:
+        parts[0].data = whole = parts[0].data.contiguous()
+        return whole
+    whole = torch.cat([p.data for p in parts])
+    for part, view in zip(parts, whole.split([len(p) for p in parts]), strict=True):
+        part.data = from_dlpack(to_dlpack(view))
+    return whole
+
+
+def as_codec(tokenizer: Any) -> TextCodec | None:
+    """A codec for a tokenizer of transformers; a codec, or None, as it is."""
+    return tokenizer if tokenizer is None or isinstance(tokenizer, TextCodec) else TokenizerCodec(tokenizer)
+
+
+class TokenizerCodec(TextCodec):
+    """A tokenizer of transformers, fast or not, as a :class:`TextCodec`."""
+
+    def __init__(self, tokenizer: Any):
+        fine = all(callable(getattr(tokenizer, n, None)) for n in ("encode", "decode", "apply_chat_template"))
+        require(fine, f"tokenizer={repr(tokenizer)} is neither a tokenizer of transformers nor a TextCodec")
+        names = getattr(tokenizer, "special_tokens_map", {}).items()
+        special = {name: str(token) for name, token in names if isinstance(token, str)}
+        super().__init__(tokenizer, getattr(tokenizer, "chat_template", None), special)
+
+    def encode(self, text: str) -> list[int]:
+        check_unicode(text)
+        return list(self.tokenizer.encode(text, add_special_tokens=False))
+
+    def token_id(self, token: str) -> int | None:
+        return self.tokenizer.get_vocab().get(token)
+
+    def special_ids(self) -> dict[str, int]:
+        added = self.tokenizer.added_tokens_decoder
+        return {token.content: index for index, token in added.items() if token.special}
+
+    def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        try:
+            return self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # whatever a stranger's template does wrong
+            raise ArgumentError(f"the tokenizer's chat template refused messages={messages!r}: {error}") from None
