@@ -37,6 +37,7 @@ from bench.step_count import (
     kinds,
     steps_of,
 )
+from sfs_triton.engine import WEIGHTS
 from sfs_triton.kernels.cost import Cost
 
 DOC = Path(__file__).resolve().parent.parent / "docs" / "cost-model.md"
@@ -334,6 +335,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--geometry", choices=tuple(GEOMETRIES), default=default.geometry)
     parser.add_argument("--policy", choices=NAMES, action="append", help="whose steps to show; may be repeated")
     parser.add_argument("--impl", choices=IMPLS, action="append", help="what implements the operations; default: both")
+    parser.add_argument("--weights", choices=WEIGHTS, help="as for sfs_triton.load; default: bfloat16")
     parser.add_argument("--style", choices=STYLES, default=default.style, help="as graphs are captured, or as eager is")
     for name in ("prompt", "response", "batch", "capacity", "block-length"):
         parser.add_argument(f"--{name}", type=int, default=getattr(default, name.replace("-", "_")))
@@ -360,7 +362,8 @@ def main(argv: list[str] | None = None) -> int:
         sizes = {name: getattr(given, name) for name in ("prompt", "response", "batch", "capacity", "block_length")}
         span = math.ceil(cycle.tokens)
         span_cap = max(64, span) if given.span_cap is None else given.span_cap
-        setting = Setting(given.geometry, **sizes, span_cap=span_cap, style=given.style, span=span)
+        shape = {"span_cap": span_cap, "style": given.style, "span": span}
+        setting = Setting(given.geometry, **sizes, **shape, weights=given.weights)
     except ValueError as error:
         parser.error(str(error))
     what = setting, given.policy or ("region",), given.impl or IMPLS, cycle, CEILINGS[given.ceilings]

@@ -144,7 +144,7 @@ class Plan:
         def host(t: torch.Tensor | None) -> torch.Tensor | None:
             return None if t is None else t.detach().to("cpu", torch.float64)
 
-        given = self.source.model.weights
+        given = self.source.model.weights.plain("inflating a model")
         layers = (LayerWeights(*(host(getattr(x, f.name)) for f in fields(x))) for x in given.layers)
         return Weights(host(given.embedding), tuple(layers), host(given.norm), host(given.head))
 

@@ -43,6 +43,10 @@ class OutOfDeviceMemory(SfsError, MemoryError):
     """The tensors of a generation do not fit; says how much they need and which canvas would fit."""
 
 
+class RankFailure(SfsError, RuntimeError):
+    """Another process that shares the model has failed, or this one has left them; says which and why."""
+
+
 class MissingDependencyError(SfsError, ImportError):
     """An optional dependency is needed for what was asked; names the extra that brings it."""
 

@@ -15,8 +15,11 @@ import torch
 import torch.nn.functional as F
 
 from .errors import ArgumentError, MissingDependencyError, require
+from .parallel import Vocabulary
+from .torch_ops import sharded
 from .torch_ops.confidence import Draw, filter_logits
 from .torch_ops.cycle import CycleRules
+from .torch_ops.linear import Matrix, Quantised, quantize
 from .torch_ops.rope_cache import rope_tables
 from .torch_ops.select import BlockRules
 
@@ -40,7 +43,9 @@ DEFAULTS = {
     "embedding": Default("torch", None),
     "linear": Default("torch", None),
     "lm_head": Default("torch", None),
+    "lm_head_partials": Default("torch", None),
     "look": Default("torch", None),
+    "merge_partials": Default("torch", None),
     "place": Default("torch", None),
     "plan": Default("torch", None),
     "post": Default("triton", None),
@@ -63,7 +68,9 @@ class Ops:
     embedding: Callable[..., torch.Tensor]
     linear: Callable[..., torch.Tensor]
     lm_head: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    lm_head_partials: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     look: Callable[..., torch.Tensor]
+    merge_partials: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     place: Callable[..., None]
     plan: Callable[..., None]
     post: Callable[..., None]
@@ -72,27 +79,57 @@ class Ops:
     rope_cache: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
     silu_mul: Callable[..., torch.Tensor]
 
+    def product(
+        self, x: torch.Tensor, matrix: Matrix, bias: torch.Tensor | None = None, rows: slice | None = None
+    ) -> torch.Tensor:
+        """``x @ matrix^T``, plus ``bias``: ``[..., K]`` to ``[..., N]``, for ``matrix [N, K]`` or ``rows`` of it.
+
+        A plain matrix goes to the libraries that torch has for it, a quantised one to :attr:`linear`.
+        """
+        if rows is not None:
+            matrix, bias = matrix[rows], None if bias is None else bias[rows]
+        if isinstance(matrix, torch.Tensor):
+            return F.linear(x, matrix, bias)
+        flat = x.reshape(-1, x.shape[-1])
+        added = None if bias is None else bias.expand(flat.shape[0], -1)
+        out = self.linear(flat, matrix.codes, matrix.scale, residual=added)
+        return out.view(*x.shape[:-1], out.shape[-1])
+
     def choose(
         self,
         hidden: torch.Tensor,
-        head: torch.Tensor,
+        head: Matrix,
         draw: Draw,
         *,
         rows: torch.Tensor | None = None,
         count: torch.Tensor | None = None,
+        vocabulary: Vocabulary | None = None,
         **keys: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Token ``[T]`` (int32) and score ``[T]`` (float32) for each row of ``hidden [T, d]``, by ``head [V, d]``.
 
         ``rows`` int32 ``[T]`` names rows of ``hidden`` instead, of which the first ``count [1]`` are wanted. ``keys``
-        are ``seed``, ``position`` and ``step`` (int64 ``[T]``), needed when the temperature is positive.
+        are ``seed``, ``position`` and ``step`` (int64 ``[T]``), needed when the temperature is positive. With
+        ``vocabulary``, ``head`` is this rank's part of it: ranks tell each other 5 or 6 numbers a row, and one more for
+        the entropy; only top-p and top-k need all logits of a row in one place.
         """
         filtered = draw.top_k is not None or draw.top_p is not None
         if draw.metric == "confidence" and not draw.tempered and not filtered:
-            return self.lm_head(hidden, head, rows=rows, count=count, temperature=draw.temperature, **keys)
+            if isinstance(head, Quantised):
+                head, keys = head.codes, keys | {"scale": head.scale}
+            keys |= {"rows": rows, "count": count, "temperature": draw.temperature}
+            if vocabulary is None:
+                return self.lm_head(hidden, head, **keys)
+            values, winner = self.lm_head_partials(hidden, head, vocab_start=vocabulary.start, **keys)
+            told = vocabulary.group.all_gather(sharded.pack(values, winner))
+            return self.merge_partials(*sharded.unpack(told))
         if rows is not None:
             hidden = hidden[rows.clamp(min=0)]
-        logits = F.linear(hidden, head)
+        logits = self.product(hidden, head)
+        if vocabulary is not None and not filtered:
+            return _choose_together(logits, draw, vocabulary, **keys)
+        if vocabulary is not None:
+            logits = vocabulary.gather(logits)
         how = {"metric": draw.metric, "temperature": draw.temperature, "tempered": draw.tempered}
         if not filtered:
             return self.confidence(logits, **how, **keys)
@@ -104,6 +141,18 @@ class Ops:
         if not draw.tempered:
             score = logits.softmax(-1).gather(-1, token[:, None].long())[:, 0]
         return token, score
+
+
+def _choose_together(
+    logits: torch.Tensor, draw: Draw, vocabulary: Vocabulary, **keys: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """:meth:`Ops.choose` from each rank's own logits ``[T, v]``."""
+    group, logits = vocabulary.group, sharded.measured(logits, draw)
+    told = group.all_gather(sharded.partials(logits, draw, vocab_start=vocabulary.start, **keys))
+    token, score = sharded.merge(told, draw.metric)
+    if draw.metric == "entropy":
+        score = group.all_gather(sharded.entropy(logits, score)).sum(0)
+    return token, score
 
 
 def check_implementation(impl: str | None) -> None:
@@ -142,4 +191,15 @@ def _module(impl: str, device: torch.device):
     return importlib.import_module(f".{impl}_impl", __package__)
 
 
-__all__ = ["BlockRules", "CycleRules", "Draw", "Ops", "check_implementation", "implementation", "rope_tables"]
+__all__ = [
+    "BlockRules",
+    "CycleRules",
+    "Draw",
+    "Matrix",
+    "Ops",
+    "Quantised",
+    "check_implementation",
+    "implementation",
+    "quantize",
+    "rope_tables",
+]

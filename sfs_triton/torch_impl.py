@@ -7,7 +7,7 @@ from .torch_ops.confidence import confidence
 from .torch_ops.cycle import decide as decide_cycle
 from .torch_ops.gather import compact, embedding
 from .torch_ops.linear import linear
-from .torch_ops.lm_head import lm_head
+from .torch_ops.lm_head import lm_head, lm_head_partials, merge_partials
 from .torch_ops.mlp import silu_mul
 from .torch_ops.norm import rms_norm
 from .torch_ops.place import place
@@ -26,7 +26,9 @@ __all__ = [
     "embedding",
     "linear",
     "lm_head",
+    "lm_head_partials",
     "look",
+    "merge_partials",
     "place",
     "plan",
     "post",

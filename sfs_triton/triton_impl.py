@@ -17,9 +17,10 @@ from .kernels.attention import attention
 from .kernels.confidence import confidence
 from .kernels.gather import compact, embedding
 from .kernels.linear import linear
-from .kernels.lm_head import lm_head
+from .kernels.lm_head import lm_head, lm_head_partials
 from .kernels.mlp import silu_mul
 from .kernels.norm import rms_norm
+from .kernels.partials import merge_partials
 from .kernels.post import post
 from .kernels.rope_cache import rope_cache
 
@@ -32,7 +33,9 @@ __all__ = [
     "embedding",
     "linear",
     "lm_head",
+    "lm_head_partials",
     "look",
+    "merge_partials",
     "place",
     "plan",
     "post",

@@ -30,7 +30,7 @@ class PlainModel:
     """Logits of the family's bidirectional transformers."""
 
     def __init__(self, model: Transformer):
-        self.spec, self.weights = model.spec, model.weights
+        self.spec, self.weights = model.spec, model.weights.plain("a baseline")
         self._cos = self._sin = torch.empty(0, self.spec.head_dim, device=self.device)
 
     @property

@@ -1,4 +1,4 @@
-"""From hidden states to tokens: kernel, eager torch and torch.compile; and one shard of four of the vocabulary."""
+"""From hidden states to tokens: kernel, eager torch, torch.compile; one shard of four; float8 weights."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from sfs_triton.kernels.lm_head import lm_head, lm_head_cost, lm_head_partials
 from sfs_triton.kernels.partials import merge_partials, merge_partials_cost
 from sfs_triton.torch_ops import lm_head as twin
+from sfs_triton.torch_ops.linear import quantize
 
 from .case import GEOMETRIES, TOY, Case, Geometry, random
 from .harness import benchmark_of
@@ -17,7 +18,14 @@ SHARDS = 4
 
 
 def _build(
-    device: torch.device, *, n_rows: int, n_columns: int, n_features: int, dtype: torch.dtype, noise: bool
+    device: torch.device,
+    *,
+    n_rows: int,
+    n_columns: int,
+    n_features: int,
+    dtype: torch.dtype,
+    noise: bool,
+    float8: bool,
 ) -> dict:
     """One logit of each row stands out, as a trained model's do: else roundings of bfloat16 decide which token wins."""
     keys = {name: torch.arange(n_rows, device=device) for name in ("seed", "position", "step")}
@@ -25,13 +33,22 @@ def _build(
     winner = torch.linspace(0, n_columns - 1, n_rows, device=device).long()
     spread = random(n_rows, n_features, device=device, dtype=torch.float32)
     hidden = weight[winner].float() * (14 / n_features) + spread / n_features**0.5
+    weights = {"weight": weight}
+    if float8:
+        weights = dict(zip(("weight", "scale"), _quantized(weight), strict=True))
     return {
         "hidden": hidden.to(dtype),
-        "weight": weight,
+        **weights,
         "rows": torch.arange(n_rows, device=device, dtype=torch.int32),
         "count": torch.full((1,), n_rows, device=device, dtype=torch.int32),
         **({"temperature": 0.7, **keys} if noise else {}),
     }
+
+
+def _quantized(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    if weight.is_meta:
+        return weight.to(torch.float8_e4m3fn), torch.empty(weight.shape[0], device=weight.device)
+    return quantize(weight)
 
 
 def _build_merge(device: torch.device, *, n_rows: int) -> dict:
@@ -40,14 +57,22 @@ def _build_merge(device: torch.device, *, n_rows: int) -> dict:
     return {"values": values, "winner": winner}
 
 
-def _case(name: str, geometry: Geometry, n_rows: int, dtype: torch.dtype, noise: bool = False, shards: int = 1) -> Case:
+def _case(
+    name: str,
+    geometry: Geometry,
+    n_rows: int,
+    dtype: torch.dtype,
+    noise: bool = False,
+    shards: int = 1,
+    float8: bool = False,
+) -> Case:
     sizes = {"n_rows": n_rows, "n_columns": geometry.vocab // shards, "n_features": geometry.d_model}
     return Case(
-        name=f"{name}-{n_rows}{'-noise' if noise else ''}{'-shard' if shards > 1 else ''}",
+        name=f"{name}-{n_rows}{'-float8' * float8}{'-noise' * noise}{'-shard' * (shards > 1)}",
         kernel=lm_head if shards == 1 else lm_head_partials,
         twin=twin.lm_head if shards == 1 else twin.lm_head_partials,
-        build=partial(_build, **sizes, dtype=dtype, noise=noise),
-        cost=lm_head_cost(**sizes, itemsize=dtype.itemsize),
+        build=partial(_build, **sizes, dtype=dtype, noise=noise, float8=float8),
+        cost=lm_head_cost(**sizes, itemsize=dtype.itemsize, float8=float8),
     )
 
 
@@ -61,6 +86,8 @@ def cases(toy: bool = False) -> list[Case]:
     name, geometry = next(iter(geometries.items()))
     if not toy:  # the tiles that are left
         found += [_case(name, geometry, *at) for at in ((32, dtype, False), (16, dtype, True), (32, dtype, True))]
+    with_codes = sizes if toy else [*sizes, (32, False), (16, True), (32, True)]
+    found += [_case(name, geometry, n_rows, dtype, noise, float8=True) for n_rows, noise in with_codes]
     n_rows = sizes[1][0]
     merge = Case(
         name=f"{name}-{n_rows}-merge",

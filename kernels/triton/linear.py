@@ -11,60 +11,8 @@ from triton.language.target_info import cuda_capability_geq
 
 from .check import FLOATS, check_tensor, refuse_unless
 from .cost import Cost
+from .float8 import UNDECODED, dot_over
 from .launch import launch, multiprocessors
-
-
-@triton.jit
-def _decode(code, NATIVE_FP8: tl.constexpr, DTYPE: tl.constexpr):
-    """The values of e4m3 codes (uint8), exact; over 256 if it is done without the GPU's own conversion.
-
-    Sign, exponent and mantissa moved to their places in float16 make that value, of subnormal numbers too.
-    """
-    if NATIVE_FP8:
-        value = code.to(tl.float8e4nv, bitcast=True).to(DTYPE)
-    else:
-        wide = code.to(tl.uint16)
-        value = (((wide & 0x80) << 8) | ((wide & 0x7F) << 7)).to(tl.float16, bitcast=True).to(DTYPE)
-    return value
-
-
-@triton.jit
-def _dot_over(
-    x_ptr,
-    weight_ptr,
-    x_row,
-    weight_row,
-    n_in,
-    stride_x_row,
-    first_block,
-    last_block,
-    NATIVE_FP8: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """``weight[weight_row] @ x[x_row]^T`` over some blocks of K: ``[BLOCK_N, BLOCK_M]``.
-
-    The weights are the left operand: that one may come from registers, where they are decoded, and its side of a
-    tensor core's instruction is the long one, while there may be only 16 rows of x.
-    """
-    lane = tl.arange(0, BLOCK_K)
-    x_at = x_ptr + x_row.to(tl.int64)[:, None] * stride_x_row + lane[None, :]
-    weight_at = weight_ptr + weight_row.to(tl.int64)[:, None] * n_in + lane[None, :]
-    dtype = x_ptr.dtype.element_ty
-    acc = tl.full([BLOCK_N, BLOCK_M], 0.0, tl.float32)
-    for block in range(first_block, last_block):
-        start = block * BLOCK_K
-        if EVEN_K:
-            x = tl.load(x_at + start)
-            code = tl.load(weight_at + start)
-        else:
-            inside = (start + lane < n_in)[None, :]
-            x = tl.load(x_at + start, mask=inside, other=0.0)
-            code = tl.load(weight_at + start, mask=inside, other=0.0)
-        acc = tl.dot(_decode(code, NATIVE_FP8, dtype), tl.trans(x), acc, input_precision="ieee")
-    return acc
 
 
 @triton.jit
@@ -129,7 +77,7 @@ def _linear_kernel(
         n_tile = unit // (m_tiles * n_splits)
         row = m_tile * BLOCK_M + tl.arange(0, BLOCK_M)
         column = n_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-        acc = _dot_over(
+        acc = dot_over(
             x_ptr,
             weight_ptr,
             tl.minimum(row, rows - 1),  # past the end the last one again: what comes of it is not stored
@@ -151,7 +99,7 @@ def _linear_kernel(
         if last:
             scale = tl.load(scale_ptr + column, mask=column < n_out, other=0.0)
             if not native:
-                scale *= 256.0
+                scale *= UNDECODED
             out = tl.trans(acc * scale[:, None])
             row_at = row.to(tl.int64)[:, None]
             inside = (row_at < rows) & (column < n_out)[None, :]

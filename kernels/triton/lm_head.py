@@ -7,9 +7,11 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+from triton.language.target_info import cuda_capability_geq
 
 from .check import FLOATS, INTEGERS, check_index, check_tensor, refuse_unless
 from .cost import Cost
+from .float8 import UNDECODED, dot_over
 from .launch import launch, multiprocessors
 from .partials import SCALE, Partials, live_rows, merge, shares, store_partials
 from .philox import gumbel, noise_keys
@@ -57,10 +59,44 @@ def _absorb_slices(found, x, first_id, noise, HAS_NOISE: tl.constexpr, BLOCK_S: 
     return found
 
 
+@triton.jit
+def _dot(
+    hidden_ptr,
+    weight_ptr,
+    source,
+    column,
+    end,
+    n_features,
+    stride_hidden_row,
+    stride_weight_row,
+    EVEN_K: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """``hidden[source] @ weight[column]^T``, zero from column ``end`` on: ``[BLOCK_T, BLOCK_V]``."""
+    k = tl.arange(0, BLOCK_K)[None, :]
+    hidden_at = hidden_ptr + source * stride_hidden_row + k
+    weight_at = weight_ptr + column[:, None].to(tl.int64) * stride_weight_row + k
+    acc = tl.zeros([BLOCK_T, BLOCK_V], tl.float32)
+    for offset in tl.range(0, n_features, BLOCK_K):
+        if EVEN_K:
+            h = tl.load(hidden_at)
+            w = tl.load(weight_at, mask=column[:, None] < end, other=0.0)
+        else:
+            h = tl.load(hidden_at, mask=k < n_features - offset, other=0.0)
+            w = tl.load(weight_at, mask=(column[:, None] < end) & (k < n_features - offset), other=0.0)
+        acc = tl.dot(h, w.T, acc, input_precision="ieee")
+        hidden_at += BLOCK_K
+        weight_at += BLOCK_K
+    return acc
+
+
 @triton.jit(do_not_specialize=["n_rows", "vocab_start", "temperature"])
 def _lm_head_kernel(
     hidden_ptr,
     weight_ptr,
+    scale_ptr,
     row_ptr,
     count_ptr,
     seed_ptr,
@@ -78,12 +114,15 @@ def _lm_head_kernel(
     HAS_ROWS: tl.constexpr,
     HAS_COUNT: tl.constexpr,
     HAS_NOISE: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    NATIVE_FP8: tl.constexpr,
     EVEN_K: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
+    native: tl.constexpr = cuda_capability_geq(8, 9) if NATIVE_FP8 is None else NATIVE_FP8
     n_live = live_rows(count_ptr, n_rows, HAS_COUNT)
     n_tiles, n_shares = shares(n_live, tl.num_programs(0), BLOCK_T)
     share = tl.program_id(0) // n_tiles
@@ -99,7 +138,6 @@ def _lm_head_kernel(
     span = tl.cdiv(tl.cdiv(n_columns, n_shares), 16) * 16
     begin = share * span
     end = tl.minimum(begin + span, n_columns)
-    k = tl.arange(0, BLOCK_K)[None, :]
 
     low = tl.full([BLOCK_T, 1], float("-inf"), tl.float32)
     first_id = tl.where(begin < n_columns, vocab_start + begin, NO_TOKEN)  # of a row of minus infinity, or of NaN
@@ -109,19 +147,41 @@ def _lm_head_kernel(
         noise = (seed_ptr + row, position_ptr + row, step_ptr + row, live, temperature)
     for start in tl.range(begin, end, BLOCK_V):
         column = start + tl.arange(0, BLOCK_V)
-        hidden_at = hidden_ptr + source * stride_hidden_row + k
-        weight_at = weight_ptr + column[:, None].to(tl.int64) * stride_weight_row + k
-        acc = tl.zeros([BLOCK_T, BLOCK_V], tl.float32)
-        for offset in tl.range(0, n_features, BLOCK_K):
-            if EVEN_K:
-                h = tl.load(hidden_at)
-                w = tl.load(weight_at, mask=column[:, None] < end, other=0.0)
-            else:
-                h = tl.load(hidden_at, mask=k < n_features - offset, other=0.0)
-                w = tl.load(weight_at, mask=(column[:, None] < end) & (k < n_features - offset), other=0.0)
-            acc = tl.dot(h, w.T, acc, input_precision="ieee")
-            hidden_at += BLOCK_K
-            weight_at += BLOCK_K
+        if HAS_SCALE:
+            acc = dot_over(
+                hidden_ptr,
+                weight_ptr,
+                tl.reshape(source, [BLOCK_T]),
+                tl.minimum(column, end - 1),
+                n_features,
+                stride_hidden_row,
+                0,
+                tl.cdiv(n_features, BLOCK_K),
+                native,
+                EVEN_K,
+                BLOCK_T,
+                BLOCK_V,
+                BLOCK_K,
+            )
+            scale = tl.load(scale_ptr + column, mask=column < end, other=0.0)
+            if not native:
+                scale *= UNDECODED
+            acc = tl.trans(acc * scale[:, None])
+        else:
+            acc = _dot(
+                hidden_ptr,
+                weight_ptr,
+                source,
+                column,
+                end,
+                n_features,
+                stride_hidden_row,
+                stride_weight_row,
+                EVEN_K,
+                BLOCK_T,
+                BLOCK_V,
+                BLOCK_K,
+            )
         # rounded as logits in memory would be, so that the same tokens win
         x = tl.where(column[None, :] < end, acc.to(hidden_ptr.dtype.element_ty).to(tl.float32), float("-inf"))
         found = _absorb_slices(found, x, vocab_start + start, noise, HAS_NOISE, BLOCK_S)
@@ -139,10 +199,18 @@ class LmHeadConfig:
     num_warps: int
     num_stages: int
     programs: int
+    NATIVE_FP8: bool | None = None  # None: where the GPU converts e4m3 itself, sm_89 and later
 
 
 def lm_head_config(
-    n_rows: int, n_columns: int, itemsize: int, noise: bool = False, multiprocessors: int = 132
+    n_rows: int,
+    n_columns: int,
+    itemsize: int,
+    noise: bool = False,
+    multiprocessors: int = 132,
+    *,
+    float8: bool = False,
+    even: bool = True,
 ) -> LmHeadConfig:
     """As few row tiles as registers allow, so that weights are read once; and a grid that fills the GPU once.
 
@@ -151,13 +219,18 @@ def lm_head_config(
     tile's columns evenly, to 16 columns, so none waits for the last. Above 64 rows L2 would be the bound: 128 x 128
     reads least of it. The noise's registers allow 64 x 64, a quarter at a time. float32 is there to be right, not fast.
     Four waves of programs where the row tiles do not divide one. One processor (the interpreter) takes all in one tile.
+
+    Codes of float8 are half the bytes, so there are more stages, and 32 KB or more of codes under way. A K that is no
+    multiple of 128 (not ``even``) gets the small tiles of float32.
     """
     if multiprocessors == 1:
         block_t = min(256, max(16, triton.next_power_of_2(n_rows)))
         block_v = min(2048, max(16, triton.next_power_of_2(n_columns)))
         return LmHeadConfig(block_t, block_v, 128, block_v, 4, 1, max(1, triton.cdiv(n_rows, block_t)))
     # BLOCK_T, BLOCK_V, BLOCK_K, BLOCK_S, num_warps, num_stages
-    if itemsize == 4:
+    if float8:
+        tile = _float8_tile(n_rows, noise, small=itemsize == 4 or not even)
+    elif itemsize == 4:
         tile = (16 if n_rows <= 16 else 32, 32, 32, 32, 4, 3)
     elif n_rows <= 32:
         tile = (16 if n_rows <= 16 else 32, 128, 64, 32 if noise else 128, 4, 4)
@@ -173,12 +246,33 @@ def lm_head_config(
     return LmHeadConfig(*tile, programs)
 
 
+def _float8_tile(n_rows: int, noise: bool, small: bool) -> tuple[int, ...]:
+    if small:
+        return (16 if n_rows <= 16 else 32, 32, 32, 32, 4, 3)
+    if n_rows <= 16:
+        return (16, 128, 64, 32 if noise else 128, 4, 6)
+    if noise:
+        return (32, 128, 64, 16, 4, 6) if n_rows <= 32 else (64, 64, 64, 16, 4, 6)
+    if n_rows <= 32:
+        return (32, 128, 64, 128, 4, 6)
+    return (64, 128, 64, 32, 4, 5) if n_rows <= 64 else (128, 128, 128, 32, 8, 4)
+
+
 def _checked_rows(
-    hidden: torch.Tensor, weight: torch.Tensor, rows: torch.Tensor | None, count: torch.Tensor | None
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor | None,
+    rows: torch.Tensor | None,
+    count: torch.Tensor | None,
 ) -> int:
     """Check the operands; how many rows there are to compute at the most."""
     check_tensor("hidden", hidden, dtype=FLOATS, shape=[None, None])
-    check_tensor("weight", weight, dtype=hidden.dtype, shape=[None, hidden.shape[1]], device=hidden.device)
+    like = {"shape": [None, hidden.shape[1]], "device": hidden.device}
+    if scale is None:
+        check_tensor("weight", weight, dtype=hidden.dtype, **like)
+    else:
+        check_tensor("weight", weight, dtype=torch.float8_e4m3fn, dense=True, **like)
+        check_tensor("scale", scale, dtype=torch.float32, shape=[weight.shape[0]], device=hidden.device)
     refuse_unless(weight.numel() > 0, f"weight has shape {list(weight.shape)}: there is nothing to choose from")
     if count is not None:
         check_tensor("count", count, dtype=torch.int32, shape=[1], device=hidden.device)
@@ -190,14 +284,22 @@ def _checked_rows(
     return rows.shape[0]
 
 
-def _project(hidden, weight, rows, count, temperature, keys, vocab_start, config: LmHeadConfig | None) -> Partials:
-    n_rows = _checked_rows(hidden, weight, rows, count)
+def _project(
+    hidden, weight, scale, rows, count, temperature, keys, vocab_start, config: LmHeadConfig | None
+) -> Partials:
+    n_rows = _checked_rows(hidden, weight, scale, rows, count)
     n_columns, n_features = weight.shape
     in_range = 0 <= vocab_start and vocab_start + n_columns <= 2**31 - 1
     refuse_unless(in_range, f"vocab_start={vocab_start}: {n_columns} ids from there are not all in [0, 2^31 - 1)")
     keys = noise_keys(temperature, keys, n_rows, hidden.device)
     config = config or lm_head_config(
-        n_rows, n_columns, hidden.element_size(), temperature > 0, multiprocessors(hidden.device)
+        n_rows,
+        n_columns,
+        hidden.element_size(),
+        temperature > 0,
+        multiprocessors(hidden.device),
+        float8=scale is not None,
+        even=n_features % 128 == 0,
     )
     n_tiles = triton.cdiv(n_rows, config.BLOCK_T)
     refuse_unless(config.programs >= n_tiles, f"config has {config.programs} programs for {n_tiles} row tiles")
@@ -209,7 +311,8 @@ def _project(hidden, weight, rows, count, temperature, keys, vocab_start, config
             _lm_head_kernel,
             (config.programs,),
             hidden_ptr=hidden,
-            weight_ptr=weight,
+            weight_ptr=weight if scale is None else weight.view(torch.uint8),
+            scale_ptr=scale,
             row_ptr=rows,
             count_ptr=count,
             **keys,
@@ -225,6 +328,8 @@ def _project(hidden, weight, rows, count, temperature, keys, vocab_start, config
             HAS_ROWS=rows is not None,
             HAS_COUNT=count is not None,
             HAS_NOISE=temperature > 0,
+            HAS_SCALE=scale is not None,
+            NATIVE_FP8=config.NATIVE_FP8,
             EVEN_K=n_features % config.BLOCK_K == 0,
             BLOCK_T=config.BLOCK_T,
             BLOCK_V=config.BLOCK_V,
@@ -232,6 +337,7 @@ def _project(hidden, weight, rows, count, temperature, keys, vocab_start, config
             BLOCK_S=config.BLOCK_S,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
+            **({} if scale is None else {"maxnreg": 255}),  # ptxas may spill a little to make room for more programs
         )
     return Partials(values, winner, count, n_rows, config.programs, config.BLOCK_T)
 
@@ -240,6 +346,7 @@ def lm_head(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     *,
+    scale: torch.Tensor | None = None,
     rows: torch.Tensor | None = None,
     count: torch.Tensor | None = None,
     temperature: float = 0.0,
@@ -251,11 +358,14 @@ def lm_head(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``confidence(hidden[rows] @ weight.T, temperature=temperature, ...)``, with the logits nowhere in memory.
 
-    Logits are accumulated in float32 and rounded to the dtype of ``hidden``, as if they had been stored.
+    With ``scale``, ``weight * scale[:, None]`` takes the place of ``weight``; codes are exact in every dtype. Logits
+    are accumulated in float32 and rounded to the dtype of ``hidden``, as if they had been stored.
 
     Args:
         hidden: ``[N, d]``, float32, float16 or bfloat16, with any row stride.
-        weight: ``[V, d]`` in the same dtype, with any row stride.
+        weight: ``[V, d]`` in the same dtype, with any row stride; with ``scale`` float8_e4m3fn and dense. Its two codes
+            for NaN mean +-480 where the GPU is older than sm_89.
+        scale: ``[V]``, float32.
         rows: int32 or int64 ``[R]``, the rows of ``hidden`` to look at; all, in order, if None. Not checked (but see
             :func:`check_index`).
         count: int32 ``[1]``: only so many of the first rows are computed, none if negative, all if more than R.
@@ -266,7 +376,7 @@ def lm_head(
     has a NaN score and some valid token; others are untouched. Two launches.
     """
     parts = _project(
-        hidden, weight, rows, count, temperature, {"seed": seed, "position": position, "step": step}, 0, config
+        hidden, weight, scale, rows, count, temperature, {"seed": seed, "position": position, "step": step}, 0, config
     )
     return merge(parts, final=True, out=result_of(out, parts.n_rows, hidden.device))
 
@@ -275,6 +385,7 @@ def lm_head_partials(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     *,
+    scale: torch.Tensor | None = None,
     vocab_start: int = 0,
     rows: torch.Tensor | None = None,
     count: torch.Tensor | None = None,
@@ -294,6 +405,7 @@ def lm_head_partials(
     parts = _project(
         hidden,
         weight,
+        scale,
         rows,
         count,
         temperature,
@@ -309,7 +421,8 @@ def lm_head_partials(
     return merge(parts, final=False, out=out)
 
 
-def lm_head_cost(n_rows: int, n_columns: int, n_features: int, itemsize: int) -> Cost:
-    """Weights and hidden states once, and a token and a score a row."""
-    moved = (n_columns + n_rows) * n_features * itemsize + 8 * n_rows
+def lm_head_cost(n_rows: int, n_columns: int, n_features: int, itemsize: int, float8: bool = False) -> Cost:
+    """Weights (or codes and scales) and hidden states once, and a token and a score a row."""
+    weights = n_columns * (n_features + 4 if float8 else n_features * itemsize)
+    moved = weights + n_rows * n_features * itemsize + 8 * n_rows
     return Cost(bytes=moved, flops=2 * n_rows * n_columns * n_features)

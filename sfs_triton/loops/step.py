@@ -282,8 +282,8 @@ class Step:
             given["store"] = True
             if shape.kind in ("same", "prefix"):
                 here = (state.done == 0)[:, None]
-                state.dirty.logical_and_(~here)
-                state.forwarded.copy_(torch.where(here, state.step[:, None], state.forwarded))
+                state.dirty.masked_fill_(here, False)
+                torch.where(here, state.step[:, None], state.forwarded, out=state.forwarded)
         if shape.kind == "same":
             return Scope(shape.first, shape.first + shape.size, shape.keys, **given)
         rows = None if shape.kind == "prefix" else self._list(0, shape.size)

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from ..errors import CheckpointError, UnsupportedConfigError
+from ..errors import CheckpointError, UnsupportedConfigError, require
 
 
 @dataclass(frozen=True)
@@ -36,14 +36,41 @@ class ModelSpec:
     qkv_bias: bool = False
     tied_head: bool = False
     shifted: bool = False  # logits for position i come from row i - 1
+    shards: int = 1  # ranks that share the heads and the MLP; ``n_heads``, ``n_kv_heads`` and ``mlp`` are of one
 
     @property
     def head_dim(self) -> int:
-        return self.d_model // self.n_heads
+        return self.d_model // (self.n_heads * self.shards)
+
+    @property
+    def q_width(self) -> int:
+        return self.n_heads * self.head_dim
 
     @property
     def kv_width(self) -> int:
         return self.n_kv_heads * self.head_dim
+
+    def shard(self, size: int) -> ModelSpec:
+        """The part of one of ``size`` ranks: whole key/value heads with their queries, and a part of the MLP.
+
+        Raises:
+            ArgumentError: ``size`` does not divide them; says which sizes do.
+        """
+        if size == 1:
+            return self
+        fits = [n for n in range(1, self.n_kv_heads + 1) if not self.n_kv_heads % n and not self.mlp % n]
+        require(
+            size in fits,
+            f"tensor_parallel={size} does not divide the model's {self.n_kv_heads} key/value heads and MLP width "
+            f"{self.mlp} into equal parts; possible are {', '.join(map(str, fits))}",
+        )
+        return replace(
+            self,
+            n_heads=self.n_heads // size,
+            n_kv_heads=self.n_kv_heads // size,
+            mlp=self.mlp // size,
+            shards=size * self.shards,
+        )
 
 
 MOST_LAYERS = 1024

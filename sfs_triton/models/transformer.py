@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from ..ops import Ops, implementation, rope_tables
+from ..ops import Draw, Matrix, Ops, implementation, rope_tables
+from ..parallel import ALONE, Group, Vocabulary
 from .cache import FeatureCache, Features, KVCache, Scope
 from .spec import ModelSpec
 from .weights import LayerWeights, Weights
@@ -17,10 +18,15 @@ class Transformer:
     :meth:`forward` returns normalised hidden states, :meth:`head` turns rows of them into logits: callers combine and
     select hidden states first, so that no logits are computed that nobody looks at. ``impl`` says what implements the
     operations, ``"torch"`` or ``"triton"``; None takes the defaults for the weights' device.
+
+    A rank of a ``group`` has the ``weights`` of its part (:func:`~sfs_triton.models.load_weights`), whose sizes are
+    ``local``; ``spec`` is the whole model's. Ranks make the same calls; hidden states are whole on each of them.
     """
 
-    def __init__(self, spec: ModelSpec, weights: Weights, impl: str | None = None):
+    def __init__(self, spec: ModelSpec, weights: Weights, impl: str | None = None, group: Group = ALONE):
         self.spec, self.weights = spec, weights
+        self.group, self.local = group, spec.shard(group.size)
+        self._vocabulary = Vocabulary(group, spec.vocab_size) if group.size > 1 else None
         self.ops: Ops = implementation(impl, self.device)
         self._cos, self._sin = rope_tables(0, spec.head_dim, spec.rope_theta, self.device)
         self._position = torch.arange(0, device=self.device)
@@ -41,7 +47,17 @@ class Transformer:
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits ``[..., V]`` of normalised hidden states ``[..., d]``."""
-        return F.linear(hidden, self.weights.head)
+        logits = self._product(hidden, self.weights.head)
+        return logits if self._vocabulary is None else self._vocabulary.gather(logits)
+
+    def choose(
+        self, hidden: torch.Tensor, draw: Draw, **options: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token and score ``[T]`` for rows of normalised hidden states ``[T, d]``; options as for :meth:`Ops.choose`.
+
+        Of equal bits on all ranks, since all put the same numbers together: so ranks never decide differently.
+        """
+        return self.ops.choose(hidden, self.weights.head, draw, vocabulary=self._vocabulary, **options)
 
     def forward(
         self,
@@ -60,9 +76,8 @@ class Transformer:
         """
         self.reach(scope.keys)
         if scope.rows is None:
-            x = self.ops.embedding(self.weights.embedding, tokens[:, scope.first : scope.stop])
-        else:
-            x = self.ops.embedding(self.weights.embedding, tokens, scope.rows)
+            tokens = tokens[:, scope.first : scope.stop]
+        x = self._embed(tokens, scope.rows)
         if scope.features is not None:
             x = self._forward_features(x, scope, cache)
             if select is not None:
@@ -81,6 +96,13 @@ class Transformer:
             added = self._mlp(h, layer)
         return self.ops.rms_norm(added, self.weights.norm, self.spec.norm_eps, residual=x)
 
+    def _embed(self, tokens: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+        if self._vocabulary is None:
+            return self.ops.embedding(self.weights.embedding, tokens, rows)
+        start, stop = self.group.share(self.spec.vocab_size)
+        mine = torch.where((tokens >= start) & (tokens < stop), tokens - start, stop - start)  # that row is zeros
+        return self.group.all_reduce(self.ops.embedding(self.weights.embedding, mine, rows))
+
     def _attend(
         self,
         h: torch.Tensor,
@@ -91,13 +113,13 @@ class Transformer:
         select: torch.Tensor | None,
     ) -> torch.Tensor:
         """What attention adds to the rows of ``h [b, n, d]``, or to those selected."""
-        spec, rotate = self.spec, self.ops.rope_cache
+        spec, rotate = self.local, self.ops.rope_cache
         tables, position, store = self._places(scope, cache, index)
         if select is not None:
-            q = self._heads(self._project(h.gather(1, _wide(select, h)), layer, slice(0, spec.d_model)))
+            q = self._heads(self._project(h.gather(1, _wide(select, h)), layer, slice(0, spec.q_width)))
             at = scope.first + select if scope.rows is None else scope.rows.gather(1, select)
             q = rotate(q, None, None, self._cos, self._sin, at)[0]
-            k, v = self._heads(self._project(h, layer, slice(spec.d_model, None))).chunk(2, 2)
+            k, v = self._heads(self._project(h, layer, slice(spec.q_width, None))).chunk(2, 2)
             _, k, v = rotate(None, k, v, *tables, position, **store)
         elif store:
             heads = self._heads(self._project(h, layer)).split((spec.n_heads, spec.n_kv_heads, spec.n_kv_heads), 2)
@@ -110,7 +132,7 @@ class Transformer:
         ranges["count"] = None if select is not None else scope.count
         if store:
             k, v, ranges["cache_row"] = k[:, : scope.keys], v[:, : scope.keys], scope.batch
-        return F.linear(self.ops.attention(q, k, v, **ranges).flatten(2), layer.out)
+        return self._sum(self.ops.attention(q, k, v, **ranges).flatten(2), layer.out)
 
     def _places(self, scope: Scope, cache: KVCache | None, index: int) -> tuple[tuple, torch.Tensor | None, dict]:
         """Rotary tables, the rows' positions in them (None: row by row), and where keys and values are stored."""
@@ -134,11 +156,22 @@ class Transformer:
             cos, self._sin = rope_tables(length, self.spec.head_dim, self.spec.rope_theta, self.device)
             self._cos = cos  # last: its length says what there is
 
-    def _project(self, h: torch.Tensor, layer: LayerWeights, part: slice = slice(None)) -> torch.Tensor:
-        return F.linear(h, layer.qkv[part], None if layer.qkv_bias is None else layer.qkv_bias[part])
+    def _project(self, h: torch.Tensor, layer: LayerWeights, part: slice | None = None) -> torch.Tensor:
+        return self._product(h, layer.qkv, layer.qkv_bias, part)
 
     def _mlp(self, h: torch.Tensor, layer: LayerWeights) -> torch.Tensor:
-        return F.linear(self.ops.silu_mul(F.linear(h, layer.gate_up)), layer.down)
+        activated = self.ops.silu_mul(self._product(h, layer.gate_up))
+        return self._sum(activated, layer.down)
+
+    def _product(
+        self, x: torch.Tensor, matrix: Matrix, bias: torch.Tensor | None = None, rows: slice | None = None
+    ) -> torch.Tensor:
+        """``x @ matrix^T + bias``, or by ``rows`` of both: every product with weights, plain or quantised."""
+        return self.ops.product(x, matrix, bias, rows)
+
+    def _sum(self, x: torch.Tensor, matrix: Matrix) -> torch.Tensor:
+        """``x @ matrix^T`` where each rank has some columns of both."""
+        return self.group.all_reduce(self._product(x, matrix))
 
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
         """``[b, n, H D]`` to ``[b, n, H, D]``."""
@@ -187,12 +220,20 @@ class Transformer:
     ) -> torch.Tensor:
         """The ``moved [b]`` response rows whose fresh values are least like those kept, then -1. Keeps fresh ones."""
         own = slice(due.shortest, h.shape[1])
-        fresh = self._project(h[:, own], layer, slice(self.spec.d_model + self.spec.kv_width, None))
+        fresh = self._project(h[:, own], layer, slice(self.local.q_width + self.local.kv_width, None))
         here = at_response[:, own]
-        likeness = F.cosine_similarity(fresh, v[:, own], dim=-1).masked_fill(~here, float("inf"))
+        likeness = self._likeness(fresh, v[:, own]).masked_fill(~here, float("inf"))
         rows = due.shortest + likeness.topk(due.moved(h.shape[1]), largest=False).indices
         v[:, own] = torch.where(here[..., None], fresh, v[:, own])
         return torch.where(self._position[: rows.shape[1]] < moved[:, None], rows, -1).int()
+
+    def _likeness(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """Cosine similarity along the last axis, which is shared among the ranks; of equal bits on all of them."""
+        if self.group.size == 1:
+            return F.cosine_similarity(a, b, dim=-1)
+        a, b = a.float(), b.float()
+        sums = self.group.all_gather(torch.stack(((a * b).sum(-1), (a * a).sum(-1), (b * b).sum(-1)))).sum(0)
+        return sums[0] / (sums[1].sqrt().clamp(min=1e-8) * sums[2].sqrt().clamp(min=1e-8))
 
     def _recompute(
         self,
@@ -207,11 +248,11 @@ class Transformer:
         mlp: torch.Tensor,
     ) -> None:
         """Recompute keys, values, attention and MLP outputs at ``rows [b, m]``, -1 idle, in place."""
-        spec, stop = self.spec, x.shape[1]
+        spec, stop = self.local, x.shape[1]
         source = rows.clamp(min=0).long()
         spare = torch.where(rows < 0, k.shape[1] - 1, rows.long())
         projected = self._project(h.gather(1, _wide(source, h)), layer)
-        q, k_new, v_new = projected.split((spec.d_model, spec.kv_width, spec.kv_width), -1)
+        q, k_new, v_new = projected.split((spec.q_width, spec.kv_width, spec.kv_width), -1)
         k.scatter_(1, _wide(spare, k), k_new)
         v.scatter_(1, _wide(spare, v), v_new)
         keys = self._heads(k[:, :stop].clone())  # rotated in place, and kept unrotated
@@ -219,7 +260,7 @@ class Transformer:
         tables = self._cos[:stop], self._sin[:stop]
         _, keys, values = self.ops.rope_cache(None, keys, self._heads(v[:, :stop]), *tables, None)
         ranges = {"key_range": scope.key_range, "counters": scope.counters}
-        out = F.linear(self.ops.attention(q, keys, values, **ranges).flatten(2), layer.out)
+        out = self._sum(self.ops.attention(q, keys, values, **ranges).flatten(2), layer.out)
         mixed.scatter_(1, _wide(spare, mixed), out)
         h = self.ops.rms_norm(out, layer.mlp_norm, spec.norm_eps, residual=x.gather(1, _wide(source, x)))
         mlp.scatter_(1, _wide(spare, mlp), self._mlp(h, layer))

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, require
+from ..ops import Matrix, Quantised, quantize
+from ..parallel import ALONE, Group
 from .spec import ModelSpec
 
+AT_ONCE = 2**24  # elements of a matrix that are quantised at a time, and so in memory as they are in the file
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 
 LLADA_NAMES = {
@@ -54,22 +58,34 @@ class LayerWeights:
     """One layer; q, k, v and gate, up are fused along their output dimension."""
 
     attn_norm: torch.Tensor  # [d]
-    qkv: torch.Tensor  # [d + 2 kv, d]
+    qkv: Matrix  # [d + 2 kv, d]
     qkv_bias: torch.Tensor | None  # [d + 2 kv]
-    out: torch.Tensor  # [d, d]
+    out: Matrix  # [d, d]
     mlp_norm: torch.Tensor  # [d]
-    gate_up: torch.Tensor  # [2 mlp, d]
-    down: torch.Tensor  # [d, mlp]
+    gate_up: Matrix  # [2 mlp, d]
+    down: Matrix  # [d, mlp]
 
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """All weights of a model. ``head`` is ``embedding`` itself where the checkpoint ties them."""
+    """All weights of a model, or of one rank's part of it: sizes are then its own, and ``embedding`` ends with zeros.
+
+    ``head`` is ``embedding`` itself, but for those zeros, where the checkpoint ties them and nothing is quantised.
+    """
 
     embedding: torch.Tensor  # [V, d]
     layers: tuple[LayerWeights, ...]
     norm: torch.Tensor  # [d]
-    head: torch.Tensor  # [V, d]
+    head: Matrix  # [V, d]
+
+    def plain(self, what: str) -> Weights:
+        """These weights, for code that computes with tensors only; ``what`` names it.
+
+        Raises:
+            ArgumentError: they are quantised.
+        """
+        require(isinstance(self.head, torch.Tensor), f"{what} takes no quantised weights: load without weights='fp8'")
+        return self
 
 
 def read_json(path: Path) -> Any:
@@ -130,8 +146,21 @@ class TensorReader:
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._files[name].get_slice(name).get_shape())
 
-    def read(self, name: str) -> torch.Tensor:
-        tensor = self._files[name].get_tensor(name)
+    def read(self, name: str, axis: int | None = None, group: Group = ALONE) -> torch.Tensor:
+        """A whole tensor, or this rank's share of its rows (``axis=0``) or columns (1), of which no more is read."""
+        if axis is None or group.size == 1:
+            tensor = self._files[name].get_tensor(name)
+        else:
+            start, stop = group.share(self.shape(name)[axis])
+            part = self._files[name].get_slice(name)
+            tensor = part[start:stop] if axis == 0 else part[:, start:stop]
+        return self._floating(name, tensor)
+
+    def rows(self, name: str, first: int, last: int) -> torch.Tensor:
+        """Rows ``[first, last)`` of a matrix, of which no more is read."""
+        return self._floating(name, self._files[name].get_slice(name)[first:last])
+
+    def _floating(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         if not tensor.is_floating_point():
             raise CheckpointError(f"{self.folder}: tensor {name} has dtype {tensor.dtype}, not a floating-point one")
         return tensor
@@ -179,8 +208,53 @@ def _check(reader: TensorReader, spec: ModelSpec, names: Mapping[str, str]) -> N
             )
 
 
-def load_weights(folder: Path, spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> Weights:
+def _quantised(reader: TensorReader, parts: Sequence[str], axis: int, group: Group, device: torch.device) -> Quantised:
+    """Matrices of one width, one below the other, in float8 on ``device``; of each this rank's rows or columns.
+
+    They are made of the checkpoint's own numbers, a few rows at a time. A row's scale is that of the whole row,
+    whatever columns a rank keeps, so that ranks have the codes that a process alone would have.
+
+    Raises:
+        CheckpointError: names the tensor that has NaN or infinities.
+    """
+    heights, width = [reader.shape(part)[0] for part in parts], reader.shape(parts[0])[1]
+    mine = [group.share(height) if axis == 0 else (0, height) for height in heights]
+    columns = slice(*(group.share(width) if axis == 1 else (0, width)))
+    n_rows = sum(stop - start for start, stop in mine)
+    codes = torch.empty(n_rows, columns.stop - columns.start, dtype=torch.float8_e4m3fn, device=device)
+    scale = torch.empty(n_rows, dtype=torch.float32, device=device)
+    at, most = 0, max(1, AT_ONCE // width)
+    for part, (start, stop) in zip(parts, mine, strict=True):
+        for first in range(start, stop, most):
+            rows = reader.rows(part, first, min(first + most, stop)).to(device=device, dtype=torch.float32)
+            bad = (~rows.isfinite()).any(1)
+            if bad.any():
+                where = first + int(bad.nonzero()[0])
+                raise CheckpointError(f"{reader.folder}: tensor {part} has NaN or infinities, the first in row {where}")
+            end = at + len(rows)
+            whole, scale[at:end] = quantize(rows)
+            codes[at:end] = whole[:, columns]
+            at = end
+    return Quantised(codes, scale)
+
+
+def load_weights(
+    folder: Path,
+    spec: ModelSpec,
+    device: torch.device,
+    dtype: torch.dtype,
+    group: Group = ALONE,
+    *,
+    quantised: bool = False,
+) -> Weights:
     """Read and check every tensor, fused and cast, on ``device``.
+
+    With ``quantised``, matrices become float8 codes with a scale a row as they are read, so that no more is in memory
+    than the result and one tensor. The embedding, of which a step looks up some rows, and vectors keep ``dtype``. A
+    tied head becomes a matrix of its own: every step reads all of it.
+
+    Of a group, each rank reads its part: whole heads of q, k and v, as much of the MLP, the columns of ``out`` and
+    ``down`` that multiply those, and some of the vocabulary.
 
     Raises:
         CheckpointError: names each missing, extra or misshapen tensor, or the file that cannot be read.
@@ -190,28 +264,35 @@ def load_weights(folder: Path, spec: ModelSpec, device: torch.device, dtype: tor
         names = LLADA_NAMES if LLADA_NAMES["embedding"] in reader else LLAMA_NAMES
         _check(reader, spec, names)
 
-        def take(*parts: str) -> torch.Tensor:
-            tensors = [reader.read(part) for part in parts]
+        def take(*parts: str, axis: int | None = None) -> torch.Tensor:
+            tensors = [reader.read(part, axis, group) for part in parts]
             whole = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
             return whole.to(device=device, dtype=dtype).contiguous()
+
+        def matrix(*parts: str, axis: int) -> Matrix:
+            return _quantised(reader, parts, axis, group, device) if quantised else take(*parts, axis=axis)
 
         def layer(index: int) -> LayerWeights:
             at = names["layer"].format(layer=index)
             qkv = [at + names[part] for part in ("q", "k", "v")]
             return LayerWeights(
                 attn_norm=take(at + names["attn_norm"]),
-                qkv=take(*(f"{p}.weight" for p in qkv)),
-                qkv_bias=take(*(f"{p}.bias" for p in qkv)) if spec.qkv_bias else None,
-                out=take(at + names["o"]),
+                qkv=matrix(*(f"{p}.weight" for p in qkv), axis=0),
+                qkv_bias=take(*(f"{p}.bias" for p in qkv), axis=0) if spec.qkv_bias else None,
+                out=matrix(at + names["o"], axis=1),
                 mlp_norm=take(at + names["mlp_norm"]),
-                gate_up=take(at + names["gate"], at + names["up"]),
-                down=take(at + names["down"]),
+                gate_up=matrix(at + names["gate"], at + names["up"], axis=0),
+                down=matrix(at + names["down"], axis=1),
             )
 
-        embedding = take(names["embedding"])
+        embedding = tied = take(names["embedding"], axis=0)
+        if group.size > 1:  # a row of zeros, for the ids that other ranks have
+            embedding = F.pad(embedding, (0, 0, 0, 1))
+            tied = embedding[:-1]
+        tied_head = spec.tied_head and not quantised
         return Weights(
             embedding=embedding,
             layers=tuple(layer(i) for i in range(spec.n_layers)),
             norm=take(names["norm"]),
-            head=embedding if spec.tied_head else take(names["head"]),
+            head=tied if tied_head else matrix(names["embedding" if spec.tied_head else "head"], axis=0),
         )

@@ -2,10 +2,34 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 
 _LARGEST = torch.finfo(torch.float8_e4m3fn).max
+
+
+@dataclass(frozen=True, slots=True)
+class Quantised:
+    """A matrix ``[N, K]`` in 8 bits an element: near ``codes * scale[:, None]``. Sliced by rows, without a copy."""
+
+    codes: torch.Tensor  # [N, K], float8_e4m3fn
+    scale: torch.Tensor  # [N], float32
+
+    def __getitem__(self, rows: slice) -> Quantised:
+        return Quantised(self.codes[rows], self.scale[rows])
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.codes.shape
+
+    @property
+    def nbytes(self) -> int:
+        return self.codes.nbytes + self.scale.nbytes
+
+
+Matrix = torch.Tensor | Quantised
 
 
 def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -33,6 +57,11 @@ def linear(
     x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, *, residual: torch.Tensor | None = None
 ) -> torch.Tensor:
     """``x @ (weight * scale[:, None])^T``, plus ``residual`` if given. Weights are brought to ``x``'s dtype first."""
-    wide = weight.to(torch.promote_types(x.dtype, torch.float32)) * scale[:, None]
-    out = F.linear(x, wide.to(x.dtype))
+    out = F.linear(x, dequantise(weight, scale, x.dtype))
     return out if residual is None else out + residual
+
+
+def dequantise(codes: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """``codes * scale[:, None]``, computed in float32 or wider and rounded to ``dtype`` once."""
+    wide = codes.to(torch.promote_types(dtype, torch.float32)).mul_(scale[:, None])
+    return wide.to(dtype)

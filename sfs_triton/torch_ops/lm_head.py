@@ -6,11 +6,16 @@ import torch
 import torch.nn.functional as F
 
 from .confidence import confidence
+from .linear import dequantise
 from .philox import gumbel
 
 
 def _logits(
-    hidden: torch.Tensor, weight: torch.Tensor, rows: torch.Tensor | None, count: torch.Tensor | None
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor | None,
+    rows: torch.Tensor | None,
+    count: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits of every listed row, in the dtype of ``hidden``, and which rows count. Reads nothing on the host."""
     n_rows = hidden.shape[0] if rows is None else rows.shape[0]
@@ -19,13 +24,18 @@ def _logits(
         live = torch.arange(n_rows, device=hidden.device) < count
     if rows is not None:
         hidden = hidden[torch.where(live, rows, 0)]
-    return F.linear(hidden, weight), live
+    return _project(hidden, weight, scale), live
+
+
+def _project(hidden: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+    return F.linear(hidden, weight if scale is None else dequantise(weight, scale, hidden.dtype))
 
 
 def lm_head(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     *,
+    scale: torch.Tensor | None = None,
     rows: torch.Tensor | None = None,
     count: torch.Tensor | None = None,
     temperature: float = 0.0,
@@ -35,13 +45,14 @@ def lm_head(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``confidence(hidden[rows] @ weight.T, ...)``: token int32 ``[R]`` and score float32 ``[R]``.
 
-    ``hidden [N, d]``, ``weight [V, d]``, ``rows`` ``[R]`` (all if None). With ``count`` (int32 ``[1]``) only so many of
-    the first rows are looked at; the others have token 0 and score 0.
+    ``hidden [N, d]``, ``weight [V, d]``, ``rows`` ``[R]`` (all if None). With ``scale`` (float32 ``[V]``) ``weight`` is
+    float8 codes, and ``weight * scale[:, None]`` in the dtype of ``hidden`` takes its place. With ``count`` (int32
+    ``[1]``) only so many of the first rows are looked at; the others have token 0 and score 0.
     """
     noise = {"temperature": temperature, "seed": seed, "position": position, "step": step}
     if rows is None and count is None:
-        return confidence(F.linear(hidden, weight), **noise)
-    logits, live = _logits(hidden, weight, rows, count)
+        return confidence(_project(hidden, weight, scale), **noise)
+    logits, live = _logits(hidden, weight, scale, rows, count)
     token, score = confidence(logits, **noise)
     return torch.where(live, token, 0), torch.where(live, score, 0.0)
 
@@ -50,6 +61,7 @@ def lm_head_partials(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     *,
+    scale: torch.Tensor | None = None,
     vocab_start: int = 0,
     rows: torch.Tensor | None = None,
     count: torch.Tensor | None = None,
@@ -63,7 +75,7 @@ def lm_head_partials(
     Values float32 ``[4, R]``: largest logit ``m``, ``sum(exp(logits - m))``, the winner's key (its logit plus noise)
     and its logit; and the winner's id, int32 ``[R]``. Rows from ``count`` on hold zeros.
     """
-    logits, live = _logits(hidden, weight, rows, count)
+    logits, live = _logits(hidden, weight, scale, rows, count)
     logits = logits.float()
     keys = logits
     if temperature > 0:

@@ -11,11 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sfs_triton.kernels.confidence import confidence
+from sfs_triton.kernels.launch import recording
 from sfs_triton.kernels.lm_head import LmHeadConfig, lm_head, lm_head_config, lm_head_partials
 from sfs_triton.kernels.partials import merge_partials
 from sfs_triton.testing import Guards, assert_within_budget
 from sfs_triton.torch_ops import confidence as confidence_twin
 from sfs_triton.torch_ops import lm_head as twin
+from sfs_triton.torch_ops.linear import dequantise, quantize
 
 KEYS = ("seed", "position", "step")
 SMALL = LmHeadConfig(BLOCK_T=16, BLOCK_V=32, BLOCK_K=32, BLOCK_S=16, num_warps=4, num_stages=2, programs=4)
@@ -28,6 +30,13 @@ def whole(*shape: int, dtype: torch.dtype, seed: int = 0, most: int = 3) -> torc
 
 def random(*shape: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def codes(n_columns: int, n_features: int, seed: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    """Whole numbers in float8, and scales that are powers of two: with them, too, logits are exact."""
+    generator = torch.Generator().manual_seed(seed)
+    scale = 2.0 ** torch.randint(-2, 2, (n_columns,), generator=generator)
+    return whole(n_columns, n_features, dtype=torch.float32, seed=seed).to(torch.float8_e4m3fn), scale
 
 
 def noise_keys(n_rows: int, device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
@@ -83,6 +92,86 @@ def test_every_config(guards, config):
     wanted = twin.lm_head(hidden, weight, **draw)
     assert torch.equal(token, wanted[0])
     torch.testing.assert_close(score, wanted[1], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("noise", [False, True], ids=["argmax", "noise"])
+@pytest.mark.parametrize(
+    ("n_rows", "n_columns", "n_features"),
+    [(0, 9, 8), (1, 1, 1), (3, 500, 128), (17, 77, 40), (70, 200, 33)],
+)
+def test_float8_equals_its_twin(guards, dtype, n_rows, n_columns, n_features, noise):
+    hidden = guards.copy(whole(n_rows, n_features, dtype=dtype))
+    weight, scale = map(guards.copy, codes(n_columns, n_features))
+    draw = {name: guards.copy(key) for name, key in noise_keys(n_rows).items()} if noise else {}
+    draw |= {"temperature": 0.8 if noise else 0.0}
+    token, score = lm_head(hidden, weight, scale=scale, **draw, out=results(guards, n_rows))
+    same = twin.lm_head(hidden, weight, scale=scale, **draw)
+    assert torch.equal(token, same[0])
+    wide = dequantise(weight, scale.double(), torch.float64)
+    truth = (hidden.double() @ wide.T).softmax(-1).gather(-1, token[:, None].long())[:, 0]
+    assert_within_budget(score, truth, same[1])
+
+
+@pytest.mark.parametrize("n_features", [128, 96], ids=["even", "ragged"])
+@pytest.mark.parametrize("native", [None, False, True], ids=["own", "bits", "native"])
+@pytest.mark.parametrize("noise", [False, True], ids=["argmax", "noise"])
+@pytest.mark.parametrize("n_rows", [16, 32, 64, 128])
+def test_every_config_of_float8(guards, n_rows, noise, native, n_features):
+    if native and guards.empty(1).is_cuda and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("this GPU does not convert float8")
+    even = n_features == 128
+    config = replace(lm_head_config(n_rows, 300, 2, noise, float8=True, even=even), NATIVE_FP8=native)
+    most = (64 if noise else 128) if even else 32
+    assert config.BLOCK_T == min(n_rows, most) and (config.BLOCK_K == 32) == (not even)
+    hidden = guards.copy(whole(20, n_features, dtype=torch.float16))
+    weight, scale = map(guards.copy, codes(300, n_features))
+    draw = {"temperature": 0.5, **noise_keys(20, hidden.device)} if noise else {}
+    with recording() as recorded:
+        lm_head(*(x.to("meta") for x in (hidden, weight)), scale=scale.to("meta"), config=config)
+    taken = {name: recorded[0].arguments[name] for name in ("HAS_SCALE", "EVEN_K", "NATIVE_FP8")}
+    assert taken == {"HAS_SCALE": True, "EVEN_K": True, "NATIVE_FP8": native}
+    token, score = lm_head(hidden, weight, scale=scale, **draw, out=results(guards, 20), config=config)
+    wanted = twin.lm_head(hidden, weight, scale=scale, **draw)
+    assert torch.equal(token, wanted[0])
+    torch.testing.assert_close(score, wanted[1], atol=1e-6, rtol=1e-5)
+
+
+def test_float8_of_any_numbers_is_near_its_twin(guards, dtype):
+    """The twin rounds scaled weights to ``dtype``, the kernel does not, so almost equal logits may change places."""
+    hidden = guards.copy(random(33, 64, dtype=dtype))
+    weight, scale = map(guards.copy, quantize(random(500, 64, dtype=torch.float32, seed=1)))
+    token, score = lm_head(hidden, weight, scale=scale, out=results(guards, 33))
+    truth = hidden.double() @ dequantise(weight, scale.double(), torch.float64).T
+    size = hidden.double().abs() @ dequantise(weight, scale.double(), torch.float64).abs().T
+    eps = torch.finfo(dtype).eps
+    # the stored logit is rounded to dtype; float32 sums err by less
+    slack = eps * truth.abs().max(-1).values + 64 * torch.finfo(torch.float32).eps * size.max(-1).values
+    gap = truth.max(-1).values - truth.gather(-1, token[:, None].long())[:, 0]
+    assert (gap <= slack).all()
+    share = truth.softmax(-1).gather(-1, token[:, None].long())[:, 0]
+    assert ((score.double() / share).log().abs() <= 2 * slack + 1e-5).all()
+
+
+@pytest.mark.parametrize("cuts", [[], [91], [7, 300]], ids=[1, 2, 3])
+def test_float8_shards_merge_into_the_whole(guards, cuts):
+    config = LmHeadConfig(16, 64, 32, 32, num_warps=4, num_stages=2, programs=2)
+    hidden = guards.copy(whole(5, 24, dtype=torch.float32))
+    weight, scale = map(guards.copy, codes(333, 24))
+    draw = {"temperature": 0.5, **noise_keys(5, hidden.device)}
+    shards = list(zip([0, *cuts], [*cuts, 333], strict=True))
+    found = []
+    for start, stop in shards:
+        part = {"weight": weight[start:stop], "scale": scale[start:stop], "vocab_start": start, **draw}
+        values, winner = guards.empty(4, 5), guards.empty(5, dtype=torch.int32)
+        found.append(lm_head_partials(hidden, **part, out=(values, winner), config=config))
+        wanted = twin.lm_head_partials(hidden, **part)
+        assert torch.equal(winner, wanted[1])
+        torch.testing.assert_close(values, wanted[0], atol=1e-5, rtol=1e-5)
+    values, winner = map(torch.stack, zip(*found, strict=True))
+    token, score = merge_partials(values, winner, out=results(guards, 5))
+    one = lm_head(hidden, weight, scale=scale, **draw, config=config)
+    assert torch.equal(token, one[0])
+    torch.testing.assert_close(score, one[1])
 
 
 @pytest.mark.parametrize("count", [None, -1, 0, 1, 16, 39, 40, 99])
@@ -274,6 +363,11 @@ def test_grids_fill_the_gpu_once():
             assert used >= min(resident * 0.98, n_tiles * 8)
             # what a stage holds times the stages fits every target
             assert config.num_stages * (config.BLOCK_T + config.BLOCK_V) * config.BLOCK_K * 2 <= 163 * 1024
+            codes_ = lm_head_config(n_rows, 126464, 2, noise, float8=True)
+            assert codes_.BLOCK_T == config.BLOCK_T and codes_.programs == config.programs
+            stage = (2 * codes_.BLOCK_T + codes_.BLOCK_V) * codes_.BLOCK_K
+            assert (codes_.num_stages - 1) * stage * (8 // codes_.num_warps) <= 163 * 1024
+            assert (codes_.num_stages - 1) * codes_.BLOCK_V * codes_.BLOCK_K * (8 // codes_.num_warps) >= 32 * 1024
     assert lm_head_config(4, 100, 2).programs == 1
     assert lm_head_config(0, 100, 2).programs == 1
 
@@ -289,6 +383,12 @@ def test_refuses_what_it_cannot_take(device, monkeypatch):
         "config has 0 programs for 1 row tiles": lambda: lm_head(x, w, config=replace(config, programs=0)),
         "hidden has strides": lambda: lm_head(torch.ones(16, 16, device=device).T, w),
         r"weight has shape \[40, 8\]": lambda: lm_head(x, w[:, :8]),
+        "weight has dtype float32, not float8_e4m3fn": lambda: lm_head(x, w, scale=w[:, 0].contiguous()),
+        "weight has dtype float8_e4m3fn, not float32": lambda: lm_head(x, w.to(torch.float8_e4m3fn)),
+        r"scale has shape \[3\]": lambda: lm_head(x, w.to(torch.float8_e4m3fn), scale=torch.ones(3, device=device)),
+        "weight has strides .* not contiguous": lambda: lm_head(
+            x[:, :8], w.to(torch.float8_e4m3fn)[:, :8], scale=torch.ones(40, device=device)
+        ),
         "weight has dtype float16": lambda: lm_head(x, w.half()),
         r"weight has shape \[0, 16\]: there is nothing": lambda: lm_head(x, w[:0]),
         "weight has strides": lambda: lm_head(torch.ones(4, 40, device=device), w.T),
