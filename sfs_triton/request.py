@@ -11,12 +11,18 @@ from .samplers import FixedSteps, Sampler, SlowFast, Threshold
 
 
 class Kind(NamedTuple):
-    """What rows have in common that are decoded side by side. ``frames``: their canvases are posted after each step."""
+    """What rows have in common that are decoded side by side. ``trace``, ``frames``: what each step decided on, and the
+    canvases after it, are posted to the host."""
 
     sampler: Sampler
     policy: CachePolicy
     trace: bool
     frames: bool
+
+    def serves(self, other: Kind) -> bool:
+        """Whether rows of another kind can be decoded beside those of this one: at least as much is posted."""
+        alike = (self.sampler, self.policy) == (other.sampler, other.policy)
+        return alike and self.trace >= other.trace and self.frames >= other.frames
 
 
 @dataclass(frozen=True)

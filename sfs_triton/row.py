@@ -21,7 +21,7 @@ class Row:
     def __init__(self, kind: Kind, canvas: list[int], start: int, seed: int, mask_id: int):
         self.kind, self.canvas, self.start, self.seed, self._mask_id = kind, canvas, start, seed, mask_id
         self.masks = canvas.count(mask_id)
-        self.tracer = Tracer(kind.sampler, kind.policy, start, len(canvas))
+        self.tracer = Tracer(kind.sampler, kind.policy, start, len(canvas), kind.trace)
         self.tokens, self.commit_step = canvas, [-1] * len(canvas)  # as last posted
         self.control: list[int] | None = None  # likewise; None before the first step
         self.seconds = 0.0  # of the steps that its lane took while it was there

@@ -110,7 +110,7 @@ class _Open:
     closing: bool = False  # takes no rows any more
 
     def takes(self, row: Row) -> bool:
-        return not self.closing and row.kind == self.lane.kind and self.room.holds(row)
+        return not self.closing and self.lane.kind.serves(row.kind) and self.room.holds(row)
 
 
 class Scheduler:

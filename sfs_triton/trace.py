@@ -36,10 +36,10 @@ class StepTrace:
 
 
 class Tracer:
-    """Counts what the forwards of a row covered, and keeps its trace if the state records events."""
+    """Counts what the forwards of a row covered, and with ``keep`` its trace, for which the state must record events."""
 
-    def __init__(self, sampler: Sampler, policy: CachePolicy, start: int, end: int):
-        self._sampler, self._policy, self._start, self._end = sampler, policy, start, end
+    def __init__(self, sampler: Sampler, policy: CachePolicy, start: int, end: int, keep: bool):
+        self._sampler, self._policy, self._start, self._end, self._keep = sampler, policy, start, end, keep
         self.forward_lengths: list[int] = []
         self.rows_forwarded = 0
         self.full_forwards = 0
@@ -52,7 +52,7 @@ class Tracer:
         self.forward_lengths.append(covered)
         self.rows_forwarded += recomputed
         self.full_forwards += recomputed >= row.limit
-        if "event_control" in report.letter:
+        if self._keep:
             self.steps.append(self._trace(report.letter, row, covered, recomputed))
 
     def _trace(self, letter: dict[str, numpy.ndarray], row: RowView, covered: int, recomputed: int) -> StepTrace:

@@ -18,9 +18,9 @@ from torch.utils._pytree import tree_leaves
 import sfs_triton
 from sfs_triton import Engine, FixedSteps, NoCache, RefreshCache, SlowFast, Threshold
 from sfs_triton.kernels.control import COLUMN
+from sfs_triton.lane import Lane
 from sfs_triton.loops import EagerLoop, Loop, ReplayLoop, Step
 from sfs_triton.loops.replay import capture_graph
-from sfs_triton.lane import Lane
 from sfs_triton.models import Transformer
 from sfs_triton.request import Request
 from sfs_triton.row import Row

@@ -289,6 +289,24 @@ def test_lanes_are_made_for_rows_alike(engines, length, start, policy, room):
     assert room_around(row, 500) == room and room.holds(row)
 
 
+def test_rows_that_are_watched_share_a_lane_with_others(engines):
+    """A lane posts what one of its rows needs; rows that did not ask for it get no trace."""
+    engine, rng = engine_with(engines["llada-mha"]), random.Random(16)
+    given = asked(rng, 3, engine.spec.mask_id, 16)
+    plain, other = rows_of(engine, given[:2])
+    (watched,) = rows_of(engine, given[2:], trace=True, frames=True)
+    assert watched.kind.serves(plain.kind) and not plain.kind.serves(watched.kind)
+    scheduler = scheduler_of(engine, slots=3, most=2)
+    for row in (watched, plain, other):
+        scheduler.submit(row)
+    scheduler.step()
+    assert scheduler.lanes == 1 and len(watched.tracer.steps) == 1 and plain.tokens is plain.canvas
+    run_out(scheduler)
+    assert_same(
+        [row.result(engine.spec, None) for row in (watched, plain)], [alone(engine, r) for r in (watched, plain)]
+    )
+
+
 def test_a_longer_row_gets_a_longer_lane(engines):
     engine, rng = engine_with(engines["llada-mha"]), random.Random(10)
     mask = engine.spec.mask_id

@@ -405,6 +405,7 @@ def test_a_client_that_leaves_frees_its_row_before_the_next_step(embedded, strea
         leaving = socket.create_connection(("127.0.0.1", server.port))
         head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(request)}\r\n"
         leaving.sendall(head.encode() + b"Content-Type: application/json\r\n\r\n" + request)
+        wait_for(lambda: server.worker.waiting == 1)
         staying = pool.submit(server.post, chat(STORY, sampler="vanilla", max_tokens=64))
         wait_for(lambda: server.worker.waiting == 2)
         server.gate.let(20)
