@@ -5,8 +5,10 @@
     python bench/throughput.py --by sfs_triton --cache none,region --batch 1,4
     python bench/throughput.py --model GSAI-ML/LLaDA-8B-Instruct --prompts questions.jsonl
     python bench/throughput.py --geometry llada-8b --prompt-length 1100 --gen-length 1024 --batch 1,4,16
+    torchrun --nproc-per-node 2 bench/throughput.py --tensor-parallel 2 --model GSAI-ML/LLaDA-8B-Instruct
 
-The last line runs the embedded model in LLaDA-8B's sizes (``bench/inflate.py``), with solved problems before each one.
+The line with --geometry runs the embedded model in LLaDA-8B's sizes (``bench/inflate.py``), with solved problems before
+each one. Under torchrun only rows by sfs_triton are run, by all processes together.
 
 Rows by "plain torch" are the baselines of ``bench/baselines``, which decode one prompt at a time. All run in one
 process, and take turns batch by batch. Tokens are response tokens up to and including the end-of-text, counted the same
@@ -38,6 +40,7 @@ from bench.inflate import dense, inflate  # noqa: E402
 from bench.tally import Tally  # noqa: E402
 from bench.visits import Bench  # noqa: E402
 from bench.work import Work, read_work  # noqa: E402
+from sfs_triton import parallel  # noqa: E402
 from sfs_triton.loops.choose import LOOPS  # noqa: E402
 
 RESULTS = ROOT / "bench" / "results"
@@ -52,6 +55,8 @@ def select(arguments: argparse.Namespace) -> list[rows.Row]:
         found = [row for row in found if row.who != rows.OURS or not isinstance(row.settings, sfs_triton.FixedSteps)]
     if not arguments.geometry:
         found = [row for row in found if row.who != rows.AUTOREGRESSIVE]
+    if arguments.tensor_parallel > 1:  # nobody else shares a model
+        found = [row for row in found if row.who == rows.OURS]
     wanted = {flag: getattr(arguments, flag) for flag in rows.FLAGS}
     return rows.spread_out(rows.chosen(found, wanted), arguments.impl or [None], arguments.loop or [None])
 
@@ -59,7 +64,8 @@ def select(arguments: argparse.Namespace) -> list[rows.Row]:
 def load(arguments: argparse.Namespace) -> sfs_triton.Engine:
     """The checkpoint, or the embedded model in other sizes. Rows choose implementation and loop for themselves."""
     if not arguments.geometry:
-        return sfs_triton.load(arguments.model, arguments.device, arguments.dtype)
+        shared = {"tensor_parallel": arguments.tensor_parallel}
+        return sfs_triton.load(arguments.model, arguments.device, arguments.dtype, **shared)
     make = dense if arguments.weights == "dense" else inflate
     small = sfs_triton.load("embedded", "cpu", "float32")
     return make(small, arguments.geometry, arguments.device, arguments.dtype)
@@ -200,6 +206,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="of plain vanilla decoding and of the autoregressive model; the rest is extrapolated. 0: take all. "
         f"Default {SAMPLED_STEPS} with --geometry, else 0",
     )
+    parser.add_argument(
+        "--tensor-parallel", type=int, default=1, help="processes that share the model, started by torchrun"
+    )
     parser.add_argument("--json", type=Path, help="default bench/results/throughput.json, chart beside it")
     arguments = parser.parse_args(argv)
     for name in ("gen_length", "limit", "prompt_length"):
@@ -211,6 +220,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"--sampled-steps {arguments.sampled_steps} of a generation that has {arguments.gen_length}")
     if arguments.model and arguments.geometry:
         parser.error(f"--model {arguments.model} has its own sizes; --geometry is for the embedded model")
+    if arguments.tensor_parallel != 1 and arguments.geometry:
+        parser.error("--tensor-parallel is for checkpoints; --geometry makes whole weights in every process")
     if arguments.weights == "dense" and not arguments.geometry:
         parser.error("--weights dense needs a --geometry")
     if arguments.json and arguments.json.suffix != ".json":
@@ -245,6 +256,7 @@ def run(arguments: argparse.Namespace, console: Console) -> dict:
         "machine": machine(engine.model.device),
         "model": name,
         "dtype": str(engine.model.dtype),
+        "tensor_parallel": engine.model.group.size,
         "loop": engine.loop,  # of rows that name none
         "prompts": work.name,
         "prompt_tokens": [len(question.prompt) for question in work.questions],
@@ -258,13 +270,18 @@ def run(arguments: argparse.Namespace, console: Console) -> dict:
 def main(argv: list[str] | None = None) -> int:
     arguments = parse(argv)
     path = arguments.json or RESULTS / "throughput.json"
-    console = Console(width=None if sys.stdout.isatty() else 160)  # a log has room for the whole table
+    rank, _ = parallel.world()
+    console = Console(width=None if sys.stdout.isatty() else 160, quiet=rank > 0)  # a log has room for the whole table
     try:
-        check_writable(path)
+        parallel.check_started(arguments.tensor_parallel)
+        if rank == 0:
+            check_writable(path)
         record = run(arguments, console)
     except (sfs_triton.SfsError, ValueError, ImportError) as error:
         console.print(f"error: {error}", style="red", highlight=False, markup=False)
         return 2
+    if rank > 0:
+        return 0
     write_json(record, path)
     picture = chart.draw_throughput(record, path.with_suffix(".png"))
     show(record, console)

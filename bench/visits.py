@@ -78,7 +78,7 @@ class Bench:
 
     def _engine(self, impl: str | None, loop: str | None) -> Engine:
         model = self.engine.model
-        return Engine(Transformer(model.spec, model.weights, impl), self.engine.text, loop)
+        return Engine(Transformer(model.spec, model.weights, impl, model.group), self.engine.text, loop)
 
     def _ours(self, row: Row) -> Decode:
         """An engine of its own, whose tensors and graphs no other row takes from it."""

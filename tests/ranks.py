@@ -1,0 +1,268 @@
+"""Processes that share a model over gloo on this machine, and what tests have them do."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+import sfs_triton
+from sfs_triton import Engine, parallel
+from sfs_triton.lane import Lane
+from sfs_triton.models import weights
+from sfs_triton.models.cache import KVCache
+
+_STARTER = multiprocessing.get_context("forkserver")  # a process that has imported it all, and forks
+_STARTER.set_forkserver_preload(["tests.ranks", "torch.distributed"])
+_ENGINES: dict[tuple, Engine] = {}
+
+
+class Failed(NamedTuple):
+    """What a rank raised."""
+
+    kind: str
+    text: str
+    seconds: float
+
+
+class World:
+    """``size`` ranks that wait for something to do; ``patience`` is what they have with each other, in seconds."""
+
+    def __init__(self, size: int, folder: Path, patience: float = 30.0):
+        self.size, self._ranks, self._pipes = size, [], []
+        store = folder / f"store-{time.monotonic_ns()}"
+        for rank in range(size):
+            mine, theirs = _STARTER.Pipe()
+            process = _STARTER.Process(target=_serve, args=(rank, size, store, theirs, patience), daemon=True)
+            process.start()
+            theirs.close()  # so that a rank that dies is seen
+            self._ranks.append(process)
+            self._pipes.append(mine)
+
+    def run(self, work: Callable, *arguments: Any, limit: float = 90.0, **options: Any) -> list[Any]:
+        """What ``work(*arguments, **options)`` gives on each rank, or how it :class:`Failed`; None of one that died."""
+        for pipe in self._pipes:
+            pipe.send((work, arguments, options))
+        deadline, results = time.monotonic() + limit, []
+        for rank, pipe in enumerate(self._pipes):
+            if not pipe.poll(max(0.0, deadline - time.monotonic())):
+                raise TimeoutError(f"rank {rank} of {self.size} has not finished {work.__name__} in {limit:g} s")
+            try:
+                results.append(pipe.recv())
+            except EOFError:
+                results.append(None)
+        return results
+
+    def __enter__(self) -> World:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for pipe in self._pipes:
+            pipe.close()
+        for process in self._ranks:
+            process.join(10)
+            if process.is_alive():
+                process.kill()
+                process.join()
+
+
+def _serve(rank: int, size: int, store: Path, pipe: Connection, patience: float) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), parallel.PATIENCE: str(patience)}
+    if "lo" in [name for _, name in socket.if_nameindex()]:
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
+    while True:
+        try:
+            work, arguments, options = pipe.recv()
+        except EOFError:
+            break
+        began = time.monotonic()
+        try:
+            done = work(*arguments, **options)
+        except Exception as error:
+            done = Failed(type(error).__name__, str(error), time.monotonic() - began)
+            if not isinstance(error, sfs_triton.SfsError):
+                traceback.print_exc()
+        pipe.send(done)
+    parallel.close()
+
+
+# ------------------------------------------------------------------------------------------------- what ranks can do
+
+
+def engine(model: str | Path, impl: str | None = None, quantised: str | None = None) -> Engine:
+    """The model, shared by all ranks of this world; loaded once."""
+    key, size = (model, impl, quantised), torch.distributed.get_world_size()
+    if key not in _ENGINES:
+        _ENGINES[key] = sfs_triton.load(model, "cpu", "float32", impl, weights=quantised, tensor_parallel=size)
+    return _ENGINES[key]
+
+
+def generate(model: str | Path, given: list[dict], **how: str) -> list:
+    """Results of several calls of ``Engine.generate``."""
+    return [engine(model, **how).generate(**options) for options in given]
+
+
+def infill(model: str | Path, **options: Any) -> Any:
+    return engine(model).infill(**options)
+
+
+def logits(model: str | Path, tokens: list[list[int]]) -> torch.Tensor:
+    with torch.inference_mode():
+        return engine(model).model.logits(torch.tensor(tokens))
+
+
+def die(model: str | Path, rank: int, step: int, how: str, **options: Any) -> int:
+    """Generate; one rank exits, sleeps or raises before that step. How many steps it took."""
+    taken = 0
+
+    def count(frame: sfs_triton.Frame) -> None:
+        nonlocal taken
+        taken += 1
+        if torch.distributed.get_rank() == rank and taken == step:
+            if how == "exits":
+                os._exit(1)
+            if how == "sleeps":
+                time.sleep(6)
+            if how == "raises":
+                raise KeyError("on purpose")
+
+    engine(model).generate(**options, on_step=count)
+    return taken
+
+
+def load_own(models: list[str | Path]) -> str:
+    """Each rank loads a model of its own."""
+    rank, size = parallel.world()
+    return type(sfs_triton.load(models[rank], "cpu", tensor_parallel=size)).__name__
+
+
+def generate_own(model: str | Path, options: list[dict]) -> Any:
+    """Each rank asks for something else."""
+    return engine(model).generate(**options[torch.distributed.get_rank()])
+
+
+def after(model: str | Path, **options: Any) -> Any:
+    """A generation on an engine whose group may be over."""
+    return engine(model).generate(**options)
+
+
+class Counting(parallel.Group):
+    """A group that counts what this rank tells the others: bytes by the kind of call, and the widest row gathered."""
+
+    def __init__(self, group: parallel.Group):
+        self._group, self.rank, self.size = group, group.rank, group.size
+        self.sent: dict[str, int] = {"all_reduce": 0, "all_gather": 0}
+        self.gathered: list[tuple[int, ...]] = []
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        self.sent["all_reduce"] += x.numel() * 4
+        return self._group.all_reduce(x)
+
+    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+        self.sent["all_gather"] += x.nbytes
+        self.gathered.append(tuple(x.shape))
+        return self._group.all_gather(x)
+
+    def generation(self, request):
+        return self._group.generation(request)
+
+    def exchange(self, text: str) -> list[str]:
+        return self._group.exchange(text)
+
+
+def traffic(model: str | Path, **options: Any) -> tuple[sfs_triton.Generation, list[tuple[int, ...]], dict[str, int]]:
+    """A generation, and what went to other ranks for it: shapes that were gathered, and bytes."""
+    shared = engine(model).model
+    counting = Counting(shared.group)
+    model = type(shared)(shared.spec, shared.weights, "torch", counting)
+    done = Engine(model).generate(**options)
+    return done, counting.gathered, counting.sent
+
+
+def parts(model: str | Path) -> dict[str, Any]:
+    """What a rank has read and keeps of a model."""
+    read: dict[str, int] = {}
+    whole = weights.TensorReader.read
+
+    def counted(self, name, *rest):
+        tensor = whole(self, name, *rest)
+        read[name] = tensor.numel()
+        return tensor
+
+    weights.TensorReader.read = counted
+    try:
+        loaded = sfs_triton.load(model, "cpu", "float32", tensor_parallel=torch.distributed.get_world_size()).model
+    finally:
+        weights.TensorReader.read = whole
+    kept: dict[int, int] = {}  # by address: a tied head is a part of the embedding
+    for tensor in _tensors(loaded.weights):
+        kept[tensor.data_ptr()] = max(tensor.numel(), kept.get(tensor.data_ptr(), 0))
+    return {"read": read, "kept": sum(kept.values()), "layer": loaded.weights.layers[0].qkv.shape}
+
+
+def _tensors(held: weights.Weights) -> list[torch.Tensor]:
+    layers = [getattr(layer, name) for layer in held.layers for name in layer.__slots__]
+    return [t for t in (held.embedding, held.norm, held.head, *layers) if t is not None]
+
+
+def caches(model: str | Path) -> tuple[int, int]:
+    """Key/value heads in a rank's cache of 64 positions, and how many values its keys are."""
+    shared = engine(model).model
+    cache = KVCache(shared.local, 1, 64, shared.device, shared.dtype)
+    return cache.k.shape[2], cache.k.numel() * 2
+
+
+def with_loop(model: str | Path, loop: str) -> None:
+    Engine(engine(model).model, None, loop)
+
+
+def nested(model: str | Path) -> None:
+    mine = engine(model)
+    with mine.stream([3, 14, 15], gen_length=8) as stream:
+        next(stream)
+        mine.generate([3, 14, 15], gen_length=8)
+
+
+def evaluate(prompts: list[str], together: int) -> tuple[list[str], int, int] | str:
+    """Answers of lm-eval's model of this team to its share of the prompts, and which team of how many it is."""
+    from lm_eval.api.instance import Instance
+
+    from sfs_triton.integrations.lm_eval import DiffusionLM
+    from sfs_triton.integrations.lm_eval_ranks import leave
+
+    try:
+        made = DiffusionLM("embedded", cache="region", device="cpu", tensor_parallel=together, batch_size=2)
+    except SystemExit as end:
+        return f"ended with {end.code}"
+    mine = prompts[made.rank :: made.world_size]
+    wishes = [{"until": [], "max_gen_toks": 32, "tau_high": 0.9}] * len(mine)
+    given = [Instance("generate_until", {}, w, i, ("t", i, 1)) for i, w in enumerate(zip(mine, wishes, strict=True))]
+    answers = made.generate_until(given, disable_tqdm=True)
+    leave()
+    return answers, made.rank, made.world_size
+
+
+def short_of_memory(model: str | Path, **options: Any) -> list:
+    """A generation on a model of which the last rank has room for one row at a time, and the others for all."""
+    allocate, last = Lane._allocate, torch.distributed.get_world_size() - 1
+
+    def refuse(self, *given):
+        if torch.distributed.get_rank() == last and self.slots > 1:
+            raise torch.OutOfMemoryError("no room")
+        allocate(self, *given)
+
+    Lane._allocate = refuse
+    try:
+        return engine(model).generate(**options)
+    finally:
+        Lane._allocate = allocate
