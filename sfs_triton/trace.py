@@ -36,7 +36,7 @@ class StepTrace:
 
 
 class Tracer:
-    """Counts what the forwards of a row covered, and with ``keep`` its trace, for which the state must record events."""
+    """Counts what the forwards of a row covered. ``keep`` its trace as well: the state must record events for it."""
 
     def __init__(self, sampler: Sampler, policy: CachePolicy, start: int, end: int, keep: bool):
         self._sampler, self._policy, self._start, self._end, self._keep = sampler, policy, start, end, keep

@@ -41,7 +41,7 @@ from sfs_triton.samplers import PRESETS  # noqa: E402
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "kernels" / "README.md", *DOCS]
-OTHERS = ["CHANGELOG.md", "sfs_triton/embedded/README.md", "tests/golden/README.md"]
+OTHERS = ["CHANGELOG.md", "SECURITY.md", "sfs_triton/embedded/README.md", "tests/golden/README.md"]
 SHELL, OUTPUT = ("", "bash"), ("text", "console")
 ADDRESS = "127.0.0.1:8000"  # of the servers that pages start; here they take a free port
 TIME_LIMIT = 100  # seconds a shell block may take
@@ -77,6 +77,11 @@ class Parsed(Exception):
     """A program has understood its options, and is not to go on."""
 
 
+def check_ranks(words: list[str]) -> None:
+    """As :func:`check_sfs`, of what torchrun is to start."""
+    check_sfs(["sfs", *words[words.index("sfs_triton.cli") + 1 :]])
+
+
 def check_parsed(words: list[str]) -> None:
     """The program's own parser takes these options."""
     module, options = _module(words)
@@ -91,7 +96,7 @@ def check_parsed(words: list[str]) -> None:
         try:
             importlib.import_module(module).main()
         except Parsed as parsed:
-            if module == "torch.distributed.run":
+            if hasattr(parsed.args[0], "training_script"):
                 (found,) = parsed.args
                 check_parsed(["python", "-m", found.training_script, *found.training_script_args])
             return
@@ -103,8 +108,10 @@ def check_parsed(words: list[str]) -> None:
 def _module(words: list[str]) -> tuple[str, list[str]]:
     """The module that a command runs, and its options."""
     program, *options = words
+    if program == "accelerate":
+        return "accelerate.commands.launch", options[1:]
     if program in ("sfs-eval", "torchrun"):
-        return {"sfs-eval": "sfs_triton.integrations.lm_eval", "torchrun": "torch.distributed.run"}[program], options
+        return {"sfs-eval": "sfs_triton.integrations.sfs_eval", "torchrun": "torch.distributed.run"}[program], options
     assert Path(program).name == "python", f"no way to check the options of {program}"
     if options[0] == "-m":
         return options[1], options[2:]
@@ -128,9 +135,12 @@ ALLOWED = [
     Allowed(r"python bench/report\.py", "writes into the checkout", check_parsed),
     Allowed(r"python -m bench\.cost_model --write-doc", "writes into the checkout", check_parsed),
     Allowed(r"python -m bench\.sweep", "takes an hour; tests/test_sweep.py runs a small one", check_parsed),
+    Allowed(r"python -m bench\.quantised", "takes minutes; tests/test_quantised.py runs a small one", check_parsed),
     Allowed(r"python -m bench\.serve_load", "takes two minutes; tests/test_serve.py runs a short one", check_parsed),
     Allowed(r"python tests/conformance\.py", "takes minutes; tests/test_conformance.py runs it", check_parsed),
-    Allowed(r"torchrun ", "tests/test_lm_eval.py runs two ranks", check_parsed),
+    Allowed(r"torchrun .* -m sfs_triton\.cli ", "tests/test_parallel.py runs two ranks", check_ranks),
+    Allowed(r"(torchrun|accelerate launch) ", "tests/test_lm_eval.py runs two ranks", check_parsed),
+    Allowed(r"sfs batch .*--workers", "starts a cluster; tests/test_ray.py does", check_sfs),
     Allowed(r"sfs chat$", "talks to a terminal; tests/test_chat.py does", check_sfs),
     Allowed(r"sfs serve ", "runs until it is stopped; started where the page goes on to ask it", check_sfs),
 ]
