@@ -17,6 +17,7 @@ OUTSIDE = [
     "README.md",
     "CONTRIBUTING.md",
     "CHANGELOG.md",
+    "SECURITY.md",
     "kernels/README.md",
     "sfs_triton/embedded/README.md",
     "tests/golden/README.md",

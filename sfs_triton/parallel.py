@@ -169,9 +169,9 @@ class ProcessGroup(Group):
             f"a generation with tensor_parallel={self.size} cannot begin inside another: finish or close that first",
         )
         with self._busy:  # threads take turns, in the same order on all ranks or it is found here
+            self.agree("requests", request())
             self._thread = threading.get_ident()
             try:
-                self.agree("requests", request())
                 yield
             except RowFault:
                 raise  # which is the same on all ranks

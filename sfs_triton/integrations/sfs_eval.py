@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
@@ -49,7 +50,9 @@ def _evaluate() -> None:
     asked = harness.parse_args()
     include = getattr(asked, "include_path", None)
     require(include is None or Path(include).is_dir(), f"include_path={include!r} is not a folder")
-    _refuse_output(getattr(asked, "output_path", None))
+    output = getattr(asked, "output_path", None)
+    _refuse_output(output)
+    before = _written(output)
     try:
         harness.execute(asked)
     except SfsError:
@@ -61,6 +64,7 @@ def _evaluate() -> None:
         kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
         said = [f"lm-eval: {kind}{error}", *_broken(include)]
         raise RefusedError("; ".join(said) + " (LMEVAL_LOG_LEVEL=DEBUG shows where)") from error
+    _check_written(output, _written(output) - before)
 
 
 def _refuse_output(path: str | None) -> None:
@@ -71,6 +75,39 @@ def _refuse_output(path: str | None) -> None:
     parent = next(folder for folder in (place, *place.parents) if folder.exists())
     fine = parent.is_dir() and os.access(parent, os.W_OK) or parent == place and place.suffix == ".json"
     require(fine, f"output_path={path!r}: {str(parent)!r} is no folder that can be written to")
+
+
+def _written(path: str | None) -> set[Path]:
+    """The files of results where lm-eval writes them."""
+    if path is None:
+        return set()
+    place = Path(path)
+    if place.suffix == ".json":
+        return {*place.parent.glob(f"{place.stem}_*.json"), *place.parent.glob("samples_*.jsonl")}
+    return {*place.rglob("*.json"), *place.rglob("*.jsonl")}
+
+
+def _check_written(path: str | None, files: set[Path]) -> None:
+    """Remove what was written in part, of which lm-eval says only that it could not be saved.
+
+    Raises:
+        RefusedError: there was such a file, or there is none at all.
+    """
+    torn = [file for file in sorted(files) if not _is_whole(file)]
+    for file in torn:
+        file.unlink()
+    if torn or path is not None and os.environ.get("RANK", "0") == "0" and not files:
+        raise RefusedError(f"output_path={path!r}: the results could not be written; is the disk full?")
+
+
+def _is_whole(file: Path) -> bool:
+    try:
+        text = file.read_text(encoding="utf-8")
+        for part in text.splitlines() if file.suffix == ".jsonl" else [text]:
+            json.loads(part)
+    except ValueError:
+        return False
+    return True
 
 
 def _broken(folder: str | None) -> Iterator[str]:
