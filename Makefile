@@ -3,12 +3,15 @@
 # make bench-kernels   each kernel beside eager torch, torch.compile and libraries; toy sizes where there is no GPU
 # make test            install into .venv and run the test suite
 # make test-oldest     the kernels' tests under the oldest triton that will do, in .venv-oldest
+# make fuzz            random models, samplers, batches and hostile checkpoints: FUZZ_CASES of them; into FUZZ_REPORT
+# make audit           bandit over the code, pip-audit over what is installed (that needs a network)
 # make docs            build docs/ into site/
 # make resources       compile every kernel variant ahead of time and write kernels/resources.json
 #
 # Variables, read when .venv is made (remove it to choose anew): PYTHON (interpreter), TORCH (what to install where
 # torch is missing or older than 2.11), EXTRAS (optional dependencies), PINS (versions of others). ARGS is passed on to
-# the benchmark or to pytest.
+# the benchmark or to pytest. FUZZ_CASES, FUZZ_SEED, FUZZ_REPORT: how many cases, from which seed (default: the time), and
+# where the counts go.
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -21,7 +24,11 @@ BIN := $(VENV)/bin
 # The interpreter of this triton fails with newer numpy.
 OLDEST := "triton==3.6.0" "numpy<2.4"
 
-.PHONY: bench bench-all bench-kernels test test-oldest docs resources lint install
+FUZZ_CASES ?= 5000
+FUZZ_SEED ?= $(shell date +%s)
+FUZZ_REPORT ?= fuzz.json.partial
+
+.PHONY: bench bench-all bench-kernels test test-oldest fuzz audit docs resources lint install
 
 bench: install
 	$(BIN)/python bench/throughput.py $(ARGS)
@@ -38,6 +45,15 @@ test: install
 test-oldest:
 	$(MAKE) test VENV=.venv-oldest EXTRAS=test PINS='$(OLDEST)' \
 	  ARGS='tests/kernels tests/test_aot.py tests/test_kernel_benchmarks.py tests/test_ops.py tests/test_conformance.py $(ARGS)'
+
+fuzz: install
+	FUZZ_CASES=$(FUZZ_CASES) FUZZ_SEED=$(FUZZ_SEED) FUZZ_REPORT=$(FUZZ_REPORT) \
+	  $(BIN)/python -m pytest tests/fuzz -n auto $(ARGS)
+	@cat $(FUZZ_REPORT)
+
+audit: install
+	$(BIN)/python -m pip install --quiet bandit pip-audit
+	$(BIN)/python tests/audit.py
 
 docs: install
 	$(BIN)/python -m mkdocs build --strict

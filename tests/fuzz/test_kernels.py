@@ -1,0 +1,32 @@
+"""Generations through the Triton kernels beside torch: on a GPU where there is one, else in Triton's interpreter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sfs_triton.testing import brisk_interpreter
+
+from ..combinations import engine_with
+from .cases import Case, assert_outcomes, cases, models
+from .test_decoding import LOOPS, ended
+
+pytest.importorskip("triton")
+
+HEAD_DIMS = (16, 32)  # the attention kernel takes no smaller ones
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.mark.parametrize("loop", ["tight", "fixed", "replay"])
+def test_kernels_are_torch(fuzz, loop):
+    """With rows that go along in one launch (fixed, replay) and with rows that go alone (tight)."""
+    shapes = models(head_dims=HEAD_DIMS)
+
+    def check(case: Case) -> None:
+        wanted = case.run(case.model.engine(), trace=True)
+        engine = engine_with(case.model.engine("triton", DEVICE), loop if loop == "tight" else LOOPS[loop]())
+        with brisk_interpreter(overflow_checks=False):
+            found = case.run(engine, trace=True)
+        assert_outcomes(found, wanted)
+
+    fuzz(check, ended(cases(rows=2, longest=6, made=shapes)), examples=2, share=0.01)
