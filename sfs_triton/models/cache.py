@@ -78,7 +78,7 @@ class KVCache:
 
 
 class FeatureCache:
-    """dLLM-Cache's store: keys (unrotated) and values, attention and MLP outputs of every layer and position.
+    """dLLM-Cache's store: keys (rotated) and values, attention and MLP outputs of every layer and position.
 
     ``[layers, B, L + 1, width]`` each; idle rows are written to the spare place at the end.
     """
@@ -87,6 +87,7 @@ class FeatureCache:
         def empty(width: int) -> torch.Tensor:
             return torch.zeros((spec.n_layers, batch, length + 1, width), device=device, dtype=dtype)
 
+        self.spare = length
         self.k, self.v = empty(spec.kv_width), empty(spec.kv_width)
         self.attention, self.mlp = empty(spec.d_model), empty(spec.d_model)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 
@@ -193,15 +195,19 @@ class Transformer:
         at_response = ~at_prompt & (place < count[:, None])
         recompute = at_prompt & due.prompt | at_response & due.response
         width = due.longest * due.prompt + (stop - due.shortest) * due.response
-        listed, _ = self.ops.compact(recompute, capacity=min(width, stop))
         moved = None if due.response or not due.moved(stop) else ((count - scope.prompt).double() * due.ratio).long()
+        if moved is None and scope.count is None and due.shortest == due.longest:  # all alike, and in one stretch
+            rows = slice(0 if due.prompt else due.longest, stop if due.response else due.longest * due.prompt)
+        else:
+            listed, _ = self.ops.compact(recompute, capacity=min(width, stop))
+            rows = _Listed.of(listed, cache.spare)
         for index, layer in enumerate(self.weights.layers):
             h = self.ops.rms_norm(x, layer.attn_norm, self.spec.norm_eps)
             kept = [t[index] if scope.batch is None else t[index][scope.batch] for t in cache.tensors]
-            rows = listed
             if moved is not None:
-                rows = torch.cat((listed, self._moved(h, kept[1], layer, at_response, moved, due)), 1)
-            if rows.shape[1]:
+                others = self._moved(h, kept[1], layer, at_response, moved, due)
+                rows = _Listed.of(torch.cat((listed, others), 1), cache.spare)
+            if width or moved is not None:
                 self._recompute(x, h, rows, layer, scope, *kept)
             if scope.batch is not None:
                 for t, mine in zip(cache.tensors, kept, strict=True):
@@ -239,7 +245,7 @@ class Transformer:
         self,
         x: torch.Tensor,
         h: torch.Tensor,
-        rows: torch.Tensor,
+        rows: _Listed | slice,
         layer: LayerWeights,
         scope: Scope,
         k: torch.Tensor,
@@ -247,23 +253,48 @@ class Transformer:
         mixed: torch.Tensor,
         mlp: torch.Tensor,
     ) -> None:
-        """Recompute keys, values, attention and MLP outputs at ``rows [b, m]``, -1 idle, in place."""
+        """Recompute keys, values, attention and MLP outputs at ``rows``, in place."""
         spec, stop = self.local, x.shape[1]
-        source = rows.clamp(min=0).long()
-        spare = torch.where(rows < 0, k.shape[1] - 1, rows.long())
-        projected = self._project(h.gather(1, _wide(source, h)), layer)
-        q, k_new, v_new = projected.split((spec.q_width, spec.kv_width, spec.kv_width), -1)
-        k.scatter_(1, _wide(spare, k), k_new)
-        v.scatter_(1, _wide(spare, v), v_new)
-        keys = self._heads(k[:, :stop].clone())  # rotated in place, and kept unrotated
-        q = self.ops.rope_cache(self._heads(q), None, None, self._cos, self._sin, rows)[0]
-        tables = self._cos[:stop], self._sin[:stop]
-        _, keys, values = self.ops.rope_cache(None, keys, self._heads(v[:, :stop]), *tables, None)
+        projected = self._project(_taken(h, rows), layer)
+        heads = self._heads(projected).split((spec.n_heads, spec.n_kv_heads, spec.n_kv_heads), 2)
+        if isinstance(rows, slice):
+            q, fresh, values = self.ops.rope_cache(*heads, self._cos[rows], self._sin[rows], None)
+        else:
+            q, fresh, values = self.ops.rope_cache(*heads, self._cos, self._sin, rows.place)
+        _put(k, rows, fresh.flatten(2))
+        _put(v, rows, values.flatten(2))
         ranges = {"key_range": scope.key_range, "counters": scope.counters}
-        out = self._sum(self.ops.attention(q, keys, values, **ranges).flatten(2), layer.out)
-        mixed.scatter_(1, _wide(spare, mixed), out)
-        h = self.ops.rms_norm(out, layer.mlp_norm, spec.norm_eps, residual=x.gather(1, _wide(source, x)))
-        mlp.scatter_(1, _wide(spare, mlp), self._mlp(h, layer))
+        attended = self.ops.attention(q, self._heads(k[:, :stop]), self._heads(v[:, :stop]), **ranges)
+        out = self._sum(attended.flatten(2), layer.out)
+        _put(mixed, rows, out)
+        h = self.ops.rms_norm(out, layer.mlp_norm, spec.norm_eps, residual=_taken(x, rows))
+        _put(mlp, rows, self._mlp(h, layer))
+
+
+class _Listed(NamedTuple):
+    """A list of rows of each canvas: where they are, from where to read, and to where to write."""
+
+    place: torch.Tensor  # int32 [b, m], -1 idle
+    source: torch.Tensor  # int64; idle rows read the first
+    target: torch.Tensor  # int64; and are written to a spare place
+
+    @classmethod
+    def of(cls, place: torch.Tensor, spare: int) -> _Listed:
+        wide = place.long()
+        return cls(place, wide.clamp(min=0), torch.where(place < 0, spare, wide))
+
+
+def _taken(x: torch.Tensor, rows: _Listed | slice) -> torch.Tensor:
+    """The rows of ``x [b, n, width]``, as a copy."""
+    return x[:, rows].clone() if isinstance(rows, slice) else x.gather(1, _wide(rows.source, x))
+
+
+def _put(x: torch.Tensor, rows: _Listed | slice, values: torch.Tensor) -> None:
+    """Write ``values [b, m, width]`` to the rows of ``x``, in place."""
+    if isinstance(rows, slice):
+        x[:, rows] = values
+    else:
+        x.scatter_(1, _wide(rows.target, x), values)
 
 
 def _wide(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
