@@ -2,8 +2,10 @@
 # make bench-all       everything that can be measured without a GPU, a quarter of an hour; into bench/results/<machine>/
 # make bench-kernels   each kernel beside eager torch, torch.compile and libraries; toy sizes where there is no GPU
 # make test            install into .venv and run the test suite
+# make test-slow       what the test suite leaves out because it takes half a minute or more
 # make test-oldest     the kernels' tests under the oldest triton that will do, in .venv-oldest
 # make fuzz            random models, samplers, batches and hostile checkpoints: FUZZ_CASES of them; into FUZZ_REPORT
+# make soak            mixed requests against a server for MINUTES, 30 if not said; into bench/results/<machine>/
 # make audit           bandit over the code, pip-audit over what is installed (that needs a network)
 # make docs            build docs/ into site/
 # make resources       compile every kernel variant ahead of time and write kernels/resources.json
@@ -24,11 +26,12 @@ BIN := $(VENV)/bin
 # The interpreter of this triton fails with newer numpy.
 OLDEST := "triton==3.6.0" "numpy<2.4"
 
+MINUTES ?= 30
 FUZZ_CASES ?= 5000
 FUZZ_SEED ?= $(shell date +%s)
 FUZZ_REPORT ?= fuzz.json.partial
 
-.PHONY: bench bench-all bench-kernels test test-oldest fuzz audit docs resources lint install
+.PHONY: bench bench-all bench-kernels test test-slow test-oldest fuzz soak audit docs resources lint install
 
 bench: install
 	$(BIN)/python bench/throughput.py $(ARGS)
@@ -42,6 +45,9 @@ bench-kernels: install
 test: install
 	$(BIN)/python -m pytest -n auto $(ARGS)
 
+test-slow: install
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
 test-oldest:
 	$(MAKE) test VENV=.venv-oldest EXTRAS=test PINS='$(OLDEST)' \
 	  ARGS='tests/kernels tests/test_aot.py tests/test_kernel_benchmarks.py tests/test_ops.py tests/test_conformance.py $(ARGS)'
@@ -50,6 +56,10 @@ fuzz: install
 	FUZZ_CASES=$(FUZZ_CASES) FUZZ_SEED=$(FUZZ_SEED) FUZZ_REPORT=$(FUZZ_REPORT) \
 	  $(BIN)/python -m pytest tests/fuzz -n auto $(ARGS)
 	@cat $(FUZZ_REPORT)
+
+soak: install
+	$(BIN)/python -m pip install --quiet -e ".[serve]"
+	$(BIN)/python -m bench.soak --minutes $(MINUTES) $(ARGS)
 
 audit: install
 	$(BIN)/python -m pip install --quiet bandit pip-audit

@@ -26,6 +26,7 @@ if str(ROOT) not in sys.path:
 import torch  # noqa: E402
 
 from bench.figures import machine  # noqa: E402
+from bench.measured import replace_file  # noqa: E402
 
 RESULTS = ROOT / "bench" / "results"
 RAW = "benchmark.json"  # what pytest-benchmark writes, of which the figures are kept
@@ -88,7 +89,7 @@ def condense(raw: Path, to: Path) -> None:
         return
     found = json.loads(raw.read_text(encoding="utf-8"))["benchmarks"]
     lines = [{"test": b["name"], "median_s": b["stats"]["median"], **b["extra_info"]} for b in found]
-    to.write_text("[\n" + ",\n".join(json.dumps(line) for line in lines) + "\n]\n", encoding="utf-8")
+    replace_file(to, "[\n" + ",\n".join(json.dumps(line) for line in lines) + "\n]\n")
     raw.unlink()
 
 
@@ -118,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             ended.append(start(job, out.resolve()))
             condense(out / RAW, out / f"{job.name}.json")
             record = {"machine": about, "date": time.strftime("%Y-%m-%d %H:%M"), "jobs": ended}
-            (out / "run.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+            replace_file(out / "run.json", json.dumps(record, indent=1) + "\n")
     except OSError as error:
         print(f"error: {out}: {error.strerror}", file=sys.stderr)
         return 2

@@ -24,6 +24,7 @@ import torch
 import triton
 
 from bench.kernels.case import GEOMETRIES
+from bench.measured import replace_file
 from bench.step_count import (
     IMPLS,
     NAMES,
@@ -355,7 +356,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = _parser()
     given = parser.parse_args(argv)
     if given.write_doc:
-        DOC.write_text(rendered(DOC.read_text(), doc_tables()))
+        replace_file(DOC, rendered(DOC.read_text(), doc_tables()))
         return 0
     try:
         cycle = Cycle(given.slow, given.fast, given.tokens, given.refresh_cycles or None)
@@ -370,7 +371,7 @@ def main(argv: list[str] | None = None) -> int:
     if given.json:
         text = json.dumps(record(*what), indent=1) + "\n"
         try:
-            given.json.write_text(text)
+            replace_file(given.json, text)
         except OSError as error:
             parser.error(f"--json {given.json}: {error.strerror}")
     show(*what)

@@ -22,6 +22,7 @@ from pathlib import Path
 import httpx
 
 from bench.loopback import RESIDENT, check_loopback, counted, environment, own_server, quantiles, table_prompt
+from bench.measured import replace_file
 
 MAX_CLIENTS, MAX_SECONDS = 256, 600
 
@@ -174,7 +175,7 @@ def main() -> None:
             result = asyncio.run(load(server.url, options))
     text = json.dumps(result, indent=1)
     if options.out:
-        options.out.write_text(text + "\n", encoding="utf-8")
+        replace_file(options.out, text + "\n")
     print(text)
 
 

@@ -177,7 +177,7 @@ def answer(engine: Engine, settings: BatchSettings, rows: Sequence[Row]) -> Fini
 def _encode(engine: Engine, settings: BatchSettings, row: Row) -> list[int]:
     """Token ids of a row's prompt; refuses whatever ``Engine.generate`` would refuse."""
     ids, length = engine.encode(row.prompt, settings.raw, row.line), row.gen_length or settings.gen_length
-    engine._check_room(row.line, len(ids), length)
+    engine.check_room(row.line, len(ids), length)
     mask = engine.spec.mask_id
     require(mask not in ids, f"prompt {row.line} holds the mask id {mask}")
     settings.sampler.check_length(length)

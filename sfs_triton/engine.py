@@ -208,7 +208,7 @@ class Engine:
         rows = [self.encode(c, True, i) for i, c in enumerate([canvases] if single else canvases)]
         for index, ids in enumerate(rows):
             require(self.spec.mask_id in ids, f"canvas {index} holds no mask (id {self.spec.mask_id})")
-            self._check_room(index, len(ids), 0)
+            self.check_room(index, len(ids), 0)
         request = _request(rows, [0] * len(rows), sampler, cache, seed, trace, _frames_for(on_step))
         lost = [i for i, row in enumerate(rows) if row[0] == self.spec.mask_id]
         require(
@@ -283,7 +283,7 @@ class Engine:
         canvases = []
         for index, (ids, length) in enumerate(zip(rows, lengths, strict=True)):
             require(length > 0, f"gen_length={length} is not positive" + (f" (row {index})" if len(rows) > 1 else ""))
-            self._check_room(index, len(ids), length)
+            self.check_room(index, len(ids), length)
             if self.spec.mask_id in ids:
                 raise ArgumentError(
                     f"prompt {index} holds the mask id {self.spec.mask_id} at position "
@@ -295,7 +295,8 @@ class Engine:
             request.sampler.check_length(length)
         return request, single
 
-    def _check_room(self, index: int, given: int, length: int) -> None:
+    def check_room(self, index: int, given: int, length: int) -> None:
+        """Raise ArgumentError unless ``given`` and ``length`` more positions are within what the model allows."""
         require(
             given + length <= self.spec.max_length,
             f"row {index} has {given} + {length} = {given + length} positions, the model allows {self.spec.max_length}",

@@ -42,12 +42,12 @@ class Lane:
         try:
             with torch.device("cpu"):  # and not what the caller's default device is
                 self._allocate(response)
-        except (torch.OutOfMemoryError, RuntimeError) as error:
-            if not isinstance(error, torch.OutOfMemoryError) and "memory" not in str(error):
+        except RuntimeError as error:
+            if not is_lack_of_memory(error):
                 raise
             full = True
         if model.group.any(full):  # what was allocated before it failed is free again by now
-            raise OutOfDeviceMemory(_no_room(model, kind, slots, length))
+            raise OutOfDeviceMemory(self._no_room())
         self._rows: list[Row | None] = [None] * slots
         self._ending: list[int] = []  # slots of rows that are done, whose last copy is on its way
         self._reports: Reports | None = None
@@ -90,6 +90,21 @@ class Lane:
         cache = 0 if store is None else branches * store.values(model.local, length) * model.dtype.itemsize
         return slots * (cache + 80 * length)
 
+    def _no_room(self) -> str:
+        model, needed = self.model, Lane.bytes_needed(self.model, self.kind, self.slots, self.length)
+        text = (
+            f"{self.slots} canvases of {self.length} positions with cache={self.kind.policy.name!r} need "
+            f"{needed / 2**30:.2f} GiB on {str(model.device)!r}"
+        )
+        if model.device.type != "cuda":
+            return text + "; use fewer or shorter canvases"
+        kept = torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)  # by torch, unused
+        free = torch.cuda.mem_get_info(model.device)[0] + kept
+        fits = int(self.length * free / needed)
+        return (
+            text + f", and {free / 2**30:.2f} GiB are free: {self.slots} canvases of up to {fits} positions would fit"
+        )
+
     # ------------------------------------------------------------------------------------------ rows that come and go
 
     def fits(self, kind: Kind, slots: int, length: int, response: int) -> bool:
@@ -105,8 +120,11 @@ class Lane:
             with torch.inference_mode(), torch.device("cpu"):
                 loop.prepare(self.step)
         except RuntimeError as error:
-            if isinstance(error, SfsError) or not self._loops.fall_back(loop, error):
+            full = is_lack_of_memory(error)
+            if full or isinstance(error, SfsError) or not self._loops.fall_back(loop, error):
                 self._leave()
+                if full:
+                    raise OutOfDeviceMemory(self._no_room()) from error
                 raise
 
     @property
@@ -200,15 +218,14 @@ class Lane:
         return moved
 
     def _tell(self, report: Report) -> list[Row]:
-        """Let rows know of a step that they took, unless it is one that a loop repeats."""
+        """Let rows know of a step that they took, unless it is one that they take again."""
         told = []
         for view in report.rows:
             row = self._rows[view.index]
-            if view.step < row.steps:
-                continue
-            row.take(view, report)
-            told.append(row)
-            if row.control[COLUMN["done"]]:
+            if view.step >= row.steps:
+                row.take(view, report)
+                told.append(row)
+            if report.control[view.index][COLUMN["done"]]:
                 self._end(view.index)
         return told
 
@@ -228,7 +245,8 @@ class Lane:
                 yield from loop.run(self.step)
                 return
             except RuntimeError as error:  # what torch raises for CUDA's
-                if isinstance(error, SfsError) or not self._loops.fall_back(loop, error):
+                told = isinstance(error, SfsError) or is_lack_of_memory(error)  # another loop would fare no better
+                if told or not self._loops.fall_back(loop, error):
                     raise
             for slot, row in enumerate(self._rows):
                 if row is not None and slot not in self._ending:
@@ -272,15 +290,6 @@ def _set_schedule(state: DecodeState, slot: int, sampler: FixedSteps, row: Row) 
         send(state.uniform[slot, :draws], torch.rand(draws, generator=source, dtype=torch.float32))
 
 
-def _no_room(model: Transformer, kind: Kind, slots: int, length: int) -> str:
-    needed = Lane.bytes_needed(model, kind, slots, length)
-    text = (
-        f"{slots} canvases of {length} positions with cache={kind.policy.name!r} need "
-        f"{needed / 2**30:.2f} GiB on {str(model.device)!r}"
-    )
-    if model.device.type != "cuda":
-        return text + "; use fewer or shorter canvases"
-    kept = torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)  # by torch, unused
-    free = torch.cuda.mem_get_info(model.device)[0] + kept
-    fits = int(length * free / needed)
-    return text + f", and {free / 2**30:.2f} GiB are free: {slots} canvases of up to {fits} positions would fit"
+def is_lack_of_memory(error: BaseException) -> bool:
+    """Whether torch says so: of a GPU's memory in a class of its own, of the host's in words."""
+    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)

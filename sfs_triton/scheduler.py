@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from .errors import OutOfDeviceMemory
-from .lane import Lane
+from .lane import Lane, is_lack_of_memory
 from .loops import LoopChoice
 from .models import Transformer
 from .request import Kind
@@ -160,10 +160,6 @@ class Scheduler:
         """Queue a row."""
         self._waiting.append(row)
 
-    def submit_first(self, rows: Sequence[Row]) -> None:
-        """Queue rows before all that wait."""
-        self._waiting.extendleft(reversed(rows))
-
     def drop(self, row: Row) -> None:
         """End a row before its next step; see :meth:`Lane.drop <sfs_triton.lane.Lane.drop>`."""
         if row in self._waiting:
@@ -178,21 +174,39 @@ class Scheduler:
 
         A row whose end is known is ``over``. Empty where the last rows have just ended.
 
+        Rows of a lane that ran out of memory in a step begin again, fewer side by side; no step is told of twice.
+
         Raises:
-            OutOfDeviceMemory: there is no room for the oldest row that waits, with nothing else there.
-            Exception: whatever a lane fails with. ``fallen`` has the rows that were lost with it.
+            OutOfDeviceMemory: there is no memory for a row that has a lane to itself.
+            Exception: whatever a lane fails with. In either case ``fallen`` has the rows that were lost.
         """
         self._admit()
         for _ in range(len(self._open)):
             each = self._open[0]
             self._open.rotate(-1)
-            if rows := each.lane.rows:
-                try:
-                    return each.lane.advance()
-                except BaseException:
-                    self.fallen = [row for row in rows if not row.over]
-                    self._open.remove(each)
-                    raise
+            if each.lane.rows:
+                return self._advance(each)
+        return []
+
+    def _advance(self, each: _Open) -> list[Row]:
+        lane, rows = each.lane, each.lane.rows
+        try:
+            return lane.advance()
+        except BaseException as error:
+            self._open.remove(each)
+            full = is_lack_of_memory(error)
+            if not full or lane.slots == 1 or lane.model.group.size > 1:
+                self.fallen = [row for row in rows if not row.over]
+                if full:
+                    where = f"a canvas of {lane.length} positions with cache={lane.kind.policy.name!r}"
+                    raise OutOfDeviceMemory(f"no memory for a step of {where}: {_first_line(error)}") from error
+                raise
+            lost = _first_line(error)
+        self.slots = max(1, len(rows) // 2)
+        logger.warning("lanes have at most %d slots from now on: no memory for a step: %s", self.slots, lost)
+        for row in rows:
+            row.over = row.over or row.dropped  # as far as it was known
+        self._waiting.extendleft(reversed([row for row in rows if not row.over]))
         return []
 
     def close(self) -> None:
@@ -269,3 +283,7 @@ class Scheduler:
     def _affords(self, kind: Kind, slots: int, room: Room) -> bool:
         taken = sum(each.bytes for each in self._open)
         return self._memory is None or taken + self._lanes.bytes_needed(kind, slots, room) <= self._memory
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).splitlines()[0]

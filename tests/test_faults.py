@@ -1,20 +1,28 @@
-"""What goes wrong in a generation: rows that break, memory that is not there, loops that fail."""
+"""What goes wrong in a generation: rows that break, no memory, loops that fail, checkpoints that change."""
 
 from __future__ import annotations
 
 import gc
+import json
 import logging
+import os
 import re
+import signal
+import subprocess
+import sys
 import threading
 import weakref
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import sfs_triton
 from sfs_triton import (
     ArgumentError,
+    CheckpointError,
     Engine,
     LoopTimeout,
     NumericalFault,
@@ -24,8 +32,8 @@ from sfs_triton import (
     StepCapExceeded,
     Threshold,
 )
-from sfs_triton.loops import EagerLoop, ReplayLoop
-from sfs_triton.models import Transformer
+from sfs_triton.loops import EagerLoop, ReplayLoop, Step
+from sfs_triton.models import Transformer, weights
 from sfs_triton.models.cache import FeatureCache, KVCache
 
 from .combinations import LOOPS, POLICIES, PROMPTS, RAGGED, SAMPLERS, SOME_PAIRS, assert_same, engine_with, stand_in
@@ -125,6 +133,26 @@ def test_all_rows_break(engines):
     assert caught.value.finished == {}
 
 
+@pytest.mark.parametrize("loop", LOOPS)
+def test_nan_in_one_layer_breaks_every_row_by_name(engines, loop):
+    """All rows read the same weights. What is mended is whole again: nothing of it stays in a cache."""
+    weights = engines["llada-mha"].model.weights
+    layers = list(weights.layers)
+    layers[-1] = replace(layers[-1], down=layers[-1].down.clone())
+    layers[-1].down[3, 5] = torch.nan
+    model = Transformer(engines["llada-mha"].spec, replace(weights, layers=tuple(layers)))
+    engine = engine_with(Engine(model), loop)
+    named = "NaN logits: row 0 at step 0, row 1 at step 0, row 2 at step 0$"
+    for cache in ("none", "refresh", "region"):
+        with pytest.raises(NumericalFault, match=named) as caught:
+            engine.generate(**RAGGED, cache=cache)
+        assert caught.value.finished == {}
+    layers[-1].down[3, 5] = weights.layers[-1].down[3, 5]
+    for cache in ("region", "none"):
+        wanted = engine_with(engines["llada-mha"]).generate(**RAGGED, cache=cache)
+        assert_same(engine.generate(**RAGGED, cache=cache), wanted)
+
+
 # ------------------------------------------------------------------------------------------- memory that is not there
 
 
@@ -144,7 +172,7 @@ def test_out_of_memory_says_how_much_is_needed(engines, monkeypatch, cache, stor
     with pytest.raises(OutOfDeviceMemory) as caught:
         engine.generate(prompts=PROMPTS, gen_length=32, sampler=sampler, cache=cache)
     text = str(caught.value)
-    assert "3 canvases of 45 positions" in text and f"cache={cache!r}" in text and "GiB" in text and "'cpu'" in text
+    assert "1 canvases of 45 positions" in text and f"cache={cache!r}" in text and "GiB" in text and "'cpu'" in text
     monkeypatch.undo()
     assert_same(engine.generate(**OPTIONS, sampler=sampler, cache=cache), wanted)
 
@@ -171,13 +199,65 @@ def test_caches_that_no_one_uses_make_room(engines, monkeypatch):
     engine, alive, allocate = engine_with(engines["llada-mha"]), [], KVCache.__init__
 
     def note(self, *given):
-        alive.append(len(engine._spare))
+        alive.append(len(engine.lanes.spare))
         allocate(self, *given)
 
     monkeypatch.setattr(KVCache, "__init__", note)
     for length in (8, 16, 24):
         engine.generate(PROMPTS[0], gen_length=length, sampler=Threshold(block_length=8), cache="prefix")
     assert alive == [0, 0, 0]
+
+
+def _crowded(most: int, at: int = 2):
+    """A step's ``run`` that finds no memory for more rows than that, once one of them is at step ``at``."""
+    run = Step.run
+
+    def crowded(step, *given, **named):
+        rows = step.running()
+        if len(rows) > most and max(row.step for row in rows) == at:
+            raise torch.OutOfMemoryError("no room for activations")
+        run(step, *given, **named)
+
+    return crowded
+
+
+@pytest.mark.parametrize("most", [1, 2])
+@pytest.mark.parametrize("loop", ["tight", "fixed", "replay"])
+def test_no_memory_for_a_step_takes_fewer_rows_at_a_time(engines, monkeypatch, caplog, loop, most):
+    """They begin again, and nobody is told of a step twice."""
+    engine, frames = engine_with(engines["llada-mha"], loop), []
+    wanted = engine_with(engines["llada-mha"]).generate(**RAGGED, cache="region", trace=True)
+    monkeypatch.setattr(Step, "run", _crowded(most))
+    done = engine.generate(**RAGGED, cache="region", trace=True, on_step=frames.append)
+    assert_same(done, wanted)
+    assert "at most 1 slots from now on: no memory for a step: no room for activations" in caplog.text
+    for row, result in enumerate(wanted):
+        told = [place for frame in frames for place in frame.committed[row]]
+        assert len(told) == len(set(told)) == sum(step >= 0 for step in result.commit_step)
+    assert engine.loop == engine_with(engines["llada-mha"], loop).loop
+
+
+def test_no_memory_for_one_row_is_said_so(engines, monkeypatch):
+    """The next generation may have room again."""
+    engine = engine_with(engines["llada-mha"])
+    wanted = engine.generate(**OPTIONS, cache="region")
+    monkeypatch.setattr(Step, "run", _crowded(0))
+    for given in (OPTIONS, RAGGED):
+        with pytest.raises(
+            OutOfDeviceMemory, match=r"for a step of a canvas of \d+ positions with cache='region': no room"
+        ):
+            engine.generate(**given, cache="region")
+    monkeypatch.undo()
+    assert_same(engine.generate(**OPTIONS, cache="region"), wanted)
+
+
+@pytest.mark.parametrize("at", [None, 3])
+def test_no_memory_is_no_failure_of_a_loop(engines, at):
+    """The loop below needs as much."""
+    engine = engine_with(engines["llada-mha"], Failing(at, torch.OutOfMemoryError("CUDA out of memory.")))
+    with pytest.raises(OutOfDeviceMemory):
+        engine.generate(**RAGGED)
+    assert engine.loop == "replay"
 
 
 @pytest.mark.gpu
@@ -342,4 +422,94 @@ def test_a_session_that_failed_is_not_used_again(engines, error):
     with pytest.raises(type(error)):
         engine.generate(**OPTIONS)
     gc.collect()
-    assert engine._spare == [] and mail[0]() is not None
+    assert engine.lanes.spare == [] and mail[0]() is not None
+
+
+# ----------------------------------------------------------------------------- checkpoints that change as they are read
+
+
+def _sharded(folder: Path) -> list[Path]:
+    """Split a checkpoint's one file into two, with an index."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(tensors)
+    parts = {"one.safetensors": names[::2], "two.safetensors": names[1::2]}
+    for file, its in parts.items():
+        save_file({name: tensors[name] for name in its}, folder / file)
+    index = {"weight_map": {name: file for file, its in parts.items() for name in its}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return [folder / file for file in parts]
+
+
+def test_a_shard_that_vanishes_is_named(checkpoint, monkeypatch):
+    """After the index and the first shard were read."""
+    _, second = _sharded(checkpoint)
+    opened = weights.safe_open
+
+    def vanish(path, **how):
+        second.unlink(missing_ok=True)
+        return opened(path, **how)
+
+    sfs_triton.load(checkpoint, "cpu")
+    monkeypatch.setattr(weights, "safe_open", vanish)
+    with pytest.raises(CheckpointError, match=re.escape(str(second))):
+        sfs_triton.load(checkpoint, "cpu")
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_file_that_is_gone_before_it_is_read_is_named(checkpoint, name):
+    (checkpoint / name).unlink()
+    with pytest.raises(CheckpointError, match=re.escape(name)):
+        sfs_triton.load(checkpoint, "cpu")
+
+
+@pytest.mark.parametrize("how", [Path.unlink, lambda path: os.replace(_garbage(path), path)], ids=["gone", "replaced"])
+def test_a_file_that_is_open_is_read_to_its_end(checkpoint, engines, monkeypatch, how):
+    """Whoever deletes it or puts another in its place does not reach what is being read."""
+    check = weights._check
+
+    def change(*given):
+        check(*given)
+        how(checkpoint / "model.safetensors")
+
+    monkeypatch.setattr(weights, "_check", change)
+    engine = sfs_triton.load(checkpoint, "cpu")
+    assert_same(engine.generate(**OPTIONS), engines["llada-mha"].generate(**OPTIONS))
+
+
+def _garbage(path: Path) -> Path:
+    other = path.with_name("other")
+    other.write_bytes(b"garbage")
+    return other
+
+
+CUT = """
+import os, sys
+import sfs_triton
+from sfs_triton.models import weights
+
+check = weights._check
+
+def cut(*given):
+    check(*given)
+    os.truncate(sys.argv[1] + "/model.safetensors", int(sys.argv[2]))
+
+weights._check = cut
+try:
+    sfs_triton.load(sys.argv[1], "cpu")
+except sfs_triton.CheckpointError as error:
+    print("refused:", error)
+else:
+    print("loaded")
+"""
+
+
+def test_a_file_that_is_cut_as_it_is_read_gives_no_engine(checkpoint):
+    """It is mapped into memory, and the system ends whoever reads where there is nothing any more."""
+    command = [sys.executable, "-c", CUT, str(checkpoint)]
+    size = (checkpoint / "model.safetensors").stat().st_size
+    whole = subprocess.run([*command, str(size)], capture_output=True, text=True, timeout=120)
+    assert (whole.returncode, whole.stdout) == (0, "loaded\n"), whole.stderr
+    done = subprocess.run([*command, str(size // 4)], capture_output=True, text=True, timeout=120)
+    refused = done.returncode == 0 and done.stdout.startswith("refused: ") and str(checkpoint) in done.stdout
+    assert refused or done.returncode == -signal.SIGBUS, (done.returncode, done.stdout, done.stderr)

@@ -452,7 +452,7 @@ LAUNCHERS = {
 }
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize("launcher", ["torchrun", pytest.param("accelerate", marks=pytest.mark.slow)])
 def test_two_ranks_share_the_work(tmp_path, model, manager, launcher):
     if launcher == "accelerate":
         pytest.importorskip("accelerate")

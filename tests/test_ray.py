@@ -185,6 +185,7 @@ def test_processes_listen_on_loopback_only(cluster):
     assert listening and {ip.removeprefix("::ffff:") for ip in listening} <= {"127.0.0.1", "::1"}
 
 
+@pytest.mark.slow
 def test_a_driver_is_killed_and_the_run_goes_on(source, whole, tmp_path, embedded):
     """Its workers end with it, and what they had finished stays."""
     out, parts = tmp_path / "out.jsonl", tmp_path / "out.jsonl.parts"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Iterator
 
 import pytest
@@ -157,6 +158,22 @@ def test_bodies_that_are_encoded(server):
         assert f"Content-Encoding: {coding[:40]} " in error["message"]
     answer = httpx.post(server.url + CHAT, content=body, headers={**JSON, "Content-Encoding": "identity"})
     assert answer.status_code == 200
+
+
+def test_who_sends_too_much_is_told_so(server):
+    """And not cut off in the middle of sending, whatever comes how slowly. Who asks first is told at once."""
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    part = b"10000\r\n" + b"a" * 0x10000 + b"\r\n"
+    for body in (
+        b"Content-Length: 6291456\r\n\r\n" + b"a" * 6291456,
+        b"Transfer-Encoding: chunked\r\n\r\n" + part * 60,
+    ):
+        with socket.create_connection(("127.0.0.1", server.port), timeout=10) as sending:
+            sending.sendall(head + body)
+            assert sending.recv(100).startswith(b"HTTP/1.1 413 ")
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as asking:
+        asking.sendall(head + b"Content-Length: 9999999\r\nExpect: 100-continue\r\n\r\n")
+        assert asking.recv(100).startswith(b"HTTP/1.1 413 ")
 
 
 def test_pages_of_other_origins_get_nothing(server):

@@ -43,7 +43,7 @@ _REFUSALS = {
     421: "The Host header names another server.",
     429: "The queue is full; Retry-After says when to come back.",
     500: "The generation failed.",
-    503: "The server is shutting down.",
+    503: "The server is shutting down, or its engine has stopped.",
     504: "The time limit is over.",
 }
 

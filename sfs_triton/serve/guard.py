@@ -18,6 +18,8 @@ from .settings import ServeSettings
 
 logger = logging.getLogger("sfs_triton")
 
+_LINGER = 1.0  # seconds for which the rest of a body that is too large is still read
+
 _PROTECTED = ("/v1/", "/metrics")  # what needs the API key
 # The page loads its own files and nothing else, runs no text as code, and cannot be framed.
 _POLICY = {
@@ -115,8 +117,11 @@ class Guard:
                 raise ApiError(415, "Content-Type must be application/json", code="unsupported_media_type")
 
     async def _body(self, scope: dict, receive: Any) -> bytes:
-        declared = Headers(scope=scope).get("content-length", "0")
+        headers = Headers(scope=scope)
+        declared = headers.get("content-length", "0")
         if declared.isdecimal() and len(declared) < 20 and int(declared) > self._settings.max_body:
+            if "expect" not in headers:  # who asks first has not begun to send
+                await self._linger(receive)
             raise self._too_large()
         try:
             return await asyncio.wait_for(self._read(receive), self._settings.body_seconds)
@@ -132,9 +137,24 @@ class Guard:
             parts.append(message.get("body", b""))
             size += len(parts[-1])
             if size > self._settings.max_body:
+                if message.get("more_body"):
+                    await self._linger(receive)
                 raise self._too_large()
             if not message.get("more_body"):
                 return b"".join(parts)
+
+    async def _linger(self, receive: Any) -> None:
+        """Read on for a moment, and keep nothing: where a connection is closed with bytes unread, the client is cut
+        off, and may not see what it is told."""
+
+        async def rest() -> None:
+            while (message := await receive())["type"] == "http.request" and message.get("more_body"):
+                pass
+
+        try:
+            await asyncio.wait_for(rest(), _LINGER)
+        except (asyncio.TimeoutError, TimeoutError):
+            pass
 
     def _too_large(self) -> ApiError:
         close = {"Connection": "close"}

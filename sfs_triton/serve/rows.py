@@ -130,7 +130,7 @@ class Job:
 
 
 class Follower:
-    """Follows the row of a job, and tells the job what becomes of it. A row may begin again: no step is told twice."""
+    """Follows the row of a job, and tells the job what becomes of it. A row may get a slot more than once."""
 
     def __init__(self, job: Job, codec: TextCodec, spec: ModelSpec, piece: Callable[[int], str]):
         self.job, self._spec, self._piece = job, spec, piece
@@ -153,8 +153,6 @@ class Follower:
         """Take in a step of the row: tell of it, and finish the job if its answer is complete."""
         job, first, stop = self.job, self.job.wanted.first, self.job.wanted.stop
         trace = row.tracer.steps.pop() if row.tracer.steps else None
-        if row.steps <= self._nfe:
-            return
         self._nfe = row.steps
         canvas, settled = row.tokens, min(row.settled, stop)
         filled = not row.running and not self._open(canvas)

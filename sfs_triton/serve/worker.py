@@ -9,10 +9,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
-
 from ..engine import Engine
-from ..errors import OutOfDeviceMemory
 from ..row import Row, fault_of
 from ..scheduler import Scheduler, room_around
 from .errors import ApiError, busy, from_failure, stopped, stopping, too_late
@@ -216,26 +213,11 @@ class Worker:
             self._scheduler.drop(row)
 
     def _recover(self, error: Exception) -> None:
-        """Rows of a lane that failed: what did not fit into memory together may fit in parts, from now on smaller ones;
-        anything else is the end of them."""
-        lost = [row for row in self._scheduler.fallen if row in self._followers]
-        full = isinstance(error, (OutOfDeviceMemory, torch.OutOfMemoryError))
-        if full and len(lost) > 1:
-            self._scheduler.slots = max(1, len(lost) // 2)
-            logger.warning("lanes have at most %d slots from now on: %s", self._scheduler.slots, error)
-            again = [self._again(row) for row in lost]
-            self._scheduler.submit_first(again)
-            return
+        """The end of rows whose lane failed."""
         logger.error("a generation failed", exc_info=error)
-        for row in lost:
-            self._part(row, from_failure(error), "failed")
-
-    def _again(self, row: Row) -> Row:
-        """The same row from its begin. Its follower tells nothing twice."""
-        follower = self._followers.pop(row)
-        (fresh,) = Row.of(follower.job.wanted.request, self._engine.spec.mask_id)
-        self._followers[fresh] = follower
-        return fresh
+        for row in self._scheduler.fallen:
+            if row in self._followers:
+                self._part(row, from_failure(error), "failed")
 
     def _late(self, job: Job) -> ApiError | None:
         """What to tell a job whose time is over."""

@@ -1,0 +1,187 @@
+"""The same seed gives the same tokens: in another process, on other threads, in any company, by any loop, at any face.
+
+Rows that join and leave a batch are in tests/test_scheduler.py, orders of a batch in tests/test_batches.py, and
+all samplers and caches on all loops in tests/test_loops.py. docs/reliability.md says where it ends.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+import sfs_triton
+from sfs_triton import FixedSteps, Generation, RegionCache, SlowFast, Threshold
+
+from .combinations import LOOPS, engine_with
+
+ROOT = Path(__file__).parent.parent
+SUMS = "15,44,79,50"
+TABLE = "Rewrite as JSON:\nid,name,age\n1,Ann,31\n2,Bob,45\n3,Kim,77\n4,Leo,12"
+STORY = "Ann has 12 apples. Ann buys 7 more apples. Then Ann loses 4 apples. How many apples does Ann have?"
+PROMPTS = [SUMS, TABLE, STORY]
+WAYS = {
+    "noise": (SlowFast(temperature=0.9), "none"),
+    "noise-region": (SlowFast(temperature=0.9, top_p=0.95), RegionCache(capacity=64)),
+    "noise-blocks": (Threshold(block_length=16, temperature=0.7), "dual"),
+    "random-positions": (FixedSteps(steps=16, metric="origin", temperature=0.5), "none"),
+    "guided": (FixedSteps(steps=12, cfg_scale=0.5, temperature=0.5), "refresh"),
+}
+
+
+def told(rows: list[Generation]) -> list[list[int]]:
+    """What must be the same: tokens, and the step at which each was decided."""
+    return [part for row in rows for part in (row.canvas, row.commit_step, row.forward_lengths)]
+
+
+def all_ways(engine: sfs_triton.Engine, names=tuple(WAYS)) -> dict[str, list[list[int]]]:
+    options = {"gen_length": 32, "seed": [3, 4, 5]}
+    ways = ((name, *WAYS[name]) for name in names)
+    return {name: told(engine.generate(PROMPTS, sampler=s, cache=c, **options)) for name, s, c in ways}
+
+
+@pytest.fixture(scope="module")
+def wanted(embedded) -> dict[str, list[list[int]]]:
+    return all_ways(embedded)
+
+
+def test_seeds_matter(embedded, wanted):
+    """Or all of this would say nothing."""
+    for name, (sampler, cache) in WAYS.items():
+        others = told(embedded.generate(PROMPTS, sampler=sampler, cache=cache, gen_length=32, seed=77))
+        assert others != wanted[name], name
+
+
+def test_once_more(embedded, wanted):
+    """After everything else that this engine has done, wherever torch's own generator is, which is left there."""
+    torch.manual_seed(12)
+    before = torch.get_rng_state()
+    assert all_ways(embedded) == wanted
+    assert torch.equal(torch.get_rng_state(), before)
+    random.seed(5), torch.manual_seed(13)
+    assert all_ways(embedded) == wanted
+
+
+ELSEWHERE = """
+import json, sys
+import torch
+torch.set_num_threads(int(sys.argv[2]))
+import sfs_triton
+from tests import test_determinism as here
+print(json.dumps(here.all_ways(sfs_triton.load("embedded", "cpu", sys.argv[1]), sys.argv[3:])))
+"""
+
+
+def elsewhere(dtype: str, threads: int, hash_seed: int, names=tuple(WAYS)) -> dict[str, list[list[int]]]:
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONHASHSEED": str(hash_seed)}
+    command = [sys.executable, "-c", ELSEWHERE, dtype, str(threads), *names]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize(
+    "threads", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(5, marks=pytest.mark.slow)]
+)
+def test_another_process_with_other_threads(wanted, threads):
+    assert elsewhere("float32", threads, hash_seed=threads) == wanted
+
+
+def test_another_dtype_repeats_itself():
+    """bfloat16 need not give what float32 gives, but again what it gave."""
+    names = ("noise", "noise-region")
+    assert elsewhere("bfloat16", 1, 1, names) == elsewhere("bfloat16", 2, 2, names)
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_loops_on_a_trained_model(embedded, wanted, loop):
+    """One prompt at a time, with what each loop's steps are like."""
+    engine = engine_with(embedded, loop)
+    for name in ("noise", "noise-region", "random-positions"):
+        sampler, cache = WAYS[name]
+        rows = [
+            engine.generate(prompt, gen_length=32, sampler=sampler, cache=cache, seed=seed)
+            for prompt, seed in zip(PROMPTS[:2], (3, 4), strict=True)
+        ]
+        assert [row.canvas for row in rows] == wanted[name][0:6:3], name
+        assert [row.commit_step for row in rows] == wanted[name][1:6:3], name
+
+
+# ---------------------------------------------------------------------------------------------------------------- faces
+
+
+def test_calls_of_the_engine(embedded, wanted):
+    for name, (sampler, cache) in WAYS.items():
+        options = {"gen_length": 32, "sampler": sampler, "cache": cache, "seed": [3, 4, 5]}
+        with embedded.stream(PROMPTS, **options) as stream:
+            assert told(stream.result()) == wanted[name], name
+        assert told(embedded.generate_async(PROMPTS, **options).result(timeout=60)) == wanted[name], name
+        whole = told(embedded.generate(PROMPTS, on_step=lambda frame: None, trace=True, **options))
+        assert whole == wanted[name], name
+
+
+def test_the_command_line(embedded):
+    pytest.importorskip("typer")
+    sampler = SlowFast.preset("fast", temperature=0.8)
+    alone = embedded.generate(TABLE, gen_length=64, sampler=sampler, cache="region", seed=11)
+    command = [sys.executable, "-m", "sfs_triton.cli", "generate", TABLE, "--json", "--seed", "11"]
+    command += ["--preset", "fast", "--temperature", "0.8", "--cache", "region", "--gen-length", "64"]
+    command += ["--device", "cpu", "--dtype", "float32"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    said = json.loads(done.stdout)
+    assert (said["tokens"], said["nfe"], said["text"]) == (alone.tokens, alone.nfe, alone.text)
+
+
+def test_a_server_under_requests_that_come_at_random(embedded):
+    """Each of a set of requests, sent twice: in two orders, at two rhythms, with others beside them."""
+    pytest.importorskip("fastapi")
+    pytest.importorskip("openai")
+    pytest.importorskip("typer")
+    from .test_serve import chat, serving
+
+    kinds = {
+        "slowfast": (SlowFast(temperature=0.9), "none"),
+        "vanilla": (FixedSteps(temperature=0.9), "none"),
+        "region": (SlowFast(temperature=0.9), "region"),
+    }
+    asks, alone = [], []
+    for number in range(15):
+        name = list(kinds)[number % 3]
+        prompt, length = PROMPTS[number % 2 * (number % 3)], (16, 24, 32, 48)[number % 4]
+        sampler, cache = kinds[name]
+        done = embedded.generate(prompt, gen_length=length, sampler=sampler, cache=cache, seed=number)
+        more = {"sampler": "slowfast" if name == "region" else name, "cache": cache, "stream": number % 5 == 0}
+        more |= {"stream_options": {"include_usage": True}} if more["stream"] else {}
+        asks.append(chat(prompt, max_tokens=length, temperature=0.9, seed=number, **more))
+        alone.append((done.text, done.nfe))
+    for seed in (1, 2):
+        rng = random.Random(seed)
+        order = rng.sample(range(len(asks)), len(asks))
+        with serving(embedded, max_batch=3, max_lanes=2) as server, ThreadPoolExecutor(len(asks)) as pool:
+            sent = {}
+            for number in order:
+                sent[number] = pool.submit(server.post, asks[number])
+                time.sleep(rng.uniform(0, 0.08))
+            for number, future in sent.items():
+                assert answer_of(future.result(), asks[number]["stream"]) == alone[number], f"request {number}"
+            assert max(server.gate.rows) > 1, "no two rows were ever together"
+
+
+def answer_of(response, stream: bool) -> tuple[str, int]:
+    """Text and number of steps."""
+    if not stream:
+        body = response.json()
+        return body["choices"][0]["message"]["content"], body["usage"]["nfe"]
+    chunks = [json.loads(line[6:]) for line in response.text.splitlines() if line.startswith("data: {")]
+    usage = next(chunk["usage"] for chunk in chunks if chunk.get("usage"))
+    text = "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks if chunk["choices"])
+    return text, usage["nfe"]

@@ -1,0 +1,311 @@
+"""What goes wrong beneath a server: its engine's thread, its weights, its memory, its loop, its process."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import pytest
+
+pytest.importorskip("fastapi")
+pytest.importorskip("openai")
+pytest.importorskip("typer")
+
+import httpx  # noqa: E402
+import torch  # noqa: E402
+
+from sfs_triton import Engine, FixedSteps, SlowFast  # noqa: E402
+from sfs_triton.loops import Step  # noqa: E402
+from sfs_triton.models import Transformer  # noqa: E402
+from sfs_triton.serve.rows import Follower  # noqa: E402
+
+from .combinations import engine_with  # noqa: E402
+from .test_faults import Failing  # noqa: E402
+from .test_serve import ROOT, STORY, SUMS, TABLE, answers, chat, error_of, gauge, serving, wait_for  # noqa: E402
+
+
+def chunks_of(response: httpx.Response) -> list[dict]:
+    """The objects of a stream; ``[DONE]`` is none."""
+    return [json.loads(line[6:]) for line in response.text.splitlines() if line.startswith("data: {")]
+
+
+def text_of(response: httpx.Response) -> str:
+    assert response.status_code == 200, response.text
+    return response.json()["choices"][0]["message"]["content"]
+
+
+# -------------------------------------------------------------------------------------------------- the engine's thread
+
+
+@pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt])
+def test_a_dead_engine_thread_keeps_nobody_waiting(embedded, monkeypatch, caplog, kind):
+    """By what is no Exception: the thread is over. Whoever runs or waits is told so, and so is whoever comes."""
+
+    def killed(*given, **named):
+        raise kind("killed")
+
+    with serving(Engine(embedded.model, embedded.text), max_batch=2, max_lanes=1) as server:
+        with ThreadPoolExecutor(8) as pool:
+            server.gate.close()
+            first = pool.submit(server.post, chat(sampler="vanilla", stream=True))
+            wait_for(lambda: server.gate.taken == 1)
+            sent = [pool.submit(server.post, chat(sampler="vanilla", seed=n)) for n in range(3)]
+            sent.append(pool.submit(server.post, chat()))  # of another kind, for which there is no lane
+            wait_for(lambda: server.worker.waiting == 4)
+            monkeypatch.setattr(Step, "run", killed)
+            server.gate.open()
+            began = time.monotonic()
+            answered = [future.result() for future in sent]
+            assert time.monotonic() - began < 10
+        for response in answered:
+            assert response.status_code == 503 and error_of(response)["code"] == "engine_stopped"
+        assert chunks_of(first.result())[-1]["error"]["code"] == "engine_stopped"
+        assert "[DONE]" not in first.result().text
+        assert httpx.get(server.url + "/ready").status_code == 503
+        assert httpx.get(server.url + "/health").status_code == 200, "the process lives, to say what it has"
+        later = server.post(chat())
+        assert later.status_code == 503 and error_of(later)["code"] == "engine_stopped"
+        counted = server.metrics()
+        assert counted["sfs_running_rows"] == counted["sfs_waiting_requests"] == 0 and counted["failed"] == 5
+    (record,) = [record for record in caplog.records if record.levelname == "CRITICAL"]
+    assert "engine's thread has failed" in record.getMessage() and record.exc_info[0] is kind
+
+
+def test_an_answer_that_cannot_be_told_of_fails_alone(embedded, monkeypatch):
+    """What is wrong between the engine and a client, and not in the engine."""
+    see = Follower.see
+
+    def broken(follower, row):
+        if row.seed == 13 and row.steps == 2:
+            raise UnicodeError("no text")
+        see(follower, row)
+
+    monkeypatch.setattr(Follower, "see", broken)
+    wanted = embedded.generate(SUMS, gen_length=32, sampler=FixedSteps()).text
+    with serving(embedded) as server, ThreadPoolExecutor(4) as pool:
+        sent = [pool.submit(server.post, chat(sampler="vanilla", seed=seed)) for seed in (12, 13, 14)]
+        fine, bad, other = (future.result() for future in sent)
+        assert bad.status_code == 500 and error_of(bad)["code"] == "internal_error" and "no text" not in bad.text
+        assert text_of(fine) == text_of(other) == wanted
+        assert server.metrics()["failed"] == 1 and server.worker.ready
+
+
+# ------------------------------------------------------------------------------------------------------------- weights
+
+
+def spoiled(engine: Engine, **changes) -> Engine:
+    return Engine(Transformer(engine.spec, replace(engine.model.weights, **changes)), engine.text)
+
+
+def test_weights_of_nan_in_one_layer(embedded):
+    """Every row reads them, so every row fails, each with an answer of its own. The server lives on."""
+    layers = list(embedded.model.weights.layers)
+    down = layers[1].down.clone()
+    down[5, 7] = torch.nan
+    layers[1] = replace(layers[1], down=down)
+    with serving(spoiled(embedded, layers=tuple(layers))) as server, ThreadPoolExecutor(4) as pool:
+        for response in pool.map(lambda text: server.post(chat(text)), (SUMS, TABLE, STORY)):
+            assert response.status_code == 500 and error_of(response)["code"] == "numerical_fault"
+            assert error_of(response)["message"] == "the model produced NaN logits: row 0 at step 0"
+        assert server.worker.ready and server.metrics()["failed"] == 3
+        down[5, 7] = embedded.model.weights.layers[1].down[5, 7]
+        assert text_of(server.post(chat())) == embedded.generate(SUMS, gen_length=32).text
+
+
+def test_weights_of_nan_that_one_prompt_reads(embedded):
+    """The embedding of one token: whoever shares the batch gets what there is without it."""
+    others = {text: embedded.generate(text, gen_length=32, sampler=FixedSteps()) for text in (SUMS, STORY)}
+    seen = {token for row in others.values() for token in row.canvas}
+    (bad, *_) = [token for token in embedded.text.encode(TABLE) if token not in seen]
+    embedding = embedded.model.weights.embedding.clone()
+    embedding[bad] = torch.nan
+    with serving(spoiled(embedded, embedding=embedding)) as server, ThreadPoolExecutor(4) as pool:
+        server.gate.close()
+        held = pool.submit(server.post, chat(max_tokens=4))
+        wait_for(lambda: server.gate.taken == 1)
+        sent = {text: pool.submit(server.post, chat(text, sampler="vanilla")) for text in (SUMS, TABLE, STORY)}
+        wait_for(lambda: server.worker.waiting == 3)
+        server.gate.open()
+        assert error_of(sent[TABLE].result())["code"] == "numerical_fault"
+        for text, wanted in others.items():
+            assert text_of(sent[text].result()) == wanted.text
+        assert held.result().status_code == 200 and max(server.gate.rows) == 3
+
+
+# -------------------------------------------------------------------------------------------------------------- memory
+
+
+@pytest.mark.parametrize("at", [1, 3])
+def test_rows_that_begin_again_for_want_of_memory_tell_nothing_twice(embedded, monkeypatch, at):
+    """Streams with frames and noise, whose lane has no room for a later step with more than one row."""
+    run, failed = Step.run, []
+
+    def crowded(step, *given, **named):
+        rows = step.running()
+        if len(rows) > 1 and step.slots > 1 and at <= max(row.step for row in rows):
+            failed.append(len(rows))
+            raise torch.OutOfMemoryError("no room for activations")
+        run(step, *given, **named)
+
+    monkeypatch.setattr(Step, "run", crowded)
+    sampler = FixedSteps(temperature=0.8)
+    wanted = [embedded.generate(SUMS, gen_length=16, sampler=sampler, seed=seed) for seed in (1, 2, 3)]
+    request = {"sampler": "vanilla", "temperature": 0.8, "max_tokens": 16, "stream": True, "frames": True}
+    with serving(Engine(embedded.model, embedded.text)) as server, ThreadPoolExecutor(4) as pool:
+        server.gate.close()
+        held = pool.submit(server.post, chat(max_tokens=4))
+        wait_for(lambda: server.gate.taken == 1)
+        sent = [pool.submit(server.post, chat(**request, seed=seed)) for seed in (1, 2, 3)]
+        wait_for(lambda: server.worker.waiting == 3)
+        server.gate.open()
+        for future, alone in zip(sent, wanted, strict=True):
+            chunks = chunks_of(future.result())
+            frames = [chunk["diffusion"] for chunk in chunks if "diffusion" in chunk]
+            assert [frame["type"] for frame in frames] == ["start"] + ["step"] * alone.nfe + ["end"]
+            assert [frame["step"] for frame in frames[1:-1]] == list(range(alone.nfe))
+            canvas = [None] * 16
+            for commit in (commit for frame in frames[1:-1] for commit in frame["committed"]):
+                assert canvas[commit["position"]] is None
+                canvas[commit["position"]] = commit["token"]
+            assert canvas == alone.response
+            said = "".join(c["choices"][0]["delta"].get("content") or "" for c in chunks if c["choices"])
+            assert said == frames[-1]["text"] == alone.text
+        assert failed == [3] and held.result().status_code == 200
+
+
+# ---------------------------------------------------------------------------------------------------------------- loops
+
+
+@pytest.mark.parametrize("at", [None, 0, 5])
+def test_a_loop_that_fails_is_replaced_under_its_requests(embedded, at, caplog):
+    """When it prepares or in the middle of an answer, and nobody notices."""
+    engine = engine_with(embedded, Failing(at))
+    wanted = [embedded.generate(SUMS, gen_length=8, sampler=SlowFast(temperature=0.7), seed=s).text for s in (1, 2, 3)]
+    with serving(engine, max_batch=2) as server, ThreadPoolExecutor(4) as pool:
+        sent = [
+            pool.submit(server.post, chat(max_tokens=8, temperature=0.7, seed=1)),
+            pool.submit(server.post, chat(max_tokens=8, temperature=0.7, seed=2, stream=True)),
+            pool.submit(server.post, chat(max_tokens=8, temperature=0.7, seed=3)),
+        ]
+        one, two, three = (future.result() for future in sent)
+        assert [text_of(one), text_of(three)] == [wanted[0], wanted[2]]
+        said = [chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks_of(two)]
+        assert "".join(said) == wanted[1]
+        assert engine.loop == "eager" and "failed" not in server.metrics()
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert warnings == ["loop replay failed, going on with loop eager: CUDA error: an illegal address"]
+
+
+# --------------------------------------------------------------------------------------------------------- its process
+
+
+class Crowd:
+    """Clients that ask again and again, each request on a connection of its own, and what came of each."""
+
+    def __init__(self, url: str, clients: int):
+        self.url, self.done = url, []  # (when it was sent, what came of it)
+        self._end, self._go, self._lock, self._busy = False, threading.Event(), threading.Lock(), 0
+        self._go.set()
+        self._threads = [threading.Thread(target=self._ask, args=(number,)) for number in range(clients)]
+        for thread in self._threads:
+            thread.start()
+
+    def _ask(self, number: int) -> None:
+        rng = random.Random(number)
+        while self._go.wait() and not self._end:
+            with self._lock:
+                if not self._go.is_set():
+                    continue
+                self._busy += 1
+            more = {"stream": rng.random() < 0.5, "sampler": rng.choice(["vanilla", "slowfast"])}
+            body, sent = chat(max_tokens=rng.choice([8, 24, 64]), **more), time.monotonic()
+            try:
+                self.done.append((sent, httpx.post(self.url + "/chat/completions", json=body, timeout=60)))
+            except httpx.TransportError as error:
+                self.done.append((sent, error))
+                return
+            finally:
+                with self._lock:
+                    self._busy -= 1
+
+    def hold(self) -> None:
+        """Send no more until :meth:`go_on`; returns once the server has taken in all that was sent, and not all is
+        answered. What it has not accepted yet would be lost with its socket."""
+        for _ in range(50):
+            with self._lock:
+                self._go.clear()
+            seen = 0
+            while busy := self._busy:
+                counts = [gauge(self.url, {}, f"sfs_{name}") for name in ("waiting_requests", "running_rows")]
+                seen = seen + 1 if sum(counts) == busy == self._busy else 0
+                if seen == 2:
+                    return
+            self._go.set()
+            time.sleep(0.2)
+        raise AssertionError("the server was never found at work")
+
+    def go_on(self) -> None:
+        self._go.set()
+
+    def join(self) -> None:
+        self._end = True
+        self._go.set()
+        for thread in self._threads:
+            thread.join(60)
+            assert not thread.is_alive(), "a client still waits for an answer"
+
+
+def outcome_of(response: httpx.Response) -> str:
+    """ "answered", or the code of the refusal, whose shape is checked."""
+    if response.status_code != 200:
+        assert response.status_code == 503, response.text
+        return error_of(response)["code"]
+    if not response.headers["content-type"].startswith("text/event-stream"):
+        assert response.json()["choices"][0]["finish_reason"] in ("stop", "length")
+        return "answered"
+    lines = [line for line in response.text.splitlines() if line]
+    if lines[-1] == "data: [DONE]":
+        return "answered"
+    error = json.loads(lines[-1].removeprefix("data: "))["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    return error["code"]
+
+
+@pytest.mark.parametrize("grace", ["30", "0.05"])
+def test_a_signal_under_load_leaves_no_one_without_an_answer(grace):
+    """SIGTERM to ``sfs serve``: what had come is answered, or refused in shape where the grace is too short for it."""
+    command = [sys.executable, "-m", "sfs_triton.cli", "serve", "--port", "0", "--device", "cpu", "--dtype", "float32"]
+    command += ["--max-batch", "2", "--max-lanes", "2", "--grace", grace]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            url = process.stderr.readline().split(" at ")[1].strip()
+            wait_for(lambda: answers(url[:-3] + "/ready"), 60)
+            crowd = Crowd(url, clients=8)
+            wait_for(lambda: len(crowd.done) >= 6, 60)
+            crowd.hold()
+            told = time.monotonic()
+            process.send_signal(signal.SIGTERM)
+            crowd.go_on()
+            assert process.wait(60) == 0
+            crowd.join()
+        finally:
+            process.kill()
+    outcomes: dict[str, int] = {}
+    for sent, response in crowd.done:
+        if isinstance(response, httpx.TransportError):
+            assert sent >= told, f"a request that had come was dropped: {response!r}"
+            outcome = "no connection"
+        else:
+            outcome = outcome_of(response)
+        outcomes[outcome] = outcomes.get(outcome, 0) + 1
+    assert set(outcomes) <= {"answered", "shutting_down", "no connection"} and outcomes["answered"] >= 6
+    assert (grace == "30") or outcomes.get("shutting_down", 0) > 0, "the grace was long enough"
