@@ -23,6 +23,7 @@ def test_all_recorded_cases(golden):
     assert done.stdout.splitlines()[-1] == "1247 passed, 0 failed"
 
 
+@pytest.mark.slow
 def test_some_cases_of_every_kind_through_the_kernels(golden):
     done = _run(golden, "--impl", "triton", "--every", "60")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
@@ -38,6 +39,12 @@ def small(golden, tmp_path) -> Path:
     lines = (golden / "cases" / "llada-mha.slowfast.jsonl").read_text().splitlines()[:2]
     (tmp_path / "cases" / "llada-mha.slowfast.jsonl").write_text("\n".join(lines) + "\n")
     return tmp_path
+
+
+def test_a_few_cases_through_the_kernels(small):
+    done = _run(small, "--impl", "triton")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert done.stdout.splitlines()[-1] == "2 passed, 0 failed"
 
 
 def _rewrite_first_case(folder: Path, change) -> None:

@@ -95,6 +95,7 @@ def test_another_process_with_other_threads(wanted, threads):
     assert elsewhere("float32", threads, hash_seed=threads) == wanted
 
 
+@pytest.mark.slow
 def test_another_dtype_repeats_itself():
     """bfloat16 need not give what float32 gives, but again what it gave."""
     names = ("noise", "noise-region")

@@ -393,6 +393,7 @@ def test_tests_are_lines(tmp_path, workers):
 # ---------------------------------------------------------------------------------------------------------- the steps
 
 
+@pytest.mark.slow
 def test_every_step_runs_as_a_toy(tmp_path):
     """That is, all of the suite's own code which asks nothing of CUDA."""
     out = tmp_path / "toy.jsonl"

@@ -308,7 +308,7 @@ def test_every_way_to_choose(fp8, same_values, sampler):
 
 
 @pytest.mark.parametrize("sampler", [SlowFast(), SlowFast(temperature=0.8, top_k=20)], ids=["argmax", "top-k"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [NAMES[0], pytest.param(NAMES[1], marks=pytest.mark.slow)])
 def test_kernels_give_the_tokens_of_torch(name, sampler):
     options = {"gen_length": 12, "sampler": sampler, "cache": "region" if sampler.top_k is None else "none", "seed": 3}
     torch_, kernels = (load(name, weights="fp8", impl=impl) for impl in ("torch", "triton"))

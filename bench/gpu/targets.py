@@ -37,8 +37,8 @@ class Record:
 
     @cached_property
     def header(self) -> Line:
-        """What the last run of the file said of itself."""
-        begun = [line for line in self.lines if line["step"] == "suite" and line["status"] == "begun"]
+        """What the last run of the file said of itself; empty where the file is a record of something else."""
+        begun = [line for line in self.lines if line.get("step") == "suite" and line["status"] == "begun"]
         return begun[-1] if begun else {}
 
     @property
