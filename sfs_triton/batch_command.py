@@ -31,12 +31,16 @@ def batch(
         **{name: getattr(request, name) for name in _SHARED},
     )
     shared = {"overwrite": overwrite, "on_progress": _tell if sys.stderr.isatty() else None}
-    if workers > 1 or address is not None:
-        from .integrations import ray
+    try:
+        if workers > 1 or address is not None:
+            from .integrations import ray
 
-        done = ray.run_batch(source, out, settings, workers=max(1, workers), address=address, **shared)
-    else:
-        done = run_batch(source, out, settings, **shared)
+            done = ray.run_batch(source, out, settings, workers=max(1, workers), address=address, **shared)
+        else:
+            done = run_batch(source, out, settings, **shared)
+    except KeyboardInterrupt:
+        typer.echo(f"\nstopped; finished rows are in {out}.parts, and the same command goes on from there", err=True)
+        raise
     kept = f", {done.kept} of them kept from before" if done.kept else ""
     typer.echo(f"wrote {out}: {done.rows} rows{kept}, {done.errors} with an error, in {done.seconds:.1f} s", err=True)
 

@@ -20,6 +20,7 @@ from .samplers import FixedSteps, Sampler
 from .state import DecodeState, send
 
 _LEFT: list[Mailbox] = []  # of lanes that failed: no one else may have their memory
+_CANVAS = 130  # bytes a position of a canvas, of what is decided there and of what is posted
 _PATIENCE = 60.0  # seconds that the last copy of a row may take
 
 
@@ -88,7 +89,7 @@ class Lane:
         """What the caches and the canvases take, without the activations of a step."""
         store, branches = kind.policy.store, 2 if kind.sampler.cfg_scale else 1
         cache = 0 if store is None else branches * store.values(model.local, length) * model.dtype.itemsize
-        return slots * (cache + 80 * length)
+        return slots * (cache + _CANVAS * length)
 
     def _no_room(self) -> str:
         model, needed = self.model, Lane.bytes_needed(self.model, self.kind, self.slots, self.length)

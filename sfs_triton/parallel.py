@@ -253,7 +253,7 @@ def check_started(size: int) -> None:
     require(
         there == size,
         f"tensor_parallel={size}, but this is one of {there} processes (WORLD_SIZE): start as many as share the model, "
-        "by torchrun --nproc-per-node N, and say so",
+        "by torchrun --nproc-per-node N, and say so (tensor_parallel=N, --tensor-parallel N)",
     )
 
 

@@ -64,6 +64,12 @@ def room_around(row: Row, most: int) -> Room:
     return Room(length, (shortest, length), length, length)
 
 
+def smallest_room(most: int) -> Room:
+    """The least that :func:`room_around` makes a lane for."""
+    length = min(_SHORTEST, most)
+    return Room(length, (0, length), length, length)
+
+
 class Lanes:
     """Makes lanes for a model, and keeps those that no one uses for the next of their kind. Safe between threads."""
 
@@ -269,9 +275,11 @@ class Scheduler:
         while True:
             try:
                 if not self._affords(kind, slots, room):
+                    needed = self._lanes.bytes_needed(kind, slots, room) / 2**20
+                    taken = sum(each.bytes for each in self._open) / 2**20
                     raise OutOfDeviceMemory(
-                        f"{slots} canvases of {room.length} positions with cache={kind.policy.name!r} need more than "
-                        f"is left of the {self._memory / 2**30:.2f} GiB that caches may take"
+                        f"{slots} canvases of {room.length} positions with cache={kind.policy.name!r} need "
+                        f"{needed:.1f} MiB; caches may take {self._memory / 2**20:.1f} MiB, and others have {taken:.1f}"
                     )
                 return self._lanes.take(kind, slots, room), slots
             except OutOfDeviceMemory as error:

@@ -584,6 +584,9 @@ def test_where_it_may_listen():
         (("--sampler", "vanilla", "--preset", "fast"), ("--preset fast", "vanilla")),
         (("--cache", "prefix"), ("prefix", "SlowFast")),
         (("--max-batch", "0"), ("max_batch=0",)),
+        (("--max-batch", "2000"), ("max_batch=2000 is over 1024",)),
+        (("--cache-memory", "0"), ("--cache-memory 0.0", "positive")),
+        (("--cache-memory", "0.000001"), ("cache_memory=1073", "the shortest canvas takes")),
         (("--time-limit", "-1"), ("time_limit=-1",)),
         (("--api-key-file", "/nowhere/key"), ("/nowhere/key",)),
         (("--model", "/nowhere/model"), ("/nowhere/model",)),
@@ -835,6 +838,15 @@ def test_what_does_not_fit_together_runs_in_parts(embedded, monkeypatch, where):
         chunks = [json.loads(line[6:]) for line in streamed_answer.text.splitlines() if line.startswith("data: {")]
         assert "".join(c["choices"][0]["delta"].get("content") or "" for c in chunks if c["choices"]) == wanted
         assert held.result().status_code == 200 and max(server.gate.rows) == (2 if where == "caches" else 1)
+
+
+def test_what_can_never_fit_is_refused_in_one_line(embedded, caplog):
+    engine = Engine(embedded.model, embedded.text)
+    with serving(engine, cache_memory=2**20) as server:
+        refused = server.post(chat(max_tokens=400, cache="region"))
+        assert refused.status_code == 400 and "caches may take 1.0 MiB" in error_of(refused)["message"]
+        assert server.post(chat(max_tokens=8)).status_code == 200
+    assert len(caplog.records) == 1 and caplog.records[0].exc_info is None
 
 
 # --------------------------------------------------------------------------------------------------- state and the end

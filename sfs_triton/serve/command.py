@@ -43,7 +43,8 @@ def serve(
     max_batch: Annotated[int, typer.Option(help="Rows that are decoded side by side.")] = _LIMITS.max_batch,
     max_lanes: Annotated[int, typer.Option(help="Settings that may have rows at a time.")] = _LIMITS.max_lanes,
     cache_memory: Annotated[
-        float | None, typer.Option(help="GiB for all caches. Default: what the device has.", show_default=False)
+        float | None,
+        typer.Option(help="GiB for all caches. Default: half of a CPU's.", show_default=False),
     ] = None,
     max_queue: Annotated[int, typer.Option(help="Requests that may wait.")] = _LIMITS.max_queue,
     time_limit: Annotated[float, typer.Option(help="Seconds a request may take.")] = _LIMITS.time_limit,
@@ -146,7 +147,7 @@ def _api_key(path: Path | None) -> str | None:
 
 
 def _bytes(gib: float | None) -> int | None:
-    require(gib is None or 0 < gib < 2**20, f"--cache-memory {gib} is not a number of GiB")
+    require(gib is None or 0 < gib < 2**20, f"--cache-memory {gib} is not a positive number of GiB")
     return None if gib is None else max(1, int(gib * 2**30))
 
 

@@ -11,6 +11,7 @@ from ..errors import require
 from ..samplers import Sampler, SlowFast
 
 KEY_LENGTH = 8  # characters that an API key has at least
+LARGEST = {"max_batch": 1024, "max_lanes": 64}  # slots have their memory from the start
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +28,8 @@ class ServeSettings:
             many as the model's context leaves).
         max_batch: rows that are decoded side by side with the same sampler settings and cache.
         max_lanes: how many such settings, or lengths of canvases, may have rows at a time.
-        cache_memory: bytes that the caches and canvases of all rows may take; None: what the device has.
+        cache_memory: bytes that the caches and canvases of all rows may take. None: on a CPU half of the memory that is
+            free when the server starts, on a GPU what there is.
         max_queue: requests that may wait; one more is refused with 429.
         time_limit: seconds from a request's arrival to its end.
         max_body, body_seconds: bytes of a request's body, and how long it may take to come.
@@ -58,6 +60,8 @@ class ServeSettings:
         optional = {name: 1 for name in ("max_tokens", "cache_memory") if getattr(self, name) is not None}
         for name, smallest in {**least, **optional}.items():
             _check_count(name, getattr(self, name), smallest)
+        for name, largest in LARGEST.items():
+            require(getattr(self, name) <= largest, f"{name}={getattr(self, name)} is over {largest}")
         for name in ("time_limit", "body_seconds", "grace"):
             value = getattr(self, name)
             fine = isinstance(value, (int, float)) and math.isfinite(value) and value > 0

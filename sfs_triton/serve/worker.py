@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import logging
+import re
 import threading
 import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+
+import torch
 
 from ..engine import Engine
+from ..errors import OutOfDeviceMemory, require
+from ..request import Kind
 from ..row import Row, fault_of
-from ..scheduler import Scheduler, room_around
+from ..scheduler import Scheduler, room_around, smallest_room
 from .errors import ApiError, busy, from_failure, stopped, stopping, too_late
 from .rows import Failed, Finished, Follower, Job
 from .settings import ServeSettings
 
 logger = logging.getLogger("sfs_triton")
 
+_MEMORY = Path("/proc/meminfo")
 _SMOOTH = 0.1  # weight of the newest answer in the mean that Retry-After is estimated from
 _LOOK = 0.05  # seconds after which a thread without work looks for requests whose time is over
 
@@ -46,12 +53,16 @@ class Worker:
     def __init__(self, engine: Engine, settings: ServeSettings, watch: Watch | None = None):
         self._engine, self._settings, self._watch = engine, settings, watch or Watch()
         most = engine.spec.max_length
+        memory = settings.cache_memory or _half_of_what_is_free(engine.model.device)
+        kind = Kind(settings.sampler, settings.cache, trace=False, frames=True)
+        least = engine.lanes.bytes_needed(kind, 1, smallest_room(most))
+        require(memory is None or least <= memory, f"cache_memory={memory}: the shortest canvas takes {least} bytes")
         self._scheduler = Scheduler(
             engine.lanes,
             lambda row: room_around(row, most),
             slots=settings.max_batch,
             most=settings.max_lanes,
-            memory=settings.cache_memory,
+            memory=memory,
             joined=self._joined,
         )
         self._arrived: deque[Job] = deque()  # that the engine's thread has not seen yet
@@ -214,7 +225,10 @@ class Worker:
 
     def _recover(self, error: Exception) -> None:
         """The end of rows whose lane failed."""
-        logger.error("a generation failed", exc_info=error)
+        if isinstance(error, OutOfDeviceMemory):
+            logger.warning("a generation was refused: %s", error)
+        else:
+            logger.error("a generation failed", exc_info=error)
         for row in self._scheduler.fallen:
             if row in self._followers:
                 self._part(row, from_failure(error), "failed")
@@ -236,3 +250,11 @@ class Worker:
         if token not in self._pieces:
             self._pieces[token] = self._engine.text.piece(token)
         return self._pieces[token]
+
+
+def _half_of_what_is_free(device: torch.device) -> int | None:
+    """Bytes of the host's memory, where Linux says so; None for a GPU, which says itself when it is full."""
+    if device.type != "cpu" or not _MEMORY.exists():
+        return None
+    free = re.search(r"^MemAvailable:\s*(\d+) kB", _MEMORY.read_text(), re.MULTILINE)
+    return int(free[1]) * 512 if free else None
