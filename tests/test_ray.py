@@ -72,9 +72,11 @@ def ended(process: psutil.Process) -> bool:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
+    before = {process.pid for process in descendants(os.getpid())}  # of other tests in this process
+
     def rays() -> list[psutil.Process]:
         """Without what renders the engine's templates, which has Ray's folders on its path."""
-        lines = ((p, " ".join(p.cmdline())) for p in descendants(os.getpid()))
+        lines = ((p, " ".join(p.cmdline())) for p in descendants(os.getpid()) if p.pid not in before)
         return [p for p, line in lines if ("/ray/" in line or "ray::" in line) and "template_process" not in line]
 
     on_ray.start(2, object_store_memory=100 * 2**20)
