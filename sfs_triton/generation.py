@@ -43,7 +43,7 @@ class Generation:
     forward_lengths: list[int]
     commit_step: list[int]  # for each canvas position: the step that filled it, -1 if it was given
     masks_left: int  # 0 but where a sampler's own bounds leave some (``max_cycles``, Dream's one-step blocks)
-    seconds: float  # of the whole batch, without the time spent in on_step
+    seconds: float  # of the steps of all rows beside it, while it was there; without the time spent in on_step
     trace: list[StepTrace] | None = None
 
     @property

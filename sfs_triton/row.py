@@ -12,7 +12,7 @@ from .loops import Report
 from .models import ModelSpec
 from .request import Kind, Request
 from .text import TextCodec
-from .trace import Tracer
+from .trace import StepTrace, Tracer
 
 
 class Row:
@@ -73,6 +73,10 @@ class Row:
     def last_committed(self) -> list[int]:
         """The positions that its last step filled."""
         return [p for p, step in enumerate(self.commit_step) if step == self.steps - 1]
+
+    def take_trace(self) -> StepTrace | None:
+        """The trace of its last step, if it has not been taken. Results do not have those that were."""
+        return self.tracer.steps.pop() if self.tracer.steps else None
 
     def take(self, view: RowView, report: Report) -> None:
         """Note a step that it has taken; ``view`` is how it stood before."""

@@ -10,7 +10,6 @@ from .models import ModelSpec
 from .row import Row, fault_of
 from .scheduler import Scheduler
 from .text import TextCodec
-from .trace import StepTrace
 
 
 class Run:
@@ -50,10 +49,6 @@ class Run:
         if not self._begun:
             raise RuntimeError(f"row {index} cannot be dropped before the first step")
         self._scheduler.drop(self._rows[index])
-
-    def take_traces(self) -> list[StepTrace | None]:
-        """Each row's trace of its last step, if it has not been taken. Results do not have those that were."""
-        return [row.tracer.steps.pop() if row.tracer.steps else None for row in self._rows]
 
     def frames(self) -> Iterator[Frame]:
         while (moved := self.advance()) is not None:

@@ -315,8 +315,8 @@ def test_traces_that_were_taken_are_not_kept(engine):
     request, _ = engine.request(**RAGGED, trace=True, frames=True)
     wanted = engine.generate(**RAGGED, trace=True)
     with engine._run(request) as run:
-        taken = [run.take_traces() for _ in run.frames()]
-        assert run.take_traces() == [None] * 3
+        taken = [[row.take_trace() for row in run._rows] for _ in run.frames()]
+        assert [row.take_trace() for row in run._rows] == [None] * 3
         done = run.results()
     for index, row in enumerate(wanted):
         mine = [step for steps in taken if (step := steps[index]) is not None]

@@ -308,7 +308,7 @@ def test_rows_that_are_watched_share_a_lane_with_others(engines):
 
 
 def test_a_longer_row_gets_a_longer_lane(engines):
-    engine, rng = engine_with(engines["llada-mha"]), random.Random(10)
+    engine = engine_with(engines["llada-mha"])
     mask = engine.spec.mask_id
     short, long = [5] * 8 + [mask] * 8, [7] * 300 + [mask] * 8
     rows = rows_of(engine, [(short, 8, 1), (long, 300, 2), (short, 8, 3)])
@@ -319,7 +319,6 @@ def test_a_longer_row_gets_a_longer_lane(engines):
     assert sorted(each.lane.length for each in scheduler._open) == [256, 512]
     run_out(scheduler)
     assert_same([row.result(engine.spec, None) for row in rows], [alone(engine, row) for row in rows])
-    del rng
 
 
 # ---------------------------------------------------------------------------------------------- rows that end otherwise

@@ -109,7 +109,8 @@ class Step:
 
     def hear(self, number: int, limit: float) -> dict[str, numpy.ndarray]:
         """All that was posted as letter ``number``, from which :attr:`control` is brought up to date: the one place
-        where a host reads of a generation that runs. Waits for the letter at most ``limit`` seconds."""
+        where a host reads of rows that run (how one has ended stands in its lane's outbox). Waits for the letter at
+        most ``limit`` seconds."""
         letter = self.mailbox.read(number, limit)
         for slot, row in enumerate(letter["control"].tolist()):
             if self._since[slot] <= number:

@@ -152,7 +152,7 @@ class Follower:
     def see(self, row: Row) -> None:
         """Take in a step of the row: tell of it, and finish the job if its answer is complete."""
         job, first, stop = self.job, self.job.wanted.first, self.job.wanted.stop
-        trace = row.tracer.steps.pop() if row.tracer.steps else None
+        trace = row.take_trace()
         self._nfe = row.steps
         canvas, settled = row.tokens, min(row.settled, stop)
         filled = not row.running and not self._open(canvas)
