@@ -48,7 +48,8 @@ def load(
     """An :class:`Engine` for a checkpoint folder, a hub id, or ``"embedded"`` (the small model in this package).
 
     Args:
-        path_or_hub_id: a folder with ``config.json`` and safetensors, or a hub id (``GSAI-ML/LLaDA-8B-Instruct``).
+        path_or_hub_id: a folder with ``config.json`` and safetensors, or a hub id (``GSAI-ML/LLaDA-8B-Instruct``), if
+            need be of one revision (``GSAI-ML/LLaDA-8B-Instruct@08b83a6``: a branch, tag or commit).
         device: default: a GPU if there is one.
         dtype: default: bfloat16 on a GPU, float32 on a CPU.
         impl: ``"torch"`` or ``"triton"`` for all operations; default: torch on a CPU, on a GPU whatever a committed
@@ -125,8 +126,11 @@ def _download(hub_id: str) -> Path:
     """A local copy of a hub repository: JSON, text and safetensors files only."""
     from huggingface_hub import snapshot_download
 
+    name, at, revision = hub_id.partition("@")
+    require(bool(revision) == bool(at), f"path_or_hub_id={hub_id!r} names no revision after its @")
+    wanted = ["*.json", "*.jinja", "*.safetensors"]
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.jinja", "*.safetensors"]))
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=wanted))
     except Exception as error:  # the hub client raises many kinds, network errors included
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(

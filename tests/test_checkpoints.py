@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import sfs_triton
 from sfs_triton import CheckpointError, UnsupportedConfigError
+from sfs_triton.engine import EMBEDDED
 from sfs_triton.models import read_spec
 
 from .conftest import MODELS
@@ -241,6 +242,22 @@ def test_hub_id_offline_is_a_clear_error(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(CheckpointError, match="'nobody/nothing' is not a local folder"):
         sfs_triton.load("nobody/nothing", "cpu")
+
+
+def test_a_revision_of_a_hub_id(monkeypatch):
+    asked = []
+
+    def snapshot_download(name: str, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.append((name, revision))
+        assert all(pattern.endswith((".json", ".jinja", ".safetensors")) for pattern in allow_patterns)
+        return str(EMBEDDED)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    for name in ("some/model", "some/model@v1.0"):
+        assert sfs_triton.load(name, "cpu").spec.n_layers > 0
+    assert asked == [("some/model", None), ("some/model", "v1.0")]
+    with pytest.raises(sfs_triton.ArgumentError, match="'some/model@' names no revision"):
+        sfs_triton.load("some/model@", "cpu")
 
 
 def test_unknown_dtype():
