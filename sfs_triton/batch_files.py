@@ -197,7 +197,7 @@ def _whole(line: int, name: str, value: Any, least: int) -> int | None:
     if value is None:
         return None
     fine = isinstance(value, int) and not isinstance(value, bool) and least <= value < 2**63
-    require(fine, f"line {line}: {name}={value!r} is not an integer of at least {least}")
+    require(fine, f"line {line}: {name}={value!r} is not an integer from {least} to 2^63 - 1")
     return value
 
 

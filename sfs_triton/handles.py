@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor
+from concurrent import futures
 from contextlib import AbstractContextManager, ExitStack
 
 from .errors import RowFault, require
@@ -99,7 +99,10 @@ class Pending:
     """A generation that runs in another thread, or waits for its turn."""
 
     def __init__(
-        self, worker: Executor, worker_name: str, work: Callable[[threading.Event], Generation | list[Generation]]
+        self,
+        worker: futures.Executor,
+        worker_name: str,
+        work: Callable[[threading.Event], Generation | list[Generation]],
     ):
         self._halt, self._name = threading.Event(), worker_name
         self._future = worker.submit(work, self._halt)
@@ -123,7 +126,12 @@ class Pending:
             raise RuntimeError(
                 "a pending generation cannot wait for another: they run in one thread, one after another"
             )
-        return self._future.result(timeout)
+        try:
+            return self._future.result(timeout)
+        except futures.TimeoutError as error:  # before Python 3.11 another class than the built-in one
+            if self.done() and self._future.exception() is error:
+                raise  # what the work ended with
+        raise TimeoutError(f"the generation is not finished after {timeout} s")
 
     def cancel(self) -> None:
         """End it before its next step."""

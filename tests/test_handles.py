@@ -376,6 +376,10 @@ def test_bad_arguments_are_named_at_once(engine):
     for timeout in ("a", True):
         with pytest.raises(ArgumentError, match=f"timeout={timeout!r}"):
             pending.result(timeout)
+    late = engine.generate_async([1, 2], gen_length=200, sampler=FixedSteps())
+    with pytest.raises(TimeoutError, match="not finished after 0.001 s"):
+        late.result(0.001)
+    late.cancel()
     assert len(pending.result(60).response) == 4
 
 
