@@ -203,7 +203,7 @@ class Soak:
 
     async def fill(self, rows: int = MAX_BATCH, steps: int = 12) -> int:
         """So many rows in each of as many lanes as there may be; how many had a slot at the same time."""
-        kinds = [{"temperature": 0.1 * number, "sampler": "vanilla", "seed": 5} for number in range(MAX_LANES)]
+        kinds = [{"sampler": {"kind": "vanilla", "top_k": number}} for number in range(1, MAX_LANES + 1)]
         said = [{"role": "user", "content": "15,44,79,50"}]
         asks = [Ask("whole", CHAT, {"messages": said, "max_tokens": steps, **kind}) for kind in kinds * rows]
         sent = [asyncio.create_task(self.ask(ask, random.Random(0))) for ask in asks]

@@ -145,12 +145,12 @@ class Lane:
         self._enter(slot, row)
 
     def _enter(self, slot: int, row: Row) -> None:
-        sampler, block_steps = self.kind.sampler, 0
+        sampler, block_steps = row.sampler, 0
         with torch.inference_mode(), torch.device("cpu"):
             if isinstance(sampler, FixedSteps):
                 block_steps = sampler.block_steps(row.response_length)
                 if _is_timed(sampler):
-                    _set_schedule(self.state, slot, sampler, row)
+                    _set_schedule(self.state, slot, row)
             self.step.join(
                 slot,
                 row.canvas,
@@ -158,6 +158,7 @@ class Lane:
                 block_length=getattr(sampler, "block_length", None),
                 seed=row.seed,
                 cap=row.step_cap,
+                dials=sampler.dials(),
                 block_steps=block_steps,
             )
         if self.step.control[slot][COLUMN["done"]]:  # there is nothing to decide
@@ -281,11 +282,11 @@ def _is_timed(sampler: Sampler) -> bool:
     return isinstance(sampler, FixedSteps) and sampler.metric != "confidence"
 
 
-def _set_schedule(state: DecodeState, slot: int, sampler: FixedSteps, row: Row) -> None:
+def _set_schedule(state: DecodeState, slot: int, row: Row) -> None:
     """Write a row's time schedule and, for random positions, its stream of uniform numbers."""
-    shares = sampler.shares(row.response_length)
+    shares = row.sampler.shares(row.response_length)
     send(state.shares[slot, : len(shares)], shares)
-    if sampler.metric == "origin":
+    if row.sampler.metric == "origin":
         draws = len(shares) * row.response_length
         source = torch.Generator().manual_seed(row.seed)
         send(state.uniform[slot, :draws], torch.rand(draws, generator=source, dtype=torch.float32))

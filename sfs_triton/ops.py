@@ -104,51 +104,54 @@ class Ops:
         rows: torch.Tensor | None = None,
         count: torch.Tensor | None = None,
         vocabulary: Vocabulary | None = None,
-        **keys: torch.Tensor | None,
+        top_p: torch.Tensor | None = None,
+        **noise: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Token ``[T]`` (int32) and score ``[T]`` (float32) for each row of ``hidden [T, d]``, by ``head [V, d]``.
 
-        ``rows`` int32 ``[T]`` names rows of ``hidden`` instead, of which the first ``count [1]`` are wanted. ``keys``
-        are ``seed``, ``position`` and ``step`` (int64 ``[T]``), needed when the temperature is positive. With
-        ``vocabulary``, ``head`` is this rank's part of it: ranks tell each other 5 or 6 numbers a row, and one more for
-        the entropy; only top-p and top-k need all logits of a row in one place.
+        ``rows`` int32 ``[T]`` names rows of ``hidden`` instead, of which the first ``count [1]`` are wanted. ``noise``
+        is ``temperature`` (float32 ``[T]``), ``seed``, ``position`` and ``step`` (int64 ``[T]``), where the draw has
+        noise; ``top_p`` (float32 ``[T]``) is there where it has a nucleus. With ``vocabulary``, ``head`` is this rank's
+        part of it: ranks tell each other 5 or 6 numbers a row, and one more for the entropy; only top-p and top-k need
+        all logits of a row in one place.
         """
-        filtered = draw.top_k is not None or draw.top_p is not None
+        filtered = draw.top_k is not None or draw.nucleus
         if draw.metric == "confidence" and not draw.tempered and not filtered:
             if isinstance(head, Quantised):
-                head, keys = head.codes, keys | {"scale": head.scale}
-            keys |= {"rows": rows, "count": count, "temperature": draw.temperature}
+                head, noise = head.codes, noise | {"scale": head.scale}
+            how = {"rows": rows, "count": count, **noise}
             if vocabulary is None:
-                return self.lm_head(hidden, head, **keys)
-            values, winner = self.lm_head_partials(hidden, head, vocab_start=vocabulary.start, **keys)
+                return self.lm_head(hidden, head, **how)
+            values, winner = self.lm_head_partials(hidden, head, vocab_start=vocabulary.start, **how)
             told = vocabulary.group.all_gather(sharded.pack(values, winner))
             return self.merge_partials(*sharded.unpack(told))
         if rows is not None:
             hidden = hidden[rows.clamp(min=0)]
         logits = self.product(hidden, head)
         if vocabulary is not None and not filtered:
-            return _choose_together(logits, draw, vocabulary, **keys)
+            return _choose_together(logits, draw, vocabulary, **noise)
         if vocabulary is not None:
             logits = vocabulary.gather(logits)
-        how = {"metric": draw.metric, "temperature": draw.temperature, "tempered": draw.tempered}
+        how = {"metric": draw.metric, "tempered": draw.tempered}
         if not filtered:
-            return self.confidence(logits, **how, **keys)
+            return self.confidence(logits, **how, **noise)
         logits = logits.float()
-        if draw.tempered and draw.temperature > 0:  # what is filtered is tempered already
-            logits, how["temperature"] = logits / draw.temperature, 1.0
-        drawn = filter_logits(logits, draw.top_k, draw.top_p)
-        token, score = self.confidence(drawn, **how, **keys)
+        if draw.tempered and draw.noise:  # what is filtered is tempered already
+            temperature = noise["temperature"]
+            logits, noise["temperature"] = logits / temperature[:, None], torch.ones_like(temperature)
+        drawn = filter_logits(logits, draw.top_k, top_p)
+        token, score = self.confidence(drawn, **how, **noise)
         if not draw.tempered:
             score = logits.softmax(-1).gather(-1, token[:, None].long())[:, 0]
         return token, score
 
 
 def _choose_together(
-    logits: torch.Tensor, draw: Draw, vocabulary: Vocabulary, **keys: torch.Tensor | None
+    logits: torch.Tensor, draw: Draw, vocabulary: Vocabulary, **noise: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """:meth:`Ops.choose` from each rank's own logits ``[T, v]``."""
-    group, logits = vocabulary.group, sharded.measured(logits, draw)
-    told = group.all_gather(sharded.partials(logits, draw, vocab_start=vocabulary.start, **keys))
+    group, logits = vocabulary.group, sharded.measured(logits, draw, noise.get("temperature"))
+    told = group.all_gather(sharded.partials(logits, draw, vocab_start=vocabulary.start, **noise))
     token, score = sharded.merge(told, draw.metric)
     if draw.metric == "entropy":
         score = group.all_gather(sharded.entropy(logits, score)).sum(0)

@@ -11,8 +11,9 @@ from .samplers import FixedSteps, Sampler, SlowFast, Threshold
 
 
 class Kind(NamedTuple):
-    """What rows have in common that are decoded side by side. ``trace``, ``frames``: what each step decided on, and the
-    canvases after it, are posted to the host."""
+    """What rows have in common that are decoded side by side. ``sampler`` is a form: of what is a row's own, nothing
+    there is read. ``trace``, ``frames``: what each step decided on, and the canvases after it, are posted to the
+    host."""
 
     sampler: Sampler
     policy: CachePolicy
@@ -47,4 +48,4 @@ class Request:
 
     @property
     def kind(self) -> Kind:
-        return Kind(self.sampler, self.policy, self.trace, self.frames)
+        return Kind(self.sampler.form(), self.policy, self.trace, self.frames)

@@ -11,6 +11,7 @@ from .kernels.control import COLUMN, FAST
 from .loops import Report
 from .models import ModelSpec
 from .request import Kind, Request
+from .samplers import Sampler
 from .text import TextCodec
 from .trace import StepTrace, Tracer
 
@@ -18,10 +19,11 @@ from .trace import StepTrace, Tracer
 class Row:
     """A canvas, and what the host knows of it. It takes its steps in a slot of a lane, once there is one free."""
 
-    def __init__(self, kind: Kind, canvas: list[int], start: int, seed: int, mask_id: int):
-        self.kind, self.canvas, self.start, self.seed, self._mask_id = kind, canvas, start, seed, mask_id
+    def __init__(self, kind: Kind, sampler: Sampler, canvas: list[int], start: int, seed: int, mask_id: int):
+        self.kind, self.sampler = kind, sampler
+        self.canvas, self.start, self.seed, self._mask_id = canvas, start, seed, mask_id
         self.masks = canvas.count(mask_id)
-        self.tracer = Tracer(kind.sampler, kind.policy, start, len(canvas), kind.trace)
+        self.tracer = Tracer(sampler, kind.policy, start, len(canvas), kind.trace)
         self.tokens, self.commit_step = canvas, [-1] * len(canvas)  # as last posted
         self.control: list[int] | None = None  # likewise; None before the first step
         self.seconds = 0.0  # of the steps that its lane took while it was there
@@ -31,7 +33,7 @@ class Row:
     def of(cls, request: Request, mask_id: int) -> list[Row]:
         """The rows of a request."""
         given = zip(request.canvases, request.starts, request.seeds, strict=True)
-        return [cls(request.kind, *row, mask_id) for row in given]
+        return [cls(request.kind, request.sampler, *row, mask_id) for row in given]
 
     @property
     def response_length(self) -> int:
@@ -40,7 +42,7 @@ class Row:
     @property
     def step_cap(self) -> int:
         """More steps than it can take."""
-        return self.kind.sampler.step_cap(self.response_length) + self.kind.policy.extra_steps(self.response_length)
+        return self.sampler.step_cap(self.response_length) + self.kind.policy.extra_steps(self.response_length)
 
     @property
     def steps(self) -> int:
@@ -100,7 +102,7 @@ class Row:
         response = canvas[self.start :]
         generated = self.start > 0 and spec.eos_id in response  # a canvas that was filled in is kept whole
         tokens = response[: response.index(spec.eos_id) + 1] if generated else response
-        branches = 2 if self.kind.sampler.cfg_scale else 1
+        branches = 2 if self.sampler.cfg_scale else 1
         return Generation(
             text=None if text is None else text.decode(tokens),
             tokens=tokens,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -33,6 +33,17 @@ def _check_flag(name: str, value: Any) -> None:
 
 def _check_choice(name: str, value: Any, allowed: tuple) -> None:
     require(value in allowed, f"{name}={value!r} is not one of {allowed}")
+
+
+class Dials(NamedTuple):
+    """The numbers of a sampler that rows decoded side by side have each their own of. They are on the device, in the
+    columns of the same names."""
+
+    temperature: float
+    top_p: float
+    tau_min: float = math.inf
+    tau_slow: float = math.inf
+    tau: float = math.inf
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +85,21 @@ class Sampler:
 
     def draw(self) -> Draw:
         """How a token is drawn and scored."""
-        return Draw(temperature=self.temperature, top_p=self.top_p, top_k=self.top_k)
+        return Draw(noise=self.temperature > 0, nucleus=self.has_nucleus, top_k=self.top_k)
+
+    @property
+    def has_nucleus(self) -> bool:
+        """Whether ``top_p`` leaves anything out."""
+        return self.top_p is not None and self.top_p < 1
+
+    def form(self) -> Sampler:
+        """What it shares with the samplers that can decode beside it: all but :meth:`dials`, which are at 1 there, or
+        at what switches something off."""
+        return replace(self, temperature=float(self.temperature > 0), top_p=1e-3 if self.has_nucleus else None)
+
+    def dials(self) -> Dials:
+        """What of it is a row's own."""
+        return Dials(self.temperature or 1.0, self.top_p if self.has_nucleus else math.inf)
 
     def check_cache(self, policy) -> None:
         """Refuse a cache policy that this sampler does not go with."""
@@ -162,6 +187,13 @@ class SlowFast(Sampler):
         _check_choice("preset", name, tuple(PRESETS))
         return PRESETS[name].replace(**changes)
 
+    def form(self) -> SlowFast:
+        return replace(super().form(), tau_min=1.0, tau_high=1.0, tau_slow=None, name="")
+
+    def dials(self) -> Dials:
+        never = math.inf if self.tau_slow is None else self.tau_slow
+        return super().dials()._replace(tau_min=self.tau_min, tau_slow=never, tau=self.tau_high)
+
     def check_cache(self, policy) -> None:
         require(
             not policy.by_block,
@@ -192,9 +224,6 @@ class SlowFast(Sampler):
                 "back, and then so short a window may hold nothing to decide",
             )
         return CycleRules(
-            tau_min=self.tau_min,
-            tau_fast=self.tau_high,
-            tau_slow=self.tau_slow,
             k_max=self.k_max,
             window=self.window,
             spread=self.spread,
@@ -276,6 +305,12 @@ class Threshold(Sampler):
             if getattr(self, name) is not None:
                 _check_integer(name, getattr(self, name))
 
+    def form(self) -> Threshold:
+        return replace(super().form(), tau=1.0)
+
+    def dials(self) -> Dials:
+        return super().dials()._replace(tau=self.tau)
+
     def rules(
         self, opening: str = "normal", *, look_ahead: int = 0, partial: bool = False, span_cap: int | None = None
     ) -> BlockRules:
@@ -285,7 +320,7 @@ class Threshold(Sampler):
         """
         return BlockRules(
             block_length=self.block_length,
-            tau=self.tau,
+            by_threshold=True,
             paced_steps=self.steps,
             opening=opening,
             eos_stop=self.eos_stop,
@@ -329,12 +364,17 @@ class FixedSteps(Sampler):
                 f"what a step commits over a whole block, so set block_length below {policy.capacity / 2:g}",
             )
 
+    def form(self) -> FixedSteps:
+        """How many steps there are is a row's own, unless they follow a time schedule."""
+        form = super().form()
+        return replace(form, steps=None, eps=FixedSteps.eps) if self.metric == "confidence" else form
+
     def draw(self) -> Draw:
         score = {"topk_margin": "margin", "entropy": "entropy"}.get(self.metric, "confidence")
         return Draw(
             metric=score,
-            temperature=self.temperature,
-            top_p=self.top_p,
+            noise=self.temperature > 0,
+            nucleus=self.has_nucleus,
             top_k=self.top_k,
             tempered=self.metric != "confidence",
         )

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 
-from .kernels.control import COLUMN, CONTROL
+from .kernels.control import COLUMN, CONTROL, DIALS
 
 
 def send(there: torch.Tensor, values: list | torch.Tensor) -> None:
@@ -37,6 +38,7 @@ class DecodeState:
     uniform: torch.Tensor  # float32 [B, n]: a row's stream of uniform numbers, where a sampler reads one
     shares: torch.Tensor  # float32 [B, n]: a row's schedule, where a sampler has one
     control: torch.Tensor  # int64 [B, len(CONTROL)]
+    dials: torch.Tensor  # float32 [B, len(DIALS)]: of a row's sampler
     length: int
     mask_id: int
     eos_id: int
@@ -65,10 +67,17 @@ class DecodeState:
     listed: torch.Tensor = field(init=False)
     done: torch.Tensor = field(init=False)
     fault: torch.Tensor = field(init=False)
+    temperature: torch.Tensor = field(init=False)
+    top_p: torch.Tensor = field(init=False)
+    tau_min: torch.Tensor = field(init=False)
+    tau_slow: torch.Tensor = field(init=False)
+    tau: torch.Tensor = field(init=False)
 
     def __post_init__(self) -> None:
         for index, name in enumerate(CONTROL):
             setattr(self, name, self.control[:, index])
+        for index, name in enumerate(DIALS):
+            setattr(self, name, self.dials[:, index])
         self.token = self.choice_token[:-1].view(self.tokens.shape)
         self.score = self.choice_score[:-1].view(self.tokens.shape)
 
@@ -84,17 +93,19 @@ class DecodeState:
         block_length: int | None,
         seeds: list[int],
         caps: list[int],
+        dials: Sequence[float],
         device: torch.device,
         trace: bool,
     ) -> DecodeState:
         """State for canvases ``rows`` (token ids, undecided positions hold ``mask_id``), decoded from ``starts`` on.
 
-        ``caps`` are the most steps that each row can need; one that needs more ends with a fault.
+        ``caps`` are the most steps that each row can need; one that needs more ends with a fault. ``dials`` are those
+        of the rows' sampler.
         """
         shape = {"batch": len(rows), "length": max(map(len, rows)), "window": window}
         state = cls.blank(**shape, mask_id=mask_id, eos_id=eos_id, device=device, trace=trace)
         for slot, (row, start, seed, cap) in enumerate(zip(rows, starts, seeds, caps, strict=True)):
-            state.put(slot, row, start, block_length=block_length, seed=seed, cap=cap)
+            state.put(slot, row, start, block_length=block_length, seed=seed, cap=cap, dials=dials)
         return state
 
     @classmethod
@@ -140,6 +151,7 @@ class DecodeState:
             uniform=torch.zeros((batch, 0), device=device),
             shares=torch.zeros((batch, 0), device=device),
             control=control,
+            dials=torch.ones((batch, len(DIALS)), dtype=torch.float32, device=device),
             length=length,
             mask_id=mask_id,
             eos_id=eos_id,
@@ -156,11 +168,13 @@ class DecodeState:
         block_length: int | None,
         seed: int,
         cap: int,
+        dials: Sequence[float],
         block_steps: int = 0,
     ) -> list[int]:
         """Put a canvas into a slot whose last one is done, in order with the device's other work; its control numbers.
 
-        ``cap`` is the most steps that it can need, ``block_steps`` what a schedule gives to each of its blocks.
+        ``cap`` is the most steps that it can need, ``dials`` are its sampler's, and ``block_steps`` is what a schedule
+        gives to each of its blocks.
         """
         end, masks = len(row), [p for p in range(start, len(row)) if row[p] == self.mask_id]
         size = max(1, end - start if block_length is None else block_length)
@@ -181,6 +195,7 @@ class DecodeState:
         masked[end:] = False
         torch.logical_not(masked, out=self.given[slot])
         self.seed[slot : slot + 1].fill_(seed)
+        send(self.dials[slot], list(dials))
         fresh = {"commit_step": -1, "forwarded": -1, "spread": float("nan")}
         for name in ("inside", "token", "score", "fill", "dirty", "history", *fresh):
             getattr(self, name)[slot : slot + 1].fill_(fresh.get(name, 0))

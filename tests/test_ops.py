@@ -84,7 +84,7 @@ def test_metrics_follow_their_definitions():
     top = p.sort(-1, descending=True).values
     # a vanishing share of noise would still move ties; temperature only tempers here, tokens come from top_k=1
     zero = torch.zeros(9, dtype=torch.int64)
-    draw = {"temperature": 0.7, "tempered": True, "seed": zero, "position": zero, "step": zero}
+    draw = {"temperature": torch.full((9,), 0.7), "tempered": True, "seed": zero, "position": zero, "step": zero}
     margin = confidence(logits.clone(), metric="margin", **draw)[1]
     torch.testing.assert_close(margin, top[:, 0] - top[:, 1])
     entropy = confidence(logits.clone(), metric="entropy", **draw)[1]
@@ -93,8 +93,8 @@ def test_metrics_follow_their_definitions():
 
 def test_nucleus_keeps_the_smallest_set_that_reaches_top_p():
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
-    kept = [filter_logits(logits, None, p).isfinite().sum().item() for p in (0.4, 0.6, 0.9, 1.0)]
-    assert kept == [1, 2, 3, 4]
+    kept = filter_logits(logits.expand(5, -1), None, torch.tensor([0.4, 0.6, 0.9, 1.0, math.inf])).isfinite().sum(1)
+    assert kept.tolist() == [1, 2, 3, 4, 4]  # each row has its own
     assert filter_logits(logits, 2, None).isfinite().tolist() == [[True, True, False, False]]
 
 
@@ -107,12 +107,15 @@ def test_nucleus_keeps_the_smallest_set_that_reaches_top_p():
 def test_choices_are_the_oracles(impl, metric, tempered, top_k, top_p, temperature):
     generator = torch.Generator().manual_seed(3)
     hidden, head = torch.randn(7, 16, generator=generator), torch.randn(40, 16, generator=generator)
-    draw = Draw(metric=metric, temperature=temperature, top_k=top_k, top_p=top_p, tempered=tempered)
+    draw = Draw(metric, noise=temperature > 0, nucleus=top_p is not None, top_k=top_k, tempered=tempered)
     keys = {"seed": torch.arange(7) + 2**40, "position": torch.arange(7) * 3, "step": torch.full((7,), 5)}
+    numbers = keys | {"temperature": torch.full((7,), temperature)} if temperature else {}
+    if top_p is not None:
+        numbers["top_p"] = torch.full((7,), top_p)
     noise = gumbel(*(keys[name][:, None] if name == "seed" else torch.arange(40) for name in ("seed", "token")),
                    keys["position"][:, None], keys["step"][:, None])  # fmt: skip
     wanted = look(hidden @ head.T, metric, temperature, top_k, top_p, tempered, noise)
     ops = implementation(impl, torch.device("cpu"))
-    token, score = ops.choose(hidden, head, draw, **keys)
+    token, score = ops.choose(hidden, head, draw, **numbers)
     assert token.tolist() == wanted.tokens
     torch.testing.assert_close(score, torch.tensor(wanted.scores), atol=1e-6, rtol=1e-5)

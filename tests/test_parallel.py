@@ -181,20 +181,24 @@ def _choose_by_shards(logits: torch.Tensor, draw: Draw, size: int, **keys) -> li
 
 
 METRICS = [("confidence", False), ("confidence", True), ("margin", True), ("entropy", True)]
-FILTERS = [{}, {"top_p": 0.8}, {"top_k": 3}]
+FILTERS = [{}, {"top_k": 3}, {"nucleus": True}]
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
-@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize("noise", [False, True])
 @pytest.mark.parametrize("metric, tempered", METRICS)
-def test_scores_from_shards(size, temperature, metric, tempered):
+def test_scores_from_shards(size, noise, metric, tempered):
     torch.manual_seed(size)
     logits = torch.randn(7, 23) * 3
     logits[1, [4, 20]] = 9.0  # a tie between ranks, and the lowest id wins
     logits[2, 5:] = -1e30
-    keys = {name: torch.arange(7) + n for n, name in enumerate(("seed", "position", "step"))} if temperature else {}
+    keys = {name: torch.arange(7) + n for n, name in enumerate(("seed", "position", "step"))} if noise else {}
+    if noise:
+        keys["temperature"] = torch.linspace(0.3, 1.2, 7)
     for filters in FILTERS:
-        draw = Draw(metric=metric, temperature=temperature, tempered=tempered, **filters)
+        draw = Draw(metric, noise=noise, tempered=tempered, **filters)
+        if draw.nucleus:
+            keys["top_p"] = torch.linspace(0.5, 0.9, 7)
         token, score = implementation("torch", logits.device).choose(logits, torch.eye(23), draw, **keys)
         for mine, value in _choose_by_shards(logits, draw, size, **keys):
             assert mine.tolist() == token.tolist() and mine.dtype == torch.int32

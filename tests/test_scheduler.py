@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import random
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
 
-from sfs_triton import Engine, FixedSteps, NumericalFault, OutOfDeviceMemory, SlowFast, Threshold
+from sfs_triton import Engine, FixedSteps, NumericalFault, OutOfDeviceMemory, Sampler, SlowFast, Threshold
 from sfs_triton.caching import cache_policy
 from sfs_triton.lane import Lane
 from sfs_triton.loops import EagerLoop, ReplayLoop, Step
@@ -20,6 +20,7 @@ from sfs_triton.scheduler import Room, Scheduler, room_around, room_for
 from .combinations import LOOPS, POLICIES, SAMPLERS, SOME_PAIRS, assert_same, engine_with, stand_in
 
 VANILLA = FixedSteps()
+TEMPERED = FixedSteps(steps=8, metric="topk_margin", temperature=0.7, top_p=0.8)
 
 
 def asked(rng: random.Random, number: int, mask_id: int, longest: int = 24) -> list[tuple[list[int], int, int]]:
@@ -40,7 +41,7 @@ def rows_of(engine: Engine, given, sampler=None, policy="none", trace=False, fra
 def alone(engine: Engine, row: Row):
     """What the row gets with nobody beside it."""
     kind = row.kind
-    request = Request([row.canvas], [row.start], kind.sampler, kind.policy, [row.seed], kind.trace)
+    request = Request([row.canvas], [row.start], row.sampler, kind.policy, [row.seed], kind.trace)
     with engine_with(engine)._run(request) as run:
         assert list(iter(run.advance, None))
         return run.results()[0]
@@ -95,6 +96,65 @@ def test_noise_and_schedules_are_a_rows_own(engines, name, loop):
         scheduler.step()
     run_out(scheduler)
     assert_same([row.result(engine.spec, None) for row in rows], [alone(engine, row) for row in rows])
+
+
+OWN: dict[str, tuple[Sampler, list[dict]]] = {  # what rows of a lane may differ in
+    "slowfast": (SlowFast(), [{"tau_min": 0.4, "tau_high": 0.5}, {"tau_slow": 0.6, "name": "my"}, {"tau_high": 0.99}]),
+    "shared": (SlowFast.preset("fast"), [{"tau_high": 0.3}, {"tau_slow": None}, {"tau_min": 0.0, "tau_high": 0.0}]),
+    "threshold": (Threshold(block_length=8), [{"tau": 0.2}, {"tau": 1.0}, {"tau": 0.0}]),
+    "fixed": (FixedSteps(steps=8), [{"steps": 3}, {"steps": None}, {"steps": 1, "eps": 0.5}]),
+    "drawn": (SlowFast(temperature=0.8), [{"temperature": 0.3}, {"temperature": 2.0}, {"temperature": 1e-6}]),
+    "nucleus": (Threshold(block_length=8, temperature=1.0, top_p=0.9), [{"top_p": 0.4}, {"temperature": 3.0}]),
+    "tempered": (TEMPERED, [{"temperature": 1.5}, {"top_p": 0.3}]),
+}
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("name", OWN)
+def test_rows_of_other_settings_share_a_lane(engines, name, loop):
+    sampler, changes = OWN[name]
+    rng = random.Random(name)
+    engine = engine_with(engines["dream-gqa"], loop)
+    samplers = [sampler, *(sampler.replace(**change) for change in changes)]
+    rows = [rows_of(engine, asked(rng, 1, engine.spec.mask_id), each, trace=True)[0] for each in samplers * 2]
+    scheduler = scheduler_of(engine, rows, slots=3, most=1)
+    together = 0
+    for row in rows:
+        scheduler.submit(row)
+        together = max(together, len(scheduler.step()))
+    run_out(scheduler)
+    assert together == 3
+    found = [row.result(engine.spec, None) for row in rows]
+    assert_same(found, [alone(engines["dream-gqa"], row) for row in rows])
+
+
+APART: dict[str, tuple[Sampler, list[dict]]] = {
+    "slowfast": (
+        SlowFast(),
+        [
+            *({"temperature": 0.7}, {"top_p": 0.9}, {"top_k": 5}, {"cfg_scale": 0.5}, {"eos_stop": True}),
+            *({"k_max": 4}, {"window": 3}, {"spread": "std"}, {"spread_limit": 2.0}, {"inclusive": True}),
+            *({"strict": False}, {"slow_end": "fixed"}, {"rounding": "even"}, {"zero_history": True}),
+            *({"min_parallel": 2}, {"min_parallel_slow": 2}, {"block_length": 8}, {"max_cycles": 3}),
+            *({"share_stable": True}, {"eos_horizon": False}),
+        ],
+    ),
+    "threshold": (Threshold(), [{"block_length": 8}, {"steps": 4}]),
+    "fixed": (FixedSteps(steps=8), [{"block_length": 8}, {"metric": "entropy"}]),
+    "entropy": (FixedSteps(steps=8, metric="entropy"), [{"steps": 4}, {"eps": 0.1}]),
+}
+
+
+def test_every_other_setting_keeps_rows_apart():
+    for sampler, changes in APART.values():
+        for change in changes:
+            assert sampler.replace(**change).form() != sampler.form(), change
+    for sampler, changes in OWN.values():
+        for change in changes:
+            assert sampler.replace(**change).form() == sampler.form(), change
+    told = {name for sampler, changes in (*OWN.values(), *APART.values()) for change in changes for name in change}
+    assert told == {field.name for kind in (SlowFast, Threshold, FixedSteps) for field in fields(kind)}
+    assert Threshold(top_p=1.0).form() == Threshold().form(), "it leaves nothing out"
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -173,7 +233,7 @@ def test_rows_of_a_kind_get_slots_in_order(engines):
 
 def test_lanes_take_turns(engines):
     engine, rng = engine_with(engines["llada-mha"]), random.Random(5)
-    kinds = [VANILLA, VANILLA.replace(temperature=0.5), VANILLA.replace(temperature=0.7)]
+    kinds = [VANILLA, VANILLA.replace(temperature=0.5), VANILLA.replace(top_k=7)]
     rows = [rows_of(engine, asked(rng, 1, engine.spec.mask_id, 8), kind)[0] for kind in kinds]
     scheduler = scheduler_of(engine, slots=2, most=3)
     for row in rows:
@@ -187,7 +247,7 @@ def test_lanes_take_turns(engines):
 def test_no_kind_starves(engines, most):
     """Under rows of other kinds that never cease to come, a row of a new kind is through after a bounded wait."""
     engine, rng = engine_with(engines["llada-mha"]), random.Random(6)
-    crowd = [SlowFast(), SlowFast(tau_high=0.9)][:most]
+    crowd = [SlowFast(), SlowFast(k_max=7)][:most]
     scheduler = scheduler_of(engine, slots=2, most=most)
 
     def more() -> None:
@@ -206,8 +266,9 @@ def test_no_kind_starves(engines, most):
         scheduler.step()
     assert rare.over
     assert_same(rare.result(engine.spec, None), alone(engine, rare))
+    forms = [sampler.form() for sampler in crowd]
     for _ in range(200):
-        if any(each.lane.kind.sampler in crowd for each in scheduler._open):
+        if any(each.lane.kind.sampler in forms for each in scheduler._open):
             break
         scheduler.step()
     else:
@@ -218,7 +279,7 @@ def test_no_kind_starves(engines, most):
 def test_what_needs_no_new_lane_goes_on_while_another_waits_for_one(engines):
     engine, rng = engine_with(engines["llada-mha"]), random.Random(7)
     scheduler = scheduler_of(engine, slots=2, most=2)
-    one, two, three = VANILLA, VANILLA.replace(temperature=0.5), VANILLA.replace(temperature=0.7)
+    one, two, three = VANILLA, VANILLA.replace(temperature=0.5), VANILLA.replace(top_k=7)
     first = rows_of(engine, asked(rng, 2, engine.spec.mask_id, 24), one)
     (second,) = rows_of(engine, asked(rng, 1, engine.spec.mask_id, 8), two)
     for row in (*first, second):
@@ -250,7 +311,7 @@ def test_memory_bounds_slots_and_lanes(engines):
         scheduler.submit(row)
     scheduler.step()
     assert (scheduler.running, scheduler.waiting) == (2, 3), "four slots do not fit, two do"
-    other = [replace_kind(engine, row, SlowFast(tau_high=0.9)) for row in long]
+    other = [replace_kind(engine, row, SlowFast(k_max=7)) for row in long]
     scheduler.submit(other[0])
     scheduler.step()
     assert scheduler.lanes == 2 and scheduler.running == 3, "there was room for one more slot"
@@ -259,8 +320,8 @@ def test_memory_bounds_slots_and_lanes(engines):
 
 
 def replace_kind(engine: Engine, row: Row, sampler) -> Row:
-    kind = row.kind._replace(sampler=sampler)
-    return Row(kind, row.canvas, row.start, row.seed, engine.spec.mask_id)
+    kind = row.kind._replace(sampler=sampler.form())
+    return Row(kind, sampler, row.canvas, row.start, row.seed, engine.spec.mask_id)
 
 
 def test_what_can_never_fit_is_refused_and_nothing_else(engines):
@@ -407,7 +468,7 @@ def test_a_lane_that_fails_is_lost_with_its_rows_and_no_other(engines, monkeypat
     run = Step.run
 
     def broken(step, *given, **named):
-        if step.sampler is VANILLA:
+        if isinstance(step.sampler, FixedSteps):
             raise ZeroDivisionError("in this lane")
         run(step, *given, **named)
 

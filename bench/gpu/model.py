@@ -82,13 +82,20 @@ class Rig:
         self.device = model.device
         canvas = prompt_ids(model.spec, setting.prompt) + [model.spec.mask_id] * setting.response
         length = ReplayLoop().canvas_length(len(canvas), model.spec.max_length)
-        kind = RowKind(self.sampler, self.policy, trace=False, frames=False)
+        kind = RowKind(self.sampler.form(), self.policy, trace=False, frames=False)
         lane = Lane(model, kind, setting.batch, length, setting.response, LoopChoice("eager", model.device))
         self.model, self.step = model, lane.step
         self.step.expect([setting.prompt], [setting.response])
         for slot in range(setting.batch):
-            block_length = getattr(self.sampler, "block_length", None)
-            self.step.join(slot, canvas, setting.prompt, block_length=block_length, seed=0, cap=2**31)
+            self.step.join(
+                slot,
+                canvas,
+                setting.prompt,
+                block_length=getattr(self.sampler, "block_length", None),
+                seed=0,
+                cap=2**31,
+                dials=self.sampler.dials(),
+            )
         self._fresh: dict[str, torch.Tensor] = {}
 
     @property

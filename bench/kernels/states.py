@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from sfs_triton.kernels.control import COLUMN, SLOW
+from sfs_triton.kernels.control import COLUMN, DIAL, SLOW
 from sfs_triton.samplers import FixedSteps, Sampler
 from sfs_triton.state import DecodeState
 
@@ -24,6 +24,7 @@ def decode_state(
         block_length=getattr(sampler, "block_length", None),
         seeds=[0] * batch,
         caps=[2**31] * batch,
+        dials=sampler.dials(),
         device=torch.device("cpu"),
         trace=trace,
     )
@@ -44,7 +45,7 @@ def decode_state(
         state.uniform = torch.rand((batch, 64 * response), generator=generator)
     names = [name for name in DecodeState.__slots__ if isinstance(getattr(state, name, None), torch.Tensor)]
     for name in names:
-        if name not in COLUMN:
+        if name not in {*COLUMN, *DIAL}:
             setattr(state, name, getattr(state, name).to(device))
     if trace:
         state.events = {name: value.to(device) for name, value in state.events.items()}

@@ -13,17 +13,18 @@ from .case import GEOMETRIES, TOY, Case, random
 from .harness import benchmark_of
 
 VARIANTS = {
-    "noise": {"temperature": 0.7},
+    "noise": {"noise": True},
     "margin": {"metric": "margin"},
     "entropy": {"metric": "entropy"},
 }
 
 
 def _build(device: torch.device, *, n_rows: int, n_columns: int, dtype: torch.dtype, settings: dict) -> dict:
-    keys = {}
-    if settings.get("temperature"):
-        keys = {name: torch.arange(n_rows, device=device) for name in ("seed", "position", "step")}
-    return {"logits": random(n_rows, n_columns, device=device, dtype=dtype), **settings, **keys}
+    settings = dict(settings)
+    if settings.pop("noise", False):
+        settings = {name: torch.arange(n_rows, device=device) for name in ("seed", "position", "step")}
+        settings["temperature"] = torch.full((n_rows,), 0.7, device=device)
+    return {"logits": random(n_rows, n_columns, device=device, dtype=dtype), **settings}
 
 
 def _twin(logits: torch.Tensor, **settings) -> tuple[torch.Tensor, torch.Tensor]:

@@ -28,7 +28,10 @@ def _build(
     float8: bool,
 ) -> dict:
     """One logit of each row stands out, as a trained model's do: else roundings of bfloat16 decide which token wins."""
-    keys = {name: torch.arange(n_rows, device=device) for name in ("seed", "position", "step")}
+    draw = {}
+    if noise:
+        draw = {name: torch.arange(n_rows, device=device) for name in ("seed", "position", "step")}
+        draw["temperature"] = torch.full((n_rows,), 0.7, device=device)
     weight = random(n_columns, n_features, device=device, dtype=dtype)
     winner = torch.linspace(0, n_columns - 1, n_rows, device=device).long()
     spread = random(n_rows, n_features, device=device, dtype=torch.float32)
@@ -41,7 +44,7 @@ def _build(
         **weights,
         "rows": torch.arange(n_rows, device=device, dtype=torch.int32),
         "count": torch.full((1,), n_rows, device=device, dtype=torch.int32),
-        **({"temperature": 0.7, **keys} if noise else {}),
+        **draw,
     }
 
 

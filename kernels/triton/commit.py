@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from .check import check_tensor, refuse_unless
-from .control import COLUMN, CONTROL
+from .control import COLUMN, CONTROL, DIAL, DIALS
 
 MAX_LENGTH = 2**20
 MAX_REGISTERS = 128  # given no limit, ptxas spills a little for an occupancy that one program a row has no use for
@@ -41,6 +41,11 @@ MASKS_LEFT: tl.constexpr = tl.constexpr(COLUMN["masks_left"])
 DONE: tl.constexpr = tl.constexpr(COLUMN["done"])
 FAULT: tl.constexpr = tl.constexpr(COLUMN["fault"])
 N_CONTROL: tl.constexpr = tl.constexpr(len(CONTROL))
+
+TAU_MIN: tl.constexpr = tl.constexpr(DIAL["tau_min"])
+TAU_SLOW: tl.constexpr = tl.constexpr(DIAL["tau_slow"])
+TAU: tl.constexpr = tl.constexpr(DIAL["tau"])
+N_DIALS: tl.constexpr = tl.constexpr(len(DIALS))
 
 
 @triton.jit

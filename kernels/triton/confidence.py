@@ -11,11 +11,12 @@ import triton.language as tl
 from .check import FLOATS, check_tensor, refuse_unless
 from .cost import Cost
 from .launch import launch
-from .philox import gumbel, noise_keys
+from .philox import gumbel, noise_arguments
 from .softmax_partial import LOG2E, NO_TOKEN, finite_or_zero, largest, max_of, result_of, runner_up, sum_of, value_of
 
 METRICS = ("confidence", "margin", "entropy")
 _FIELDS = tl.constexpr(5)
+_LOG2E = tl.constexpr(LOG2E)
 _LN2 = tl.constexpr(1 / LOG2E)
 
 
@@ -117,9 +118,10 @@ def _finish(
     tl.store(score_at, score)
 
 
-@triton.jit(do_not_specialize=["sequence_length", "temperature", "scale"])
+@triton.jit(do_not_specialize=["sequence_length"])
 def _confidence_kernel(
     logits_ptr,
+    temperature_ptr,
     seed_ptr,
     position_ptr,
     step_ptr,
@@ -131,10 +133,9 @@ def _confidence_kernel(
     n_columns,
     sequence_length,
     stride_logits_row,
-    temperature,
-    scale,
     METRIC: tl.constexpr,
     HAS_NOISE: tl.constexpr,
+    IS_TEMPERED: tl.constexpr,
     HAS_SHIFT: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -149,8 +150,11 @@ def _confidence_kernel(
     row_ptr = logits_ptr + source * stride_logits_row
     ids = chunk * BLOCK_V + tl.arange(0, BLOCK_V)
     x = tl.load(row_ptr + ids, mask=ids < n_columns, other=float("-inf")).to(tl.float32)
-    noise = x
+    noise, scale = x, _LOG2E
     if HAS_NOISE:
+        temperature = tl.load(temperature_ptr + row)
+        if IS_TEMPERED:
+            scale = _LOG2E / temperature
         seed, position, step = tl.load(seed_ptr + row), tl.load(position_ptr + row), tl.load(step_ptr + row)
         noise = gumbel(seed, ids, position, step) * temperature
     part = _part(x, ids, noise, chunk, scale, METRIC, HAS_NOISE, GROUP)
@@ -207,7 +211,7 @@ def confidence(
     logits: torch.Tensor,
     *,
     metric: str = "confidence",
-    temperature: float = 0.0,
+    temperature: torch.Tensor | None = None,
     tempered: bool = False,
     seed: torch.Tensor | None = None,
     position: torch.Tensor | None = None,
@@ -225,7 +229,8 @@ def confidence(
 
     Args:
         logits: ``[T, V]``, float32, float16 or bfloat16, with any row stride; V at most 2^20.
-        seed, position, step: int64 ``[T]``, the noise's keys beside the token id; needed if temperature is positive.
+        temperature: float32 ``[T]``, each above 0 (not checked). None: no noise, and ``tempered`` changes nothing.
+        seed, position, step: int64 ``[T]``, the noise's keys beside the token id; needed with a temperature.
         sequence_length: for models whose logits are shifted by one: rows are sequences of that many, and row ``t``
             looks at logits row ``t - 1``, the first row of a sequence at its own.
         out: token int32 ``[T]`` and score float32 ``[T]``, dense; allocated if None.
@@ -239,12 +244,12 @@ def confidence(
     n_rows, n_columns = logits.shape
     refuse_unless(0 < n_columns <= 2**20, f"logits has {n_columns} columns, not 1 to 2^20")
     refuse_unless(metric in METRICS, f"metric={metric!r} is not one of {METRICS}")
-    keys = noise_keys(temperature, {"seed": seed, "position": position, "step": step}, n_rows, logits.device)
+    noise = noise_arguments(temperature, {"seed": seed, "position": position, "step": step}, n_rows, logits.device)
     if sequence_length is not None:
         divides = sequence_length > 0 and n_rows % sequence_length == 0
         refuse_unless(divides, f"sequence_length={sequence_length} does not divide the {n_rows} rows of logits")
     token, score = result_of(out, n_rows, logits.device)
-    config = config or confidence_config(n_columns, noise=temperature > 0)
+    config = config or confidence_config(n_columns, noise=temperature is not None)
     n_chunks = triton.cdiv(n_columns, config.BLOCK_V)
     workspace = {"part_ptr": None, "winner_ptr": None, "counter_ptr": None}
     if n_chunks > 1:
@@ -255,17 +260,16 @@ def confidence(
         _confidence_kernel,
         (n_rows, n_chunks),
         logits_ptr=logits,
-        **keys,
+        **noise,
         token_ptr=token,
         score_ptr=score,
         **workspace,
         n_columns=n_columns,
         sequence_length=sequence_length or 1,
         stride_logits_row=logits.stride(0),
-        temperature=float(temperature),
-        scale=LOG2E / temperature if tempered and temperature > 0 else LOG2E,
         METRIC=metric,
-        HAS_NOISE=temperature > 0,
+        HAS_NOISE=temperature is not None,
+        IS_TEMPERED=tempered and temperature is not None,
         HAS_SHIFT=sequence_length is not None,
         GROUP=16 // logits.element_size(),
         BLOCK_V=config.BLOCK_V,

@@ -1,7 +1,7 @@
-"""The numbers that say where each row of a batch stands: one int64 row of these columns a canvas row.
+"""The numbers that say where each row of a batch stands, and how it is to be decoded: a row of columns a canvas row.
 
-They live in one matrix, so that a host can read them all at once and a kernel takes one pointer. Nothing here needs
-triton.
+They live in one matrix each, so that a host can read or write them all at once and a kernel takes one pointer. Nothing
+here needs triton.
 """
 
 from __future__ import annotations
@@ -33,3 +33,13 @@ CONTROL = (
 COLUMN = {name: index for index, name in enumerate(CONTROL)}
 
 SLOW, FAST = 0, 1  # values of "phase"
+
+# float32: of a row's sampler, what may differ between rows that are decoded side by side
+DIALS = (
+    "temperature",
+    "top_p",
+    "tau_min",  # confidence of a candidate for the horizon
+    "tau_slow",  # for parallel unmasking in the slow stage
+    "tau",  # for parallel unmasking: in the fast stage, or in a block
+)
+DIAL = {name: index for index, name in enumerate(DIALS)}

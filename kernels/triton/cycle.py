@@ -28,10 +28,14 @@ from .commit import (
     MAX_LENGTH,
     MAX_REGISTERS,
     N_CONTROL,
+    N_DIALS,
     N_HISTORY,
     PHASE,
     START,
     STEP,
+    TAU,
+    TAU_MIN,
+    TAU_SLOW,
     E,
     K,
     S,
@@ -42,7 +46,7 @@ from .commit import (
     row_waits,
     scan_config,
 )
-from .control import CONTROL
+from .control import CONTROL, DIALS
 from .cost import Cost
 from .launch import launch
 
@@ -287,13 +291,11 @@ def _decide_kernel(
     history_ptr,
     spread_ptr,
     control_ptr,
+    dials_ptr,
     event_control_ptr,
     event_history_ptr,
     length,
     eos_id,
-    tau_min,
-    tau_slow,
-    tau_fast,
     min_parallel_slow,
     min_parallel,
     k_max,
@@ -345,6 +347,8 @@ def _decide_kernel(
     column = tl.arange(0, BLOCK_COLUMNS)
     numbers = tl.load(control_ptr + column, mask=column < N_CONTROL, other=0)
 
+    dials_ptr += row * N_DIALS
+    tau_min, tau_slow, tau_fast = tl.load(dials_ptr + TAU_MIN), tl.load(dials_ptr + TAU_SLOW), tl.load(dials_ptr + TAU)
     tau = tl.where(slow, tau_slow, tau_fast)
     furthest, n_high, best, bad = _scan(
         token_ptr + at, score_ptr + at, inside_ptr + at, length, eos_id, tau_min, tau, STRICT, EOS_HORIZON, BLOCK_L
@@ -451,11 +455,9 @@ def decide(
     history: torch.Tensor,
     spread: torch.Tensor,
     control: torch.Tensor,
+    dials: torch.Tensor,
     *,
     eos_id: int,
-    tau_min: float,
-    tau_slow: float | None,
-    tau_fast: float,
     min_parallel_slow: int,
     min_parallel: int,
     k_max: int,
@@ -487,6 +489,7 @@ def decide(
         fill: bool ``[B, L]``, scratch; holds what this step committed.
         history, spread: int64 ``[B, W]`` candidate horizons counted from the block's start; float64 ``[B]``.
         control: int64 ``[B, n]``, the columns of :data:`~sfs_triton.kernels.control.CONTROL`.
+        dials: float32 ``[B, n]``, the columns of :data:`~sfs_triton.kernels.control.DIALS`.
         event: int64 tensors like ``control`` and ``history``, to hold them as they are after the horizon was estimated
             and before anything is committed.
 
@@ -498,6 +501,7 @@ def decide(
               "tokens": (tokens, torch.int64), "masked": (masked, torch.bool), "dirty": (dirty, torch.bool),
               "commit_step": (commit_step, torch.int64), "fill": (fill, torch.bool)}  # fmt: skip
     batch, length = check_canvas(control, **canvas)
+    check_tensor("dials", dials, dtype=torch.float32, shape=[batch, len(DIALS)], device=control.device, dense=True)
     check_tensor("history", history, dtype=torch.int64, shape=[batch, window], device=control.device, dense=True)
     check_tensor("spread", spread, dtype=torch.float64, shape=[batch], device=control.device, dense=True)
     for name, value, allowed in (
@@ -538,13 +542,11 @@ def decide(
         history_ptr=history,
         spread_ptr=spread,
         control_ptr=control,
+        dials_ptr=dials,
         event_control_ptr=event_control,
         event_history_ptr=event_history,
         length=length,
         eos_id=eos_id,
-        tau_min=tau_min,
-        tau_slow=float("inf") if tau_slow is None else tau_slow,
-        tau_fast=tau_fast,
         min_parallel_slow=min_parallel_slow,
         min_parallel=min_parallel,
         k_max=k_max,

@@ -14,7 +14,7 @@ from .cost import Cost
 from .float8 import UNDECODED, dot_over
 from .launch import launch, multiprocessors
 from .partials import SCALE, Partials, live_rows, merge, shares, store_partials
-from .philox import gumbel, noise_keys
+from .philox import gumbel, noise_arguments
 from .softmax_partial import NO_TOKEN, finite_or_zero, largest, max_of, result_of, sum_of, value_of
 
 
@@ -25,12 +25,13 @@ def _absorb(found, x, first_id, noise, HAS_NOISE: tl.constexpr):
     ids = first_id + tl.arange(0, x.shape[1])[None, :]
     keys = x
     if HAS_NOISE:
-        seed_at, position_at, step_at, live, temperature = noise
+        temperature_at, seed_at, position_at, step_at, live = noise
         # volatile keeps the loads, and all that follows from them, here: hoisted it takes registers for good
         seed = tl.load(seed_at, mask=live, other=0, volatile=True)
         position = tl.load(position_at, mask=live, other=0, volatile=True)
         step = tl.load(step_at, mask=live, other=0, volatile=True)
-        keys = x + gumbel(seed, ids, position, step) * temperature
+        drawn = gumbel(seed, ids, position, step)
+        keys = x + drawn * tl.load(temperature_at, mask=live, other=1.0, volatile=True)
     tile_key, tile_winner = largest(keys, ids)
     better = tile_key > key  # an equal key keeps the lower id
     key = tl.where(better, tile_key, key)
@@ -92,13 +93,14 @@ def _dot(
     return acc
 
 
-@triton.jit(do_not_specialize=["n_rows", "vocab_start", "temperature"])
+@triton.jit(do_not_specialize=["n_rows", "vocab_start"])
 def _lm_head_kernel(
     hidden_ptr,
     weight_ptr,
     scale_ptr,
     row_ptr,
     count_ptr,
+    temperature_ptr,
     seed_ptr,
     position_ptr,
     step_ptr,
@@ -110,7 +112,6 @@ def _lm_head_kernel(
     vocab_start,
     stride_hidden_row,
     stride_weight_row,
-    temperature,
     HAS_ROWS: tl.constexpr,
     HAS_COUNT: tl.constexpr,
     HAS_NOISE: tl.constexpr,
@@ -144,7 +145,7 @@ def _lm_head_kernel(
     found = (low, tl.zeros([BLOCK_T, 1], tl.float32), low, low, tl.zeros([BLOCK_T, 1], tl.int32) + first_id)
     noise = (live,)
     if HAS_NOISE:
-        noise = (seed_ptr + row, position_ptr + row, step_ptr + row, live, temperature)
+        noise = (temperature_ptr + row, seed_ptr + row, position_ptr + row, step_ptr + row, live)
     for start in tl.range(begin, end, BLOCK_V):
         column = start + tl.arange(0, BLOCK_V)
         if HAS_SCALE:
@@ -250,7 +251,7 @@ def _float8_tile(n_rows: int, noise: bool, small: bool) -> tuple[int, ...]:
     if small:
         return (16 if n_rows <= 16 else 32, 32, 32, 32, 4, 3)
     if n_rows <= 16:
-        return (16, 128, 64, 32 if noise else 128, 4, 6)
+        return (16, 128, 64, 16 if noise else 128, 4, 6)
     if noise:
         return (32, 128, 64, 16, 4, 6) if n_rows <= 32 else (64, 64, 64, 16, 4, 6)
     if n_rows <= 32:
@@ -291,12 +292,12 @@ def _project(
     n_columns, n_features = weight.shape
     in_range = 0 <= vocab_start and vocab_start + n_columns <= 2**31 - 1
     refuse_unless(in_range, f"vocab_start={vocab_start}: {n_columns} ids from there are not all in [0, 2^31 - 1)")
-    keys = noise_keys(temperature, keys, n_rows, hidden.device)
+    noise = noise_arguments(temperature, keys, n_rows, hidden.device)
     config = config or lm_head_config(
         n_rows,
         n_columns,
         hidden.element_size(),
-        temperature > 0,
+        temperature is not None,
         multiprocessors(hidden.device),
         float8=scale is not None,
         even=n_features % 128 == 0,
@@ -315,7 +316,7 @@ def _project(
             scale_ptr=scale,
             row_ptr=rows,
             count_ptr=count,
-            **keys,
+            **noise,
             values_ptr=values,
             winner_ptr=winner,
             n_rows=n_rows,
@@ -324,10 +325,9 @@ def _project(
             vocab_start=vocab_start,
             stride_hidden_row=hidden.stride(0),
             stride_weight_row=weight.stride(0),
-            temperature=float(temperature),
             HAS_ROWS=rows is not None,
             HAS_COUNT=count is not None,
-            HAS_NOISE=temperature > 0,
+            HAS_NOISE=temperature is not None,
             HAS_SCALE=scale is not None,
             NATIVE_FP8=config.NATIVE_FP8,
             EVEN_K=n_features % config.BLOCK_K == 0,
@@ -349,7 +349,7 @@ def lm_head(
     scale: torch.Tensor | None = None,
     rows: torch.Tensor | None = None,
     count: torch.Tensor | None = None,
-    temperature: float = 0.0,
+    temperature: torch.Tensor | None = None,
     seed: torch.Tensor | None = None,
     position: torch.Tensor | None = None,
     step: torch.Tensor | None = None,
@@ -369,7 +369,8 @@ def lm_head(
         rows: int32 or int64 ``[R]``, the rows of ``hidden`` to look at; all, in order, if None. Not checked (but see
             :func:`check_index`).
         count: int32 ``[1]``: only so many of the first rows are computed, none if negative, all if more than R.
-        seed, position, step: int64 ``[R]``, the noise's keys beside the token id; needed if temperature is positive.
+        temperature: float32 ``[R]``, each above 0 (not checked). None: no noise.
+        seed, position, step: int64 ``[R]``, the noise's keys beside the token id; needed with a temperature.
         out: token int32 ``[R]`` and score float32 ``[R]``, dense; allocated if None. From ``count`` on left alone.
 
     Ties go to the lowest token id. A row with a NaN or plus infinity among its logits, or with minus infinity alone,
@@ -389,7 +390,7 @@ def lm_head_partials(
     vocab_start: int = 0,
     rows: torch.Tensor | None = None,
     count: torch.Tensor | None = None,
-    temperature: float = 0.0,
+    temperature: torch.Tensor | None = None,
     seed: torch.Tensor | None = None,
     position: torch.Tensor | None = None,
     step: torch.Tensor | None = None,

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
@@ -45,21 +43,22 @@ def gumbel(seed, token, position, step):
     return -tl.log(-tl.log(uniform))
 
 
-def noise_keys(
-    temperature: float,
+def noise_arguments(
+    temperature: torch.Tensor | None,
     keys: dict[str, torch.Tensor | None],
     n_rows: int,
     device: torch.device,
 ) -> dict[str, torch.Tensor | None]:
-    """A launch's ``seed_ptr``, ``position_ptr`` and ``step_ptr``: int64 ``[n_rows]``, or None at temperature 0.
+    """A launch's ``temperature_ptr``, float32 ``[n_rows]``, and ``seed_ptr``, ``position_ptr`` and ``step_ptr``, int64
+    ``[n_rows]``; all None where there is no temperature, and so no noise.
 
     Raises:
-        ValueError: the temperature is no finite number of at least 0, or it is positive and a key is not as it must be.
+        ValueError: there is a temperature, and it or a key is not as it must be.
     """
-    refuse_unless(0 <= temperature < math.inf, f"temperature={temperature} is not in [0, inf)")
-    if temperature == 0:
-        return {f"{name}_ptr": None for name in keys}
+    if temperature is None:
+        return {"temperature_ptr": None, **{f"{name}_ptr": None for name in keys}}
+    check_tensor("temperature", temperature, dtype=torch.float32, shape=[n_rows], device=device)
     for name, key in keys.items():
-        refuse_unless(key is not None, f"{name} is None: temperature={temperature} needs it")
+        refuse_unless(key is not None, f"{name} is None: a temperature needs it")
         check_tensor(name, key, dtype=torch.int64, shape=[n_rows], device=device)
-    return {f"{name}_ptr": key for name, key in keys.items()}
+    return {"temperature_ptr": temperature, **{f"{name}_ptr": key for name, key in keys.items()}}

@@ -27,9 +27,11 @@ from .commit import (
     MAX_LENGTH,
     MAX_REGISTERS,
     N_CONTROL,
+    N_DIALS,
     QUOTA,
     START,
     STEP,
+    TAU,
     K,
     S,
     ScanConfig,
@@ -39,6 +41,7 @@ from .commit import (
     row_waits,
     scan_config,
 )
+from .control import DIALS
 from .cost import Cost
 from .launch import launch
 
@@ -186,11 +189,11 @@ def _decide_kernel(
     dirty_ptr,
     fill_ptr,
     control_ptr,
+    dials_ptr,
     length,
     n_uniform,
     n_shares,
     eos_id,
-    tau,
     paced_steps,
     block_length,
     HAS_TAU: tl.constexpr,
@@ -232,7 +235,9 @@ def _decide_kernel(
         tl.store(control_ptr + DONE, 1)
         return
 
-    share = 0.0
+    share, tau = 0.0, 0.0
+    if HAS_TAU:
+        tau = tl.load(dials_ptr + row * N_DIALS + TAU)
     if TIMESTEPS:
         share = tl.load(shares_ptr + row * n_shares + tl.minimum(k, n_shares - 1))
     if HAS_TAU and not IS_PACED:
@@ -315,9 +320,10 @@ def decide(
     dirty: torch.Tensor,
     fill: torch.Tensor,
     control: torch.Tensor,
+    dials: torch.Tensor,
     *,
     eos_id: int,
-    tau: float | None,
+    by_threshold: bool,
     paced_steps: int | None,
     schedule: str,
     at_random: bool,
@@ -337,6 +343,7 @@ def decide(
         dirty: bool ``[B, L]``; set where a token is committed.
         fill: bool ``[B, L]``, scratch; holds what this step committed.
         control: int64 ``[B, n]``, the columns of :data:`~sfs_triton.kernels.control.CONTROL`.
+        dials: float32 ``[B, n]``, the columns of :data:`~sfs_triton.kernels.control.DIALS`.
 
     The other arguments are the rules: ``torch_ops/select.py`` has their meaning, and is what this equals. Of equal
     scores the lowest position is best; 0.0 and -0.0 are equal. A NaN score ends its row with a fault and commits
@@ -346,9 +353,10 @@ def decide(
               "tokens": (tokens, torch.int64), "masked": (masked, torch.bool), "dirty": (dirty, torch.bool),
               "commit_step": (commit_step, torch.int64), "fill": (fill, torch.bool)}  # fmt: skip
     batch, length = check_canvas(control, **canvas)
+    check_tensor("dials", dials, dtype=torch.float32, shape=[batch, len(DIALS)], device=control.device, dense=True)
     for name, value in (("uniform", uniform), ("shares", shares)):
         check_tensor(name, value, dtype=torch.float32, shape=[batch, None], device=control.device, dense=True)
-    timesteps = schedule == "timesteps" and tau is None
+    timesteps = schedule == "timesteps" and not by_threshold
     refuse_unless(schedule in SCHEDULES, f"schedule={schedule!r} is not one of {SCHEDULES}")
     refuse_unless(opening in OPENINGS, f"opening={opening!r} is not one of {OPENINGS}")
     refuse_unless(not timesteps or shares.shape[1] > 0, "shares is empty and schedule='timesteps'")
@@ -373,15 +381,15 @@ def decide(
         dirty_ptr=dirty,
         fill_ptr=fill,
         control_ptr=control,
+        dials_ptr=dials,
         length=length,
         n_uniform=uniform.shape[1],
         n_shares=shares.shape[1],
         eos_id=eos_id,
-        tau=0.0 if tau is None else tau,
         paced_steps=min(paced_steps or 0, MAX_LENGTH),  # one position a step; sums fit 32 bits
         block_length=min(block_length or 0, MAX_LENGTH + 1),  # of which a canvas has one
-        HAS_TAU=tau is not None,
-        IS_PACED=tau is not None and paced_steps is not None,
+        HAS_TAU=by_threshold,
+        IS_PACED=by_threshold and paced_steps is not None,
         TIMESTEPS=timesteps,
         AT_RANDOM=at_random,
         OPENING=opening,

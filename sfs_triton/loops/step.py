@@ -260,8 +260,8 @@ class Step:
         if shape.ragged:
             which, keys["count"] = ops.compact((target >= 0).view(1, -1))
             which = keys["rows"] = which[0]
-        if self._draw.temperature > 0:
-            keys |= self._noise(target, which, batch)
+        if self._draw.noise or self._draw.nucleus:
+            keys |= self._row_numbers(target, which, batch)
         token, score = self.model.choose(hidden.flatten(0, 1), self._draw, **keys)
         ops.place(state, token, score, target, which=which, row=batch)
 
@@ -310,14 +310,17 @@ class Step:
         first = scope.first + self._shift if scope.rows is None else scope.rows[:, :1] + self._shift
         return (target - first).clamp(min=0).long(), target
 
-    def _noise(
+    def _row_numbers(
         self, target: torch.Tensor, which: torch.Tensor | None, batch: torch.Tensor | None
     ) -> dict[str, torch.Tensor]:
-        """What keys the noise of each row of the head: row seed, position and step, int64 ``[R]``."""
-        seed, step = (_of(t, batch)[:, None].expand_as(target) for t in (self.state.seed, self.state.step))
-        keys = {"seed": seed, "position": target.clamp(min=0).long(), "step": step}
+        """What drawing takes for each row of the head, ``[R]``: temperature, and what keys the noise; or ``top_p``."""
+        state, draw = self.state, self._draw
+        names = ("temperature", "seed", "step") * draw.noise + ("top_p",) * draw.nucleus
+        numbers = {name: _of(getattr(state, name), batch)[:, None].expand_as(target) for name in names}
+        if draw.noise:
+            numbers["position"] = target.clamp(min=0).long()
         at = slice(None) if which is None else which.clamp(min=0)
-        return {name: value.flatten()[at].contiguous() for name, value in keys.items()}
+        return {name: value.flatten()[at].contiguous() for name, value in numbers.items()}
 
 
 _VIEWED = [

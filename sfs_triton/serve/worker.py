@@ -54,7 +54,7 @@ class Worker:
         self._engine, self._settings, self._watch = engine, settings, watch or Watch()
         most = engine.spec.max_length
         memory = settings.cache_memory or _half_of_what_is_free(engine.model.device)
-        kind = Kind(settings.sampler, settings.cache, trace=False, frames=True)
+        kind = Kind(settings.sampler.form(), settings.cache, trace=False, frames=True)
         least = engine.lanes.bytes_needed(kind, 1, smallest_room(most))
         require(memory is None or least <= memory, f"cache_memory={memory}: the shortest canvas takes {least} bytes")
         self._scheduler = Scheduler(

@@ -19,22 +19,24 @@ METRICS = ("confidence", "margin", "entropy")
 
 @dataclass(frozen=True)
 class Draw:
-    """How a token is drawn from its logits. Temperature 0 takes the largest; ties go to the lowest id."""
+    """How a token is drawn from its logits and scored, but for the numbers that are a row's own: its temperature, with
+    ``noise``, and its share of the probability, with ``nucleus``. Without noise the largest wins; ties go to the lowest
+    id."""
 
     metric: str = "confidence"
-    temperature: float = 0.0
-    top_p: float | None = None
+    noise: bool = False
+    nucleus: bool = False
     top_k: int | None = None
     tempered: bool = False
 
 
-def filter_logits(logits: torch.Tensor, top_k: int | None, top_p: float | None) -> torch.Tensor:
-    """Logits ``[T, V]`` with everything outside the ``top_p`` nucleus, then the ``top_k`` largest of it, at -inf."""
-    if top_p is not None and top_p < 1:
+def filter_logits(logits: torch.Tensor, top_k: int | None, top_p: torch.Tensor | None) -> torch.Tensor:
+    """Logits ``[T, V]`` at -inf outside the nucleus of ``top_p [T]``, and outside the ``top_k`` largest of that."""
+    if top_p is not None:
         ordered, order = logits.sort(dim=-1, descending=True, stable=True)
         before = ordered.softmax(-1).cumsum(-1).roll(1, -1)
         before[:, 0] = 0
-        drop = torch.zeros_like(before, dtype=torch.bool).scatter_(-1, order, before > top_p)
+        drop = torch.zeros_like(before, dtype=torch.bool).scatter_(-1, order, before > top_p[:, None])
         logits = logits.masked_fill(drop, float("-inf"))
     if top_k is not None and top_k < logits.shape[-1]:
         floor = logits.topk(top_k, dim=-1).values[:, -1:]
@@ -46,7 +48,7 @@ def confidence(
     logits: torch.Tensor,
     *,
     metric: str = "confidence",
-    temperature: float = 0.0,
+    temperature: torch.Tensor | None = None,
     tempered: bool = False,
     seed: torch.Tensor | None = None,
     position: torch.Tensor | None = None,
@@ -56,9 +58,10 @@ def confidence(
     """Token ``[T]`` (int32) and score ``[T]`` (float32) for each row of ``logits [T, V]``, which may be overwritten.
 
     ``argmax(logits + temperature * gumbel)``, scored by ``softmax(logits)``, or ``softmax(logits / temperature)`` if
-    ``tempered``. ``seed``, ``position`` and ``step`` (int64 ``[T]``) key the noise and are needed when the temperature
-    is positive. With ``sequence_length`` rows are sequences of that many, and each row looks at the logits of the row
-    before it; the first of a sequence at its own.
+    ``tempered``, with ``temperature`` float32 ``[T]``, each above 0, or None, which is no noise and no tempering.
+    ``seed``, ``position`` and ``step`` (int64 ``[T]``) key the noise and are needed with a temperature. With
+    ``sequence_length`` rows are sequences of that many, and each row looks at the logits of the row before it; the
+    first of a sequence at its own.
 
     Ties go to the lowest token id. A row with a NaN or +inf logit, or with nothing but -inf, has a NaN score.
     """
@@ -66,15 +69,15 @@ def confidence(
     if sequence_length is not None:
         row = torch.arange(logits.shape[0], device=logits.device)
         logits = logits[torch.where(row % sequence_length == 0, row, row - 1)]
-    if temperature == 0 and metric == "confidence":
+    if temperature is None and metric == "confidence":
         largest, token = logits.max(-1, keepdim=True)
         return token[:, 0].int(), logits.sub_(largest).exp_().sum(-1).reciprocal_().float()
-    measured = logits / temperature if tempered and temperature > 0 else logits
+    measured = logits if temperature is None or not tempered else logits / temperature[:, None]
     drawn = measured
-    if temperature > 0:
+    if temperature is not None:
         ids = torch.arange(logits.shape[-1], device=logits.device)
         noise = gumbel(seed[:, None], ids, position[:, None], step[:, None])
-        drawn = measured + noise * (1.0 if tempered else temperature)
+        drawn = measured + (noise if tempered else noise * temperature[:, None])
     token = drawn.argmax(-1)
     return token.int(), _score(measured, token, metric).float()
 

@@ -18,11 +18,9 @@ from .plan import stage_range
 
 @dataclass(frozen=True)
 class CycleRules:
-    """The numbers and choices in which the paper and the references differ; ``SlowFast`` fills them in."""
+    """The numbers and choices in which the paper and the references differ; ``SlowFast`` fills them in. Thresholds are
+    each row's own (``state.tau_min``, ``tau_slow`` and ``tau``)."""
 
-    tau_min: float  # candidates reach it
-    tau_fast: float  # parallel unmasking in the fast stage
-    tau_slow: float | None  # the same in the slow stage; None: only the best position
     k_max: int
     window: int
     spread: str  # "variance", "std" or "unbiased"
@@ -57,9 +55,14 @@ def spread_of(history: torch.Tensor, count: torch.Tensor, kind: str) -> torch.Te
     return variance.sqrt() if kind == "std" else variance
 
 
+def _over(scores: torch.Tensor, tau: torch.Tensor, rules: CycleRules) -> torch.Tensor:
+    """Which of ``scores [B, L]`` pass the thresholds of their rows, ``tau [B]``."""
+    return scores > tau[:, None] if rules.strict else scores >= tau[:, None]
+
+
 def _furthest(state, scores: torch.Tensor, rules: CycleRules) -> torch.Tensor:
     """The highest candidate for the horizon among ``scores [B, L]``, -1 if there is none."""
-    candidate = scores > rules.tau_min if rules.strict else scores >= rules.tau_min
+    candidate = _over(scores, state.tau_min, rules)
     if not rules.eos_horizon:
         candidate &= state.token != state.eos_id
     return torch.where(candidate, state.position, -1).amax(1)
@@ -102,10 +105,8 @@ def _horizon(state, scores: torch.Tensor, moves: torch.Tensor, rules: CycleRules
 def _fill(state, scores: torch.Tensor, rules: CycleRules) -> torch.Tensor:
     """The positions this step commits: everything over the threshold if enough are, else the best one."""
     slow = state.phase == SLOW
-    never = float("inf")
-    tau = torch.where(slow, never if rules.tau_slow is None else rules.tau_slow, rules.tau_fast)[:, None]
     enough = torch.where(slow, rules.min_parallel_slow, rules.min_parallel)
-    high = scores > tau if rules.strict else scores >= tau
+    high = _over(scores, torch.where(slow, state.tau_slow, state.tau), rules)
     best = state.position == scores.argmax(1, keepdim=True)
     return torch.where((high.sum(1) >= enough)[:, None], high, best) & state.inside
 
@@ -115,7 +116,7 @@ def _shared_fill(state, scores: torch.Tensor, stable: torch.Tensor, rules: Cycle
 
     It sees what was undecided before this step, so positions that the slow fill takes count among ``min_parallel``.
     """
-    high = scores > rules.tau_fast if rules.strict else scores >= rules.tau_fast
+    high = _over(scores, state.tau, rules)
     high &= state.position < state.e[:, None]
     return high & (stable & (high.sum(1) >= rules.min_parallel))[:, None]
 

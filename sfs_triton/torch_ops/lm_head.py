@@ -38,7 +38,7 @@ def lm_head(
     scale: torch.Tensor | None = None,
     rows: torch.Tensor | None = None,
     count: torch.Tensor | None = None,
-    temperature: float = 0.0,
+    temperature: torch.Tensor | None = None,
     seed: torch.Tensor | None = None,
     position: torch.Tensor | None = None,
     step: torch.Tensor | None = None,
@@ -65,7 +65,7 @@ def lm_head_partials(
     vocab_start: int = 0,
     rows: torch.Tensor | None = None,
     count: torch.Tensor | None = None,
-    temperature: float = 0.0,
+    temperature: torch.Tensor | None = None,
     seed: torch.Tensor | None = None,
     position: torch.Tensor | None = None,
     step: torch.Tensor | None = None,
@@ -78,9 +78,9 @@ def lm_head_partials(
     logits, live = _logits(hidden, weight, scale, rows, count)
     logits = logits.float()
     keys = logits
-    if temperature > 0:
+    if temperature is not None:
         ids = vocab_start + torch.arange(logits.shape[-1], device=logits.device)
-        keys = logits + gumbel(seed[:, None], ids, position[:, None], step[:, None]) * temperature
+        keys = logits + gumbel(seed[:, None], ids, position[:, None], step[:, None]) * temperature[:, None]
     top = logits.max(-1).values
     total = (logits - top.nan_to_num(neginf=0.0)[:, None]).exp().sum(-1)
     key, winner = torch.where(keys.isnan(), float("-inf"), keys).max(-1)

@@ -12,14 +12,15 @@ from .cycle import enter_block
 
 @dataclass(frozen=True)
 class BlockRules:
-    """How many positions a step commits: those that reach ``tau``, or the counts of a fixed schedule.
+    """How many positions a step commits: those that reach a threshold, or the counts of a fixed schedule.
 
-    How many steps a block has is a row's own (``state.block_steps``), since rows differ in length.
+    The threshold (``state.tau``) is a row's own, and so is how many steps a block has (``state.block_steps``), since
+    rows differ in length.
     """
 
     block_length: int | None
-    tau: float | None = None
-    paced_steps: int | None = None  # with tau: at most length / paced_steps positions a step, plus what was left over
+    by_threshold: bool = False
+    paced_steps: int | None = None  # with a threshold: at most length / paced_steps positions a step, and what was left
     schedule: str = "even"  # "even": counts spread over the block's steps; "timesteps": shares of what is left
     at_random: bool = False  # positions are drawn with the schedule's shares, not ranked (Dream's "origin")
     opening: str = "normal"  # "repeat": a block takes at least two forwards; "first": and the first of them commits
@@ -48,9 +49,9 @@ def _count(state, inside: torch.Tensor, moves: torch.Tensor, rules: BlockRules) 
 def _threshold_fill(
     state, inside: torch.Tensor, scores: torch.Tensor, moves: torch.Tensor, rules: BlockRules
 ) -> torch.Tensor:
-    """Everything at or over ``tau`` and the best position; with a quota, only among the best so many."""
+    """Everything at or over the threshold and the best position; with a quota, only among the best so many."""
     best = state.position == scores.argmax(1, keepdim=True)
-    fill = ((scores >= rules.tau) | best) & inside
+    fill = ((scores >= state.tau[:, None]) | best) & inside
     if rules.paced_steps is not None:
         base = (state.end - state.start + rules.paced_steps - 1) // rules.paced_steps
         quota = base + state.quota
@@ -81,7 +82,7 @@ def decide(state, rules: BlockRules, *, slow: bool = True) -> None:
     moves = state.done == 0
     if rules.partial:
         moves &= ~waiting(state, state.block_start, state.block_end)
-    if rules.tau is not None:
+    if rules.by_threshold:
         fill = _threshold_fill(state, inside, scores, moves, rules)
     elif rules.at_random:
         fill = _random_fill(state, inside, rules)
@@ -106,9 +107,9 @@ def _advance(state, moves: torch.Tensor, rules: BlockRules) -> None:
     over = first_masked(state, state.block_start) >= state.block_end
     if rules.opening != "normal":
         over &= (state.k >= 2) | rules.eos_stop
-    elif rules.tau is None and not rules.eos_stop:
+    elif not rules.by_threshold and not rules.eos_stop:
         over &= state.k >= state.block_steps  # the references run every step of their schedule
-    if rules.tau is None:
+    if not rules.by_threshold:
         over |= state.k >= (state.block_steps.clamp(min=2) if rules.opening == "first" else state.block_steps)
     over &= moves
     following = first_masked(state, state.block_end)

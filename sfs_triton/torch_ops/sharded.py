@@ -13,10 +13,10 @@ from .lm_head import merge_partials
 from .philox import gumbel
 
 
-def measured(logits: torch.Tensor, draw: Draw) -> torch.Tensor:
+def measured(logits: torch.Tensor, draw: Draw, temperature: torch.Tensor | None = None) -> torch.Tensor:
     """Logits ``[R, v]`` as they are scored, float32."""
     logits = logits.float()
-    return logits / draw.temperature if draw.tempered and draw.temperature > 0 else logits
+    return logits / temperature[:, None] if draw.tempered and draw.noise else logits
 
 
 def partials(
@@ -24,6 +24,7 @@ def partials(
     draw: Draw,
     *,
     vocab_start: int,
+    temperature: torch.Tensor | None = None,
     seed: torch.Tensor | None = None,
     position: torch.Tensor | None = None,
     step: torch.Tensor | None = None,
@@ -34,10 +35,10 @@ def partials(
     noise), its logit, its id (int32, bit by bit), and the second largest logit, -inf of a single id.
     """
     keys = logits
-    if draw.temperature > 0:
+    if draw.noise:
         ids = vocab_start + torch.arange(logits.shape[-1], device=logits.device)
         noise = gumbel(seed[:, None], ids, position[:, None], step[:, None])
-        keys = logits + noise * (1.0 if draw.tempered else draw.temperature)
+        keys = logits + (noise if draw.tempered else noise * temperature[:, None])
     top, second = F.pad(logits, (0, 1), value=float("-inf")).topk(2, dim=-1).values.unbind(-1)
     total = (logits - top.nan_to_num(neginf=0.0)[:, None]).exp().sum(-1)
     key, winner = torch.where(keys.isnan(), float("-inf"), keys).max(-1)

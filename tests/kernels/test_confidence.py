@@ -27,10 +27,13 @@ def random(*shape: int, dtype: torch.dtype, seed: int = 0, scale: float = 3.0) -
     return (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale).to(dtype)
 
 
-def keys(n_rows: int, seed: int = 0) -> dict[str, torch.Tensor]:
+def noise_of(n_rows: int, device: torch.device | str = "cpu", seed: int = 0) -> dict[str, torch.Tensor]:
+    """Keys of the noise, and temperatures: every row has its own."""
     generator = torch.Generator().manual_seed(seed)
     most = {"seed": 2**63 - 1, "position": 4096, "step": 1024}
-    return {name: torch.randint(0, most[name], (n_rows,), generator=generator) for name in KEYS}
+    keys = {name: torch.randint(0, most[name], (n_rows,), generator=generator) for name in KEYS}
+    keys["temperature"] = 0.3 + torch.rand(n_rows, generator=generator)
+    return {name: key.to(device) for name, key in keys.items()}
 
 
 def results(guards: Guards, n_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -72,13 +75,12 @@ def test_real_vocabularies(guards, n_rows, n_columns):
 @pytest.mark.parametrize("temperature", [0.0, 0.6])
 @pytest.mark.parametrize("metric", METRICS)
 def test_follows_the_definitions(device, metric, temperature, tempered):
-    logits, noise_keys = random(6, 300, dtype=torch.float32), keys(6)
-    noise = twin_philox.gumbel(
-        noise_keys["seed"][:, None], torch.arange(300), *(noise_keys[k][:, None] for k in KEYS[1:])
-    )
+    logits, given = random(6, 300, dtype=torch.float32), noise_of(6)
+    noise = twin_philox.gumbel(given["seed"][:, None], torch.arange(300), *(given[k][:, None] for k in KEYS[1:]))
     wanted = look(logits, metric, temperature, tempered=tempered, noise=noise)
-    given_keys = {name: key.to(device) for name, key in noise_keys.items()} if temperature else {}
-    settings_ = {"metric": metric, "temperature": temperature, "tempered": tempered, **given_keys}
+    given["temperature"].fill_(temperature)
+    given = {name: key.to(device) for name, key in given.items()} if temperature else {}
+    settings_ = {"metric": metric, "tempered": tempered, **given}
     for config in (None, SMALL):
         token, score = confidence(logits.to(device), **settings_, config=config)
         assert token.tolist() == wanted.tokens
@@ -90,13 +92,11 @@ def test_follows_the_definitions(device, metric, temperature, tempered):
 @pytest.mark.parametrize("metric", METRICS)
 def test_a_rows_bits_depend_on_itself_alone(device, metric, noise):
     logits = random(3, 9000, dtype=torch.float32).to(device)
-    noise_keys = {name: key.to(device) for name, key in keys(3).items()} if noise else {}
-    draw = {"metric": metric, "temperature": 0.9 if noise else 0.0}
-    token, score = confidence(logits, **draw, **noise_keys)
+    draw, how = noise_of(3, device) if noise else {}, {"metric": metric, "tempered": noise}
+    token, score = confidence(logits, **draw, **how)
     for row in range(3):
-        alone = confidence(
-            logits[row : row + 1], **draw, **{name: key[row : row + 1] for name, key in noise_keys.items()}
-        )
+        own = {name: key[row : row + 1] for name, key in draw.items()}
+        alone = confidence(logits[row : row + 1], **own, **how)
         assert torch.equal(alone[0], token[row : row + 1]) and torch.equal(alone[1], score[row : row + 1])
 
 
@@ -124,8 +124,7 @@ def test_ties_infinities_and_nan(data, metric, noise):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     guards = Guards(device)
     logits = guards.copy(torch.tensor(patterns).repeat(1, repeats))
-    noise_keys = {name: guards.copy(key) for name, key in keys(n_rows).items()} if noise else {}
-    draw = {"metric": metric, "temperature": 0.5 if noise else 0.0, **noise_keys}
+    draw = {"metric": metric} | ({name: guards.copy(key) for name, key in noise_of(n_rows).items()} if noise else {})
     token, score = confidence(logits, **draw, out=results(guards, n_rows), config=SMALL)
     same = twin.confidence(logits.clone(), **draw)
     guards.check()
@@ -158,10 +157,9 @@ def test_bad_rows_stay_alone(device, bad, n_columns):
 
 @pytest.mark.parametrize("sequence_length", [1, 3, 6])
 def test_shifted_logits(guards, sequence_length):
-    logits, noise_keys = guards.copy(random(6, 200, dtype=torch.float32)), keys(6)
-    noise_keys = {name: guards.copy(key) for name, key in noise_keys.items()}
+    logits = guards.copy(random(6, 200, dtype=torch.float32))
     source = [row if row % sequence_length == 0 else row - 1 for row in range(6)]
-    draw = {"temperature": 0.8, **noise_keys}
+    draw = {name: guards.copy(key) for name, key in noise_of(6).items()}
     token, score = confidence(logits, **draw, sequence_length=sequence_length, out=results(guards, 6), config=SMALL)
     wanted = twin.confidence(logits[source], **draw)
     assert torch.equal(token, wanted[0])
@@ -217,9 +215,9 @@ def test_random_words_are_those_of_the_twin(device):
 def test_tokens_are_drawn_with_softmax_frequencies(device):
     logits = torch.tensor([0.0, 1.0, 2.0, -1.0, 0.5, -math.inf])
     n = 20000 if device.type == "cuda" else 250
-    noise_keys = {"seed": torch.arange(n, device=device)}
-    noise_keys |= {name: torch.full((n,), 7, device=device) for name in KEYS[1:]}
-    token, score = confidence(logits.expand(n, -1).to(device), temperature=0.7, **noise_keys)
+    draw = {"temperature": torch.full((n,), 0.7, device=device), "seed": torch.arange(n, device=device)}
+    draw |= {name: torch.full((n,), 7, device=device) for name in KEYS[1:]}
+    token, score = confidence(logits.expand(n, -1).to(device), **draw)
     expected = (logits / 0.7).softmax(-1)
     share = torch.bincount(token.cpu(), minlength=6) / n
     sigma = (expected * (1 - expected) / n).sqrt()
@@ -236,19 +234,18 @@ def test_configs_know_the_vocabulary_only():
 
 
 def test_refuses_what_it_cannot_take(device):
-    x, at = torch.ones(4, 300, device=device), {name: torch.ones(4, dtype=torch.int64, device=device) for name in KEYS}
+    x, at = torch.ones(4, 300, device=device), noise_of(4, device)
     for message, call in {
         "logits has dtype int64": lambda: confidence(x.long()),
         "logits has shape": lambda: confidence(x[0]),
         "logits has strides": lambda: confidence(torch.ones(8, 8, device=device).T),
         "logits has 0 columns": lambda: confidence(x[:, :0]),
         "metric='mass'": lambda: confidence(x, metric="mass"),
-        "temperature=-1": lambda: confidence(x, temperature=-1.0, **at),
-        "temperature=nan": lambda: confidence(x, temperature=math.nan, **at),
-        "temperature=inf": lambda: confidence(x, temperature=math.inf, **at),
-        "position is None": lambda: confidence(x, temperature=1.0, seed=at["seed"], step=at["step"]),
-        "seed has dtype int32": lambda: confidence(x, temperature=1.0, **{**at, "seed": at["seed"].int()}),
-        r"step has shape \[3\]": lambda: confidence(x, temperature=1.0, **{**at, "step": at["step"][:3]}),
+        "temperature has dtype float64": lambda: confidence(x, **{**at, "temperature": at["temperature"].double()}),
+        r"temperature has shape \[1\]": lambda: confidence(x, **{**at, "temperature": at["temperature"][:1]}),
+        "position is None": lambda: confidence(x, **{**at, "position": None}),
+        "seed has dtype int32": lambda: confidence(x, **{**at, "seed": at["seed"].int()}),
+        r"step has shape \[3\]": lambda: confidence(x, **{**at, "step": at["step"][:3]}),
         "sequence_length=3 does not divide": lambda: confidence(x, sequence_length=3),
         "sequence_length=0 does not divide": lambda: confidence(x, sequence_length=0),
         r"out\[0\] has dtype int64": lambda: confidence(x, out=(at["seed"], x[:, 0])),

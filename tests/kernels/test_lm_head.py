@@ -39,10 +39,13 @@ def codes(n_columns: int, n_features: int, seed: int = 1) -> tuple[torch.Tensor,
     return whole(n_columns, n_features, dtype=torch.float32, seed=seed).to(torch.float8_e4m3fn), scale
 
 
-def noise_keys(n_rows: int, device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
+def noise_of(n_rows: int, device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
+    """Keys of the noise, and temperatures: every row has its own."""
     generator = torch.Generator().manual_seed(n_rows)
     most = {"seed": 2**63 - 1, "position": 4096, "step": 1024}
-    return {name: torch.randint(0, most[name], (n_rows,), generator=generator).to(device) for name in KEYS}
+    keys = {name: torch.randint(0, most[name], (n_rows,), generator=generator) for name in KEYS}
+    keys["temperature"] = 0.3 + torch.rand(n_rows, generator=generator)
+    return {name: key.to(device) for name, key in keys.items()}
 
 
 def results(guards: Guards, n_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -57,8 +60,7 @@ def results(guards: Guards, n_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
 def test_equals_its_twin(guards, dtype, n_rows, n_columns, n_features, noise):
     hidden = guards.copy(whole(n_rows, n_features, dtype=dtype))
     weight = guards.copy(whole(n_columns, n_features, dtype=dtype, seed=1))
-    draw = {name: guards.copy(key) for name, key in noise_keys(n_rows).items()} if noise else {}
-    draw |= {"temperature": 0.8 if noise else 0.0}
+    draw = {name: guards.copy(key) for name, key in noise_of(n_rows).items()} if noise else {}
     out = results(guards, n_rows)
     token, score = lm_head(hidden, weight, **draw, out=out)
     assert token is out[0] and score is out[1]
@@ -87,7 +89,7 @@ def test_every_config(guards, config):
     dtype = torch.float32 if config.BLOCK_K == 32 else torch.float16
     hidden = guards.copy(whole(20, 96, dtype=dtype))
     weight = guards.copy(whole(300, 96, dtype=dtype, seed=1))
-    draw = {"temperature": 0.5, **noise_keys(20, hidden.device)} if config.BLOCK_S < config.BLOCK_V else {}
+    draw = noise_of(20, hidden.device) if config.BLOCK_S < config.BLOCK_V else {}
     token, score = lm_head(hidden, weight, **draw, out=results(guards, 20), config=config)
     wanted = twin.lm_head(hidden, weight, **draw)
     assert torch.equal(token, wanted[0])
@@ -102,8 +104,7 @@ def test_every_config(guards, config):
 def test_float8_equals_its_twin(guards, dtype, n_rows, n_columns, n_features, noise):
     hidden = guards.copy(whole(n_rows, n_features, dtype=dtype))
     weight, scale = map(guards.copy, codes(n_columns, n_features))
-    draw = {name: guards.copy(key) for name, key in noise_keys(n_rows).items()} if noise else {}
-    draw |= {"temperature": 0.8 if noise else 0.0}
+    draw = {name: guards.copy(key) for name, key in noise_of(n_rows).items()} if noise else {}
     token, score = lm_head(hidden, weight, scale=scale, **draw, out=results(guards, n_rows))
     same = twin.lm_head(hidden, weight, scale=scale, **draw)
     assert torch.equal(token, same[0])
@@ -125,7 +126,7 @@ def test_every_config_of_float8(guards, n_rows, noise, native, n_features):
     assert config.BLOCK_T == min(n_rows, most) and (config.BLOCK_K == 32) == (not even)
     hidden = guards.copy(whole(20, n_features, dtype=torch.float16))
     weight, scale = map(guards.copy, codes(300, n_features))
-    draw = {"temperature": 0.5, **noise_keys(20, hidden.device)} if noise else {}
+    draw = noise_of(20, hidden.device) if noise else {}
     with recording() as recorded:
         lm_head(*(x.to("meta") for x in (hidden, weight)), scale=scale.to("meta"), config=config)
     taken = {name: recorded[0].arguments[name] for name in ("HAS_SCALE", "EVEN_K", "NATIVE_FP8")}
@@ -157,7 +158,7 @@ def test_float8_shards_merge_into_the_whole(guards, cuts):
     config = LmHeadConfig(16, 64, 32, 32, num_warps=4, num_stages=2, programs=2)
     hidden = guards.copy(whole(5, 24, dtype=torch.float32))
     weight, scale = map(guards.copy, codes(333, 24))
-    draw = {"temperature": 0.5, **noise_keys(5, hidden.device)}
+    draw = noise_of(5, hidden.device)
     shards = list(zip([0, *cuts], [*cuts, 333], strict=True))
     found = []
     for start, stop in shards:
@@ -243,7 +244,7 @@ def test_shards_merge_into_the_whole(guards, cuts, noise):
     weight[[100, 332]] = weight[50].clone()
     hidden[0] = weight[50] * 2  # tied across shards
     hidden[1] = math.nan
-    draw = {"temperature": 0.5, **noise_keys(n_rows, hidden.device)} if noise else {}
+    draw = noise_of(n_rows, hidden.device) if noise else {}
     edges = [0, *cuts, n_columns]
     shards = list(zip(edges[:-1], edges[1:], strict=True))[::-1]  # the order is free
     values = guards.empty(len(shards), 4, n_rows)
@@ -292,7 +293,7 @@ def test_any_shape_and_grid(n_rows, n_columns, n_features, programs, noise):
     guards = Guards(device)
     hidden = guards.copy(whole(n_rows, n_features, dtype=torch.float32, seed=n_rows, most=1))  # many ties
     weight = guards.copy(whole(n_columns, n_features, dtype=torch.float32, seed=n_columns, most=1))
-    draw = {"temperature": 0.5, **noise_keys(n_rows, device)} if noise else {}
+    draw = noise_of(n_rows, device) if noise else {}
     n_tiles = -(-n_rows // SMALL.BLOCK_T)
     config = LmHeadConfig(**{**vars(SMALL), "programs": max(programs, n_tiles)})
     token, score = lm_head(hidden, weight, **draw, out=results(guards, n_rows), config=config)
@@ -341,15 +342,15 @@ def test_tokens_are_drawn_with_softmax_frequencies(device):
     logits = torch.tensor([0.0, 1.0, 2.0, -1.0, 0.5], device=device)
     hidden, weight = torch.zeros(n, 16, device=device), torch.zeros(5, 16, device=device)
     hidden[:, 0], weight[:, 0] = 1.0, logits
-    keys = {"seed": torch.arange(n, device=device)}
-    keys |= {name: torch.full((n,), 3, device=device) for name in KEYS[1:]}
+    draw = {"temperature": torch.full((n,), 0.7, device=device), "seed": torch.arange(n, device=device)}
+    draw |= {name: torch.full((n,), 3, device=device) for name in KEYS[1:]}
     config = LmHeadConfig(256, 16, 16, 16, num_warps=4, num_stages=1, programs=16)
-    token, score = lm_head(hidden, weight, temperature=0.7, **keys, config=config)
+    token, score = lm_head(hidden, weight, **draw, config=config)
     expected = (logits / 0.7).softmax(-1)
     share = torch.bincount(token, minlength=5) / n
     sigma = (expected * (1 - expected) / n).sqrt()
     assert ((share - expected).abs() <= 4.5 * sigma).all()
-    assert torch.equal(token, confidence_twin.confidence(logits.expand(n, -1), temperature=0.7, **keys)[0])
+    assert torch.equal(token, confidence_twin.confidence(logits.expand(n, -1), **draw)[0])
     torch.testing.assert_close(score, logits.softmax(-1)[token])
 
 
@@ -376,7 +377,7 @@ def test_refuses_what_it_cannot_take(device, monkeypatch):
     x, w = torch.ones(4, 16, device=device), torch.ones(40, 16, device=device)
     ids, one = torch.zeros(3, dtype=torch.int32, device=device), torch.ones(1, dtype=torch.int32, device=device)
     values, winner = torch.ones(2, 4, 3, device=device), torch.zeros(2, 3, dtype=torch.int32, device=device)
-    keys = noise_keys(4, device)
+    noise = noise_of(4, device)
     config = lm_head_config(4, 40, 4)
     for message, call in {
         "hidden has dtype int32": lambda: lm_head(x.int(), w),
@@ -396,8 +397,11 @@ def test_refuses_what_it_cannot_take(device, monkeypatch):
         "rows has entries, hidden has no rows": lambda: lm_head(x[:0], w, rows=ids),
         "count has dtype int64": lambda: lm_head(x, w, count=one.long()),
         r"count has shape \[3\]": lambda: lm_head(x, w, count=ids),
-        "step is None": lambda: lm_head(x, w, temperature=1.0, seed=keys["seed"], position=keys["position"]),
-        r"seed has shape \[4\], not \[3\]": lambda: lm_head(x, w, rows=ids, temperature=1.0, **keys),
+        "step is None": lambda: lm_head(x, w, **{**noise, "step": None}),
+        r"temperature has shape \[4\], not \[3\]": lambda: lm_head(x, w, rows=ids, **noise),
+        r"seed has shape \[4\], not \[3\]": lambda: lm_head(
+            x, w, rows=ids, **{**noise, "temperature": noise["temperature"][:3]}
+        ),
         r"out\[0\] has shape": lambda: lm_head(x, w, out=(ids, x[:, 0])),
         "vocab_start=-1": lambda: lm_head_partials(x, w, vocab_start=-1),
         "vocab_start=2147483640": lambda: lm_head_partials(x, w, vocab_start=2**31 - 8),

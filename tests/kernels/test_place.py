@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sfs_triton import torch_impl, triton_impl
+from sfs_triton import SlowFast, torch_impl, triton_impl
 from sfs_triton.kernels import place as kernel
 from sfs_triton.kernels.launch import recording
 from sfs_triton.kernels.place import PlaceConfig, place_config
@@ -24,7 +24,7 @@ def make(guards: Guards, batch: int, length: int) -> DecodeState:
     """A state whose choices are poison between guard bands."""
     state = DecodeState.allocate(
         [[0] * length] * batch, [0] * batch, mask_id=1, eos_id=2, window=1, block_length=None,
-        seeds=[0] * batch, caps=[1] * batch, device=DEVICE, trace=False,
+        seeds=[0] * batch, caps=[1] * batch, dials=SlowFast().dials(), device=DEVICE, trace=False,
     )  # fmt: skip
     size = batch * length + 1
     return dataclasses.replace(

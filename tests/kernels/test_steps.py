@@ -17,14 +17,15 @@ from hypothesis import strategies as st
 from sfs_triton import FixedSteps, SlowFast, Threshold, torch_impl, triton_impl
 from sfs_triton.kernels import cycle, plan, select
 from sfs_triton.kernels.commit import ScanConfig, scan_config
-from sfs_triton.kernels.control import COLUMN, FAST, SLOW
-from sfs_triton.samplers import PRESETS
+from sfs_triton.kernels.control import COLUMN, DIALS, FAST, SLOW
+from sfs_triton.samplers import PRESETS, Sampler
 from sfs_triton.state import DecodeState
 from sfs_triton.testing import Guards
 from sfs_triton.torch_ops.cycle import CycleRules
 from sfs_triton.torch_ops.select import BlockRules
 
 MASK, EOS, VOCAB = 99, 98, 100
+PAPER = SlowFast()
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SCORES = (0.05, 0.1, 0.3, 0.3, 0.5, 0.8, 0.85, 0.9, 0.9, 0.99, 1.0, 0.0, -0.0)  # ties, and thresholds met exactly
 BLOCK_SIZES = st.sampled_from([None, 16])  # the second takes several turns
@@ -33,30 +34,30 @@ SCRATCH = ("fill", "position", "history_slot")  # not part of what a step means
 CYCLES = {
     **{name: preset.rules() for name, preset in PRESETS.items()},
     "blocks": SlowFast.preset("llada-reference", block_length=8, max_cycles=3, eos_stop=True).rules(),
-    "odd limit": SlowFast(spread="std", spread_limit=0.3, window=3, k_max=5, tau_slow=0.8).rules(),
+    "odd limit": SlowFast(spread="std", spread_limit=0.3, window=3, k_max=5).rules(),
     "even": SlowFast(spread="unbiased", rounding="even", inclusive=True, window=3, eos_stop=True).rules(),
     "one value": SlowFast(spread="unbiased", window=1, slow_end="filled", block_length=8).rules(),
-    "shared": SlowFast(tau_min=0.05, tau_high=0.5, share_stable=True, min_parallel=2, spread_limit=50).rules(),
-    "no end as horizon": SlowFast(tau_high=0.3, strict=False, eos_horizon=False, block_length=16).rules(),
-    "partial": SlowFast(tau_high=0.3, slow_end="fixed", k_max=3).rules(partial=True),
-    "look ahead": SlowFast(tau_high=0.0, strict=False, block_length=16, max_cycles=3).rules(look_ahead=4),
+    "shared": SlowFast(share_stable=True, min_parallel=2, spread_limit=50).rules(),
+    "no end as horizon": SlowFast(strict=False, eos_horizon=False, block_length=16).rules(),
+    "partial": SlowFast(slow_end="fixed", k_max=3).rules(partial=True),
+    "look ahead": SlowFast(strict=False, block_length=16, max_cycles=3).rules(look_ahead=4),
     "region": SlowFast(
-        tau_high=0.05, strict=False, share_stable=True, eos_horizon=False, eos_stop=True, spread_limit=20, window=3
+        strict=False, share_stable=True, eos_horizon=False, eos_stop=True, spread_limit=20, window=3
     ).rules(look_ahead=5, partial=True, span_cap=6),
 }
 BLOCKS = {
-    "threshold": Threshold(block_length=8, tau=0.85).rules(),
+    "threshold": Threshold(block_length=8).rules(),
     "threshold, one block": Threshold(block_length=None, eos_stop=True).rules("first"),
-    "paced": Threshold(block_length=None, tau=0.3, steps=5).rules(),
-    "paced blocks": Threshold(block_length=8, tau=0.3, steps=3).rules("repeat"),
+    "paced": Threshold(block_length=None, steps=5).rules(),
+    "paced blocks": Threshold(block_length=8, steps=3).rules("repeat"),
     "even": FixedSteps(steps=6, block_length=8).rules(),
     "even, first": FixedSteps(steps=6, block_length=8).rules("first"),
     "even, stop": FixedSteps(steps=6, eos_stop=True).rules("repeat"),
     "timesteps": FixedSteps(steps=6, metric="maskgit_plus").rules(),
     "random": FixedSteps(steps=6, metric="origin").rules(),
     "random, first": FixedSteps(steps=6, metric="origin", block_length=8).rules("first"),
-    "partial threshold": Threshold(block_length=8, tau=0.85, eos_stop=True).rules(partial=True),
-    "partial paced": Threshold(block_length=None, tau=0.3, steps=5).rules(partial=True),
+    "partial threshold": Threshold(block_length=8, eos_stop=True).rules(partial=True),
+    "partial paced": Threshold(block_length=None, steps=5).rules(partial=True),
     "partial even, first": FixedSteps(steps=6, block_length=8).rules("first", partial=True),
     "partial timesteps": FixedSteps(steps=6, metric="maskgit_plus").rules(partial=True),
     "partial random": FixedSteps(steps=6, metric="origin", block_length=8).rules(partial=True),
@@ -76,8 +77,9 @@ def random_state(rng: random.Random, rules: CycleRules | BlockRules, batch: int,
     rows[0] += [MASK] * (length - len(rows[0]))
     state = DecodeState.allocate(
         rows, starts, mask_id=MASK, eos_id=EOS, window=window, block_length=rules.block_length,
-        seeds=[0] * batch, caps=[1000] * batch, device=torch.device("cpu"), trace=True,
+        seeds=[0] * batch, caps=[1000] * batch, dials=PAPER.dials(), device=torch.device("cpu"), trace=True,
     )  # fmt: skip
+    state.dials.copy_(torch.tensor([[rng.choice([*SCORES, *[math.inf] * 4]) for _ in DIALS] for _ in range(batch)]))
     for row in range(batch):
         where = {name: state.control[row, index] for name, index in COLUMN.items()}
         put = lambda name, value, where=where: where[name].fill_(value)  # noqa: E731
@@ -285,7 +287,7 @@ def test_a_row_at_its_cap_ends_with_a_fault():
         for ops in (triton_impl, torch_impl):
             state = DecodeState.allocate(
                 [[1] + [MASK] * 30], [1], mask_id=MASK, eos_id=EOS, window=2, block_length=rules.block_length,
-                seeds=[0], caps=[1], device=DEVICE, trace=False,
+                seeds=[0], caps=[1], dials=PAPER.dials(), device=DEVICE, trace=False,
             )  # fmt: skip
             state.block_steps.fill_(6)
             ops.look(state, by_stage=isinstance(rules, CycleRules))
@@ -296,13 +298,13 @@ def test_a_row_at_its_cap_ends_with_a_fault():
 IMPLEMENTATIONS = pytest.mark.parametrize("ops", [torch_impl, triton_impl], ids=["twin", "kernel"])
 
 
-def _fast_row(score: dict[int, float], rules: CycleRules, **control: int) -> DecodeState:
+def _fast_row(score: dict[int, float], rules: CycleRules, sampler: Sampler = PAPER, **control: int) -> DecodeState:
     """Twelve positions of which the last ten are decoded, about to decide the last one of the span ``[2, 5)``. What
     the model says at a position is that position."""
     rows = [[1, 1, 7, 7] + [MASK] * 8]
     state = DecodeState.allocate(
         rows, [2], mask_id=MASK, eos_id=EOS, window=2, block_length=rules.block_length,
-        seeds=[0], caps=[100], device=DEVICE, trace=True,
+        seeds=[0], caps=[100], dials=sampler.dials(), device=DEVICE, trace=True,
     )  # fmt: skip
     where = {"phase": FAST, "s": 2, "e": 5, "determined": 1, "n_history": 2, "step": 3, "k": 1} | control
     for name, value in where.items():
@@ -411,7 +413,7 @@ def test_a_row_waits_for_its_row_list(ops, op, sampler, control):
     """Nothing that it could decide was forwarded: the step counts, and that is all."""
     ahead = {"look_ahead": 4} if isinstance(sampler, SlowFast) and not sampler.zero_history else {}
     rules = sampler.rules(partial=True, **ahead)
-    state = _fast_row(AHEAD, rules, **control)
+    state = _fast_row(AHEAD, rules, sampler, **control)
     state.control[0, COLUMN["block_steps"]] = 2
     state.shares = torch.full((1, 2), 0.5, device=DEVICE)
     state.uniform = torch.zeros((1, 20), device=DEVICE)
@@ -487,7 +489,8 @@ def test_generations_by_row_lists_end(seed, capacity, span_cap):
     rows = [[1, 1] + [MASK if rng.random() < share else 1 for _ in range(length)] for share in (1.0, 0.5)]
     twin = DecodeState.allocate(
         rows, [2, 2], mask_id=MASK, eos_id=EOS, window=2, block_length=sampler.block_length,
-        seeds=[0] * 2, caps=[sampler.step_cap(length) + length] * 2, device=torch.device("cpu"), trace=True,
+        seeds=[0] * 2, caps=[sampler.step_cap(length) + length] * 2, dials=sampler.dials(),
+        device=torch.device("cpu"), trace=True,
     )  # fmt: skip
     rules = sampler.rules(look_ahead=ahead, partial=True, span_cap=span_cap)
     decide = "decide_cycle" if by_stage else "decide_block"
@@ -517,7 +520,7 @@ def test_generations_by_row_lists_end(seed, capacity, span_cap):
 def test_nan_ends_its_own_row_only(ops, rules, op):
     state = DecodeState.allocate(
         [[1] + [MASK] * 15] * 3, [1] * 3, mask_id=MASK, eos_id=EOS, window=getattr(rules, "window", 1),
-        block_length=rules.block_length, seeds=[0] * 3, caps=[100] * 3, device=DEVICE, trace=True,
+        block_length=rules.block_length, seeds=[0] * 3, caps=[100] * 3, dials=PAPER.dials(), device=DEVICE, trace=True,
     )  # fmt: skip
     state.control[:, COLUMN["step"]] = 5
     state.control[:, COLUMN["block_steps"]] = 3
@@ -555,6 +558,8 @@ def _state() -> DecodeState:
         ({"tokens": "strided"}, "tokens has strides"),
         ({"inside": "meta"}, "inside is on device 'meta'"),
         ({"history": "narrow"}, r"history has shape \[2, 1\]"),
+        ({"dials": torch.float64}, "dials has dtype float64, not float32"),
+        ({"dials": "narrow"}, r"dials has shape \[2, 4\]"),
     ],
 )
 def test_states_are_checked(change, named):
@@ -595,7 +600,7 @@ def test_cycle_rules_are_checked(rules, named):
         ({"schedule": "odd"}, "schedule='odd'"),
         ({"opening": "last"}, "opening='last'"),
         ({"at_random": True}, "at_random goes with"),
-        ({"tau": 0.5, "paced_steps": 0}, "paced_steps=0"),
+        ({"by_threshold": True, "paced_steps": 0}, "paced_steps=0"),
         ({"block_length": -1}, "block_length=-1"),
     ],
 )
