@@ -16,7 +16,7 @@ from sfs_triton.scheduler import Scheduler, room_around, room_for
 
 from ..combinations import Roomy, engine_with, stand_in
 from ..test_decide import compare, reference
-from .cases import POLICIES, ROOM, Case, assert_outcomes, cases, outcomes, with_eos_that_is_said
+from .cases import BETWEEN, POLICIES, ROOM, SHARES, Case, assert_outcomes, cases, outcomes, with_eos_that_is_said
 
 LOOPS = {
     "fixed": lambda: EagerLoop(tight=False),
@@ -71,6 +71,13 @@ def test_a_row_in_a_batch_is_the_row_alone(fuzz):
     fuzz(check, ended(cases(rows=4)), examples=30, share=0.1)
 
 
+OTHER_DIALS = {
+    **{name: SHARES for name in ("tau_min", "tau_high", "tau_slow", "tau")},
+    "temperature": st.sampled_from([0.1, 0.6, 2.0]),
+    "top_p": BETWEEN,
+}
+
+
 @st.composite
 def comings(draw: st.DrawFn) -> dict:
     """When rows come and which of them go early, and where they find room."""
@@ -80,15 +87,28 @@ def comings(draw: st.DrawFn) -> dict:
         "most": draw(st.integers(1, 2)),
         "pauses": draw(times),
         "leaves": draw(st.dictionaries(st.integers(0, 4), st.integers(0, 8), max_size=2)),
-        "mixed": draw(st.booleans()),
+        "others": draw(st.sampled_from(["same", "dials", "dials", "kind"])),
+        "dials": draw(st.fixed_dictionaries(OTHER_DIALS)),
         "around": draw(st.booleans()),
         "loop": draw(st.sampled_from(["tight", *sorted(LOOPS)])),
     }
 
 
-def _of_another_kind(case: Case) -> Case:
-    """The same rows, decoded otherwise."""
-    return replace(case, sampler=Threshold(tau=0.3, block_length=None), policy=NoCache())
+def _other_rows(case: Case, when: dict) -> Case:
+    """The same rows, decoded otherwise: in a lane of their own, or with other numbers in the same."""
+    if when["others"] == "kind":
+        return replace(case, sampler=Threshold(tau=0.3, block_length=None), policy=NoCache())
+    if when["others"] == "same":
+        return case
+    sampler, dials = case.sampler, when["dials"]
+    changes = {name: value for name, value in dials.items() if name.startswith("tau") and hasattr(sampler, name)}
+    if sampler.temperature:
+        changes["temperature"] = dials["temperature"]
+    if sampler.has_nucleus:
+        changes["top_p"] = dials["top_p"]
+    changed = sampler.replace(**changes)
+    assert changed.form() == sampler.form()
+    return replace(case, sampler=changed)
 
 
 def _rows(case: Case) -> list[Row]:
@@ -118,12 +138,12 @@ def _come_and_go(scheduler: Scheduler, rows: list[Row], when: dict) -> None:
 
 
 def test_rows_that_come_and_go_are_the_rows_alone(fuzz):
-    """In a scheduler with fewer slots than rows, beside rows of another kind, some of which are dropped."""
+    """In a scheduler with fewer slots than rows, beside rows with other settings, some of which are dropped."""
 
     def check(drawn: tuple[Case, dict]) -> None:
         case, when = drawn
         base, spec = case.model.engine(), case.model.spec
-        own = [case, _of_another_kind(case) if when["mixed"] else case]
+        own = [case, _other_rows(case, when)]
         rows = [_rows(own[index % 2])[index] for index in range(len(case.prompts))]
         engine = engine_with(base, when["loop"] if when["loop"] == "tight" else LOOPS[when["loop"]]())
         room = room_for(rows)
