@@ -18,6 +18,7 @@ from sfs_triton.row import Row
 from sfs_triton.scheduler import Room, Scheduler, room_around, room_for
 
 from .combinations import LOOPS, POLICIES, SAMPLERS, SOME_PAIRS, assert_same, engine_with, stand_in
+from .test_decide import compare, reference
 
 VANILLA = FixedSteps()
 TEMPERED = FixedSteps(steps=8, metric="topk_margin", temperature=0.7, top_p=0.8)
@@ -126,6 +127,8 @@ def test_rows_of_other_settings_share_a_lane(engines, name, loop):
     assert together == 3
     found = [row.result(engine.spec, None) for row in rows]
     assert_same(found, [alone(engines["dream-gqa"], row) for row in rows])
+    for row, mine in zip(rows, found, strict=True):
+        assert compare(mine, reference(engine, row.canvas, row.start, row.sampler, row.seed)) is None, row.sampler
 
 
 APART: dict[str, tuple[Sampler, list[dict]]] = {
