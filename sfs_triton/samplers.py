@@ -17,8 +17,8 @@ FIXED_METRICS = ("confidence", "maskgit_plus", "topk_margin", "entropy", "origin
 
 
 def _check_number(name: str, value: Any, least: float = 0.0) -> None:
-    ok = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value >= least
-    require(ok, f"{name}={value!r} is not a finite number of at least {least:g}")
+    ok = isinstance(value, (int, float)) and not isinstance(value, bool) and least <= value <= 1e30  # fits float32
+    require(ok, f"{name}={value!r} is not a number from {least:g} to 1e30")
 
 
 def _check_integer(name: str, value: Any, least: int = 1) -> None:
@@ -93,8 +93,8 @@ class Sampler:
         return self.top_p is not None and self.top_p < 1
 
     def form(self) -> Sampler:
-        """What it shares with the samplers that can decode beside it: all but :meth:`dials`, which are at 1 there, or
-        at what switches something off."""
+        """What it shares with the samplers that can decode beside it: itself, but for what :meth:`dials` tells, which
+        is the same in all forms."""
         return replace(self, temperature=float(self.temperature > 0), top_p=1e-3 if self.has_nucleus else None)
 
     def dials(self) -> Dials:

@@ -47,6 +47,8 @@ SAMPLERS = [
         ({"top_p": 1.5}, "top_p=1.5"),
         ({"top_k": 0}, "top_k=0"),
         ({"tau_slow": math.nan}, "tau_slow=nan"),
+        ({"tau_high": 10**400}, "tau_high=1000"),
+        ({"temperature": math.inf}, "temperature=inf is not a number from 0 to 1e30"),
         ({"min_parallel": 0}, "min_parallel=0"),
     ],
 )

@@ -10,11 +10,13 @@ import torch
 
 from sfs_triton import Engine, FixedSteps, NumericalFault, OutOfDeviceMemory, Sampler, SlowFast, Threshold
 from sfs_triton.caching import cache_policy
+from sfs_triton.kernels.control import DIALS
 from sfs_triton.lane import Lane
 from sfs_triton.loops import EagerLoop, ReplayLoop, Step
 from sfs_triton.models import Transformer
 from sfs_triton.request import Request
 from sfs_triton.row import Row
+from sfs_triton.samplers import Dials
 from sfs_triton.scheduler import Room, Scheduler, room_around, room_for
 
 from .combinations import LOOPS, POLICIES, SAMPLERS, SOME_PAIRS, assert_same, engine_with, stand_in
@@ -157,6 +159,7 @@ def test_every_other_setting_keeps_rows_apart():
             assert sampler.replace(**change).form() == sampler.form(), change
     told = {name for sampler, changes in (*OWN.values(), *APART.values()) for change in changes for name in change}
     assert told == {field.name for kind in (SlowFast, Threshold, FixedSteps) for field in fields(kind)}
+    assert Dials._fields == DIALS
     assert Threshold(top_p=1.0).form() == Threshold().form(), "it leaves nothing out"
 
 
