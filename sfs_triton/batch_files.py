@@ -293,6 +293,7 @@ class Parts:
             self.overwrite or begun or not self.out.exists(),
             f"out={str(self.out)!r} exists already; remove it, or overwrite it (--overwrite)",
         )
+        fresh = not self.folder.exists()
         with self._refusing_to_write():
             self.folder.mkdir(exist_ok=True)
             try:
@@ -304,11 +305,22 @@ class Parts:
                 self._open()
         except BaseException:
             self._lock.release()
+            if fresh:
+                self._remove()
             raise
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._lock.release()
+        if not self._places:  # nothing to go on from
+            self._remove()
+
+    def _remove(self) -> None:
+        """Remove the folder, of which the lock is released, as far as nothing else is in it and no other run begins."""
+        with suppress(OSError):
+            for name in ("run.json", "lock"):
+                (self.folder / name).unlink(missing_ok=True)
+            self.folder.rmdir()
 
     def _open(self) -> None:
         note = self.folder / "run.json"
@@ -392,7 +404,7 @@ class Parts:
             return json.loads(file.readline())["row"]
 
     def finish(self, results: Iterable[dict[str, Any]], *, text_ids: bool) -> None:
-        """Write the output, and remove the folder.
+        """Write the output, and remove what was kept for it.
 
         Raises:
             BatchError: it could not be written; all finished rows are kept.
@@ -404,10 +416,7 @@ class Parts:
             (self.folder / "run.json").unlink()  # first: without it the rest is not taken for a run to go on with
             for path in self.folder.glob("part-*.jsonl"):
                 path.unlink()
-            self._lock.release()
-            (self.folder / "lock").unlink(missing_ok=True)
-            with suppress(OSError):  # something else has been put there, or another run begins
-                self.folder.rmdir()
+        self._places = {}
 
     @contextmanager
     def _refusing_to_write(self) -> Iterator[None]:
