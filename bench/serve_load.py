@@ -46,6 +46,9 @@ async def ask(client: httpx.AsyncClient, options: argparse.Namespace, rng: rando
     body = {"messages": [{"role": "user", "content": table_prompt(rng)}], "max_tokens": rng.choice(options.lengths)}
     body |= {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
     body |= {"sampler": options.sampler, "cache": options.cache}
+    if options.mixed:
+        body["temperature"] = round(rng.uniform(0.2, 1.2), 2)
+        body["sampler"] = {"kind": "slowfast", "tau_min": rng.uniform(0.1, 0.5), "tau_high": rng.uniform(0.6, 0.99)}
     began, usage = time.perf_counter(), None
     async with client.stream("POST", "/v1/chat/completions", json=body) as answer:
         if answer.status_code == 429:
@@ -137,6 +140,7 @@ def report(options: argparse.Namespace, tally: Tally, took: float, page: str) ->
         "resident_mib": [[at, round(size / 2**20, 1)] for at, size in tally.memory],
         "resident_growth_second_half_mib": round((half[-1] - half[0]) / 2**20, 2) if half else None,
         "sampler": options.sampler,
+        "mixed": options.mixed,
         "cache": options.cache,
         "max_tokens": options.lengths,
         "share_streamed": options.streams,
@@ -155,12 +159,15 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--lengths", type=int, nargs="+", default=[32, 64, 96], help="max_tokens to draw from")
     parser.add_argument("--streams", type=float, default=0.5, help="share of requests that stream")
     parser.add_argument("--sampler", default="slowfast")
+    parser.add_argument("--mixed", action="store_true", help="slowfast, at a temperature and thresholds of each's own")
     parser.add_argument("--cache", default="none")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="also write the JSON here")
     options = parser.parse_args()
     if not (0 < options.clients <= MAX_CLIENTS and 0 < options.seconds <= MAX_SECONDS):
         parser.error(f"at most {MAX_CLIENTS} clients and {MAX_SECONDS} seconds")
+    if options.mixed and options.sampler != "slowfast":
+        parser.error("--mixed goes with --sampler slowfast")
     if (wrong := check_loopback(options.url)) is not None:
         parser.error(wrong)
     return options
