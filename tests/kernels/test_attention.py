@@ -139,7 +139,7 @@ def test_counters_serve_any_number_of_launches(device):
     run = partial(attention, q, k, v, out=out, counters=counters, config=config)
     once = run().clone()
     torch.testing.assert_close(once, twin(q, k, v))
-    for _ in range(1000):
+    for _ in range(1000 if device.type == "cuda" else 100):
         run()
     assert not counters.any() and torch.equal(out, once)
 

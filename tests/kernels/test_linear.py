@@ -155,13 +155,13 @@ def test_few_programs_do_all_the_work(guards, monkeypatch, config, n_programs):
     assert_linear(guards, x, weight, scale, residual, config=config)
 
 
-def test_counters_survive_a_thousand_launches(guards):
+def test_counters_survive_any_number_of_launches(guards):
     x, weight, scale, _ = (guards.copy(each) for each in make(1, 1, 17))
     counters = guards.copy(torch.zeros(1, dtype=torch.int32))
     config = LinearConfig(BLOCK_M=16, BLOCK_N=16, BLOCK_K=16, n_splits=2, num_stages=1, num_warps=1)
     want = linear(x, weight, scale, config=config)
     out = guards.empty(1, 1)
-    for _ in range(1000):
+    for _ in range(1000 if DEVICE.type == "cuda" else 100):
         linear(x, weight, scale, counters=counters, out=out.fill_(math.nan), config=config)
         assert torch.equal(out, want)
     assert not counters.any()
