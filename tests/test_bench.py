@@ -26,6 +26,7 @@ KEYS = {
     *("accuracy", "peak_memory_bytes", "extrapolated"),
 }
 PLAIN, OURS = rows.PLAIN, rows.OURS
+SHORT = ["--prompts", "countdown", "--gen-length", "32", "--limit", "1"]
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,7 @@ def engine():
 
 def test_records_and_picture(tmp_path, capsys):
     out = tmp_path / "run.json"
-    assert throughput.main(["--limit", "1", "--json", str(out)]) == 0
+    assert throughput.main(["--limit", "1", "--gen-length", "64", "--json", str(out)]) == 0
     record = json.loads(out.read_text())
     assert [(r["by"], r["sampler"], r["cache"]) for r in record["rows"]] == [
         (PLAIN, "vanilla", "none"),
@@ -55,7 +56,7 @@ def test_records_and_picture(tmp_path, capsys):
         (OURS, "slowfast", "region"),
     ]
     assert all(set(r) >= KEYS for r in record["rows"]) and record["machine"]["cpu"]
-    assert record["rows"][0]["nfe"] == 128 and record["rows"][0]["speedup"] == 1.0
+    assert record["rows"][0]["nfe"] == 64 and record["rows"][0]["speedup"] == 1.0
     counts = ("nfe", "tokens", "full_forwards", "rows_forwarded", "correct")
     by_row = {(r["by"], r["sampler"], r["cache"]): [r[name] for name in counts] for r in record["rows"]}
     for sampler, cache in BASELINE_OF:
@@ -74,10 +75,11 @@ def test_other_sizes_prompts_and_batches(tmp_path, capsys):
     pytest.importorskip("transformers")
     out = tmp_path / "run.json"
     chosen = ["--samplers", "vanilla,slowfast,autoregressive", "--cache", "none,region", "--sampled-steps", "2"]
-    sizes = ["--geometry", "toy-512", "--prompt-length", "400", "--gen-length", "64", "--batch", "1,2", "--limit", "2"]
+    sizes = ["--geometry", "toy-512", "--prompt-length", "200", "--gen-length", "32", "--batch", "1,2", "--limit", "2"]
+    sizes += ["--prompts", "countdown"]
     assert throughput.main([*sizes, *chosen, "--json", str(out)]) == 0
     record = json.loads(out.read_text())
-    assert all(280 < n <= 400 for n in record["prompt_tokens"]) and record["model"] == "toy-512 (inflated)"
+    assert all(150 < n <= 200 for n in record["prompt_tokens"]) and record["model"] == "toy-512 (inflated)"
     by_row = {(r["batch"], r["by"], r["sampler"], r["cache"]): r for r in record["rows"]}
     ours = [(batch, OURS, "slowfast", cache) for batch in (1, 2) for cache in ("none", "region")]
     others = [
@@ -88,7 +90,7 @@ def test_other_sizes_prompts_and_batches(tmp_path, capsys):
     assert set(by_row) == {*ours, *others}, "baselines decode one prompt at a time"
     vanilla, llama = by_row[others[0]], by_row[others[2]]
     assert vanilla["extrapolated"] and llama["extrapolated"] and not by_row[ours[0]]["extrapolated"]
-    assert vanilla["accuracy"] is None and vanilla["nfe"] == 64 and vanilla["checked"] == 0
+    assert vanilla["accuracy"] is None and vanilla["nfe"] == 32 and vanilla["checked"] == 0
     assert vanilla["tokens"] == llama["tokens"] == by_row[1, OURS, "slowfast", "region"]["tokens"]
     assert llama["nfe"] == llama["tokens"] / 2 and llama["note"] == "launched: on cpu"
     for cache in ("none", "region"):
@@ -98,7 +100,18 @@ def test_other_sizes_prompts_and_batches(tmp_path, capsys):
 
 def test_dense_weights_have_no_answers(tmp_path):
     out = tmp_path / "run.json"
-    chosen = ["--samplers", "slowfast", "--cache", "region", "--gen-length", "64", "--limit", "1"]
+    chosen = [
+        "--samplers",
+        "slowfast",
+        "--cache",
+        "region",
+        "--gen-length",
+        "32",
+        "--prompts",
+        "countdown",
+        "--limit",
+        "1",
+    ]
     assert throughput.main(["--geometry", "toy-512", "--weights", "dense", *chosen, "--json", str(out)]) == 0
     (row,) = json.loads(out.read_text())["rows"]
     assert row["accuracy"] is None and row["checked"] == 0 and row["ms_per_forward"] > 0
@@ -224,6 +237,20 @@ def test_bad_arguments(arguments, named, tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
+AFTER_ONE_ROW = [
+    "--samplers",
+    "slowfast",
+    "--cache",
+    "none",
+    "--prompts",
+    "countdown",
+    "--gen-length",
+    "32",
+    "--limit",
+    "1",
+]
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
@@ -234,8 +261,8 @@ def test_bad_arguments(arguments, named, tmp_path, capsys):
         (["--prompts", "nowhere"], "--prompts 'nowhere'"),
         (["--prompt-length", "500"], "--prompt-length 500 and --gen-length 128"),
         (["--prompt-length", "20"], "--prompt-length 20: a problem alone"),
-        (["--impl", "cuda", "--limit", "1"], "impl='cuda'"),
-        (["--loop", "replay", "--limit", "1"], "loop='replay' needs a GPU"),
+        (["--impl", "cuda", *AFTER_ONE_ROW], "impl='cuda'"),
+        (["--loop", "replay", *AFTER_ONE_ROW], "loop='replay' needs a GPU"),
     ],
 )
 def test_what_cannot_be_measured_leaves_nothing(arguments, named, tmp_path, capsys):
