@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import random
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -37,6 +39,18 @@ def engine_of(name: str, eos_id: int | None = None, impl: str = "torch") -> sfs_
     return sfs_triton.Engine(Transformer(dataclasses.replace(engine.spec, eos_id=eos_id), engine.model.weights, impl))
 
 
+def half_of(*sets: Sequence) -> list:
+    """All combinations, of which every other one is marked slow: everything of each set is in some that are not.
+
+    For what Triton's interpreter runs, which is a hundred times slower than torch.
+    """
+    found = []
+    for at in itertools.product(*(range(len(one)) for one in sets)):
+        marks = pytest.mark.slow if sum(at) % 2 else ()
+        found.append(pytest.param(*(one[i] for one, i in zip(sets, at, strict=True)), marks=marks))
+    return found
+
+
 def random_prompt(rng: random.Random, low: int = 4, high: int = 24) -> list[int]:
     return [rng.randrange(490) for _ in range(rng.randint(low, high))]
 
@@ -50,8 +64,8 @@ def reference(
         key = torch.tensor(seed)
         return gumbel(key, torch.arange(spec.vocab_size), torch.arange(length)[:, None], torch.tensor(step))
 
-    logits_fn = logits_of(engine.model, canvas, sampler.cfg_scale)
-    return decode(logits_fn, canvas, start, sampler, spec.mask_id, spec.eos_id, noise, seed)
+    logits_fn, drawn = logits_of(engine.model, canvas, sampler.cfg_scale), noise if sampler.temperature > 0 else None
+    return decode(logits_fn, canvas, start, sampler, spec.mask_id, spec.eos_id, drawn, seed)
 
 
 def same_spread(mine: float | None, other: float | None) -> bool:
@@ -177,9 +191,13 @@ def token_at_the_horizon(engine: sfs_triton.Engine, canvas: list[int], start: in
     return logits_of(engine.model, canvas)(canvas)[place].argmax().item()
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize(("eos_stop", "impl"), [(False, "torch"), (True, "torch"), (True, "triton")])
-@pytest.mark.parametrize("option", OPTIONS)
+OPTION_CASES = [
+    *itertools.product(OPTIONS, (False, True), ["torch"], NAMES),
+    *half_of(list(OPTIONS), [True], ["triton"], NAMES),
+]
+
+
+@pytest.mark.parametrize(("option", "eos_stop", "impl", "name"), OPTION_CASES)
 def test_options_of_the_cycle(option: str, eos_stop: bool, name: str, impl: str):
     """Against the oracle, and that the option changes something."""
     rng, changed, length = random.Random(f"options/{option}/{name}"), False, 16 if impl == "triton" else LENGTH
@@ -248,9 +266,9 @@ def test_noise(changes: dict, name: str):
         check(engine_of(name), random_prompt(rng), 16, sampler.replace(temperature=0.8, **changes), seed)
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("make", [random_slowfast, random_threshold, random_fixed])
+@pytest.mark.parametrize(
+    ("make", "seed", "name"), half_of([random_slowfast, random_threshold, random_fixed], range(3), NAMES)
+)
 def test_kernels(make, seed: int, name: str):
     """The same through the Triton kernels: with an early end, with noise, with guidance."""
     rng = random.Random(f"kernels/{make.__name__}/{name}/{seed}")
