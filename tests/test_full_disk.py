@@ -96,6 +96,10 @@ def test_json_for_a_full_disk_is_an_error(embedded):
 
 EVALUATION = """
 import resource, sys
+import lm_eval.tasks._index as index  # and look for no tasks of lm-eval's own, which are thousands
+own = index.TaskIndex._iter_yaml_files
+index.TaskIndex._iter_yaml_files = staticmethod(lambda root: [] if root.name == "tasks" and "lm_eval" in root.parts
+                                                else own(root))
 from lm_eval.loggers import EvaluationTracker
 save = EvaluationTracker.save_results_aggregated
 

@@ -304,9 +304,19 @@ print("fine")
     assert done.stdout.strip() == "fine", done.stderr
 
 
+# ``sfs-eval`` without the search through lm-eval's own tasks, which are thousands.
+COMMAND = """
+import lm_eval.tasks._index as index
+own = index.TaskIndex._iter_yaml_files
+index.TaskIndex._iter_yaml_files = staticmethod(lambda root: [] if root.name == "tasks" and "lm_eval" in root.parts
+                                                else own(root))
+from sfs_triton.integrations.sfs_eval import main
+"""
+
+
 def test_command_line(tmp_path):
     done = _python(
-        *("-m", "sfs_triton.integrations.sfs_eval", "--model", "sfs_triton", "--model_args"),
+        *("-c", COMMAND + "main()", "--model", "sfs_triton", "--model_args"),
         "pretrained=embedded,sampler=slowfast,preset=paper,cache=region,dtype=float32",
         *("--tasks", "sfs_records", "--include_path", str(TASKS), "--apply_chat_template", "--limit", "3"),
         *("--batch_size", "2", "--output_path", str(tmp_path)),
@@ -356,18 +366,13 @@ def test_errors_while_decoding_keep_their_traceback(monkeypatch, capsys, model):
 
 @pytest.fixture(scope="module")
 def refused(tmp_path_factory):
-    """What ``sfs-eval`` says to wrong options, each in one process, without the search through lm-eval's own tasks."""
+    """What ``sfs-eval`` says to wrong options, all in one process."""
     folder = tmp_path_factory.mktemp("broken")
     (folder / "broken.yaml").write_text("task: broken\n  bad: [\n")
     (folder / "list.yaml").write_text("- 1\n")
     code = """
 import contextlib, io, json, sys
-import lm_eval.tasks._index as index
-from pathlib import Path
-own, found = index.TaskIndex._iter_yaml_files, {}
-index.TaskIndex._iter_yaml_files = staticmethod(lambda root: [] if root.name == "tasks" and "lm_eval" in root.parts
-                                                else own(root))
-from sfs_triton.integrations.sfs_eval import main
+found = {}
 for name, options in json.loads(sys.argv[1]).items():
     sys.argv = ["sfs-eval", "run", "--model", "sfs_triton", *options]
     with contextlib.redirect_stderr(io.StringIO()) as err:
@@ -391,7 +396,7 @@ print(json.dumps(found), file=sys.__stdout__)
         "no tasks": embedded,
         "output": ("--tasks", "sfs_records", *embedded, *include, "--output_path", str(folder / "list.yaml" / "a")),
     }
-    done = _python("-c", code, json.dumps(cases))
+    done = _python("-c", COMMAND + code, json.dumps(cases))
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
