@@ -10,11 +10,28 @@ from pathlib import Path
 
 import pytest
 
+from . import conformance
+
 SCRIPT = Path(__file__).with_name("conformance.py")
 
 
 def _run(*arguments: str | Path) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, SCRIPT, *map(str, arguments)], capture_output=True, text=True, timeout=1800)
+
+
+@pytest.fixture
+def checked(monkeypatch, capsys):
+    """The same in this process: what it returns, and what it writes to stdout and stderr."""
+
+    def run(*arguments: str | Path) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
+        try:
+            status = conformance.main()
+        except SystemExit as refusal:
+            status = refusal.code
+        return status, *capsys.readouterr()
+
+    return run
 
 
 def test_all_recorded_cases(golden):
@@ -41,10 +58,9 @@ def small(golden, tmp_path) -> Path:
     return tmp_path
 
 
-def test_a_few_cases_through_the_kernels(small):
-    done = _run(small, "--impl", "triton")
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert done.stdout.splitlines()[-1] == "2 passed, 0 failed"
+def test_a_few_cases_through_the_kernels(small, checked):
+    status, out, _ = checked(small, "--impl", "triton")
+    assert status == 0 and out.splitlines()[-1] == "2 passed, 0 failed", out
 
 
 def _rewrite_first_case(folder: Path, change) -> None:
@@ -55,9 +71,9 @@ def _rewrite_first_case(folder: Path, change) -> None:
     path.write_text("\n".join([json.dumps(case), *rest]) + "\n")
 
 
-def test_output_form(small):
-    done = _run(small)
-    assert done.stdout.splitlines() == ["slowfast/llada-reference 2/2", "2 passed, 0 failed"]
+def test_output_form(small, checked):
+    status, out, _ = checked(small)
+    assert status == 0 and out.splitlines() == ["slowfast/llada-reference 2/2", "2 passed, 0 failed"]
 
 
 def _wrong_token(case):
@@ -81,17 +97,21 @@ def _unknown(case):
 
 
 @pytest.mark.parametrize("change", [_wrong_token, _wrong_nfe, _wrong_span, _wrong_fill, _unknown])
-def test_a_wrong_or_unknown_case_fails(small, change):
+def test_a_wrong_or_unknown_case_fails(small, checked, change):
     _rewrite_first_case(small, change)
-    done = _run(small)
-    assert done.returncode == 1
-    assert done.stdout.splitlines()[-1] == "1 passed, 1 failed"
+    status, out, _ = checked(small)
+    assert status == 1 and out.splitlines()[-1] == "1 passed, 1 failed"
 
 
-def test_refusals(small, tmp_path):
-    assert "no folder 'cases'" in _run(tmp_path / "models").stderr
-    unknown = _run(small, "--impl", "cuda")
-    assert unknown.returncode == 2 and "impl='cuda'" in unknown.stderr
+def test_a_failure_is_the_exit_code(small):
+    _rewrite_first_case(small, _wrong_token)
+    assert _run(small).returncode == 1
+
+
+def test_refusals(small, tmp_path, checked):
+    assert "no folder 'cases'" in checked(tmp_path / "models")[2]
+    status, _, said = checked(small, "--impl", "cuda")
+    assert status == 2 and "impl='cuda'" in said
     for option in ("--limit", "--every"):
-        none = _run(small, option, "0")
-        assert none.returncode == 2 and f"{option} 0 is not positive" in none.stderr
+        status, _, said = checked(small, option, "0")
+        assert status == 2 and f"{option} 0 is not positive" in said
