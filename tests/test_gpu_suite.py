@@ -207,7 +207,7 @@ WRONG = {  # and how the part ends
 def test_what_comes_after_a_part_that_goes_wrong(tmp_path, monkeypatch):
     """is done all the same, in the same step and in the next."""
     monkeypatch.setattr(supervise, "GRACE", 0.3)
-    steps = [_step(name, PARTS % code, most=60, stall=12) for name, (code, _) in WRONG.items()]
+    steps = [_step(name, PARTS % code, most=60, stall=7) for name, (code, _) in WRONG.items()]
     status, lines = _suite(tmp_path, [*steps, _step("next", "pass")])
     assert status == 1 and lines["suite", None]["status"] == "failed"
     for name, (_, how) in WRONG.items():
@@ -236,7 +236,7 @@ def test_steps_that_say_nothing(tmp_path, monkeypatch, code, how):
 
 def test_a_step_that_is_stopped_for_time_is_no_failure(tmp_path, monkeypatch):
     monkeypatch.setattr(supervise, "GRACE", 0.3)
-    status, lines = _suite(tmp_path, [_step("slow", PARTS % "time.sleep(60)", most=12)])
+    status, lines = _suite(tmp_path, [_step("slow", PARTS % "time.sleep(60)", most=7)])
     assert status == 0 and lines["slow", None]["status"] == "late"
     assert [lines["slow", part]["status"] for part in ("one", "two")] == ["ok", "late"]
 
@@ -377,8 +377,12 @@ def test_tests_are_lines(tmp_path, workers):
     log.write("tests", "crashed", "test_some.py::test_done")
     environment = {record.RECORD: str(log.path), record.RUN: "this", record.STEP: "tests"}
     environment |= {record.DEADLINE: str(time.time() + 60), "PYTHONPATH": str(ROOT)}
+    environment |= {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # of which some take seconds
     outer = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
-    command = [sys.executable, "-m", "pytest", "-p", "bench.gpu.pytest_lines", "-p", "no:cacheprovider", "-q", *workers]
+    plugins = ["bench.gpu.pytest_lines", "no:cacheprovider", "pytest_benchmark.plugin"]
+    plugins += ["xdist.plugin"] if workers else []
+    options = [word for plugin in plugins for word in ("-p", plugin)]
+    command = [sys.executable, "-m", "pytest", *options, "-q", *workers]
     done = subprocess.run(command, cwd=tmp_path, env=outer | environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1, done.stdout
     ended = {line["part"].partition("::")[2]: line for line in log.lines() if line["status"] != "begun"}
