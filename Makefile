@@ -2,7 +2,7 @@
 # make bench-all       everything that can be measured without a GPU, a quarter of an hour; into bench/results/<machine>/
 # make bench-kernels   each kernel beside eager torch, torch.compile and libraries; toy sizes where there is no GPU
 # make test            install into .venv and run the test suite
-# make test-slow       what the test suite leaves out because it takes half a minute or more
+# make test-slow       what the test suite leaves out: what takes half a minute or more, and more of the same
 # make test-oldest     the kernels' tests under the oldest triton that will do, in .venv-oldest
 # make fuzz            random models, samplers, batches and hostile checkpoints: FUZZ_CASES of them; into FUZZ_REPORT
 # make soak            mixed requests against a server for MINUTES, 30 if not said; into bench/results/<machine>/

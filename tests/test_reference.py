@@ -32,7 +32,7 @@ def engine_of(name: str) -> sfs_triton.Engine:
 
 
 def recorded(family: str) -> list:
-    """A few stable single rows of every setting of every model."""
+    """A few stable single rows of every setting of every model, all but the first of each marked slow."""
     cases, seen = [], Counter()
     for path in sorted((GOLDEN / "cases").glob(f"*.{family}.jsonl")):
         model = path.name.split(".")[0]
@@ -44,7 +44,8 @@ def recorded(family: str) -> list:
                 continue
             seen[key] += 1
             if seen[key] <= PER_SETTING:
-                cases.append(pytest.param(model, case, id=case["id"]))
+                marks = () if seen[key] == 1 else pytest.mark.slow
+                cases.append(pytest.param(model, case, id=case["id"], marks=marks))
     return cases
 
 
