@@ -156,7 +156,7 @@ def test_compact_of_two_million_flags(guards):
     assert_compact(guards, flag, 128)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40 if DEVICE == "cuda" else 20, deadline=None)
 @given(
     st.integers(1, 4).flatmap(
         lambda n: st.lists(st.lists(st.booleans(), min_size=25 * n, max_size=25 * n), max_size=4)
