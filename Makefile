@@ -43,7 +43,7 @@ bench-kernels: install
 	$(BIN)/python -m pytest bench/kernels --benchmark-json=bench/results/kernels.json $(ARGS)
 
 test: install
-	$(BIN)/python -m pytest -n auto $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow $(ARGS)

@@ -101,12 +101,12 @@ def test_a_rows_bits_depend_on_itself_alone(device, metric, noise):
 
 
 @pytest.mark.parametrize("metric", METRICS)
-def test_counters_are_left_zero_for_a_thousand_launches(guards, metric):
+def test_counters_are_left_zero_for_any_number_of_launches(guards, metric):
     counters = guards.empty(5, dtype=torch.int32).zero_()
     logits = guards.copy(random(1, 200, dtype=torch.float32))
     out = results(guards, 1)
     first = [x.clone() for x in confidence(logits, metric=metric, out=out, counters=counters, config=SMALL)]
-    for _ in range(1000 if metric == "confidence" else 3):
+    for _ in range(3 if metric != "confidence" else 1000 if logits.is_cuda else 100):
         confidence(logits, metric=metric, out=out, counters=counters, config=SMALL)
         assert torch.equal(out[0], first[0]) and torch.equal(out[1], first[1])
     assert not counters.any()
