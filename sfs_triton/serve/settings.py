@@ -26,8 +26,9 @@ class ServeSettings:
         sampler, cache: of requests that do not say; their temperature is that of the request.
         default_tokens, max_tokens: response positions of requests that do not say, and the most there may be (None: as
             many as the model's context leaves).
-        max_batch: rows that are decoded side by side with the same sampler settings and cache.
-        max_lanes: how many such settings, or lengths of canvases, may have rows at a time.
+        max_batch: rows that are decoded side by side: those of the same cache and :meth:`Sampler.form
+            <sfs_triton.Sampler.form>`.
+        max_lanes: how many of those, or lengths of canvases, may have rows at a time.
         cache_memory: bytes that the caches and canvases of all rows may take. None: on a CPU half of the memory that is
             free when the server starts, on a GPU what there is.
         max_queue: requests that may wait; one more is refused with 429.
