@@ -339,7 +339,14 @@ class Reader:
         self.address = found[1]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+HEAVY = {"evaluation.md", "cost-model.md"}  # sfs-eval twice, and every prediction anew
+
+
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, marks=[pytest.mark.slow] if page.name in HEAVY else []) for page in PAGES],
+    ids=[page.relative_to(ROOT).as_posix() for page in PAGES],
+)
 def test_blocks_run(page, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for name in ("NO_PROXY", "no_proxy"):

@@ -204,6 +204,7 @@ WRONG = {  # and how the part ends
 }
 
 
+@pytest.mark.slow
 def test_what_comes_after_a_part_that_goes_wrong(tmp_path, monkeypatch):
     """is done all the same, in the same step and in the next."""
     monkeypatch.setattr(supervise, "GRACE", 0.3)

@@ -128,6 +128,7 @@ def test_a_worker_is_killed_and_no_prompt_is_lost_or_doubled(cluster, source, wh
     assert {path.name for path in tmp_path.iterdir()} == {"out.jsonl"}
 
 
+@pytest.mark.slow
 def test_parquet_and_rows_that_were_finished_before(cluster, tmp_path, embedded):
     arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     settings = BatchSettings(gen_length=16, batch=2, device="cpu")
