@@ -24,11 +24,6 @@ GOLDEN = Path(__file__).parent / "golden"
 MODELS = ("llada-mha", "llada-gqa", "dream-gqa", "dream-r7")
 
 
-def pytest_xdist_auto_num_workers() -> int:
-    """One more than there are cores, for the time that tests wait for processes and clocks."""
-    return (os.cpu_count() or 1) + 1
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in items:
