@@ -13,23 +13,20 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)
 
 
 def _multiply(a: int, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """High and low 32-bit words of ``a * b`` for 32-bit values held in int64."""
-    low = b & 0xFFFF
-    high = b >> 16
-    low_product, high_product = a * low, a * high  # each below 2**48
-    total = low_product + ((high_product & 0xFFFF) << 16)
-    return (high_product >> 16) + (total >> 32), total & _MASK
+    """High and low 32-bit words of ``a * b`` for 32-bit values held in int64, where the product's 64 bits wrap."""
+    product = a * b
+    return (product >> 32) & _MASK, product & _MASK
 
 
 def philox(seed: torch.Tensor, c0: torch.Tensor, c1: torch.Tensor, c2: torch.Tensor) -> torch.Tensor:
-    """First output word in ``[0, 2**32)`` for 64-bit ``seed`` and counter ``(c0, c1, c2, 0)``; arguments broadcast."""
-    seed, c0, c1, c2 = torch.broadcast_tensors(seed, c0, c1, c2)
+    """First output word in ``[0, 2**32)`` for 64-bit ``seed`` and counter ``(c0, c1, c2, 0)``; arguments broadcast, no
+    sooner than they have to."""
     words = [c0 & _MASK, c1 & _MASK, c2 & _MASK, torch.zeros_like(c0)]
     key = [seed & _MASK, (seed >> 32) & _MASK]
     for _ in range(10):
         high0, low0 = _multiply(_MULTIPLIERS[0], words[0])
         high1, low1 = _multiply(_MULTIPLIERS[1], words[2])
-        words = [high1 ^ words[1] ^ key[0], low1, high0 ^ words[3] ^ key[1], low0]
+        words = [high1 ^ (words[1] ^ key[0]), low1, high0 ^ (words[3] ^ key[1]), low0]
         key = [(k + w) & _MASK for k, w in zip(key, _WEYL, strict=True)]
     return words[0]
 
