@@ -14,6 +14,7 @@ from .harness import benchmark_of
 
 VARIANTS = {
     "noise": {"noise": True},
+    "tempered": {"noise": True, "tempered": True},
     "margin": {"metric": "margin"},
     "entropy": {"metric": "entropy"},
 }
@@ -22,7 +23,7 @@ VARIANTS = {
 def _build(device: torch.device, *, n_rows: int, n_columns: int, dtype: torch.dtype, settings: dict) -> dict:
     settings = dict(settings)
     if settings.pop("noise", False):
-        settings = {name: torch.arange(n_rows, device=device) for name in ("seed", "position", "step")}
+        settings |= {name: torch.arange(n_rows, device=device) for name in ("seed", "position", "step")}
         settings["temperature"] = torch.full((n_rows,), 0.7, device=device)
     return {"logits": random(n_rows, n_columns, device=device, dtype=dtype), **settings}
 
