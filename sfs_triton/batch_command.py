@@ -39,7 +39,9 @@ def batch(
         else:
             done = run_batch(source, out, settings, **shared)
     except KeyboardInterrupt:
-        typer.echo(f"\nstopped; finished rows are in {out}.parts, and the same command goes on from there", err=True)
+        parts = Path(f"{out}.parts")
+        there = f"finished rows are in {parts}, and the same command goes on from there"
+        typer.echo(f"\nstopped; {there if parts.exists() else 'no row was finished'}", err=True)
         raise
     kept = f", {done.kept} of them kept from before" if done.kept else ""
     typer.echo(f"wrote {out}: {done.rows} rows{kept}, {done.errors} with an error, in {done.seconds:.1f} s", err=True)

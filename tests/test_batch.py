@@ -519,3 +519,26 @@ def test_command_line(source, tmp_path):
         assert refused.exit_code == 2 and words in refused.stderr and refused.stderr.count("\n") == 1
     assert sfs("--overwrite", "--temperature", "0.5", "--seed", "3", "--cache", "region").exit_code == 0
     assert read(tmp_path / "out.jsonl") == first
+
+
+@pytest.mark.parametrize(("chunks", "said"), [(0, "no row was finished"), (1, "finished rows are in ")])
+def test_ctrl_c_says_what_is_kept(source, tmp_path, monkeypatch, chunks, said):
+    pytest.importorskip("typer")
+    from typer.testing import CliRunner
+
+    from sfs_triton import batch, cli
+
+    calls, answered = [], batch.answer
+
+    def interrupted(*given):
+        calls.append(given)
+        if len(calls) > chunks:
+            raise KeyboardInterrupt
+        return answered(*given)
+
+    monkeypatch.setattr(batch, "answer", interrupted)
+    out = tmp_path / "out.jsonl"
+    options = ["--gen-length", "16", "--device", "cpu", "--batch", "3"]
+    result = CliRunner().invoke(cli.app, ["batch", str(source), str(out), *options])
+    assert result.exit_code != 0 and f"stopped; {said}" in result.stderr
+    assert out.with_name("out.jsonl.parts").exists() == bool(chunks) and not out.exists()
