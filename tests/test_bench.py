@@ -100,18 +100,7 @@ def test_other_sizes_prompts_and_batches(tmp_path, capsys):
 
 def test_dense_weights_have_no_answers(tmp_path):
     out = tmp_path / "run.json"
-    chosen = [
-        "--samplers",
-        "slowfast",
-        "--cache",
-        "region",
-        "--gen-length",
-        "32",
-        "--prompts",
-        "countdown",
-        "--limit",
-        "1",
-    ]
+    chosen = ["--samplers", "slowfast", "--cache", "region", *SHORT]
     assert throughput.main(["--geometry", "toy-512", "--weights", "dense", *chosen, "--json", str(out)]) == 0
     (row,) = json.loads(out.read_text())["rows"]
     assert row["accuracy"] is None and row["checked"] == 0 and row["ms_per_forward"] > 0
@@ -237,18 +226,7 @@ def test_bad_arguments(arguments, named, tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
-AFTER_ONE_ROW = [
-    "--samplers",
-    "slowfast",
-    "--cache",
-    "none",
-    "--prompts",
-    "countdown",
-    "--gen-length",
-    "32",
-    "--limit",
-    "1",
-]
+AFTER_ONE_ROW = ["--samplers", "slowfast", "--cache", "none", *SHORT]
 
 
 @pytest.mark.parametrize(
