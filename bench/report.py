@@ -251,22 +251,13 @@ def kernels_section(new: Record, old: Record | None) -> str:
 
 def checks_section(new: Record, old: Record | None) -> str:
     rows = []
-    for step in ("warm-up", "smoke", "tests", "conformance", "sync", "conditional"):
+    for step in ("warm-up", "smoke", "tests", "conformance", "sync"):
         counts = Counter(line["status"] for line in new.of(step))
         wrong = [line["part"] for line in new.of(step) if line["status"] in BAD]
         if counts:
             told = ", ".join(f"{count} {how}" for how, count in counts.items())
             rows.append((step, told, "; ".join(wrong[:5]) + (" ..." if len(wrong) > 5 else "")))
     return table(("step", "parts", "failed"), rows)
-
-
-def conditional_section(new: Record, old: Record | None) -> str:
-    rows = [
-        (line["part"], number(line["us_per_iteration"]), number(line["us_of_the_body"]))
-        for line in new.of("conditional")
-        if "us_per_iteration" in line
-    ]
-    return table(("loop", "us an iteration", "us of its body alone"), rows)
 
 
 # ---------------------------------------------------------------------------------------------------- published figures
@@ -382,7 +373,6 @@ SECTIONS: dict[str, Callable[[Record, Record | None], str]] = {
     "Throughput at 8B": throughput_section,
     "Kernels": kernels_section,
     "Checks": checks_section,
-    "Conditional nodes": conditional_section,
 }
 
 

@@ -343,7 +343,7 @@ def test_time_that_is_left_over_goes_to_later_steps():
 
 def test_steps_are_those_that_were_asked_for():
     names = [step.name for step in STEPS]
-    assert names[:3] == ["install", "environment", "warm-up"] and names[-1] == "conditional"
+    assert names[:3] == ["install", "environment", "warm-up"] and names[-1] == "kernels"
     install, *_ = STEPS
     command = " ".join(interpreted(install.commands[0], Path("x.jsonl")))
     assert command.startswith(sys.executable) and "pip install --no-build-isolation --no-deps" in command

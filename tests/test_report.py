@@ -51,7 +51,6 @@ def _lines(date: str = "2027-01-02 10:00", *, factor: float = 1.0, toy: bool = F
         ("kernels", "ok", "t[3]", {"operation": "confidence", "case": "llada-8b-512", "implementation": "triton",
                                    **cold, "p50_us": 40.0, "gb_per_s": 3780.0, "roofline_share": 0.9}),
         ("tests", "failed", "tests/test_x.py::test_y", {"error": "boom"}),
-        ("conditional", "ok", "while", {"us_per_iteration": 9.5, "us_of_the_body": 4.0}),
         ("tests", "failed", None, {}),
     ]  # fmt: skip
 
@@ -127,7 +126,7 @@ def test_the_tables_of_a_record(tmp_path):
     assert _row(text, "lm_head")[1:5] == ["llada-8b-64", "275.0", "550.0", "2.00"]
     assert _row(text, "tests")[1:] == ["1 failed", "tests/test_x.py::test_y"]
     assert _row(text, "128 | flash")[2] == "30.0" and _row(text, "128 | cudnn")[2] == "no plan"
-    assert _row(text, "while")[1] == "9.50" and _row(text, "embedded, float32")[8] == "0"
+    assert _row(text, "embedded, float32")[8] == "0"
     assert "4,000 / 500" in text
 
 

@@ -17,7 +17,7 @@ from bench.figures import machine
 
 from . import parts
 
-PACKAGES = ("triton", "numpy", "transformers", "safetensors", "tokenizers", "pytest", "cuda-bindings", "flashinfer")
+PACKAGES = ("triton", "numpy", "transformers", "safetensors", "tokenizers", "pytest", "flashinfer")
 QUERIES = (  # drivers differ in what they know: the first that is answered
     "name,driver_version,pstate,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.draw,power.limit,"
     "temperature.gpu,memory.used,memory.total,mig.mode.current,ecc.mode.current,clocks_event_reasons.active",
@@ -89,12 +89,5 @@ def host_atomics() -> bool | None:
     return None
 
 
-def loops() -> dict[str, Any]:
-    """What conditional nodes would need."""
-    from sfs_triton.loops import device_while
-
-    return {**device_while.supported()._asdict(), "choices": importlib.import_module("sfs_triton.loops.choose").LOOPS}
-
-
 if __name__ == "__main__":
-    sys.exit(parts.run({"machine": describe, "nvidia-smi": smi, "conditional nodes": loops}))
+    sys.exit(parts.run({"machine": describe, "nvidia-smi": smi}))

@@ -109,19 +109,18 @@ def generate(impl: str, loop: str, name: str) -> dict[str, Any]:
 
 
 def every_part() -> dict[str, parts.Part]:
-    """The kernel that reaches into a graph's conditions comes last: it may take the process with it."""
+    """List the checks by name, in the order in which they run."""
     toy = parts.is_toy()
     found: dict[str, parts.Part] = {"mailbox": check_mailbox}
     for operation in operations():
         cases = importlib.import_module(f"bench.kernels.test_{operation}").cases(toy=toy)
         found[operation] = functools.partial(check_case, cases[0])
-    last = found.pop("conditional")
     for name in SETTINGS:
         for impl in IMPLS:
             for loop in ("eager", "replay"):
                 if not (toy and impl == "triton"):  # the interpreter would take minutes
                     found[f"{name}, {impl}, {loop}"] = functools.partial(generate, impl, loop, name)
-    return {**found, "conditional": last}
+    return found
 
 
 if __name__ == "__main__":

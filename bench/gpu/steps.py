@@ -13,9 +13,8 @@ ENVIRONMENT = "environment"
 WORKERS = 6
 
 PLUGIN = ("-p", "bench.gpu.pytest_lines", "-p", "no:cacheprovider", "-q")
-CONDITIONAL_TESTS = "tests/test_device_while.py"
 KERNELS = ("lm_head", "confidence", "attention", "norm", "mlp", "rope_cache", "gather", "plan", "cycle", "select")
-MORE_KERNELS = ("place", "post", "reach", "linear", "conditional")
+MORE_KERNELS = ("place", "post", "reach", "linear")
 # What a run has time for: one geometry, batches of few rows, and no twins that are compiled for minutes.
 LEFT_OUT = ("compile", "illada-8b", "dream-7b", "8192", "256x2124", "16x")
 
@@ -53,7 +52,7 @@ def parallel_tests() -> tuple[str, ...]:
 
 def _steps() -> tuple[Step, ...]:
     install = ("-m", "pip", "install", "--no-build-isolation", "--no-deps", "--disable-pip-version-check", "-e", ".")
-    tests = ("-m", "pytest", *PLUGIN, "-m", "gpu", "tests", f"--ignore={CONDITIONAL_TESTS}", *parallel_tests())
+    tests = ("-m", "pytest", *PLUGIN, "-m", "gpu", "tests", *parallel_tests())
     files = [f"bench/kernels/test_{name}.py" for name in (*KERNELS, *MORE_KERNELS)]
     kernels = (
         "-m",
@@ -64,7 +63,6 @@ def _steps() -> tuple[Step, ...]:
         "--benchmark-json={out}.kernels.json",
         *files,
     )
-    probes = ("-m", "pytest", *PLUGIN, "-m", "gpu", CONDITIONAL_TESTS)
     pytest = ("pytest", "hypothesis", "filelock")
     return (
         Step("install", "the checkout, as it is, into this Python", (install,), 10, 60, resumes=False, toy=False),
@@ -78,16 +76,6 @@ def _steps() -> tuple[Step, ...]:
         Step("throughput", "generations at 8B by every sampler, policy and loop", _module("throughput"), 40, 90),
         Step("sync", "calls, copies and waits of a generation", _module("sync"), 20, 60),
         Step("kernels", "every kernel, checked and timed", (kernels,), 50, 240, needs=("pytest_benchmark",), toy=False),
-        Step(
-            "conditional",
-            "graphs with conditional nodes",
-            (probes, *_module("conditional")),
-            25,
-            70,
-            stall=40,
-            needs=pytest,
-            toy=False,
-        ),
     )
 
 

@@ -16,7 +16,7 @@ from .step import Step
 
 logger = logging.getLogger("sfs_triton")
 
-LOOPS = ("eager", "replay", "device_while")
+LOOPS = ("eager", "replay")
 
 
 class Record(NamedTuple):
@@ -49,7 +49,6 @@ def check_loop(name: str | None, device: torch.device) -> None:
     """Raise :class:`~sfs_triton.errors.ArgumentError` unless ``device`` has a loop of this name, or None."""
     require(name is None or name in LOOPS, f"loop={name!r} is not one of {LOOPS}")
     on_gpu = device.type == "cuda"
-    require(name != "device_while", "loop='device_while' is not finished: only its assembly is there to be probed")
     require(name != "replay" or on_gpu, f"loop='replay' needs a GPU: device {str(device)!r} has no CUDA graphs")
 
 
