@@ -103,10 +103,10 @@ class Request:
     dtype: Annotated[str | None, typer.Option(metavar="|".join(DTYPES), help="Default: by device.")] = None
     weights: Annotated[str | None, typer.Option(metavar="|".join(WEIGHTS), help="Default: as --dtype.")] = None
     impl: Annotated[
-        str | None, typer.Option(metavar="|".join(IMPLEMENTATIONS), help="Of the operations. Default: by device.")
+        str | None, typer.Option(metavar="|".join(IMPLEMENTATIONS), help="Of the operations. Default: torch.")
     ] = None
 
-    loop: Annotated[str | None, typer.Option(metavar="|".join(LOOPS), help="Default: by device and record.")] = None
+    loop: Annotated[str | None, typer.Option(metavar="|".join(LOOPS), help="Default: eager.")] = None
     tensor_parallel: Annotated[int, typer.Option(help="Processes that share the model, started by torchrun.")] = 1
 
     def text(self) -> str:

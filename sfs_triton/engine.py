@@ -52,10 +52,8 @@ def load(
             need be of one revision (``GSAI-ML/LLaDA-8B-Instruct@08b83a6``: a branch, tag or commit).
         device: default: a GPU if there is one.
         dtype: default: bfloat16 on a GPU, float32 on a CPU.
-        impl: ``"torch"`` or ``"triton"`` for all operations; default: torch on a CPU, on a GPU whatever a committed
-            record shows to be faster.
-        loop: ``"eager"`` or ``"replay"`` (captured CUDA graphs); default: eager on a CPU, on a GPU whatever a committed
-            record shows to pass and to be faster.
+        impl: ``"torch"`` or ``"triton"`` for all operations; default: torch.
+        loop: ``"eager"`` or ``"replay"`` (captured CUDA graphs); default: eager.
         weights: ``"fp8"`` keeps matrices as float8 with a scale a row, decoded in every product; the rest, and what is
             computed, stays in ``dtype``. Default: all in ``dtype``.
         tensor_parallel: processes that share the model, started by ``torchrun --nproc-per-node N``; each loads its part

@@ -1,15 +1,14 @@
 """One name an operation, whatever implements it. Models, samplers and loops call these and nothing below.
 
-``implementation`` picks once, for a device: plain torch (:mod:`sfs_triton.torch_ops`), Triton kernels
-(:mod:`sfs_triton.kernels`), or for each operation what :data:`DEFAULTS` says.
+``implementation`` picks once, for a device: plain torch (:mod:`sfs_triton.torch_ops`) or Triton kernels
+(:mod:`sfs_triton.kernels`).
 """
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass, fields
-from typing import NamedTuple
+from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.nn.functional as F
@@ -24,36 +23,6 @@ from .torch_ops.rope_cache import rope_tables
 from .torch_ops.select import BlockRules
 
 IMPLEMENTATIONS = ("torch", "triton")
-
-
-class Default(NamedTuple):
-    """What an operation is done with on a GPU, and the record under ``bench/results/`` that shows why."""
-
-    impl: str
-    record: str | None
-
-
-# A kernel becomes the default on a GPU with a record of it passing its tests and being faster there. There is none yet.
-DEFAULTS = {
-    "attention": Default("torch", None),
-    "compact": Default("torch", None),
-    "confidence": Default("torch", None),
-    "decide_block": Default("torch", None),
-    "decide_cycle": Default("torch", None),
-    "embedding": Default("torch", None),
-    "linear": Default("torch", None),
-    "lm_head": Default("torch", None),
-    "lm_head_partials": Default("torch", None),
-    "look": Default("torch", None),
-    "merge_partials": Default("torch", None),
-    "place": Default("torch", None),
-    "plan": Default("torch", None),
-    "post": Default("triton", None),
-    "reach": Default("torch", None),
-    "rms_norm": Default("torch", None),
-    "rope_cache": Default("torch", None),
-    "silu_mul": Default("torch", None),
-}
 
 
 @dataclass(frozen=True)
@@ -164,20 +133,19 @@ def check_implementation(impl: str | None) -> None:
 
 
 def implementation(impl: str | None, device: torch.device) -> Ops:
-    """The operations for tensors on ``device``, all by ``impl``; None takes :data:`DEFAULTS` on a GPU, torch elsewhere.
-    Only ``post`` is a kernel on every GPU.
+    """The operations for tensors on ``device``, all by ``impl``; None is torch. ``post`` is a kernel on every GPU.
 
     Raises:
         ArgumentError: ``impl`` is unknown, or cannot run on ``device``.
         MissingDependencyError: ``impl="triton"`` and triton is not installed.
     """
     check_implementation(impl)
-    on_gpu = device.type == "cuda"
-    wanted = {name: impl or (default.impl if on_gpu else "torch") for name, default in DEFAULTS.items()}
-    if on_gpu:
-        wanted["post"] = "triton"  # plain torch has no store to host memory that is ordered with its work
-    modules = {name: _module(name, device) for name in set(wanted.values())}
-    return Ops(**{field.name: getattr(modules[wanted[field.name]], field.name) for field in fields(Ops)})
+    module = _module(impl or "torch", device)
+    ops = Ops(**{field.name: getattr(module, field.name) for field in fields(Ops)})
+    if device.type != "cuda":
+        return ops
+    # plain torch has no store to host memory that is ordered with a GPU's work
+    return replace(ops, post=_module("triton", device).post)
 
 
 def _module(impl: str, device: torch.device):

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import fields
 
 import pytest
 import torch
 
-from sfs_triton.ops import Draw, implementation
+from sfs_triton import torch_impl
+from sfs_triton.loops import LoopChoice
+from sfs_triton.ops import Draw, Ops, implementation
 from sfs_triton.reference.confidence import look
 from sfs_triton.torch_ops.commit import rank_by_score
 from sfs_triton.torch_ops.confidence import confidence, filter_logits
@@ -119,3 +122,19 @@ def test_choices_are_the_oracles(impl, metric, tempered, top_k, top_p, temperatu
     token, score = ops.choose(hidden, head, draw, **numbers)
     assert token.tolist() == wanted.tokens
     torch.testing.assert_close(score, torch.tensor(wanted.scores), atol=1e-6, rtol=1e-5)
+
+
+def test_default_implementation():
+    """Torch for every operation; on a GPU, which need not be there to be asked for, ``post`` is a kernel."""
+    triton_impl = pytest.importorskip("sfs_triton.triton_impl")
+    for impl in (None, "torch"):
+        for device, kernels in (("cpu", set()), ("cuda", {"post"})):
+            ops = implementation(impl, torch.device(device))
+            for name in (field.name for field in fields(Ops)):
+                wanted = getattr(triton_impl if name in kernels else torch_impl, name)
+                assert getattr(ops, name) is wanted, (impl, device, name)
+
+
+def test_default_loop():
+    for device in ("cpu", "cuda"):
+        assert LoopChoice(None, torch.device(device)).loop.name == "eager"

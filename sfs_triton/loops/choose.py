@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 
@@ -17,17 +17,6 @@ from .step import Step
 logger = logging.getLogger("sfs_triton")
 
 LOOPS = ("eager", "replay")
-
-
-class Record(NamedTuple):
-    """A run on a GPU, under ``bench/results/``, in which a loop passed its tests and was faster than the others."""
-
-    loop: str
-    path: str
-
-
-# The loops that may be chosen without being asked for, best first. No GPU has shown any of them to pass yet.
-RECORDS: tuple[Record, ...] = ()
 
 
 class Loop(Protocol):
@@ -53,19 +42,16 @@ def check_loop(name: str | None, device: torch.device) -> None:
 
 
 class LoopChoice:
-    """The loop of an engine: the one asked for, or what the records say; and what comes after it fails."""
+    """The loop of an engine: the one asked for, else ``eager``; and the loop that follows if it fails."""
 
     def __init__(self, name: str | None, device: torch.device):
         check_loop(name, device)
-        on_gpu, why = device.type == "cuda", "asked for"
-        if name is None and not on_gpu:
-            name, why = "eager", f"device {str(device)!r} has no CUDA graphs"
-        elif name is None:
-            name, why = (RECORDS[0].loop, RECORDS[0].path) if RECORDS else ("eager", "no other has a record on a GPU")
+        on_gpu = device.type == "cuda"
         self._eager = EagerLoop(tight=not on_gpu, alone=True)
         self.loop: Loop = ReplayLoop() if name == "replay" else self._eager
         self._lock = threading.Lock()
-        logger.info("loop %s: %s", name, why)
+        default = "the default" if on_gpu else f"device {str(device)!r} has no CUDA graphs"
+        logger.info("loop %s: %s", self.loop.name, "asked for" if name else default)
 
     def fall_back(self, failed: Loop, error: RuntimeError) -> bool:
         """Take the loop below ``failed`` after ``error``, once for all generations; whether there was one."""

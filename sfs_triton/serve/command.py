@@ -54,9 +54,9 @@ def serve(
     dtype: Annotated[str | None, typer.Option(metavar="|".join(DTYPES), help="Default: by device.")] = None,
     weights: Annotated[str | None, typer.Option(metavar="|".join(WEIGHTS), help="Default: as --dtype.")] = None,
     impl: Annotated[
-        str | None, typer.Option(metavar="|".join(IMPLEMENTATIONS), help="Of the operations. Default: by device.")
+        str | None, typer.Option(metavar="|".join(IMPLEMENTATIONS), help="Of the operations. Default: torch.")
     ] = None,
-    loop: Annotated[str | None, typer.Option(metavar="|".join(LOOPS), help="Default: by device and record.")] = None,
+    loop: Annotated[str | None, typer.Option(metavar="|".join(LOOPS), help="Default: eager.")] = None,
 ) -> None:
     """Serve a model over HTTP, as OpenAI's interface has it, until SIGINT or SIGTERM."""
     _need_libraries()
