@@ -35,7 +35,7 @@ def assert_post(shapes: list[tuple[int, ...]], dtypes: list[torch.dtype], depth:
             for source, ring in zip(sources, slots, strict=True):
                 ring[time % depth] = values(generator, source.shape, source.dtype)
                 source.copy_(ring[time % depth])
-            post(sources, rings, tick, bell, **(options if function is post else {}))
+            function(sources, rings, tick, bell, **(options if function is post else {}))
             assert tick.item() == bell.item() == time + 1
             for source, ring, slot in zip(sources, rings, slots, strict=True):
                 assert torch.equal(_bits(ring.cpu()), _bits(torch.stack(slot)))
