@@ -3,6 +3,7 @@ brisker interpreter."""
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -24,11 +25,15 @@ def poison(dtype: torch.dtype) -> float | int:
 
 
 class Guards:
-    """Tensors between bands of poison. Reading a band spoils a result, writing one is found by :meth:`check`."""
+    """Tensors between bands of poison. Reading a band spoils a result, writing one is found by :meth:`check`. In the
+    interpreter :func:`guarded_loads` finds every read of a band."""
+
+    alive: weakref.WeakSet[Guards] = weakref.WeakSet()
 
     def __init__(self, device: torch.device | str = "cpu"):
         self._device = device
         self._bands: list[torch.Tensor] = []
+        self.alive.add(self)
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """A dense tensor full of poison."""
@@ -40,6 +45,13 @@ class Guards:
     def copy(self, x: torch.Tensor) -> torch.Tensor:
         """A dense copy of ``x``."""
         return self.empty(*x.shape, dtype=x.dtype).copy_(x)
+
+    def check_loads(self, addresses: numpy.ndarray) -> None:
+        """Raise AssertionError if one of ``addresses`` is in a band."""
+        for band in self._bands:
+            first = band.data_ptr()
+            outside = (addresses >= first) & (addresses < first + band.nbytes)
+            assert not outside.any(), f"loaded outside a {band.dtype} tensor"
 
     def check(self) -> None:
         """Raise AssertionError if a band was written."""
@@ -139,6 +151,31 @@ def no_host_reads() -> Iterator[None]:
         for owner, name in (*((torch.Tensor, name) for name in _READERS), *_WAITS):
             stack.enter_context(mock.patch.object(owner, name, _refusal(f"{owner.__name__}.{name}")))
         stack.enter_context(_NoReads())
+        yield
+
+
+@contextmanager
+def guarded_loads() -> Iterator[None]:
+    """Raise AssertionError where an interpreted kernel loads from a band of :class:`Guards`.
+
+    This finds loads that no result depends on. Does nothing where kernels are compiled.
+    """
+    import triton
+
+    if not triton.knobs.runtime.interpret:
+        yield
+        return
+    from triton.runtime import interpreter
+
+    builder = interpreter.interpreter_builder
+    load = builder.create_masked_load
+
+    def checked(pointers, mask, *options):
+        for guards in Guards.alive:
+            guards.check_loads(pointers.data[mask.data.astype(bool)])
+        return load(pointers, mask, *options)
+
+    with mock.patch.object(builder, "create_masked_load", checked):
         yield
 
 

@@ -214,9 +214,10 @@ def _horizon_ahead(
     EOS_HORIZON: tl.constexpr,
     BLOCK_L: tl.constexpr,
 ):
-    """One past the highest candidate for the horizon among the undecided positions of ``[first, stop)``; 0: none."""
+    """One past the highest candidate for the horizon among the undecided positions of ``[first, stop)``; 0: none.
+    ``first`` is -1 where the span has no end yet."""
     furthest = tl.full([BLOCK_L], -1, tl.int32)
-    for begin in range(first, stop, BLOCK_L):
+    for begin in range(tl.maximum(first, 0), stop, BLOCK_L):
         place = begin + tl.arange(0, BLOCK_L)
         masked = tl.load(masked_ptr + place, mask=place < stop, other=0) != 0
         score = tl.load(score_ptr + place, mask=masked, other=float("-inf"))

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sfs_triton.testing import Guards, brisk_interpreter
+from sfs_triton.testing import Guards, brisk_interpreter, guarded_loads
 
 
 @pytest.fixture(scope="session", autouse=True)
 def interpreter():
-    with brisk_interpreter():
+    with brisk_interpreter(), guarded_loads():
         yield
 
 
@@ -29,7 +29,7 @@ def dtype(request) -> torch.dtype:
 
 @pytest.fixture
 def guards(device) -> Guards:
-    """Places for inputs and outputs between guard bands; what was touched outside is found at the test's end."""
+    """Places for inputs and outputs between guard bands; reads and writes outside are found."""
     bands = Guards(device)
     yield bands
     bands.check()

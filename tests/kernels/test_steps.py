@@ -321,6 +321,14 @@ def _fast_row(score: dict[int, float], rules: CycleRules, sampler: Sampler = PAP
 AHEAD = {4: 0.9, 5: 0.2, 6: 0.05, 7: 0.4, 8: 0.1}
 
 
+def test_a_slow_step_without_an_end_looks_at_nothing_ahead(guards):
+    """A span's end is -1 while it is not known. That is one before the tensors of the first row."""
+    rules = SlowFast().rules(look_ahead=4)
+    state = copied(_fast_row(AHEAD, rules, phase=SLOW, e=-1, determined=0, n_history=0, k=0), guards)
+    triton_impl.decide_cycle(state, rules)
+    assert (state.phase.item(), state.e.item(), state.n_history.item()) == (SLOW, -1, 1)
+
+
 @IMPLEMENTATIONS
 @pytest.mark.parametrize(
     ("rules", "score", "entry"),
