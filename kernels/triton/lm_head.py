@@ -250,12 +250,10 @@ def lm_head_config(
 def _float8_tile(n_rows: int, noise: bool, small: bool) -> tuple[int, ...]:
     if small:
         return (16 if n_rows <= 16 else 32, 32, 32, 32, 4, 3)
-    if n_rows <= 16:
-        return (16, 128, 64, 16 if noise else 128, 4, 6)
     if noise:
-        return (32, 128, 64, 16, 4, 6) if n_rows <= 32 else (64, 64, 64, 16, 4, 6)
+        return (16 if n_rows <= 16 else 32, 64, 64, 16, 4, 9) if n_rows <= 32 else (64, 64, 64, 16, 4, 6)
     if n_rows <= 32:
-        return (32, 128, 64, 128, 4, 6)
+        return (16 if n_rows <= 16 else 32, 128, 64, 128, 4, 6)
     return (64, 128, 64, 32, 4, 5) if n_rows <= 64 else (128, 128, 128, 32, 8, 4)
 
 
@@ -337,7 +335,8 @@ def _project(
             BLOCK_S=config.BLOCK_S,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
-            **({} if scale is None else {"maxnreg": 255}),  # ptxas may spill a little to make room for more programs
+            # ptxas may spill a little to make room for more programs than the two a multiprocessor that are launched
+            **({} if scale is None and temperature is None else {"maxnreg": 255}),
         )
     return Partials(values, winner, count, n_rows, config.programs, config.BLOCK_T)
 
