@@ -3,6 +3,7 @@
 # make bench-kernels   each kernel beside eager torch, torch.compile and libraries; toy sizes where there is no GPU
 # make test            install into .venv and run the test suite
 # make test-slow       what the test suite leaves out: what takes half a minute or more, and more of the same
+# make test-cpus       the numeric tests as other CPUs compute: other instruction sets and orders of summation, two threads
 # make test-oldest     the kernels' tests under the oldest triton that will do, in .venv-oldest
 # make fuzz            random models, samplers, batches and hostile checkpoints: FUZZ_CASES of them; into FUZZ_REPORT
 # make soak            mixed requests against a server for MINUTES, 30 if not said; into bench/results/<machine>/
@@ -13,7 +14,7 @@
 # Variables, read when .venv is made (remove it to choose anew): PYTHON (interpreter), TORCH (what to install where
 # torch is missing or older than 2.11), EXTRAS (optional dependencies), PINS (versions of others). ARGS is passed on to
 # the benchmark or to pytest. FUZZ_CASES, FUZZ_SEED, FUZZ_REPORT: how many cases, from which seed (default: the time), and
-# where the counts go.
+# where the counts go. CPUS, NUMERIC: which settings and tests make up test-cpus.
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -31,7 +32,17 @@ FUZZ_CASES ?= 5000
 FUZZ_SEED ?= $(shell date +%s)
 FUZZ_REPORT ?= fuzz.json.partial
 
-.PHONY: bench bench-all bench-kernels test test-slow test-oldest fuzz soak audit docs resources lint install
+# Tests whose verdict rests on floating-point arithmetic: logits, scores, decisions and whole generations on the CPU.
+NUMERIC ?= $(addprefix tests/,test_baselines.py test_batches.py test_checkpoints.py test_conformance.py \
+  test_decide.py test_embedded.py test_inflate.py test_loops.py test_ops.py test_parallel.py test_quantised.py \
+  test_reference.py test_region.py test_transformers.py kernels/test_steps.py)
+# Each word is a setting, its variables apart by commas. An x86 CPU needs AVX2 for the second. The first differs from
+# every machine's own choice.
+CPUS ?= ATEN_CPU_CAPABILITY=default,MKL_CBWR=COMPATIBLE,ONEDNN_MAX_CPU_ISA=SSE41 \
+  ATEN_CPU_CAPABILITY=avx2,MKL_ENABLE_INSTRUCTIONS=AVX2,ONEDNN_MAX_CPU_ISA=AVX2 \
+  MKL_CBWR=COMPATIBLE ATEN_CPU_CAPABILITY=default OMP_NUM_THREADS=2
+
+.PHONY: bench bench-all bench-kernels test test-slow test-cpus test-oldest fuzz soak audit docs resources lint install
 
 bench: install
 	$(BIN)/python bench/throughput.py $(ARGS)
@@ -47,6 +58,13 @@ test: install
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+test-cpus: install
+	@failed=; for setting in $(CPUS); do \
+	  echo "== $$setting"; \
+	  env $$(echo $$setting | tr , ' ') $(BIN)/python -m pytest -q -n auto --dist worksteal $(NUMERIC) $(ARGS) || \
+	    failed="$$failed $$setting"; \
+	done; test -z "$$failed" || { echo "failed under:$$failed"; exit 1; }
 
 test-oldest:
 	$(MAKE) test VENV=.venv-oldest EXTRAS=test PINS='$(OLDEST)' \

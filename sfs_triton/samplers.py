@@ -223,11 +223,12 @@ class SlowFast(Sampler):
                 f"span_cap={span_cap} does not go with zero_history=True: a mean over zeros may move a cycle's begin "
                 "back, and then so short a window may hold nothing to decide",
             )
+        deviation = self.spread == "std"  # compared as a variance, because square roots differ between devices
         return CycleRules(
             k_max=self.k_max,
             window=self.window,
-            spread=self.spread,
-            spread_limit=self.spread_limit,
+            spread="variance" if deviation else self.spread,
+            spread_limit=self.spread_limit * self.spread_limit if deviation else self.spread_limit,
             inclusive=self.inclusive,
             strict=self.strict,
             slow_end=self.slow_end,

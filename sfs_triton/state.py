@@ -33,7 +33,7 @@ class DecodeState:
     position: torch.Tensor  # int64 [L]
     history: torch.Tensor  # int64 [B, W]: candidate horizons, counted from the block's start
     history_slot: torch.Tensor  # int64 [W]
-    spread: torch.Tensor  # float64 [B]: of the history at this step, NaN if not estimated
+    spread: torch.Tensor  # float64 [B]: variance of the history at this step, NaN if not estimated
     seed: torch.Tensor  # int64 [B]
     uniform: torch.Tensor  # float32 [B, n]: a row's stream of uniform numbers, where a sampler reads one
     shares: torch.Tensor  # float32 [B, n]: a row's schedule, where a sampler has one

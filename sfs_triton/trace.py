@@ -92,6 +92,8 @@ class Tracer:
             oldest = count % window if count > window else 0
             history = (history[oldest:] + history[:oldest])[: min(count, window)]
         full = not math.isnan(spread)
+        if self._sampler.spread == "std":
+            spread = math.sqrt(spread)
         fast, determined = row[COLUMN["phase"]] == FAST, bool(row[COLUMN["determined"]])
         known = fast or determined or (estimated and full)
         return {

@@ -39,6 +39,7 @@ from sfs_triton.ops import check_implementation  # noqa: E402
 from sfs_triton.testing import brisk_interpreter  # noqa: E402
 
 MARGIN = 1e-5  # traced decisions closer than this to a tie may fall either way under another order of summation
+ROUNDINGS = 128  # logits of a small model may differ by so many units of rounding of the largest; 4 to 45 were seen
 
 
 @dataclass(frozen=True)
@@ -142,6 +143,16 @@ METHODS: dict[str, Callable[[dict], Setup]] = {
 }
 
 
+def recorded_margin(case: dict) -> float:
+    """Return the smallest recorded margin of a case; 1 where none was recorded."""
+    return min((case.get("margin") or {"none": 1.0}).values())
+
+
+def logits_tolerance(wanted: torch.Tensor) -> float:
+    """Return what another order of summation may change in float32 logits of the size of ``wanted``."""
+    return ROUNDINGS * torch.finfo(torch.float32).eps * wanted.abs().max().item()
+
+
 def trace_entry(step: StepTrace) -> list:
     """A step in the recordings' own form."""
     return [
@@ -223,18 +234,22 @@ def check(engine: sfs_triton.Engine, case: dict, setup: Setup) -> str | None:
     if "error" in case or ill_posed or not case.get("stable", False):
         return _check_finished(engine, case, setup)
     wrong = _check_single(engine, case, setup)
-    if wrong and min((case.get("margin") or {"none": 1.0}).values()) < MARGIN:
+    if wrong and recorded_margin(case) < MARGIN:
         return _check_finished(engine, case, setup)
     return wrong
 
 
 def check_logits(engine: sfs_triton.Engine, path: Path) -> Iterator[str | None]:
-    """Raw logits of each recorded input, to 1e-4."""
+    """Compare raw logits of each recorded input, to the rounding of values of their size."""
     recorded = load_file(path)
     for index in sorted({name.split(".")[0] for name in recorded}):
         logits = engine.model.logits(recorded[f"{index}.input_ids"].to(engine.model.device)).cpu()
         worst = (logits - recorded[f"{index}.logits"]).abs().max().item()
-        yield None if worst <= 1e-4 else f"{path.name} {index}: logits differ by {worst:.2e}"
+        yield (
+            None
+            if worst <= logits_tolerance(recorded[f"{index}.logits"])
+            else f"{path.name} {index}: logits differ by {worst:.2e}"
+        )
 
 
 def run(folder: Path, part: slice, impl: str, report: Callable[[str], None] = print) -> tuple[int, int]:

@@ -33,9 +33,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
-    """The models are tiny: a second thread only adds noise, here and in processes that tests start."""
-    torch.set_num_threads(1)
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    """The models are tiny: a second thread only adds noise, here and in processes that tests start.
+
+    ``make test-cpus`` asks for two, for another order of summation.
+    """
+    torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
 
 
 @pytest.fixture(scope="session")

@@ -23,7 +23,8 @@ from bench.baselines import (
 from sfs_triton import FixedSteps, RefreshCache, SlowFast, Threshold, load
 from sfs_triton.testing import no_host_reads
 
-from .conformance import MARGIN, METHODS, Setup
+from .conformance import MARGIN, METHODS, Setup, recorded_margin
+from .margins import assert_logits_close
 
 PROMPT = [7, 99, 13, 250, 31, 8, 120, 64, 5, 77]
 
@@ -68,7 +69,7 @@ def test_recorded_cases(golden, models, family, method, every, least):
     for name, case, setup in _cases(golden, family, method, every):
         done = _decoder(method, setup)(models[name], case["prompt"][0], setup.gen_length, setup.sampler)
         same = (done.response, done.nfe) == (case["out"][0], case["nfe"])
-        if case["stable"] and min((case.get("margin") or {"none": 1.0}).values()) >= MARGIN:
+        if case["stable"] and recorded_margin(case) >= MARGIN:
             assert same, case["id"]
         else:
             assert models[name].spec.mask_id not in done.response, case["id"]
@@ -130,7 +131,7 @@ def test_logits_are_the_engines(engines, models, name):
     wanted = engines[name].model.logits(tokens[None])[0]
     if models[name].spec.shifted:
         wanted = torch.cat((wanted[:1], wanted[:-1]))
-    torch.testing.assert_close(models[name](tokens), wanted, rtol=0, atol=1e-4)
+    assert_logits_close(models[name](tokens), wanted)
 
 
 @pytest.mark.parametrize("checkpoint", ["llada-gqa", "dream-gqa"])

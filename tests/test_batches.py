@@ -16,7 +16,7 @@ from sfs_triton.models import Transformer
 from sfs_triton.models.cache import FeatureCache
 
 from .combinations import LOOPS, RAGGED, SOME_PAIRS, Roomy, assert_same, engine_with
-from .conformance import MARGIN, METHODS, Setup
+from .conformance import MARGIN, METHODS, Setup, recorded_margin
 from .conftest import GOLDEN
 
 ROWS, STEPS = 3, 90  # most rows of a batch, and most steps that it may take here
@@ -27,7 +27,7 @@ def _recorded() -> list[tuple[str, Setup, dict]]:
     cases = []
     for path in sorted((GOLDEN / "cases").glob("*.jsonl")):
         for case in map(json.loads, path.read_text().splitlines()):
-            close = min((case.get("margin") or {"none": 1.0}).values()) < MARGIN
+            close = recorded_margin(case) < MARGIN
             if case.get("stable") and "error" not in case and len(case["prompt"]) == 1 and not close:
                 cases.append((path.name.split(".")[0], METHODS[case["method"]](case["settings"]), case))
     return cases

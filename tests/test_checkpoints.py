@@ -16,6 +16,7 @@ from sfs_triton.engine import EMBEDDED
 from sfs_triton.models import read_spec
 
 from .conftest import MODELS
+from .margins import assert_logits_close
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -23,7 +24,7 @@ def test_logits_equal_the_recorded_ones(engines, golden, name):
     recorded = load_file(golden / "logits" / f"{name}.safetensors")
     for index in {key.split(".")[0] for key in recorded}:
         logits = engines[name].model.logits(recorded[f"{index}.input_ids"])
-        torch.testing.assert_close(logits, recorded[f"{index}.logits"], atol=1e-4, rtol=0)
+        assert_logits_close(logits, recorded[f"{index}.logits"])
 
 
 def test_sharded_index_gives_the_same_weights(checkpoint, engines):

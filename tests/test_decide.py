@@ -4,28 +4,33 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import random
+import statistics
 from collections.abc import Sequence
+from fractions import Fraction
 from functools import cache
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sfs_triton
+from bench.baselines import slowfast as baselines
 from sfs_triton import FixedSteps, Generation, Sampler, SlowFast, StepTrace, Threshold
 from sfs_triton.models import Transformer
 from sfs_triton.reference import ReferenceRun, Step, decode, logits_of
+from sfs_triton.reference.slowfast import is_stable
 from sfs_triton.testing import brisk_interpreter
 from sfs_triton.torch_ops.cycle import spread_of
 from sfs_triton.torch_ops.philox import gumbel
 
+from .conformance import MARGIN
+
 MODELS = Path(__file__).parent / "golden" / "models"
 NAMES = ("llada-mha", "dream-gqa")
-MARGIN = 1e-5  # decisions closer than this may fall either way under another order of summation
 LENGTH = 32
 
 
@@ -340,22 +345,34 @@ def test_short_responses(seed: int, length: int, eos_stop: bool):
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(st.lists(st.integers(0, 4096), min_size=1, max_size=8), st.integers(0, 7), st.booleans())
 def test_spread(history: list[int], unused: int, full: bool):
-    """Against numpy; slots that are not in use hold zeros."""
+    """Against exact fractions, rounded once; slots that are not in use hold zeros."""
     count = len(history)
     padded = torch.tensor([history + [0] * (0 if full else unused)])
-    values = np.array(history, dtype=np.float64)
-    wanted = {"variance": values.var(), "std": values.std(), "unbiased": values.var(ddof=1) if count > 1 else 0.0}
+    values = [Fraction(value) for value in history]
+    wanted = {"variance": statistics.pvariance(values), "unbiased": statistics.variance(values) if count > 1 else 0}
     for kind, value in wanted.items():
-        found = spread_of(padded, torch.tensor([count]), kind)
-        torch.testing.assert_close(found, torch.tensor([value], dtype=torch.float64), rtol=1e-9, atol=1e-9)
+        assert spread_of(padded, torch.tensor([count]), kind).item() == float(value), kind
 
 
-@pytest.mark.parametrize("kind", ["variance", "std", "unbiased"])
-def test_spread_meets_thresholds_exactly(kind: str):
-    history = torch.tensor([[10, 11, 12], [7, 9, 0], [1000, 1000, 1000]])
-    count = torch.tensor([3, 2, 3])
-    exact = {"variance": [2 / 3, 1.0, 0.0], "std": [(2 / 3) ** 0.5, 1.0, 0.0], "unbiased": [1.0, 2.0, 0.0]}[kind]
-    assert spread_of(history, count, kind).tolist() == exact
+@pytest.mark.parametrize("inclusive", [False, True])
+def test_a_standard_deviation_meets_its_limit_exactly(inclusive: bool):
+    """Horizons ``2 n`` apart deviate by ``n``: every limit that is an integer is met, not missed by rounding."""
+    limits = torch.arange(1, 2001)
+    history = torch.stack((torch.ones_like(limits), 2 * limits + 1), 1)
+    found = spread_of(history, torch.full_like(limits, 2), "variance").tolist()
+    for limit, variance in zip(limits.tolist(), found, strict=True):
+        sampler = SlowFast(spread="std", spread_limit=limit, inclusive=inclusive)
+        rules = sampler.rules()
+        assert (rules.spread, rules.spread_limit) == ("variance", variance)
+        assert is_stable([1, 2 * limit + 1], sampler) == baselines.is_stable([1, 2 * limit + 1], sampler) == inclusive
+
+
+def test_a_traced_standard_deviation_is_that_of_the_history():
+    sampler = SlowFast.preset("llada-reference", spread_limit=0.5)
+    done = engine_of("llada-mha").generate([3, 14, 15], gen_length=LENGTH, sampler=sampler, trace=True)
+    traced = [(step.history, step.spread) for step in done.trace if step.spread is not None]
+    assert any(spread not in (0.0, 1.0) for _, spread in traced)
+    assert all(spread == math.sqrt(statistics.pvariance(history)) for history, spread in traced)
 
 
 @pytest.mark.parametrize(

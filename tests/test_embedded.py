@@ -14,6 +14,8 @@ from bench.embedded import export, problems, tasks, train, vocabulary
 from bench.embedded.model import CONSTANT_CHANNEL, CONSTANT_VALUE, LLaDA
 from sfs_triton.engine import EMBEDDED
 
+from .margins import assert_logits_close
+
 KINDS = ("records", "words", "countdown", "drill")
 
 
@@ -205,7 +207,7 @@ def test_exported_checkpoint_has_the_trained_models_logits(tiny, tmp_path):
     rounded.load_state_dict({n: t.to(torch.bfloat16).float() for n, t in run.model.state_dict().items()})
     ids = torch.randint(0, 800, (2, 70), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        torch.testing.assert_close(engine.model.logits(ids), rounded(ids), atol=1e-4, rtol=1e-4)
+        assert_logits_close(engine.model.logits(ids), rounded(ids))
 
 
 # ------------------------------------------------------------------------------------------------- the shipped model

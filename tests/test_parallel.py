@@ -25,6 +25,7 @@ from sfs_triton.parallel import Vocabulary, share
 from sfs_triton.torch_ops import sharded
 from tests import ranks
 from tests.combinations import PAIRS, POLICIES, SAMPLERS, assert_same
+from tests.margins import assert_logits_close
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
 
@@ -137,7 +138,7 @@ def test_logits_are_those_of_the_whole_model(two, models, model):
     with torch.inference_mode():
         wanted = alone.logits(torch.tensor([PROMPTS[0]]))
     for got in two.run(ranks.logits, models[model], [PROMPTS[0]]):
-        torch.testing.assert_close(got, wanted, rtol=0, atol=1e-4)
+        assert_logits_close(got, wanted)
 
 
 def test_kernels_do_it_as_well(two, models):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import runpy
 from collections import Counter
 from functools import cache
 from pathlib import Path
@@ -19,10 +18,10 @@ from sfs_triton.reference.confidence import keep_top_k, keep_top_p
 from sfs_triton.reference.slowfast import Row, choose, mean_of, slow_stage, spread_of
 from sfs_triton.samplers import FixedSteps, SlowFast, Threshold
 
+from .conformance import MARGIN, METHODS, recorded_margin
+
 GOLDEN = Path(__file__).parent / "golden"
 PER_SETTING = 2
-MARGIN = 1e-5  # what another order of summation may change (README of the recorded cases)
-METHODS = runpy.run_path(str(Path(__file__).parent / "conformance.py"))["METHODS"]
 MASK, EOS = 9, 8  # of the hand-made examples
 
 
@@ -39,7 +38,7 @@ def recorded(family: str) -> list:
         for case in map(json.loads, path.read_text().splitlines()):
             key = (model, json.dumps(case["settings"], sort_keys=True))
             cached = case["settings"].get("cache", "none") != "none"
-            near_tie = min((case.get("margin") or {"none": 1.0}).values()) < MARGIN
+            near_tie = recorded_margin(case) < MARGIN
             if "error" in case or cached or near_tie or not case["stable"] or len(case["prompt"]) > 1:
                 continue
             seen[key] += 1

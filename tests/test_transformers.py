@@ -39,6 +39,7 @@ from sfs_triton.integrations import transformers_engines as engines_of  # noqa: 
 from sfs_triton.models import read_spec  # noqa: E402
 
 from .conftest import GOLDEN, MODELS  # noqa: E402
+from .margins import assert_logits_close  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 EMBEDDED = Path(sfs_triton.__file__).parent / "embedded"
@@ -102,8 +103,8 @@ def test_logits_equal_the_recorded_ones(engines, models, name):
         ids = recorded[f"{index}.input_ids"]
         with torch.no_grad():
             logits = models[name](ids).logits
-        torch.testing.assert_close(logits, recorded[f"{index}.logits"], atol=1e-4, rtol=0)
-        torch.testing.assert_close(logits, engines[name].model.logits(ids), atol=3e-5, rtol=0)
+        assert_logits_close(logits, recorded[f"{index}.logits"])
+        assert_logits_close(logits, engines[name].model.logits(ids))
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -206,9 +207,9 @@ def test_padding_is_looked_at_by_none(models):
         plain, masked = model(ids).logits, model(padded, attention_mask=mask).logits[:, 4:]
         wide = model(padded, attention_mask=mask.bool()[:, None, None, :]).logits[:, 4:]
         (as_tuple,) = model(inputs_embeds=model.get_input_embeddings()(ids), return_dict=False)
-    torch.testing.assert_close(masked, plain, atol=1e-4, rtol=0)
-    torch.testing.assert_close(wide, masked)
-    torch.testing.assert_close(as_tuple, plain)
+    assert_logits_close(masked, plain)
+    assert_logits_close(wide, masked)
+    assert_logits_close(as_tuple, plain)
     with pytest.raises(ArgumentError, match="inputs_embeds"):
         model(ids, inputs_embeds=torch.zeros(1, 3, 128))
 
@@ -274,7 +275,7 @@ def test_each_parameter_is_read_by_the_engine_and_written_by_it(name):
             parameter.mul_(torch.linspace(0.5, 1.5, parameter.numel()).view_as(parameter))
             logits = model(ids).logits
         assert not torch.equal(engine.model.logits(ids), before), key
-        torch.testing.assert_close(engine.model.logits(ids), logits, atol=1e-4, rtol=1e-5)
+        assert_logits_close(engine.model.logits(ids), logits)
         with torch.no_grad():
             parameter.copy_(kept)
     with torch.no_grad():
@@ -307,7 +308,7 @@ def test_training_changes_what_is_generated():
     optimiser.step()
     after = engine.model.logits(ids)
     assert not torch.equal(before, after)
-    torch.testing.assert_close(after, model(ids).logits.detach(), atol=1e-4, rtol=1e-5)
+    assert_logits_close(after, model(ids).logits.detach())
 
 
 @pytest.mark.parametrize("cache", ["none", "region"])

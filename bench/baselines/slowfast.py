@@ -49,12 +49,13 @@ def mean_of(window: list[int], sampler: SlowFast) -> int:
 
 
 def is_stable(window: list[int], sampler: SlowFast) -> bool:
-    """Whether the horizons of a full window are close enough to one another."""
+    """Compare the spread of a full window of horizons with its limit; a standard deviation by squares."""
+    limit = sampler.spread_limit * sampler.spread_limit if sampler.spread == "std" else sampler.spread_limit
     if sampler.spread == "unbiased":
         spread = statistics.variance(window) if len(window) > 1 else 0
     else:
-        spread = (statistics.pvariance if sampler.spread == "variance" else statistics.pstdev)(window)
-    return spread <= sampler.spread_limit if sampler.inclusive else spread < sampler.spread_limit
+        spread = statistics.pvariance(window)
+    return spread <= limit if sampler.inclusive else spread < limit
 
 
 def slow_stage(forwards: Forwards, sampler: SlowFast, begin: int, s: int, end: int) -> int:

@@ -51,7 +51,7 @@ from .cost import Cost
 from .launch import launch
 
 MAX_WINDOW = 1024  # the sum of as many horizons still fits an int32
-SPREADS = ("variance", "std", "unbiased")
+SPREADS = ("variance", "unbiased")
 SLOW_ENDS = ("stable", "fixed", "filled")
 ROUNDINGS = ("floor", "even")
 
@@ -109,7 +109,7 @@ def _scan(
 
 @triton.jit
 def _spread_and_mean(history, count, SPREAD: tl.constexpr, ROUNDING: tl.constexpr):
-    """Spread (float64) and rounded mean of ``count`` integers; unused slots are zero. Sums are exact."""
+    """Variance (float64) and rounded mean of ``count`` integers; unused slots are zero. Sums are exact."""
     wide = history.to(tl.int64)
     total = tl.sum(wide, axis=0)
     numerator = (count * tl.sum(wide * wide, axis=0) - total * total).to(tl.float64)
@@ -117,8 +117,6 @@ def _spread_and_mean(history, count, SPREAD: tl.constexpr, ROUNDING: tl.constexp
         spread = numerator / tl.maximum(count * (count - 1), 1).to(tl.float64)  # of one value it is 0
     else:
         spread = numerator / tl.maximum(count * count, 1).to(tl.float64)
-        if SPREAD == "std":
-            spread = tl.sqrt(spread)
     count = tl.maximum(count, 1)
     total = total.to(tl.int32)
     mean = total // count

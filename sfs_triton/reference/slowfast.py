@@ -8,6 +8,7 @@ is the start of the response where there are no blocks; all others from the star
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -136,7 +137,17 @@ def spread_of(history: list[int], kind: str) -> float:
     """Population variance or standard deviation, or the unbiased variance, which is 0 for one value (Dream 3)."""
     if kind == "unbiased":
         return float(statistics.variance(history)) if len(history) > 1 else 0.0
-    return float(statistics.pvariance(history) if kind == "variance" else statistics.pstdev(history))
+    variance = float(statistics.pvariance(history))
+    return math.sqrt(variance) if kind == "std" else variance
+
+
+def is_stable(history: list[int], sampler: SlowFast) -> bool:
+    """Compare the spread with its limit; a standard deviation by squares, so that no rounded root decides."""
+    deviation, limit = sampler.spread == "std", sampler.spread_limit
+    spread = spread_of(history, "variance" if deviation else sampler.spread)
+    if deviation:
+        limit *= limit
+    return spread <= limit if sampler.inclusive else spread < limit
 
 
 def mean_of(history: list[int], rounding: str) -> int:
@@ -167,8 +178,7 @@ class Horizon:
         if len(self.history) < window:
             return
         self.spread = spread_of(self.history, self.sampler.spread)
-        limit = self.sampler.spread_limit
-        self.determined = self.spread <= limit if self.sampler.inclusive else self.spread < limit
+        self.determined = is_stable(self.history, self.sampler)
         self.e = estimate if self.determined else mean_of(self.history, self.sampler.rounding)
 
     def final(self) -> int:

@@ -23,7 +23,7 @@ class CycleRules:
 
     k_max: int
     window: int
-    spread: str  # "variance", "std" or "unbiased"
+    spread: str  # "variance" or "unbiased" variance; a standard deviation is its variance with the squared limit
     spread_limit: float
     inclusive: bool  # spread <= limit, not <
     strict: bool  # confidences must exceed a threshold, not just reach it
@@ -43,16 +43,16 @@ class CycleRules:
 
 
 def spread_of(history: torch.Tensor, count: torch.Tensor, kind: str) -> torch.Tensor:
-    """Spread of the ``count`` values in each row of ``history [B, W]`` (unused slots are zero), in float64.
+    """Variance of the ``count`` values in each row of ``history [B, W]`` (unused slots are zero), in float64.
 
-    From integers, ``count * sum(x^2) - sum(x)^2`` is exact, so thresholds are met or missed exactly.
+    From integers, ``count * sum(x^2) - sum(x)^2`` is exact, and one division is rounded alike on every device. A square
+    root is not: torch's may be off by one unit in the last place.
     """
     total, squares = history.sum(1), history.square().sum(1)
     numerator = (count * squares - total.square()).double()
     if kind == "unbiased":
         return torch.where(count > 1, numerator / (count * (count - 1)).clamp(min=1), 0.0)
-    variance = numerator / (count * count).clamp(min=1)
-    return variance.sqrt() if kind == "std" else variance
+    return numerator / (count * count).clamp(min=1)
 
 
 def _over(scores: torch.Tensor, tau: torch.Tensor, rules: CycleRules) -> torch.Tensor:

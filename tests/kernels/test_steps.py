@@ -587,6 +587,7 @@ def test_states_are_checked(change, named):
     ("rules", "named"),
     [
         ({"spread": "range"}, "spread_kind='range'"),
+        ({"spread": "std"}, "spread_kind='std'"),
         ({"slow_end": "never"}, "slow_end='never'"),
         ({"rounding": "up"}, "rounding='up'"),
         ({"k_max": 0}, "k_max=0"),

@@ -1,0 +1,37 @@
+"""How far results may be apart that differ in the order of summation only, and how near a decision came to a tie."""
+
+from __future__ import annotations
+
+import torch
+
+from sfs_triton import Generation, Sampler, SlowFast
+
+from .conformance import logits_tolerance
+
+
+def assert_logits_close(actual: torch.Tensor, wanted: torch.Tensor) -> None:
+    """Compare logits of two orders of summation, to what rounding may change in values of their size."""
+    torch.testing.assert_close(actual, wanted, rtol=0, atol=logits_tolerance(wanted))
+
+
+def decision_margin(done: Generation, sampler: Sampler) -> float:
+    """Return the smallest change of a confidence that may change a decision of a traced generation.
+
+    For samplers with a threshold and without noise. It covers which positions are committed and where horizons end. A
+    trace has no second-best token, so near-ties between tokens of one position are not covered.
+    """
+    dials, gaps = sampler.dials(), [float("inf")]
+    for step in done.trace:
+        slow = step.phase == "slow"
+        tau = dials.tau_slow if slow else dials.tau
+        thresholds = [tau, dials.tau_min] if slow else [tau]
+        if slow and sampler.share_stable:
+            thresholds.append(dials.tau)
+        scores = sorted((c for c in step.confidence if c is not None), reverse=True)
+        gaps += [abs(score - threshold) for score in scores for threshold in thresholds]
+        fewest = 1
+        if isinstance(sampler, SlowFast):
+            fewest = sampler.min_parallel_slow if slow else sampler.min_parallel
+        if sum(score > tau for score in scores) < fewest and len(scores) > 1:  # only the best is committed
+            gaps.append(scores[0] - scores[1])
+    return min(gaps)
