@@ -1,0 +1,1 @@
+"""Modules that several rooms of the benchmarks share."""
