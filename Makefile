@@ -99,7 +99,7 @@ install: $(VENV)/.installed
 # A machine's own torch (a GPU image's, say) is used if PYTHON has a recent enough one; else TORCH is installed.
 HAS_TORCH := import torch; assert tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11)
 
-$(VENV)/.installed: setup.py pyproject.toml sfs_triton/__init__.py
+$(VENV)/.installed: setup.py pyproject.toml sfs_triton/version.py
 	@test -x $(BIN)/pip || { rm -rf $(VENV); \
 	  if $(PYTHON) -c '$(HAS_TORCH)' 2>/dev/null; then own=--system-site-packages; fi; \
 	  $(PYTHON) -m venv $$own $(VENV) || { rm -rf $(VENV); \

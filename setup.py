@@ -6,17 +6,24 @@ from pathlib import Path
 from setuptools import setup
 
 HERE = Path(__file__).parent
-VERSION = re.search(r'__version__ = "([^"]+)"', (HERE / "sfs_triton" / "__init__.py").read_text()).group(1)
+VERSION = re.search(r'__version__ = "([^"]+)"', (HERE / "sfs_triton" / "version.py").read_text()).group(1)
 
 PACKAGES = [
     "sfs_triton",
+    "sfs_triton.batch",
+    "sfs_triton.chat",
+    "sfs_triton.cli",
+    "sfs_triton.decoding",
     "sfs_triton.integrations",
     "sfs_triton.kernels",
-    "sfs_triton.loops",
     "sfs_triton.models",
-    "sfs_triton.reference",
+    "sfs_triton.ops",
+    "sfs_triton.ops.torch",
+    "sfs_triton.runner",
+    "sfs_triton.scheduling",
     "sfs_triton.serve",
-    "sfs_triton.torch_ops",
+    "sfs_triton.text",
+    "sfs_triton.view",
 ]
 
 PICTURES = ["matplotlib>=3.8", "rich>=13.7"]
@@ -63,5 +70,7 @@ setup(
         'triton>=3.6; sys_platform == "linux"',
     ],
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["sfs = sfs_triton.cli:main", "sfs-eval = sfs_triton.integrations.sfs_eval:main"]},
+    entry_points={
+        "console_scripts": ["sfs = sfs_triton.cli.main:main", "sfs-eval = sfs_triton.integrations.sfs_eval:main"]
+    },
 )

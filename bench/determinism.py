@@ -22,7 +22,7 @@ from bench.figures import machine
 from bench.loopback import ROOT, environment, table_prompt
 from bench.measured import replace_file
 from sfs_triton import Engine, Generation, SlowFast
-from sfs_triton.loops import EagerLoop
+from sfs_triton.runner import EagerLoop
 
 RECORDS = ROOT / "bench" / "results" / "amd-epyc-2-cores"
 SETTINGS = {

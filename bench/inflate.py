@@ -32,10 +32,10 @@ from bench.geometry import GEOMETRIES, assemble, geometry_spec, layout, paramete
 from bench.inflation import Plan  # noqa: E402
 from sfs_triton import ArgumentError, CheckpointError, Engine, OutOfDeviceMemory  # noqa: E402
 from sfs_triton.engine import DTYPES, EMBEDDED  # noqa: E402
-from sfs_triton.loops import check_loop  # noqa: E402
 from sfs_triton.models import ModelSpec, Transformer  # noqa: E402
 from sfs_triton.models.weights import INDEX_FILE  # noqa: E402
-from sfs_triton.ops import implementation  # noqa: E402
+from sfs_triton.ops.dispatch import implementation  # noqa: E402
+from sfs_triton.runner import check_loop  # noqa: E402
 
 SHARD_BYTES = 2 * 10**9
 README = """The embedded model of sfs_triton (Apache-2.0) in the shapes of a large model, for measurements.

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import sfs_triton
 from bench.embedded import problems, tasks
 from bench.figures import wilson_interval
-from sfs_triton.caching import CachePolicy
+from sfs_triton.decoding.caching import CachePolicy
 
 GEN_LENGTH, BATCH, SEED = 128, 16, 1  # a row of a batch decodes as it would alone
 

@@ -1,6 +1,6 @@
 """What a step asks of a GPU, counted without one: its kernels, and the bytes and operations of each.
 
-The engine's own :class:`~sfs_triton.loops.step.Step` runs on meta tensors, which hold no data. So what is counted
+The engine's own :class:`~sfs_triton.runner.step.Step` runs on meta tensors, which hold no data. So what is counted
 cannot drift from the code, and a value that the host reads is an error here.
 """
 
@@ -21,8 +21,8 @@ from torch.utils.flop_counter import flop_registry
 
 from bench.baselines import PlainModel, vanilla
 from bench.kernels.case import GEOMETRIES
-from sfs_triton import triton_impl
-from sfs_triton.caching import CachePolicy, Shape, cache_policy
+from sfs_triton.decoding.caching import CachePolicy, Shape, cache_policy
+from sfs_triton.decoding.samplers import Sampler, SlowFast, Threshold
 from sfs_triton.engine import WEIGHTS
 from sfs_triton.kernels.attention import attention_cost
 from sfs_triton.kernels.confidence import confidence_cost
@@ -42,14 +42,14 @@ from sfs_triton.kernels.post import post_cost
 from sfs_triton.kernels.reach import reach_cost
 from sfs_triton.kernels.rope_cache import rope_cache_cost
 from sfs_triton.kernels.select import decide_cost as decide_block_cost
-from sfs_triton.loops.replay import ReplayLoop
-from sfs_triton.loops.step import Step
 from sfs_triton.models import Transformer
 from sfs_triton.models.spec import ModelSpec
 from sfs_triton.models.weights import LayerWeights, Weights
-from sfs_triton.ops import Matrix, Quantised
-from sfs_triton.samplers import Sampler, SlowFast, Threshold
-from sfs_triton.state import DecodeState
+from sfs_triton.ops import triton_backend as triton_impl
+from sfs_triton.ops.dispatch import Matrix, Quantised
+from sfs_triton.runner.cuda_graph import ReplayLoop
+from sfs_triton.runner.state import DecodeState
+from sfs_triton.runner.step import Step
 
 META, DTYPE = torch.device("meta"), torch.bfloat16
 IMPLS, STYLES, NAMES = ("torch", "triton"), ("fixed", "tight"), ("none", "region", "prefix", "dual", "refresh")

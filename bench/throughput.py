@@ -40,8 +40,8 @@ from bench.inflate import dense, inflate  # noqa: E402
 from bench.tally import Tally  # noqa: E402
 from bench.visits import Bench  # noqa: E402
 from bench.work import Work, read_work  # noqa: E402
-from sfs_triton import parallel  # noqa: E402
-from sfs_triton.loops.choose import LOOPS  # noqa: E402
+from sfs_triton import distributed as parallel  # noqa: E402
+from sfs_triton.runner.choose import LOOPS  # noqa: E402
 
 RESULTS = ROOT / "bench" / "results"
 SAMPLED_STEPS = 32

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from bench.embedded import problems, tasks
 from sfs_triton import Engine
-from sfs_triton.text import TextCodec
+from sfs_triton.text.codec import TextCodec
 
 MISSES = 16  # examples that turned out too long, after which a prompt is taken to be full
 

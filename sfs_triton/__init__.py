@@ -4,7 +4,8 @@ engine = sfs_triton.load("embedded")
 print(engine.generate("15,44,79,50").text)
 """
 
-from .caching import DualCache, NoCache, PrefixCache, RefreshCache, RegionCache
+from .decoding.caching import DualCache, NoCache, PrefixCache, RefreshCache, RegionCache
+from .decoding.samplers import FixedSteps, Sampler, SlowFast, Threshold
 from .engine import Engine, load
 from .errors import (
     ArgumentError,
@@ -18,12 +19,10 @@ from .errors import (
     StepCapExceeded,
     UnsupportedConfigError,
 )
-from .generation import Frame, Generation
-from .handles import Pending, Stream
-from .samplers import FixedSteps, Sampler, SlowFast, Threshold
-from .trace import StepTrace
-
-__version__ = "0.1.0"
+from .scheduling.handles import Pending, Stream
+from .scheduling.outputs import Frame, Generation
+from .scheduling.trace import StepTrace
+from .version import __version__  # noqa: F401
 
 __all__ = [
     "ArgumentError",

@@ -12,21 +12,21 @@ from typing import Any
 
 import torch
 
-from .caching import CachePolicy, cache_policy
+from .decoding.caching import CachePolicy, cache_policy
+from .decoding.samplers import Sampler, SlowFast
+from .distributed import Group, join, own_device
 from .errors import ArgumentError, CheckpointError, require
-from .generation import Frame, Generation
-from .handles import Pending, Stream
-from .loops import LoopChoice, check_loop
+from .files import read_json
 from .models import Transformer, load_weights, read_spec
-from .models.weights import read_json
-from .ops import implementation
-from .parallel import Group, join, own_device
-from .request import Request
-from .row import Row
-from .run import Run
-from .samplers import Sampler, SlowFast
-from .scheduler import Lanes, Scheduler, room_for
-from .text import TextCodec
+from .ops.dispatch import implementation
+from .runner import LoopChoice, check_loop
+from .scheduling.handles import Pending, Stream
+from .scheduling.outputs import Frame, Generation
+from .scheduling.request import Request
+from .scheduling.run import Run
+from .scheduling.scheduler import Lanes, Scheduler, room_for
+from .scheduling.sequence import Row
+from .text.codec import TextCodec
 
 EMBEDDED = Path(__file__).parent / "embedded"
 WEIGHTS = ("fp8",)
@@ -57,7 +57,7 @@ def load(
         weights: ``"fp8"`` keeps matrices as float8 with a scale a row, decoded in every product; the rest, and what is
             computed, stays in ``dtype``. Default: all in ``dtype``.
         tensor_parallel: processes that share the model, started by ``torchrun --nproc-per-node N``; each loads its part
-            only, and all must then make the same calls. Or the group that :func:`sfs_triton.parallel.join` gave.
+            only, and all must then make the same calls. Or the group that :func:`sfs_triton.distributed.join` gave.
 
     Raises:
         ArgumentError: names the argument and its value.

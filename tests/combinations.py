@@ -22,8 +22,8 @@ from sfs_triton import (
     SlowFast,
     Threshold,
 )
-from sfs_triton.caching import CachePolicy, Shape
-from sfs_triton.loops import EagerLoop, Loop, ReplayLoop, Step
+from sfs_triton.decoding.caching import CachePolicy, Shape
+from sfs_triton.runner import EagerLoop, Loop, ReplayLoop, Step
 
 PROMPTS = [
     [3, 14, 15, 92, 65, 35, 89, 79, 32, 38],

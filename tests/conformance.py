@@ -34,9 +34,9 @@ import torch  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 import sfs_triton  # noqa: E402
+from bench.common.testing import brisk_interpreter  # noqa: E402
 from sfs_triton import FixedSteps, RefreshCache, Sampler, SlowFast, StepTrace, Threshold  # noqa: E402
-from sfs_triton.ops import check_implementation  # noqa: E402
-from sfs_triton.testing import brisk_interpreter  # noqa: E402
+from sfs_triton.ops.dispatch import check_implementation  # noqa: E402
 
 MARGIN = 1e-5  # traced decisions closer than this to a tie may fall either way under another order of summation
 ROUNDINGS = 128  # logits of a small model may differ by so many units of rounding of the largest; 4 to 45 were seen

@@ -15,10 +15,11 @@ from typing import Any, NamedTuple
 import torch
 
 import sfs_triton
-from sfs_triton import Engine, parallel
-from sfs_triton.lane import Lane
+from sfs_triton import Engine
+from sfs_triton import distributed as parallel
 from sfs_triton.models import weights
 from sfs_triton.models.cache import KVCache
+from sfs_triton.scheduling.lane import Lane
 
 _STARTER = multiprocessing.get_context("forkserver")  # a process that has imported it all, and forks
 _STARTER.set_forkserver_preload(["tests.ranks", "torch.distributed"])

@@ -20,8 +20,8 @@ from bench.baselines import (
     fast_dllm,
     vanilla,
 )
+from bench.common.testing import no_host_reads
 from sfs_triton import FixedSteps, RefreshCache, SlowFast, Threshold, load
-from sfs_triton.testing import no_host_reads
 
 from .conformance import MARGIN, METHODS, Setup, recorded_margin
 from .margins import assert_logits_close

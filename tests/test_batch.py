@@ -18,8 +18,8 @@ import torch
 
 import sfs_triton
 from sfs_triton import ArgumentError, CheckpointError, FixedSteps, SlowFast
-from sfs_triton.batch import BatchError, BatchSettings, answer, in_process, run_batch
-from sfs_triton.batch_files import ANSWER, Row
+from sfs_triton.batch.files import ANSWER, Row
+from sfs_triton.batch.run import BatchError, BatchSettings, answer, in_process, run_batch
 from sfs_triton.models import Transformer
 
 SHORT = BatchSettings(gen_length=16, batch=3, device="cpu")
@@ -498,7 +498,7 @@ def test_command_line(source, tmp_path):
     pytest.importorskip("typer")
     from typer.testing import CliRunner
 
-    from sfs_triton import cli
+    from sfs_triton.cli import main as cli
 
     def sfs(*options: str):
         arguments = ["batch", str(source), str(tmp_path / "out.jsonl"), "--gen-length", "16", "--device", "cpu"]
@@ -526,7 +526,8 @@ def test_ctrl_c_says_what_is_kept(source, tmp_path, monkeypatch, chunks, said):
     pytest.importorskip("typer")
     from typer.testing import CliRunner
 
-    from sfs_triton import batch, cli
+    from sfs_triton.batch import run as batch
+    from sfs_triton.cli import main as cli
 
     calls, answered = [], batch.answer
 

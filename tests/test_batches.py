@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from sfs_triton import Engine, NumericalFault, OutOfDeviceMemory, RegionCache, SlowFast
-from sfs_triton.lane import Lane
-from sfs_triton.loops import Step
 from sfs_triton.models import Transformer
 from sfs_triton.models.cache import FeatureCache
+from sfs_triton.runner import Step
+from sfs_triton.scheduling.lane import Lane
 
 from .combinations import LOOPS, RAGGED, SOME_PAIRS, Roomy, assert_same, engine_with
 from .conformance import MARGIN, METHODS, Setup, recorded_margin

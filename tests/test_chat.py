@@ -15,15 +15,15 @@ from pathlib import Path
 
 import pytest
 
-from sfs_triton import chat_terminal
-from sfs_triton.caching import RegionCache
-from sfs_triton.chat import Chat, ContextOverflow, Settings, Turn, read_messages
-from sfs_triton.chat_commands import COMMANDS, Action, label, parse, perform
-from sfs_triton.chat_terminal import ChatTerminal, InputHistory, printable, printable_json
+from sfs_triton.chat import terminal as chat_terminal
+from sfs_triton.chat.commands import COMMANDS, Action, label, parse, perform
+from sfs_triton.chat.conversation import Chat, ContextOverflow, Settings, Turn, read_messages
+from sfs_triton.chat.terminal import ChatTerminal, InputHistory, printable, printable_json
+from sfs_triton.decoding.caching import RegionCache
+from sfs_triton.decoding.samplers import FixedSteps, SlowFast, Threshold
 from sfs_triton.errors import ArgumentError, NumericalFault
-from sfs_triton.handles import Stream
-from sfs_triton.run import Run
-from sfs_triton.samplers import FixedSteps, SlowFast, Threshold
+from sfs_triton.scheduling.handles import Stream
+from sfs_triton.scheduling.run import Run
 
 ROOT = Path(__file__).parent.parent
 HOSTILE = "\x1b[2J\x9b31mred\x07\x7f\u202etxet\u2028\r\n\tfine é"
@@ -382,7 +382,7 @@ def test_files_that_are_no_text_or_too_large(chat, tmp_path, monkeypatch):
     file.write_bytes(b"\xff\xfe")
     with pytest.raises(ArgumentError, match="talk.jsonl' cannot be read"):
         chat.load(file)
-    monkeypatch.setattr("sfs_triton.chat.LARGEST_FILE", 10)
+    monkeypatch.setattr("sfs_triton.chat.conversation.LARGEST_FILE", 10)
     file.write_text(message("system"))
     with pytest.raises(ArgumentError, match="larger than 10 bytes"):
         chat.load(file)
@@ -426,7 +426,7 @@ def sfs_chat(*arguments: str, stdin: str | bytes):
     pytest.importorskip("typer")
     from typer.testing import CliRunner
 
-    from sfs_triton import cli
+    from sfs_triton.cli import main as cli
 
     options = ("--device", "cpu", "--dtype", "float32", "--gen-length", "32")
     return CliRunner().invoke(cli.app, ["chat", *options, *arguments], input=stdin)
@@ -469,7 +469,7 @@ def test_json_says_what_generate_says(embedded):
     pytest.importorskip("typer")
     from typer.testing import CliRunner
 
-    from sfs_triton import cli
+    from sfs_triton.cli import main as cli
 
     options = ["--device", "cpu", "--dtype", "float32", "--gen-length", "32", "--json", "--cache", "region"]
     alone = CliRunner().invoke(cli.app, ["generate", "1,2,3", *options])
@@ -589,7 +589,7 @@ def test_a_terminal_shows_text_as_it_settles(chat, monkeypatch, capsys):
     chat.change(sampler=FixedSteps(block_length=8))
     answer = ask(Chat(chat.engine, chat.settings), question)
     written = []
-    monkeypatch.setattr("sfs_triton.chat_terminal._write", lambda stream, text: written.append((stream, text)))
+    monkeypatch.setattr("sfs_triton.chat.terminal._write", lambda stream, text: written.append((stream, text)))
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     terminal = ChatTerminal(chat, model="embedded")
     terminal._turn(lambda: chat.say(question))
@@ -599,7 +599,7 @@ def test_a_terminal_shows_text_as_it_settles(chat, monkeypatch, capsys):
 
 def test_interrupts_keep_the_session(chat, monkeypatch, capsys):
     """An interrupt from within a frame callback, and a signal, which is heard at the end of its step."""
-    render = pytest.importorskip("sfs_triton.render")
+    render = pytest.importorskip("sfs_triton.view.canvas")
     hits = []
 
     def raising(watcher, frame):
@@ -663,7 +663,7 @@ def test_interrupts_at_the_prompt_leave_when_repeated(chat, monkeypatch, capsys)
 
 
 def test_an_interrupt_ends_a_pipe(chat, monkeypatch, capsys):
-    render = pytest.importorskip("sfs_triton.render")
+    render = pytest.importorskip("sfs_triton.view.canvas")
     monkeypatch.setattr(render.Watcher, "__call__", lambda *_: os.kill(os.getpid(), signal.SIGINT))
     keyboard = Keyboard("1,2,3\n4,5,6\n")
     monkeypatch.setattr(keyboard, "isatty", lambda: False)

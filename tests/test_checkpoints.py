@@ -273,7 +273,7 @@ def test_corrupt_tokenizer(checkpoint):
 
 
 def test_chat_template_runs_in_a_sandbox(embedded):
-    from sfs_triton.text import TextCodec
+    from sfs_triton.text.codec import TextCodec
 
     codec = TextCodec(embedded.text.tokenizer, "{{ messages.__class__.__mro__[1].__subclasses__() }}", {})
     with pytest.raises(sfs_triton.ArgumentError, match="chat template refused"):
@@ -326,7 +326,7 @@ def test_llama_style_rope_and_layers(golden, key, value):
 
 
 def _with_template(embedded, template):
-    from sfs_triton.text import TextCodec
+    from sfs_triton.text.codec import TextCodec
 
     return TextCodec(embedded.text.tokenizer, template, {})
 
@@ -344,7 +344,7 @@ def test_messages_are_checked(embedded, message):
 
 
 def test_named_templates(embedded, tmp_path):
-    from sfs_triton.text import TextCodec
+    from sfs_triton.text.codec import TextCodec
 
     (tmp_path / "tokenizer.json").write_text(embedded.text.tokenizer.to_str())
     path = tmp_path / "tokenizer_config.json"

@@ -20,9 +20,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
 import sfs_triton  # noqa: E402
-from sfs_triton import cli, plot, render  # noqa: E402
+from sfs_triton.cli import main as cli  # noqa: E402
+from sfs_triton.decoding.samplers import FixedSteps, SlowFast, Threshold  # noqa: E402
 from sfs_triton.errors import ArgumentError  # noqa: E402
-from sfs_triton.samplers import FixedSteps, SlowFast, Threshold  # noqa: E402
+from sfs_triton.view import canvas as render
+from sfs_triton.view import plot  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden" / "models" / "llada-mha"

@@ -19,13 +19,13 @@ from hypothesis import strategies as st
 
 import sfs_triton
 from bench.baselines import slowfast as baselines
+from bench.common.testing import brisk_interpreter
 from sfs_triton import FixedSteps, Generation, Sampler, SlowFast, StepTrace, Threshold
 from sfs_triton.models import Transformer
-from sfs_triton.reference import ReferenceRun, Step, decode, logits_of
-from sfs_triton.reference.slowfast import is_stable
-from sfs_triton.testing import brisk_interpreter
-from sfs_triton.torch_ops.cycle import spread_of
-from sfs_triton.torch_ops.philox import gumbel
+from sfs_triton.ops.torch.cycle import spread_of
+from sfs_triton.ops.torch.philox import gumbel
+from tests.reference import ReferenceRun, Step, decode, logits_of
+from tests.reference.slowfast import is_stable
 
 from .conformance import MARGIN
 

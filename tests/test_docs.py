@@ -34,9 +34,10 @@ from markdown_it import MarkdownIt  # noqa: E402
 from typer.main import get_command  # noqa: E402
 
 import sfs_triton  # noqa: E402
-from sfs_triton import Engine, OutOfDeviceMemory, cli  # noqa: E402
+from sfs_triton import Engine, OutOfDeviceMemory  # noqa: E402
+from sfs_triton.cli import main as cli  # noqa: E402
+from sfs_triton.decoding.samplers import PRESETS  # noqa: E402
 from sfs_triton.models import Transformer  # noqa: E402
-from sfs_triton.samplers import PRESETS  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = sorted((ROOT / "docs").glob("*.md"))

@@ -32,9 +32,9 @@ from sfs_triton import (
     StepCapExceeded,
     Threshold,
 )
-from sfs_triton.loops import EagerLoop, ReplayLoop, Step
 from sfs_triton.models import Transformer, weights
 from sfs_triton.models.cache import FeatureCache, KVCache
+from sfs_triton.runner import EagerLoop, ReplayLoop, Step
 
 from .combinations import LOOPS, POLICIES, PROMPTS, RAGGED, SAMPLERS, SOME_PAIRS, assert_same, engine_with, stand_in
 

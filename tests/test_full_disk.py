@@ -20,7 +20,9 @@ from matplotlib.figure import Figure  # noqa: E402
 
 from bench import all as bench_all  # noqa: E402
 from bench import chart, measured, soak, throughput  # noqa: E402
-from sfs_triton import ArgumentError, chat, plot  # noqa: E402
+from sfs_triton import ArgumentError  # noqa: E402
+from sfs_triton.chat import conversation as chat  # noqa: E402
+from sfs_triton.view import plot  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 LARGE = 5000  # bytes of what is written, at least

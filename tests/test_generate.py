@@ -9,7 +9,7 @@ import torch
 
 import sfs_triton
 from sfs_triton import ArgumentError, FixedSteps, NumericalFault, RefreshCache, SlowFast, Threshold
-from sfs_triton.ops import Draw, implementation
+from sfs_triton.ops.dispatch import Draw, implementation
 
 PROMPT = [3, 14, 15, 92, 65, 35, 89, 79, 32, 38]
 SAMPLERS = [

@@ -25,9 +25,9 @@ from sfs_triton import (
     StepCapExceeded,
     Threshold,
 )
-from sfs_triton.loops import EagerLoop
 from sfs_triton.models import Transformer
 from sfs_triton.models.cache import KVCache
+from sfs_triton.runner import EagerLoop
 
 from .combinations import LOOPS, PROMPTS, RAGGED, SAMPLERS, SOME_PAIRS, Roomy, assert_same, engine_with
 

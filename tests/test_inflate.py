@@ -18,21 +18,13 @@ from safetensors.torch import load_file
 
 import sfs_triton
 from bench import geometry, inflate, inflation
+from bench.common.testing import assert_within_budget
 from bench.embedded import problems, tasks
-from sfs_triton import (
-    ArgumentError,
-    CheckpointError,
-    OutOfDeviceMemory,
-    RefreshCache,
-    RegionCache,
-    SlowFast,
-    Threshold,
-)
+from sfs_triton import ArgumentError, CheckpointError, OutOfDeviceMemory, RefreshCache, RegionCache, SlowFast, Threshold
 from sfs_triton.engine import EMBEDDED
 from sfs_triton.models import Transformer, load_weights, read_spec
 from sfs_triton.models.cache import Scope
 from sfs_triton.models.weights import LLADA_NAMES, LLAMA_NAMES, expected_shapes
-from sfs_triton.testing import assert_within_budget
 
 from .margins import assert_logits_close, decision_margin
 

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 
 import sfs_triton
 from sfs_triton import ArgumentError, Engine, FixedSteps, LoopTimeout, RefreshCache, Threshold
-from sfs_triton.loops import EagerLoop, ReplayLoop
-from sfs_triton.loops.mailbox import Mailbox
 from sfs_triton.models import Transformer
+from sfs_triton.runner import EagerLoop, ReplayLoop
+from sfs_triton.runner.host_ring import Mailbox
 
 from .combinations import (
     EVERY_PAIR,

@@ -16,16 +16,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import sfs_triton
+from bench.common.testing import no_host_reads
 from sfs_triton import Engine, FixedSteps, NoCache, RefreshCache, SlowFast, Threshold
 from sfs_triton.kernels.control import COLUMN
-from sfs_triton.lane import Lane
-from sfs_triton.loops import EagerLoop, Loop, ReplayLoop, Step
-from sfs_triton.loops.replay import capture_graph
 from sfs_triton.models import Transformer
-from sfs_triton.request import Request
-from sfs_triton.row import Row
-from sfs_triton.state import DecodeState
-from sfs_triton.testing import no_host_reads
+from sfs_triton.runner import EagerLoop, Loop, ReplayLoop, Step
+from sfs_triton.runner.cuda_graph import capture_graph
+from sfs_triton.runner.state import DecodeState
+from sfs_triton.scheduling.lane import Lane
+from sfs_triton.scheduling.request import Request
+from sfs_triton.scheduling.sequence import Row
 
 from .combinations import EVERY_PAIR, PROMPTS, assert_same, engine_with
 
@@ -238,7 +238,7 @@ def meta_step(engines, monkeypatch):
             lane.join(row)
         state = lane.state
         _move(state)
-        monkeypatch.setattr("sfs_triton.loops.step.Mailbox", lambda *given: NoMail())
+        monkeypatch.setattr("sfs_triton.runner.step.Mailbox", lambda *given: NoMail())
         step = Step(Transformer(engine.spec, _on_meta(engine.model.weights)), sampler, policy, state)
         step.expect(request.starts, lengths)
         return step

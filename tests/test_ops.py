@@ -8,13 +8,13 @@ from dataclasses import fields
 import pytest
 import torch
 
-from sfs_triton import torch_impl
-from sfs_triton.loops import LoopChoice
-from sfs_triton.ops import Draw, Ops, implementation
-from sfs_triton.reference.confidence import look
-from sfs_triton.torch_ops.commit import rank_by_score
-from sfs_triton.torch_ops.confidence import confidence, filter_logits
-from sfs_triton.torch_ops.philox import gumbel, philox
+from sfs_triton.ops import torch_backend as torch_impl
+from sfs_triton.ops.dispatch import Draw, Ops, implementation
+from sfs_triton.ops.torch.commit import rank_by_score
+from sfs_triton.ops.torch.confidence import confidence, filter_logits
+from sfs_triton.ops.torch.philox import gumbel, philox
+from sfs_triton.runner import LoopChoice
+from tests.reference.confidence import look
 
 
 def _philox_in_python(key: tuple[int, int], counter: list[int]) -> int:
@@ -126,7 +126,7 @@ def test_choices_are_the_oracles(impl, metric, tempered, top_k, top_p, temperatu
 
 def test_default_implementation():
     """Torch for every operation; on a GPU, which need not be there to be asked for, ``post`` is a kernel."""
-    triton_impl = pytest.importorskip("sfs_triton.triton_impl")
+    triton_impl = pytest.importorskip("sfs_triton.ops.triton_backend")
     for impl in (None, "torch"):
         for device, kernels in (("cpu", set()), ("cuda", {"post"})):
             ops = implementation(impl, torch.device(device))

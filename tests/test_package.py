@@ -15,41 +15,36 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "sfs_triton"
 KERNELS = ROOT / "kernels" / "triton"
 
-# The house plan: a module may import those below it in this list, never those above.
-LAYERS = [
-    "cli",
-    "chat_terminal",
-    "chat_commands",
-    "chat",
-    "batch_command",
-    "integrations",
-    "batch",
-    "batch_files",
-    "serve",
-    "render",
-    "plot",
-    "reference",
-    "engine",
-    "handles",
-    "session",
-    "generation",
-    "trace",
-    "loops",
-    "samplers",
-    "caching",
-    "state",
-    "text",
-    "templates",
-    "template_process",
-    "models",
-    "ops",
-    "torch_impl",
-    "triton_impl",
-    "torch_ops",
-    "parallel",
-    "testing",
-    "errors",
-]
+# The house plan: each room of the package, and the rooms that it may import. ``__init__`` is the package's own file.
+ROOMS = {
+    "errors": (),
+    "version": (),
+    "kernels": (),
+    "files": ("errors",),
+    "distributed": ("errors",),
+    "text": ("files", "errors"),
+    "ops": ("kernels", "distributed", "errors"),
+    "models": ("ops", "distributed", "files", "errors"),
+    "decoding": ("models", "ops", "errors"),
+    "runner": ("decoding", "models", "kernels", "errors"),
+    "scheduling": ("runner", "decoding", "models", "text", "kernels", "errors"),
+    "engine": ("scheduling", "runner", "decoding", "models", "ops", "text", "distributed", "files", "errors"),
+    "view": ("engine", "scheduling", "decoding", "errors"),
+    "batch": ("engine", "decoding", "errors"),
+    "serve": (
+        *("engine", "scheduling", "runner", "decoding", "models", "ops", "text", "distributed", "version", "errors"),
+    ),
+    "chat": ("view", "engine", "scheduling", "decoding", "text", "errors"),
+    "integrations": (
+        *("batch", "serve", "engine", "scheduling", "runner", "decoding", "models", "ops", "text", "distributed"),
+        *("version", "errors"),
+    ),
+    "__init__": ("integrations", "engine", "scheduling", "decoding", "version", "errors"),
+    "cli": (
+        *("integrations", "chat", "batch", "serve", "view", "engine", "runner", "decoding", "ops", "text"),
+        *("distributed", "version", "errors"),
+    ),
+}
 
 
 def test_exports_are_pinned():
@@ -116,27 +111,46 @@ def _imports(path: Path, package: str) -> set[str]:
     return found
 
 
-def _layer(module: str) -> str | None:
+def _room(module: str) -> str | None:
+    """Return the room that a module of the package belongs to; None for modules of other packages."""
     parts = module.split(".")
-    return parts[1] if parts[0] == "sfs_triton" and len(parts) > 1 and parts[1] in LAYERS else None
+    if parts[0] != "sfs_triton":
+        return None
+    exists = len(parts) > 1 and ((PACKAGE / parts[1]).is_dir() or (PACKAGE / f"{parts[1]}.py").exists())
+    return parts[1] if exists else "__init__"
 
 
 def _sources() -> list[tuple[str, str, Path]]:
+    """Return the room, the package and the path of every file."""
     rows = []
     for path in sorted(PACKAGE.rglob("*.py")):
         parts = path.relative_to(PACKAGE).with_suffix("").parts
-        layer = parts[0]
-        package = ".".join(("sfs_triton", *parts[:-1]))
-        if layer in LAYERS:
-            rows.append((layer, package, path))
+        rows.append((parts[0], ".".join(("sfs_triton", *parts[:-1])), path))
     return rows
 
 
-@pytest.mark.parametrize(("layer", "package", "path"), _sources(), ids=lambda v: v.name if isinstance(v, Path) else "")
-def test_imports_point_down(layer, package, path):
-    for module in _imports(path, package):
-        below = _layer(module)
-        assert below is None or LAYERS.index(below) >= LAYERS.index(layer), f"{path.name} imports {module}"
+def _imported_rooms(path: Path, package: str) -> set[str]:
+    """Return the rooms that a file imports from; ``__init__`` where a name is in no module of the package."""
+    return {_room(module) for module in _imports(path, package) if module != "sfs_triton"} - {None}
+
+
+@pytest.mark.parametrize(("room", "package", "path"), _sources(), ids=lambda v: v.name if isinstance(v, Path) else "")
+def test_files_import_only_what_their_room_may(room, package, path):
+    assert room in ROOMS, f"{path.name} is in no room of the house plan: add {room!r} to ROOMS"
+    wrong = _imported_rooms(path, package) - {room, *ROOMS[room]}
+    assert not wrong, f"{path.name} of {room!r} imports {sorted(wrong)}"
+
+
+def test_imports_point_down():
+    """A room may import only rooms that stand above it in the table, so there is no circle."""
+    for index, (room, below) in enumerate(ROOMS.items()):
+        assert set(below) <= set(list(ROOMS)[:index]), room
+
+
+def test_an_unknown_module_has_no_room(tmp_path):
+    path = tmp_path / "x.py"
+    path.write_text("from .engine import load\nfrom .nowhere import x\nimport sfs_triton.decoding.samplers\n")
+    assert _imported_rooms(path, "sfs_triton") == {"engine", "__init__", "decoding"}
 
 
 def test_kernels_import_only_torch_triton_and_siblings():

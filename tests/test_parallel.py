@@ -18,11 +18,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import sfs_triton
-from sfs_triton import ArgumentError, FixedSteps, NoCache, RefreshCache, RegionCache, SlowFast, Threshold, parallel
+from sfs_triton import ArgumentError, FixedSteps, NoCache, RefreshCache, RegionCache, SlowFast, Threshold
+from sfs_triton import distributed as parallel
+from sfs_triton.distributed import Vocabulary, share
 from sfs_triton.models import Transformer
-from sfs_triton.ops import Draw, implementation
-from sfs_triton.parallel import Vocabulary, share
-from sfs_triton.torch_ops import sharded
+from sfs_triton.ops.dispatch import Draw, implementation
+from sfs_triton.ops.torch import sharded
 from tests import ranks
 from tests.combinations import PAIRS, POLICIES, SAMPLERS, assert_same
 from tests.margins import assert_logits_close
@@ -403,7 +404,7 @@ def test_the_command_line_answers_once(embedded):
 
 def test_refusals_of_the_command_line(monkeypatch, capsys):
     typer = pytest.importorskip("typer.testing")
-    from sfs_triton.cli import app
+    from sfs_triton.cli.main import app
 
     monkeypatch.setenv("WORLD_SIZE", "2")
     for words in (["generate", "a"], ["generate", "a", "--tensor-parallel", "3"], ["chat"]):

@@ -19,12 +19,12 @@ from bench import quantised as bench_quantised
 from bench.baselines import PlainModel
 from bench.step_count import Setting, kinds, steps_of
 from sfs_triton import ArgumentError, CheckpointError, Engine, FixedSteps, SlowFast
+from sfs_triton.distributed import Group
 from sfs_triton.models import Transformer, load_weights, read_spec
 from sfs_triton.models import weights as module
 from sfs_triton.models.weights import LLAMA_NAMES, LayerWeights, Weights, expected_shapes
-from sfs_triton.ops import Quantised, implementation
-from sfs_triton.parallel import Group
-from sfs_triton.torch_ops.linear import dequantise, quantize
+from sfs_triton.ops.dispatch import Quantised, implementation
+from sfs_triton.ops.torch.linear import dequantise, quantize
 
 from .combinations import PROMPTS, SOME_PAIRS, assert_same
 from .margins import assert_logits_close

@@ -26,8 +26,8 @@ import ray  # noqa: E402
 from ray import serve  # noqa: E402
 
 from sfs_triton import ArgumentError, FixedSteps, SlowFast  # noqa: E402
-from sfs_triton.batch import BatchError, BatchSettings, answer, in_process, run_batch  # noqa: E402
-from sfs_triton.batch_files import Row  # noqa: E402
+from sfs_triton.batch.files import Row  # noqa: E402
+from sfs_triton.batch.run import BatchError, BatchSettings, answer, in_process, run_batch  # noqa: E402
 from sfs_triton.integrations import ray as on_ray  # noqa: E402
 from sfs_triton.serve.settings import ServeSettings  # noqa: E402
 

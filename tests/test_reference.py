@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import load_file
 
 import sfs_triton
-from sfs_triton.reference import Step, decode, logits_of, look
-from sfs_triton.reference.blocks import even_counts, time_shares
-from sfs_triton.reference.confidence import keep_top_k, keep_top_p
-from sfs_triton.reference.slowfast import Row, choose, mean_of, slow_stage, spread_of
-from sfs_triton.samplers import FixedSteps, SlowFast, Threshold
+from sfs_triton.decoding.samplers import FixedSteps, SlowFast, Threshold
+from tests.reference import Step, decode, logits_of, look
+from tests.reference.blocks import even_counts, time_shares
+from tests.reference.confidence import keep_top_k, keep_top_p
+from tests.reference.slowfast import Row, choose, mean_of, slow_stage, spread_of
 
 from .conformance import MARGIN, METHODS, recorded_margin
 

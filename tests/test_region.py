@@ -11,10 +11,10 @@ import torch.nn.functional as F
 
 import sfs_triton
 from sfs_triton import ArgumentError, FixedSteps, RegionCache, SlowFast, Threshold
-from sfs_triton.loops import EagerLoop, ReplayLoop
 from sfs_triton.models import Transformer
-from sfs_triton.reference import decode, logits_of
-from sfs_triton.reference.slowfast import Row
+from sfs_triton.runner import EagerLoop, ReplayLoop
+from tests.reference import decode, logits_of
+from tests.reference.slowfast import Row
 
 from .conformance import MARGIN
 

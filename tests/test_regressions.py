@@ -9,7 +9,7 @@ import pytest
 
 import sfs_triton
 from sfs_triton import ArgumentError, CheckpointError
-from sfs_triton.text import TextCodec
+from sfs_triton.text.codec import TextCodec
 
 EMBEDDED = Path(sfs_triton.__file__).parent / "embedded"
 

@@ -9,15 +9,15 @@ import pytest
 import torch
 
 from sfs_triton import Engine, FixedSteps, NumericalFault, OutOfDeviceMemory, Sampler, SlowFast, Threshold
-from sfs_triton.caching import cache_policy
+from sfs_triton.decoding.caching import cache_policy
+from sfs_triton.decoding.samplers import Dials
 from sfs_triton.kernels.control import DIALS
-from sfs_triton.lane import Lane
-from sfs_triton.loops import EagerLoop, ReplayLoop, Step
 from sfs_triton.models import Transformer
-from sfs_triton.request import Request
-from sfs_triton.row import Row
-from sfs_triton.samplers import Dials
-from sfs_triton.scheduler import Room, Scheduler, room_around, room_for
+from sfs_triton.runner import EagerLoop, ReplayLoop, Step
+from sfs_triton.scheduling.lane import Lane
+from sfs_triton.scheduling.request import Request
+from sfs_triton.scheduling.scheduler import Room, Scheduler, room_around, room_for
+from sfs_triton.scheduling.sequence import Row
 
 from .combinations import LOOPS, POLICIES, SAMPLERS, SOME_PAIRS, assert_same, engine_with, stand_in
 from .test_decide import compare, reference

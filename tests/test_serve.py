@@ -31,9 +31,10 @@ import uvicorn  # noqa: E402
 from prometheus_client.parser import text_string_to_metric_families  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
-from sfs_triton import ArgumentError, Engine, FixedSteps, OutOfDeviceMemory, SlowFast, Threshold, cli  # noqa: E402
-from sfs_triton.loops import Step  # noqa: E402
+from sfs_triton import ArgumentError, Engine, FixedSteps, OutOfDeviceMemory, SlowFast, Threshold  # noqa: E402
+from sfs_triton.cli import main as cli  # noqa: E402
 from sfs_triton.models import Transformer  # noqa: E402
+from sfs_triton.runner import Step  # noqa: E402
 from sfs_triton.serve import app as app_module  # noqa: E402
 from sfs_triton.serve import sse  # noqa: E402
 from sfs_triton.serve.app import create_app  # noqa: E402
@@ -216,7 +217,7 @@ CHOICES = [
 
 def as_settings(sampler, cache):
     """The same for the engine."""
-    from sfs_triton.caching import cache_policy
+    from sfs_triton.decoding.caching import cache_policy
 
     options = dict(sampler) if isinstance(sampler, dict) else {"kind": sampler}
     kind = options.pop("kind")
@@ -948,7 +949,7 @@ def test_the_package_and_the_command_line_need_none_of_it():
         "for name in ('fastapi', 'uvicorn', 'prometheus_client', 'starlette'): sys.modules[name] = None\n"
         "import sfs_triton, sfs_triton.cli\n"
         "from typer.testing import CliRunner\n"
-        "print(CliRunner().invoke(sfs_triton.cli.app, ['serve', '--port', '0']).stderr)"
+        "print(CliRunner().invoke(sfs_triton.cli.main.app, ['serve', '--port', '0']).stderr)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert 'pip install "sfs_triton[cli,serve]"' in done.stdout, done.stderr

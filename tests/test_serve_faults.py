@@ -23,8 +23,8 @@ import httpx  # noqa: E402
 import torch  # noqa: E402
 
 from sfs_triton import Engine, FixedSteps, SlowFast  # noqa: E402
-from sfs_triton.loops import Step  # noqa: E402
 from sfs_triton.models import Transformer  # noqa: E402
+from sfs_triton.runner import Step  # noqa: E402
 from sfs_triton.serve.rows import Follower  # noqa: E402
 
 from .combinations import engine_with  # noqa: E402

@@ -20,8 +20,8 @@ from schemathesis.specs.openapi.checks import (  # noqa: E402
     status_code_conformance,
 )
 
-from sfs_triton.caching import POLICIES  # noqa: E402
-from sfs_triton.samplers import FIXED_METRICS, ROUNDINGS, SLOW_ENDS, SPREADS  # noqa: E402
+from sfs_triton.decoding.caching import POLICIES  # noqa: E402
+from sfs_triton.decoding.samplers import FIXED_METRICS, ROUNDINGS, SLOW_ENDS, SPREADS  # noqa: E402
 from sfs_triton.serve.options import SAMPLERS  # noqa: E402
 
 from .test_serve import serving  # noqa: E402

@@ -11,9 +11,9 @@ import time
 import pytest
 
 from sfs_triton import ArgumentError
-from sfs_triton import templates as of_templates
-from sfs_triton.templates import Renderer, TemplateError
-from sfs_triton.text import TextCodec
+from sfs_triton.text import chat_template as of_templates
+from sfs_triton.text.chat_template import Renderer, TemplateError
+from sfs_triton.text.codec import TextCodec
 
 VARIABLES = {"messages": [{"role": "user", "content": "hello"}], "add_generation_prompt": True}
 FOREVER = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"

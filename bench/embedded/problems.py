@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from sfs_triton.text import TextCodec
+from sfs_triton.text.codec import TextCodec
 
 from . import tasks
 from .vocabulary import chat

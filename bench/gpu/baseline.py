@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from bench.kernels.timing import measure_ceilings
 from sfs_triton.models import ModelSpec, Weights
 from sfs_triton.models.weights import LayerWeights
-from sfs_triton.torch_ops.rope_cache import rope_tables
+from sfs_triton.ops.torch.rope_cache import rope_tables
 
 from . import clock, parts, trace
 from .environment import smi

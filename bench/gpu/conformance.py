@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 import sfs_triton
-from sfs_triton.testing import brisk_interpreter
+from bench.common.testing import brisk_interpreter
 
 from . import parts
 

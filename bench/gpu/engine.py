@@ -20,7 +20,7 @@ import torch
 from bench.cost_model import CEILINGS
 from bench.step_count import Kind, kinds, steps_of
 from sfs_triton import Engine
-from sfs_triton.caching import Shape
+from sfs_triton.decoding.caching import Shape
 from sfs_triton.models import Transformer
 
 from . import clock, generation, parts, trace

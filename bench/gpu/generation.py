@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from sfs_triton import Engine, Generation
-from sfs_triton.loops import Loop, ReplayLoop, Step
-from sfs_triton.loops.report import Reports
+from sfs_triton.runner import Loop, ReplayLoop, Step
+from sfs_triton.runner.report import Reports
 
 from . import trace
 from .model import stand_in

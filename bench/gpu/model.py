@@ -8,16 +8,16 @@ from dataclasses import replace
 import torch
 
 from bench.step_count import Kind, Setting, spec_of
-from sfs_triton.caching import Shape
+from sfs_triton.decoding.caching import Shape
 from sfs_triton.kernels.control import COLUMN, CONTROL, FAST, SLOW
-from sfs_triton.lane import Lane
-from sfs_triton.loops.choose import LoopChoice
-from sfs_triton.loops.replay import ReplayLoop, capture_graph
-from sfs_triton.loops.step import Step
 from sfs_triton.models import ModelSpec, Transformer, Weights
 from sfs_triton.models.weights import LayerWeights
-from sfs_triton.request import Kind as RowKind
-from sfs_triton.state import DecodeState
+from sfs_triton.runner.choose import LoopChoice
+from sfs_triton.runner.cuda_graph import ReplayLoop, capture_graph
+from sfs_triton.runner.state import DecodeState
+from sfs_triton.runner.step import Step
+from sfs_triton.scheduling.lane import Lane
+from sfs_triton.scheduling.request import Kind as RowKind
 
 LIMIT = 15.0  # seconds that a step may take
 TOY_SETTING = Setting(prompt=40, response=32, capacity=16, span_cap=8, block_length=8, span=6)

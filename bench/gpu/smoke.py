@@ -18,9 +18,10 @@ import sfs_triton
 from bench.kernels import harness
 from bench.kernels.case import Case
 from bench.kernels.resources import operations
-from sfs_triton import SlowFast, Threshold, torch_impl
-from sfs_triton.loops.mailbox import Mailbox
+from sfs_triton import SlowFast, Threshold
 from sfs_triton.models import Transformer
+from sfs_triton.ops import torch_backend as torch_impl
+from sfs_triton.runner.host_ring import Mailbox
 
 from . import clock, parts
 from .generation import warnings, with_loop

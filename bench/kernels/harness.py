@@ -14,9 +14,9 @@ import pytest
 import torch
 import triton
 
+from bench.common.testing import assert_within_budget
 from bench.figures import machine
 from sfs_triton.kernels.cost import Cost
-from sfs_triton.testing import assert_within_budget
 
 from .case import Case
 from .structure import leaves, with_tensors

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from sfs_triton.decoding.samplers import FixedSteps, Sampler
 from sfs_triton.kernels.control import COLUMN, DIAL, SLOW
-from sfs_triton.samplers import FixedSteps, Sampler
-from sfs_triton.state import DecodeState
+from sfs_triton.runner.state import DecodeState
 
 
 def decode_state(

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 
 from sfs_triton.kernels.attention import attention, attention_cost
-from sfs_triton.torch_ops import attention as twin
+from sfs_triton.ops.torch import attention as twin
 
 from .case import GEOMETRIES, TOY, Case, Geometry, random
 from .harness import benchmark_of

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 
 from sfs_triton.kernels.confidence import confidence, confidence_cost
-from sfs_triton.torch_ops import confidence as twin
+from sfs_triton.ops.torch import confidence as twin
 
 from .case import GEOMETRIES, TOY, Case, random
 from .harness import benchmark_of

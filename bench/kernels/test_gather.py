@@ -7,7 +7,7 @@ from functools import partial
 import torch
 
 from sfs_triton.kernels.gather import compact, compact_cost, embedding, embedding_cost
-from sfs_triton.torch_ops import gather as twin
+from sfs_triton.ops.torch import gather as twin
 
 from .case import GEOMETRIES, TOY, Case, random
 from .harness import benchmark_of

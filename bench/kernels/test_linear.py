@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from sfs_triton.kernels.linear import linear, linear_cost
-from sfs_triton.torch_ops import linear as twin
+from sfs_triton.ops.torch import linear as twin
 
 from .case import GEOMETRIES, TOY, Case, Geometry, random
 from .harness import benchmark_of

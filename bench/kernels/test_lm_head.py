@@ -8,8 +8,8 @@ import torch
 
 from sfs_triton.kernels.lm_head import lm_head, lm_head_cost, lm_head_partials
 from sfs_triton.kernels.partials import merge_partials, merge_partials_cost
-from sfs_triton.torch_ops import lm_head as twin
-from sfs_triton.torch_ops.linear import quantize
+from sfs_triton.ops.torch import lm_head as twin
+from sfs_triton.ops.torch.linear import quantize
 
 from .case import GEOMETRIES, TOY, Case, Geometry, random
 from .harness import benchmark_of

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 
 from sfs_triton.kernels.mlp import silu_mul, silu_mul_cost
-from sfs_triton.torch_ops import mlp as twin
+from sfs_triton.ops.torch import mlp as twin
 
 from .case import GEOMETRIES, TOY, Case, random
 from .harness import benchmark_of

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 
 from sfs_triton.kernels.norm import rms_norm, rms_norm_cost
-from sfs_triton.torch_ops import norm as twin
+from sfs_triton.ops.torch import norm as twin
 
 from .case import GEOMETRIES, TOY, Case, random
 from .harness import benchmark_of

@@ -6,8 +6,10 @@ from functools import partial
 
 import torch
 
-from sfs_triton import SlowFast, torch_impl, triton_impl
+from sfs_triton import SlowFast
 from sfs_triton.kernels.place import place_cost
+from sfs_triton.ops import torch_backend as torch_impl
+from sfs_triton.ops import triton_backend as triton_impl
 
 from .case import Case
 from .harness import benchmark_of

@@ -8,7 +8,7 @@ import torch
 
 from sfs_triton.kernels.control import CONTROL
 from sfs_triton.kernels.post import post, post_cost
-from sfs_triton.torch_ops import post as twin
+from sfs_triton.ops.torch import post as twin
 
 from .case import Case
 from .harness import benchmark_of

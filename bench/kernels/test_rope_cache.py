@@ -7,8 +7,8 @@ from functools import partial
 import torch
 
 from sfs_triton.kernels.rope_cache import rope_cache, rope_cache_cost
-from sfs_triton.torch_ops.rope_cache import rope_cache as twin
-from sfs_triton.torch_ops.rope_cache import rope_tables
+from sfs_triton.ops.torch.rope_cache import rope_cache as twin
+from sfs_triton.ops.torch.rope_cache import rope_tables
 
 from .case import GEOMETRIES, TOY, Case, Geometry, random
 from .harness import benchmark_of

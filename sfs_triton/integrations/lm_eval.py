@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .. import __version__
 from ..engine import Engine, load
 from ..errors import MissingDependencyError, SfsError, require
-from ..generation import Generation
-from ..text import TextCodec
+from ..scheduling.outputs import Generation
+from ..text.codec import TextCodec
+from ..version import __version__
 
 try:
     import lm_eval.models  # noqa: F401  # before the model below: the registry fills itself only while it is empty

@@ -14,11 +14,11 @@ from typing import Any, NoReturn
 import torch
 from torch import distributed
 
-from ..caching import CachePolicy
+from ..decoding.caching import CachePolicy
+from ..decoding.samplers import Sampler
+from ..distributed import Group, close, join
 from ..engine import Engine
 from ..errors import RankFailure, RowFault
-from ..parallel import Group, close, join
-from ..samplers import Sampler
 
 PATIENCE = timedelta(days=7)  # ranks with long answers may keep the others waiting
 

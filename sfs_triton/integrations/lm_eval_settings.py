@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 from lm_eval.models.utils import normalize_gen_kwargs
 
-from ..caching import POLICIES, CachePolicy, cache_policy
+from ..decoding.caching import POLICIES, CachePolicy, cache_policy
+from ..decoding.samplers import SAMPLERS, Sampler, SlowFast
 from ..errors import ArgumentError, require
-from ..samplers import SAMPLERS, Sampler, SlowFast
 
 
 def _settings_of(sampler: str) -> set[str]:

@@ -16,9 +16,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from .. import batch
-from ..batch import BatchError, BatchSettings, Finished, Summary
-from ..batch_files import Row
+from ..batch import run as batch
+from ..batch.files import Row
+from ..batch.run import BatchError, BatchSettings, Finished, Summary
 from ..engine import load
 from ..errors import MissingDependencyError, SfsError, require
 from ..serve.settings import ServeSettings

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..caching import CachePolicy
+from ..decoding.caching import CachePolicy
+from ..decoding.samplers import Sampler, SlowFast
 from ..errors import ArgumentError, MissingDependencyError, require
-from ..generation import Frame, Generation
 from ..models import ModelSpec
-from ..samplers import Sampler, SlowFast
-from ..text import TextCodec
+from ..scheduling.outputs import Frame, Generation
+from ..text.codec import TextCodec
 from .transformers_engines import TokenizerCodec, accelerate, as_codec, engine_of
 
 try:

@@ -14,11 +14,11 @@ from torch.utils.dlpack import from_dlpack, to_dlpack
 
 from ..engine import DTYPES, Engine
 from ..errors import ArgumentError, CheckpointError, require
-from ..loops import check_loop
 from ..models import ModelSpec, Transformer, Weights, read_spec
 from ..models.weights import LLADA_NAMES, LLAMA_NAMES, LayerWeights, expected_shapes
-from ..ops import implementation
-from ..text import TextCodec, check_unicode
+from ..ops.dispatch import implementation
+from ..runner import check_loop
+from ..text.codec import TextCodec, check_unicode
 
 
 class _Known(NamedTuple):

@@ -28,8 +28,8 @@ from transformers.utils.generic import can_return_tuple
 from ..errors import require
 from ..models import ModelSpec, read_spec
 from ..models.weights import LLADA_NAMES, LLAMA_NAMES
-from ..ops import rope_tables
-from ..torch_ops.norm import rms_norm
+from ..ops.dispatch import rope_tables
+from ..ops.torch.norm import rms_norm
 
 ROPE_KEYS = ("rope_parameters", "rope_scaling", "rope_theta")
 STANDARD_NAMES = {  # what transformers asks a configuration for, and what LLaDA's config.json calls it
@@ -79,7 +79,7 @@ class DreamConfig(MaskedDiffusionConfig):
 
 
 class RMSNorm(nn.Module):
-    """:func:`sfs_triton.torch_ops.norm.rms_norm` with a weight ``[d]``."""
+    """:func:`sfs_triton.ops.torch.norm.rms_norm` with a weight ``[d]``."""
 
     def __init__(self, width: int, eps: float):
         super().__init__()

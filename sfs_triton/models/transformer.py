@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from ..ops import Draw, Matrix, Ops, implementation, rope_tables
-from ..parallel import ALONE, Group, Vocabulary
+from ..distributed import ALONE, Group, Vocabulary
+from ..ops.dispatch import Draw, Matrix, Ops, implementation, rope_tables
 from .cache import FeatureCache, Features, KVCache, Scope
 from .spec import ModelSpec
 from .weights import LayerWeights, Weights

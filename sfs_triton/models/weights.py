@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -13,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 
+from ..distributed import ALONE, Group
 from ..errors import CheckpointError, require
-from ..ops import Matrix, Quantised, quantize
-from ..parallel import ALONE, Group
+from ..files import read_json
+from ..ops.dispatch import Matrix, Quantised, quantize
 from .spec import ModelSpec
 
 AT_ONCE = 2**24  # elements of a matrix that are quantised at a time, and so in memory as they are in the file
@@ -86,16 +86,6 @@ class Weights:
         """
         require(isinstance(self.head, torch.Tensor), f"{what} takes no quantised weights: load without weights='fp8'")
         return self
-
-
-def read_json(path: Path) -> Any:
-    """Parse a JSON file, or raise :class:`CheckpointError` that names it."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path.parent} has no {path.name}") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not readable JSON: {error}") from None
 
 
 def _shards(folder: Path) -> dict[str, list[str] | None]:

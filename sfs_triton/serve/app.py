@@ -17,9 +17,9 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
-from .. import __version__
 from ..engine import Engine
 from ..errors import ArgumentError, require
+from ..version import __version__
 from .answers import Style
 from .errors import ApiError, from_argument
 from .guard import Guard, refuse

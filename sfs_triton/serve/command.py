@@ -11,13 +11,13 @@ from typing import Annotated, Any
 
 import typer
 
-from ..caching import POLICIES, cache_policy
+from ..decoding.caching import POLICIES, cache_policy
+from ..decoding.samplers import PRESETS, FixedSteps, Sampler, SlowFast, Threshold
+from ..distributed import world
 from ..engine import DTYPES, WEIGHTS, load
 from ..errors import ArgumentError, MissingDependencyError, require
-from ..loops.choose import LOOPS
-from ..ops import IMPLEMENTATIONS
-from ..parallel import world
-from ..samplers import PRESETS, FixedSteps, Sampler, SlowFast, Threshold
+from ..ops.dispatch import IMPLEMENTATIONS
+from ..runner.choose import LOOPS
 from .settings import ServeSettings
 
 SAMPLERS = ("slowfast", "threshold", "vanilla")

@@ -9,13 +9,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
 
-from ..caching import POLICIES, CachePolicy, RefreshCache, cache_policy
+from ..decoding.caching import POLICIES, CachePolicy, RefreshCache, cache_policy
+from ..decoding.samplers import PRESETS, SAMPLERS, Sampler, SlowFast
 from ..engine import Engine
 from ..errors import ArgumentError, require
 from ..models.spec import ModelSpec
-from ..request import Request
-from ..samplers import PRESETS, SAMPLERS, Sampler, SlowFast
-from ..text import CHARACTERS
+from ..scheduling.request import Request
+from ..text.codec import CHARACTERS
 from .errors import ApiError, from_argument, too_long
 from .protocol import ChatRequest, Common
 from .settings import ServeSettings

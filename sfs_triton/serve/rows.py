@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..generation import Generation
 from ..models import ModelSpec
-from ..row import Row
-from ..text import UNFINISHED, TextCodec
-from ..trace import StepTrace
+from ..scheduling.outputs import Generation
+from ..scheduling.sequence import Row
+from ..scheduling.trace import StepTrace
+from ..text.codec import UNFINISHED, TextCodec
 from .errors import ApiError
 from .options import Wanted
 

@@ -6,9 +6,9 @@ import ipaddress
 import math
 from dataclasses import dataclass, field
 
-from ..caching import CachePolicy, NoCache
+from ..decoding.caching import CachePolicy, NoCache
+from ..decoding.samplers import Sampler, SlowFast
 from ..errors import require
-from ..samplers import Sampler, SlowFast
 
 KEY_LENGTH = 8  # characters that an API key has at least
 LARGEST = {"max_batch": 1024, "max_lanes": 64}  # slots have their memory from the start

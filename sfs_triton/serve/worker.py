@@ -15,9 +15,9 @@ import torch
 
 from ..engine import Engine
 from ..errors import OutOfDeviceMemory, require
-from ..request import Kind
-from ..row import Row, fault_of
-from ..scheduler import Scheduler, room_around, smallest_room
+from ..scheduling.request import Kind
+from ..scheduling.scheduler import Scheduler, room_around, smallest_room
+from ..scheduling.sequence import Row, fault_of
 from .errors import ApiError, busy, from_failure, stopped, stopping, too_late
 from .rows import Failed, Finished, Follower, Job
 from .settings import ServeSettings
@@ -43,7 +43,7 @@ class Watch:
 
 
 class Worker:
-    """Runs requests side by side, in the order of arrival as far as slots allow (:mod:`sfs_triton.scheduler`).
+    """Run requests side by side, in the order of arrival as far as slots allow (:mod:`sfs_triton.scheduling`).
 
     A request joins the rows that run as soon as a slot of its kind is free, whatever they are at, and gets the tokens
     that it would get alone. A row whose answer is complete, whose client has left, or whose time is over, is out before

@@ -26,12 +26,12 @@ from sfs_triton import (
     SlowFast,
     Threshold,
 )
-from sfs_triton.caching import CachePolicy
+from sfs_triton.decoding.caching import CachePolicy
+from sfs_triton.decoding.samplers import FIXED_METRICS, PRESETS, ROUNDINGS, SLOW_ENDS, SPREADS
 from sfs_triton.errors import RowFault
 from sfs_triton.models import Transformer
 from sfs_triton.models.spec import ModelSpec
 from sfs_triton.models.weights import LayerWeights, Weights
-from sfs_triton.samplers import FIXED_METRICS, PRESETS, ROUNDINGS, SLOW_ENDS, SPREADS
 
 from ..combinations import assert_same, goes_with
 

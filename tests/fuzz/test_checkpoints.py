@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import sfs_triton
-from sfs_triton.templates import Renderer, TemplateError
-from sfs_triton.text import TextCodec
+from sfs_triton.text.chat_template import Renderer, TemplateError
+from sfs_triton.text.codec import TextCodec
 
 from ..conftest import GOLDEN
 from .limits import confined

@@ -8,11 +8,11 @@ from hypothesis import assume
 from hypothesis import strategies as st
 
 from sfs_triton import Engine, FixedSteps, Frame, Generation, NoCache, RefreshCache, Threshold
-from sfs_triton.loops import EagerLoop, ReplayLoop
 from sfs_triton.models import ModelSpec
-from sfs_triton.request import Request
-from sfs_triton.row import Row, fault_of
-from sfs_triton.scheduler import Scheduler, room_around, room_for
+from sfs_triton.runner import EagerLoop, ReplayLoop
+from sfs_triton.scheduling.request import Request
+from sfs_triton.scheduling.scheduler import Scheduler, room_around, room_for
+from sfs_triton.scheduling.sequence import Row, fault_of
 
 from ..combinations import Roomy, engine_with, stand_in
 from ..test_decide import compare, reference

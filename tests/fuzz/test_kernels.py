@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sfs_triton.testing import brisk_interpreter
+from bench.common.testing import brisk_interpreter
 
 from ..combinations import engine_with
 from .cases import Case, assert_outcomes, cases, models

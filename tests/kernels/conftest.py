@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sfs_triton.testing import Guards, brisk_interpreter, guarded_loads
+from bench.common.testing import Guards, brisk_interpreter, guarded_loads
 
 
 @pytest.fixture(scope="session", autouse=True)

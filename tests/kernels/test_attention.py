@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bench.common.testing import Guards, assert_within_budget
 from sfs_triton.kernels.attention import AttentionConfig, attention, attention_config, attention_cost
-from sfs_triton.testing import Guards, assert_within_budget
-from sfs_triton.torch_ops.attention import attention as twin
+from sfs_triton.ops.torch.attention import attention as twin
 
 
 def random(*shape: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:

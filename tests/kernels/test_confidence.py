@@ -11,13 +11,13 @@ import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bench.common.testing import Guards, assert_within_budget
 from sfs_triton.kernels.confidence import METRICS, ConfidenceConfig, confidence, confidence_config
 from sfs_triton.kernels.launch import launch
 from sfs_triton.kernels.philox import gumbel, philox
-from sfs_triton.reference.confidence import look
-from sfs_triton.testing import Guards, assert_within_budget
-from sfs_triton.torch_ops import confidence as twin
-from sfs_triton.torch_ops import philox as twin_philox
+from sfs_triton.ops.torch import confidence as twin
+from sfs_triton.ops.torch import philox as twin_philox
+from tests.reference.confidence import look
 
 SMALL = ConfidenceConfig(BLOCK_V=128, num_warps=1)  # many chunks of few columns
 KEYS = ("seed", "position", "step")

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bench.common.testing import Guards
 from sfs_triton.kernels.gather import (
     CompactConfig,
     EmbeddingConfig,
@@ -18,8 +19,7 @@ from sfs_triton.kernels.gather import (
     embedding_config,
 )
 from sfs_triton.kernels.launch import recording
-from sfs_triton.testing import Guards
-from sfs_triton.torch_ops import gather as twin
+from sfs_triton.ops.torch import gather as twin
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -10,11 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bench.common.testing import Guards, assert_within_budget
 from sfs_triton.kernels import linear as module
 from sfs_triton.kernels.launch import recording
 from sfs_triton.kernels.linear import LinearConfig, linear, linear_config
-from sfs_triton.testing import Guards, assert_within_budget
-from sfs_triton.torch_ops import linear as twin
+from sfs_triton.ops.torch import linear as twin
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SMALL = LinearConfig(BLOCK_M=16, BLOCK_N=64, BLOCK_K=32, n_splits=1, num_stages=2, num_warps=4)

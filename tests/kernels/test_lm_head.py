@@ -10,14 +10,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bench.common.testing import Guards, assert_within_budget
 from sfs_triton.kernels.confidence import confidence
 from sfs_triton.kernels.launch import recording
 from sfs_triton.kernels.lm_head import LmHeadConfig, lm_head, lm_head_config, lm_head_partials
 from sfs_triton.kernels.partials import merge_partials
-from sfs_triton.testing import Guards, assert_within_budget
-from sfs_triton.torch_ops import confidence as confidence_twin
-from sfs_triton.torch_ops import lm_head as twin
-from sfs_triton.torch_ops.linear import dequantise, quantize
+from sfs_triton.ops.torch import confidence as confidence_twin
+from sfs_triton.ops.torch import lm_head as twin
+from sfs_triton.ops.torch.linear import dequantise, quantize
 
 KEYS = ("seed", "position", "step")
 SMALL = LmHeadConfig(BLOCK_T=16, BLOCK_V=32, BLOCK_K=32, BLOCK_S=16, num_warps=4, num_stages=2, programs=4)

@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bench.common.testing import Guards, assert_within_budget
 from sfs_triton.kernels.mlp import SiluMulConfig, silu_mul, silu_mul_config
-from sfs_triton.testing import Guards, assert_within_budget
-from sfs_triton.torch_ops import mlp as twin
+from sfs_triton.ops.torch import mlp as twin
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:

@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bench.common.testing import Guards, assert_within_budget
 from sfs_triton.kernels.norm import NormConfig, norm_config, rms_norm
-from sfs_triton.testing import Guards, assert_within_budget
-from sfs_triton.torch_ops import norm as twin
+from sfs_triton.ops.torch import norm as twin
 
 EPS = 1e-5
 

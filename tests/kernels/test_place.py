@@ -10,12 +10,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sfs_triton import SlowFast, torch_impl, triton_impl
+from bench.common.testing import Guards
+from sfs_triton import SlowFast
 from sfs_triton.kernels import place as kernel
 from sfs_triton.kernels.launch import recording
 from sfs_triton.kernels.place import PlaceConfig, place_config
-from sfs_triton.state import DecodeState
-from sfs_triton.testing import Guards
+from sfs_triton.ops import torch_backend as torch_impl
+from sfs_triton.ops import triton_backend as triton_impl
+from sfs_triton.runner.state import DecodeState
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

@@ -7,11 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bench.common.testing import Guards, poison
 from sfs_triton.kernels import post as kernel
 from sfs_triton.kernels.launch import recording
 from sfs_triton.kernels.post import PostConfig, post, post_config
-from sfs_triton.testing import Guards, poison
-from sfs_triton.torch_ops import post as twin
+from sfs_triton.ops.torch import post as twin
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.bool, torch.uint8, torch.int32, torch.int64, torch.float32, torch.float64)

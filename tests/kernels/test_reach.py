@@ -9,12 +9,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sfs_triton import torch_impl, triton_impl
+from bench.common.testing import Guards
 from sfs_triton.kernels import reach as kernel
 from sfs_triton.kernels.control import COLUMN, CONTROL, FAST, SLOW
 from sfs_triton.kernels.launch import recording
 from sfs_triton.kernels.reach import ReachConfig, reach_config
-from sfs_triton.testing import Guards
+from sfs_triton.ops import torch_backend as torch_impl
+from sfs_triton.ops import triton_backend as triton_impl
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NUMBERS = ("limit", "phase", "k", "e", "block_start", "block_end", "done")

@@ -9,10 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bench.common.testing import Guards, assert_within_budget
 from sfs_triton.kernels.rope_cache import RopeCacheConfig, rope_cache, rope_cache_config, rope_cache_cost
-from sfs_triton.testing import Guards, assert_within_budget
-from sfs_triton.torch_ops.rope_cache import rope_cache as twin
-from sfs_triton.torch_ops.rope_cache import rope_tables
+from sfs_triton.ops.torch.rope_cache import rope_cache as twin
+from sfs_triton.ops.torch.rope_cache import rope_tables
 
 
 class Inputs:

@@ -14,15 +14,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sfs_triton import FixedSteps, SlowFast, Threshold, torch_impl, triton_impl
+from bench.common.testing import Guards
+from sfs_triton import FixedSteps, SlowFast, Threshold
+from sfs_triton.decoding.samplers import PRESETS, Sampler
 from sfs_triton.kernels import cycle, plan, select
 from sfs_triton.kernels.commit import ScanConfig, scan_config
 from sfs_triton.kernels.control import COLUMN, DIALS, FAST, SLOW
-from sfs_triton.samplers import PRESETS, Sampler
-from sfs_triton.state import DecodeState
-from sfs_triton.testing import Guards
-from sfs_triton.torch_ops.cycle import CycleRules
-from sfs_triton.torch_ops.select import BlockRules
+from sfs_triton.ops import torch_backend as torch_impl
+from sfs_triton.ops import triton_backend as triton_impl
+from sfs_triton.ops.torch.cycle import CycleRules
+from sfs_triton.ops.torch.select import BlockRules
+from sfs_triton.runner.state import DecodeState
 
 MASK, EOS, VOCAB = 99, 98, 100
 PAPER = SlowFast()

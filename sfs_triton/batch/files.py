@@ -1,0 +1,461 @@
+"""Files of a batch run: prompts to read, finished rows to keep, and the output, which is there whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from filelock import FileLock, Timeout
+
+from ..errors import ArgumentError, MissingDependencyError, SfsError, require
+
+SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
+COLUMNS = ("id", "prompt", "messages", "gen_length", "seed")  # all others are left alone
+ANSWER = {  # what a finished row has beside its id, and as what Parquet keeps it
+    "text": "string",
+    "prompt_tokens": "int64",
+    "response_tokens": "int64",
+    "nfe": "int64",
+    "tokens_per_forward": "float64",
+    "gen_length": "int64",
+    "seed": "int64",
+}
+_FORMAT = 1  # of the folder of finished rows
+_ROWS = 1024  # of a Parquet file that are held in memory
+_EXACT = 2**53  # below it a float that is whole is that very number
+
+
+class BatchError(SfsError):
+    """A batch run could not go on. Rows that were finished are kept, and running it again goes on from there."""
+
+
+# ------------------------------------------------------------------------------------------------------------- prompts
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the input. ``line`` counts from 1 and is the id of a row that has none; ``error`` is for bad rows."""
+
+    line: int
+    id: str | int
+    prompt: str | list[dict[str, str]] | None = None
+    gen_length: int | None = None
+    seed: int | None = None
+    error: str | None = None
+
+    @property
+    def key(self) -> str:
+        """A digest of all that the row's answer depends on beside the settings of the run."""
+        seed = ["line", self.line] if self.seed is None else self.seed
+        content = json.dumps([self.id, self.prompt, self.gen_length, seed])
+        return hashlib.sha256(content.encode()).hexdigest()[:24]
+
+
+def file_format(name: str, path: Path) -> str:
+    """``"jsonl"`` or ``"parquet"``, by the suffix."""
+    known = SUFFIXES.get(path.suffix.lower())
+    require(known is not None, f"{name}={str(path)!r} does not end in one of {', '.join(SUFFIXES)}")
+    if known == "parquet":
+        _pyarrow()
+    return known
+
+
+def read_rows(path: Path) -> Iterator[Row]:
+    """The rows of a JSONL or Parquet file, one after another. A bad row has an ``error``.
+
+    Raises:
+        ArgumentError: the file cannot be read, or its columns cannot be what they should; names file and column.
+    """
+    read = _read_parquet if file_format("source", path) == "parquet" else _read_jsonl
+    try:
+        yield from read(path)
+    except OSError as error:
+        raise ArgumentError(f"source={str(path)!r} cannot be read: {error.strerror or error}") from None
+
+
+def _read_jsonl(path: Path) -> Iterator[Row]:
+    with open(path, "rb") as file:
+        for line, data in enumerate(file, 1):
+            if not data.strip():
+                continue
+            try:
+                values = json.loads(data.decode("utf-8-sig" if line == 1 else "utf-8"))
+            except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
+                yield Row(line, line, error=f"line {line} is not JSON: {error}")
+                continue
+            if isinstance(values, Mapping):
+                yield _row(line, values)
+            else:
+                yield Row(line, line, error=f"line {line} holds a {type(values).__name__}, not an object")
+
+
+def _read_parquet(path: Path) -> Iterator[Row]:
+    arrow, parquet = _pyarrow()
+    try:
+        with parquet.ParquetFile(path) as file:
+            present = _check_columns(path, file.schema_arrow)
+            line = 0
+            for rows in file.iter_batches(batch_size=_ROWS, columns=present):
+                for values in rows.to_pylist():
+                    line += 1
+                    yield _row(line, values)
+    except (arrow.ArrowException, UnicodeDecodeError) as error:
+        raise ArgumentError(f"source={str(path)!r} is not a readable Parquet file: {error}") from None
+
+
+def _check_columns(path: Path, schema: Any) -> list[str]:
+    """The columns to read; refuses those that cannot hold what they should."""
+    arrow, _ = _pyarrow()
+    types, found = arrow.types, {}
+    for name in COLUMNS:
+        if (places := schema.get_all_field_indices(name)) and len(places) > 1:
+            raise ArgumentError(f"source={str(path)!r} has {len(places)} columns named {name!r}")
+        if places:
+            found[name] = schema.field(places[0]).type
+    there = ", ".join(schema.names) or "none"
+    require(
+        "prompt" in found or "messages" in found,
+        f"source={str(path)!r} has no column 'prompt' or 'messages'; its columns are {there}",
+    )
+
+    def text(kind: Any) -> bool:
+        kind = kind.value_type if types.is_dictionary(kind) else kind
+        return types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
+
+    def turns(kind: Any) -> bool:
+        lists = types.is_list(kind) or types.is_large_list(kind)
+        return lists and types.is_struct(kind.value_type)
+
+    def number(kind: Any) -> bool:
+        return types.is_integer(kind) or types.is_floating(kind)  # what pandas makes of integers some of which lack
+
+    fits = {"id": lambda kind: text(kind) or types.is_integer(kind), "prompt": text, "messages": turns}
+    for name, kind in found.items():
+        fine = types.is_null(kind) or fits.get(name, number)(kind)
+        require(fine, f"source={str(path)!r}: column {name!r} holds {kind}, which it cannot")
+    return list(found)
+
+
+def _row(line: int, values: Mapping[str, Any]) -> Row:
+    name: str | int = line
+    try:
+        name = _id(line, values.get("id"))
+        prompt = _prompt(line, values.get("prompt"), values.get("messages"))
+        length = _whole(line, "gen_length", values.get("gen_length"), 1)
+        seed = _whole(line, "seed", values.get("seed"), 0)
+    except ArgumentError as error:
+        return Row(line, name, error=str(error))
+    return Row(line, name, prompt, length, seed)
+
+
+def _id(line: int, value: Any) -> str | int:
+    if value is None:
+        return line
+    fine = isinstance(value, (str, int)) and not isinstance(value, bool) and value != ""
+    require(fine, f"line {line}: id={value!r} is neither text nor an integer")
+    if isinstance(value, str):
+        _check_unicode(line, "id", value)
+    else:
+        require(-(2**63) <= value < 2**63, f"line {line}: id={value} is not an integer of 64 bits")
+    return value
+
+
+def _prompt(line: int, prompt: Any, messages: Any) -> str | list[dict[str, str]]:
+    require(prompt is not None or messages is not None, f"line {line} has neither 'prompt' nor 'messages'")
+    require(prompt is None or messages is None, f"line {line} has both 'prompt' and 'messages'")
+    if messages is None:
+        require(isinstance(prompt, str), f"line {line}: prompt is a {type(prompt).__name__}, not text")
+        require(prompt != "", f"line {line}: prompt is empty")
+        _check_unicode(line, "prompt", prompt)
+        return prompt
+    require(isinstance(messages, list) and bool(messages), f"line {line}: messages is no list of messages")
+    turns = []
+    for turn in messages:
+        fine = isinstance(turn, Mapping) and all(isinstance(turn.get(part), str) for part in ("role", "content"))
+        require(fine, f"line {line}: message {turn!r} is not an object with a text 'role' and a text 'content'")
+        turns.append({part: turn[part] for part in ("role", "content")})
+        _check_unicode(line, "messages", turn["role"] + turn["content"])
+    return turns
+
+
+def _check_unicode(line: int, name: str, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeError as error:
+        raise ArgumentError(f"line {line}: {name} is not valid text: {error}") from None
+
+
+def _whole(line: int, name: str, value: Any, least: int) -> int | None:
+    if isinstance(value, float) and value.is_integer() and abs(value) < _EXACT:
+        value = int(value)
+    if value is None:
+        return None
+    fine = isinstance(value, int) and not isinstance(value, bool) and least <= value < 2**63
+    require(fine, f"line {line}: {name}={value!r} is not an integer from {least} to 2^63 - 1")
+    return value
+
+
+@dataclass
+class Survey:
+    """What a first reading of the whole input tells."""
+
+    rows: int = 0
+    text_ids: bool = False  # whether any id is text
+    errors: int = 0
+
+    @classmethod
+    def of(cls, source: Path) -> Survey:
+        """Read all rows once.
+
+        Raises:
+            ArgumentError: two rows have one id, or no row at all can be answered; names the lines.
+        """
+        found, lines, first = cls(), {}, None
+        for row in read_rows(source):
+            other = lines.setdefault(str(row.id), row.line)
+            hint = "; a row without an id has its line number as one" if str(row.line) == str(row.id) else ""
+            twice = f"source={str(source)!r}: lines {other} and {row.line} have the same id {row.id!r}{hint}"
+            require(other == row.line, twice)
+            first = first or row.error
+            found.rows += 1
+            found.errors += row.error is not None
+            found.text_ids |= isinstance(row.id, str)
+        none = f"source={str(source)!r}: none of its {found.rows} rows can be answered; the first: {first}"
+        require(found.rows == 0 or found.errors < found.rows, none)
+        return found
+
+
+# ------------------------------------------------------------------------------------------------------- finished rows
+
+
+@contextmanager
+def whole_file(path: Path, folder: Path) -> Iterator[IO[bytes]]:
+    """A file to write that is at ``path`` once it is complete and on the disk. Nothing of it stays otherwise.
+
+    Until then it is in ``folder``, which is on the same file system.
+    """
+    partial = folder / f"{path.name}.partial"
+    try:
+        with open(partial, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Put the names in a folder on the disk, where the system has a way to."""
+    if hasattr(os, "O_DIRECTORY"):
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+@dataclass
+class _Place:
+    key: str
+    part: Path
+    offset: int
+
+
+@dataclass
+class Parts:
+    """The finished rows of a run, in files of their own in a folder beside its output, which one process has at a time.
+
+    Each part is a file of ``{"key": ..., "row": {...}}`` lines, written whole or not at all. ``run.json`` says with
+    which settings the run was begun.
+    """
+
+    out: Path
+    settings: Mapping[str, Any]
+    overwrite: bool = False
+    _places: dict[str, _Place] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.folder = self.out.with_name(self.out.name + ".parts")
+        self._lock = FileLock(self.folder / "lock", timeout=0)
+
+    def __enter__(self) -> Parts:
+        begun = (self.folder / "run.json").exists()
+        require(
+            self.overwrite or begun or not self.out.exists(),
+            f"out={str(self.out)!r} exists already; remove it, or overwrite it (--overwrite)",
+        )
+        fresh = not self.folder.exists()
+        with self._refusing_to_write():
+            self.folder.mkdir(exist_ok=True)
+            try:
+                self._lock.acquire()
+            except Timeout:
+                raise ArgumentError(f"out={str(self.out)!r} is being written by another run") from None
+        try:
+            with self._refusing_to_write():
+                self._open()
+        except BaseException:
+            self._lock.release()
+            if fresh:
+                self._remove()
+            raise
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._lock.release()
+        if not self._places:  # nothing to go on from
+            self._remove()
+
+    def _remove(self) -> None:
+        """Remove the folder, of which the lock is released, as far as nothing else is in it and no other run begins."""
+        with suppress(OSError):
+            for name in ("run.json", "lock"):
+                (self.folder / name).unlink(missing_ok=True)
+            self.folder.rmdir()
+
+    def _open(self) -> None:
+        note = self.folder / "run.json"
+        for path in self.folder.iterdir():
+            ours = path.name in ("lock", "run.json") or path.match("part-*.jsonl") or path.suffix == ".partial"
+            require(ours, f"{str(self.folder)!r} is needed for finished rows, but holds {path.name!r}")
+        for path in self.folder.glob("*.partial"):  # of a process that was killed
+            path.unlink()
+        parts = sorted(self.folder.glob("part-*.jsonl"))
+        if self.overwrite:
+            for path in parts:
+                path.unlink()
+            parts = []
+        for path in parts:
+            self._read(path)
+        if self._places:
+            self._check_settings(note)
+        with whole_file(note, self.folder) as file:
+            file.write(json.dumps({"format": _FORMAT, "settings": self.settings}, indent=1).encode())
+
+    def _read(self, part: Path) -> None:
+        """Note where its rows are. A part that is damaged is removed: its rows are answered again."""
+        places, offset = {}, 0
+        try:
+            with open(part, "rb") as file:
+                for data in file:
+                    entry = json.loads(data)
+                    places[str(entry["row"]["id"])] = _Place(entry["key"], part, offset)
+                    offset += len(data)
+        except (ValueError, KeyError, TypeError):
+            part.unlink()
+        else:
+            self._places |= places
+
+    def _check_settings(self, note: Path) -> None:
+        advice = "give the settings it was begun with, or begin anew (--overwrite)"
+        try:
+            begun = json.loads(note.read_bytes())
+            version, before = begun["format"], dict(begun["settings"])
+        except (ValueError, KeyError, TypeError):
+            raise ArgumentError(f"{str(note)!r} is damaged; begin anew (--overwrite)") from None
+        require(version == _FORMAT, f"{str(self.folder)!r} is of another version of this package; {advice}")
+        now = json.loads(json.dumps(self.settings))
+        for name in now:
+            same = before.get(name) == now[name]
+            require(
+                same, f"{str(self.folder)!r} was begun with {name}={before.get(name)!r}, not {now[name]!r}; {advice}"
+            )
+
+    def __contains__(self, row: Row) -> bool:
+        place = self._places.get(str(row.id))
+        return place is not None and place.key == row.key
+
+    def add(self, finished: Sequence[tuple[str, dict[str, Any]]]) -> None:
+        """Keep rows and their keys, all of them or none.
+
+        Raises:
+            BatchError: they could not be written; nothing of them stays.
+        """
+        name = hashlib.sha256("".join(key for key, _ in finished).encode()).hexdigest()[:24]
+        part, offset, places = self.folder / f"part-{name}.jsonl", 0, {}
+        with self._refusing_to_write(), whole_file(part, self.folder) as file:
+            for key, row in finished:
+                data = _line({"key": key, "row": row})
+                file.write(data)
+                places[str(row["id"])] = _Place(key, part, offset)
+                offset += len(data)
+        self._places |= places
+
+    def get(self, row: Row) -> dict[str, Any]:
+        """What was kept for a row.
+
+        Raises:
+            BatchError: nothing was, so the input is not what it was when the run began.
+        """
+        if row not in self:
+            raise BatchError(f"line {row.line} has no answer: the input changed during the run; run it again")
+        place = self._places[str(row.id)]
+        with open(place.part, "rb") as file:
+            file.seek(place.offset)
+            return json.loads(file.readline())["row"]
+
+    def finish(self, results: Iterable[dict[str, Any]], *, text_ids: bool) -> None:
+        """Write the output, and remove what was kept for it.
+
+        Raises:
+            BatchError: it could not be written; all finished rows are kept.
+        """
+        write = _write_parquet if file_format("out", self.out) == "parquet" else _write_jsonl
+        with self._refusing_to_write():
+            with whole_file(self.out, self.folder) as file:
+                write(file, results, text_ids)
+            (self.folder / "run.json").unlink()  # first: without it the rest is not taken for a run to go on with
+            for path in self.folder.glob("part-*.jsonl"):
+                path.unlink()
+        self._places = {}
+
+    @contextmanager
+    def _refusing_to_write(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            kept = f"; {len(self._places)} finished rows are kept: run it again to go on" if self._places else ""
+            where = error.filename or self.folder
+            reason = error.strerror or error
+            raise BatchError(f"out={str(self.out)!r}: {str(where)!r} cannot be written: {reason}{kept}") from None
+
+
+def _line(values: Mapping[str, Any]) -> bytes:
+    return json.dumps(values, ensure_ascii=False).encode() + b"\n"
+
+
+def _write_jsonl(file: IO[bytes], results: Iterable[dict[str, Any]], text_ids: bool) -> None:
+    for result in results:
+        file.write(_line(result))
+
+
+def _write_parquet(file: IO[bytes], results: Iterable[dict[str, Any]], text_ids: bool) -> None:
+    arrow, parquet = _pyarrow()
+    kinds = {"id": "string" if text_ids else "int64", **ANSWER, "error": "string"}
+    schema = arrow.schema([(name, arrow.type_for_alias(kind)) for name, kind in kinds.items()])
+    with parquet.ParquetWriter(file, schema) as writer:
+        rows: list[dict[str, Any]] = []
+        for result in results:
+            rows.append(result | {"id": str(result["id"])} if text_ids else result)
+            if len(rows) == _ROWS:
+                writer.write_table(arrow.Table.from_pylist(rows, schema))
+                rows = []
+        writer.write_table(arrow.Table.from_pylist(rows, schema))
+
+
+def _pyarrow() -> tuple[Any, Any]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise MissingDependencyError(f'Parquet files need {error.name}: pip install "sfs_triton[ray]"') from None
+    return pyarrow, pyarrow.parquet

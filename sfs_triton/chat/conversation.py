@@ -1,0 +1,410 @@
+"""A conversation with a model, without a terminal: its history, its settings, its files."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ..decoding.caching import CachePolicy, NoCache
+from ..decoding.samplers import FixedSteps, Sampler, SlowFast
+from ..engine import Engine
+from ..errors import ArgumentError, require
+from ..scheduling.outputs import Frame, Generation
+from ..text.codec import UNFINISHED, check_size
+
+ROLES = ("system", "user", "assistant")
+LARGEST_FILE = 16 * 2**20  # bytes; what is larger is no conversation
+
+
+class ContextOverflow(ArgumentError):
+    """A turn does not fit the model's positions; ``over`` says by how many."""
+
+    def __init__(self, message: str, over: int):
+        super().__init__(message)
+        self.over = over
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How answers are generated. What does not go together is refused as a whole.
+
+    Args:
+        sampler, cache, gen_length: as for ``Engine.generate``.
+        seed: of the next answer; each turn takes one and leaves the next higher one.
+        forget: drop the oldest exchanges where a turn does not fit otherwise.
+    """
+
+    sampler: Sampler = field(default_factory=SlowFast)
+    cache: CachePolicy = field(default_factory=NoCache)
+    gen_length: int = 128
+    seed: int = 0
+    forget: bool = False
+
+    def __post_init__(self) -> None:
+        require(self.gen_length > 0, f"gen_length={self.gen_length} is not positive")
+        require(0 <= self.seed < 2**63, f"seed={self.seed} is not in [0, 2**63)")
+        self.sampler.check_cache(self.cache)
+        self.sampler.rules(**self.cache.rules)  # which refuse what does not go together
+        self.sampler.check_length(self.gen_length)
+
+    def as_dict(self) -> dict[str, Any]:
+        """What decides an answer, ready for JSON."""
+        return {
+            "sampler": {"kind": kind(self.sampler), **asdict(self.sampler)},
+            "cache": {"kind": self.cache.name, **asdict(self.cache)},
+            "gen_length": self.gen_length,
+            "seed": self.seed,
+        }
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A finished turn: what was said, what came back, and how it was made."""
+
+    message: str
+    generation: Generation
+    settings: Settings  # ``seed`` is the one that was used
+    forgotten: int  # exchanges that were dropped to make room
+
+    @property
+    def text(self) -> str:
+        return self.generation.text
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything about it, ready for JSON."""
+        made, how = self.generation.as_dict(), self.settings.as_dict()
+        return {"message": self.message, **made, **how, "forgotten": self.forgotten}
+
+
+@dataclass(slots=True)
+class Totals:
+    """What all finished answers of a session took; ``stopped`` counts turns without an answer."""
+
+    answers: int = 0
+    tokens: int = 0
+    nfe: int = 0
+    seconds: float = 0.0
+    stopped: int = 0
+
+    def add(self, made: Generation) -> None:
+        self.answers += 1
+        self.tokens += len(made.tokens)
+        self.nfe += made.nfe
+        self.seconds += made.seconds
+
+
+class Turn(Iterator[Frame]):
+    """A message and the answer to it while it is generated: a frame a step. Nothing runs between two of them.
+
+    The exchange enters the history with the last frame, and not at all if the turn is closed before.
+    """
+
+    def __init__(self, chat: Chat, message: str, kept: list[tuple[str, str]], dropped: tuple[int, int], prompt: list):
+        self.message, self.settings = message, chat.settings
+        self.over, self.forgotten = dropped  # tokens that did not fit, and the exchanges that go for it
+        self.prompt_tokens = len(prompt)
+        self.text = ""  # of the answer, as far as it is decided from its start
+        self.steps = 0
+        self.answer: Answer | None = None
+        self._chat, self._kept, self._open = chat, kept, True
+        settings = self.settings
+        self._stream = chat.engine.stream(
+            prompt,
+            gen_length=settings.gen_length,
+            sampler=settings.sampler,
+            cache=settings.cache,
+            seed=settings.seed,
+        )
+
+    def __next__(self) -> Frame:
+        if not self._open:
+            raise StopIteration
+        frame = next(self._stream, None)
+        if frame is None:
+            made = self._stream.result()
+            self._open = False
+            self.text = made.text if made.text.startswith(self.text) else self.text + "\n" + made.text
+            self.answer = Answer(self.message, made, self.settings, self.forgotten)
+            self._chat._keep(self.answer, self._kept)
+            raise StopIteration
+        self.steps = frame.step + 1
+        self.text = self._settled(frame)
+        return frame
+
+    def _settled(self, frame: Frame) -> str:
+        """The text that later steps cannot change; a character is held back until all of its bytes are there."""
+        engine = self._chat.engine
+        tokens = frame.tokens[0][self.prompt_tokens : frame.settled[0]]
+        eos = engine.spec.eos_id
+        text = engine.text.decode(tokens[: tokens.index(eos)] if eos in tokens else tokens).rstrip(UNFINISHED)
+        return text if text.startswith(self.text) else self.text
+
+    def close(self) -> None:
+        """Stop here. An answer that is not finished is dropped, and the history is as it was."""
+        self._stream.close()
+        if self._open:
+            self._open = False
+            self._chat.totals.stopped += 1
+
+    def __enter__(self) -> Turn:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+class Chat:
+    """A conversation in the checkpoint's own chat template.
+
+    Raises:
+        ArgumentError: the checkpoint has no tokenizer or no chat template; a setting is out of the model's range.
+    """
+
+    def __init__(self, engine: Engine, settings: Settings | None = None, system: str = ""):
+        require(engine.text is not None, "the checkpoint has no tokenizer.json, which a chat needs")
+        require(engine.text.template is not None, "the checkpoint has no chat template; `sfs generate` needs none")
+        self.engine = engine
+        self.system = ""
+        self.exchanges: list[tuple[str, str]] = []  # messages and their answers, oldest first
+        self.last: Answer | None = None
+        self.totals = Totals()
+        self.settings = self._fitting(Settings() if settings is None else settings)
+        self._unanswered: tuple[str, list[tuple[str, str]]] | None = None  # the last message, and what was before it
+        self._turn: Turn | None = None
+        self.set_system(system)
+
+    @property
+    def messages(self) -> list[dict[str, str]]:
+        """The history, as chat templates take it."""
+        return self._messages(self.exchanges)
+
+    def set_system(self, text: str) -> None:
+        """Begin the conversation with a system message, or with none if ``text`` is empty.
+
+        Raises:
+            ArgumentError: not valid Unicode, or the template refuses it; the one before stays.
+        """
+        _check_unicode("system message", text)
+        check_size("system message", text, self.engine.spec.max_length)
+        before, self.system = self.system, text
+        try:
+            self.count()
+        except ArgumentError:
+            self.system = before
+            raise
+
+    def count(self) -> int:
+        """Tokens of the history, and of an empty message after it, in the template."""
+        return len(self._encode(self._messages(self.exchanges, "")))
+
+    def say(self, text: str) -> Turn:
+        """Begin a turn: the answer to ``text``, to be iterated. A turn that is still open is closed.
+
+        Raises:
+            ContextOverflow: history, message and answer do not fit, and ``forget`` is off or would not help.
+            ArgumentError: the text is empty, not valid Unicode, or holds the mask token.
+        """
+        return self._begin(text, self.exchanges)
+
+    def retry(self) -> Turn:
+        """Answer the last message again; the old answer, if there is one, stays until the new one is complete.
+
+        Raises:
+            ArgumentError: nothing has been said; otherwise as :meth:`say`.
+        """
+        if self._unanswered is not None:
+            return self._begin(*self._unanswered)
+        require(bool(self.exchanges), "there is no message to answer again")
+        return self._begin(self.exchanges[-1][0], self.exchanges[:-1])
+
+    def change(self, **changes: Any) -> None:
+        """Change settings, all of them or, if they do not go together, none.
+
+        Raises:
+            ArgumentError: names setting and value.
+        """
+        self.settings = self._fitting(replace(self.settings, **changes))
+
+    def reset(self) -> None:
+        """Forget all exchanges; settings and system message stay."""
+        self.exchanges, self._unanswered = [], None
+
+    def undo(self) -> None:
+        """Forget the last exchange."""
+        require(bool(self.exchanges), "there is no exchange to forget")
+        self.exchanges, self._unanswered = self.exchanges[:-1], None
+
+    def load(self, path: Path) -> None:
+        """Replace the history, the system message included, by a saved one.
+
+        Raises:
+            ArgumentError: names the file and, where it is one, the line at fault; the history is as it was.
+        """
+        before = self.system, self.exchanges
+        self.system, self.exchanges = read_messages(path)
+        try:
+            self.count()
+        except ArgumentError as error:
+            self.system, self.exchanges = before
+            raise ArgumentError(f"{str(path)!r}: {error}") from None
+        self._unanswered = None
+
+    def save(self, path: Path) -> None:
+        """Write the history, a message a line; as :func:`write_messages`."""
+        write_messages(path, self.messages)
+
+    def _messages(self, exchanges: Sequence[tuple[str, str]], asked: str | None = None) -> list[dict[str, str]]:
+        said = [("system", self.system)] if self.system else []
+        for message, answer in exchanges:
+            said += [("user", message), ("assistant", answer)]
+        if asked is not None:
+            said.append(("user", asked))
+        return [{"role": role, "content": content} for role, content in said]
+
+    def _encode(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        codec, mask = self.engine.text, self.engine.spec.mask_id
+        try:
+            text = codec.render(messages)
+        except ArgumentError as error:  # which quotes the whole conversation; its cause says what is wrong
+            raise ArgumentError(f"the checkpoint's chat template refused this: {error.__context__ or error}") from None
+        ids = codec.encode(text)
+        require(mask not in ids, f"the conversation holds the model's mask token (id {mask}), which no prompt may hold")
+        return ids
+
+    def _fitting(self, settings: Settings) -> Settings:
+        room, length = self.engine.spec.max_length, settings.gen_length
+        require(length < room, f"gen_length={length}: the model has only {room} positions")
+        return settings
+
+    def _begin(self, text: str, exchanges: list[tuple[str, str]]) -> Turn:
+        if self._turn is not None:
+            self._turn.close()
+        settings, room = self.settings, self.engine.spec.max_length
+        require(bool(text.strip()), "the message is empty")
+        _check_unicode("message", text)
+        check_size("message", text, room)
+        self._unanswered = (text, exchanges)
+        prompt = self._encode(self._messages(exchanges, text))
+        over, forgotten = len(prompt) + settings.gen_length - room, 0
+        while len(prompt) + settings.gen_length > room and settings.forget and forgotten < len(exchanges):
+            forgotten += 1
+            prompt = self._encode(self._messages(exchanges[forgotten:], text))
+        if len(prompt) + settings.gen_length > room:
+            raise _overflow(len(prompt), settings.gen_length, room, alone=forgotten == len(exchanges))
+        self._turn = Turn(self, text, exchanges[forgotten:], (max(0, over), forgotten), prompt)
+        self.settings = replace(settings, seed=(settings.seed + 1) % 2**63)
+        return self._turn
+
+    def _keep(self, answer: Answer, kept: list[tuple[str, str]]) -> None:
+        self.exchanges = [*kept, (answer.message, answer.text)]
+        self.last, self._unanswered = answer, None
+        self.totals.add(answer.generation)
+
+
+def _overflow(prompt: int, length: int, room: int, alone: bool) -> ContextOverflow:
+    over = prompt + length - room
+    advice = "/reset begins anew, /forget on (--forget) drops the oldest exchanges"
+    return ContextOverflow(
+        f"this turn is {over} tokens over: {prompt} of conversation and gen_length={length} make {prompt + length}, "
+        f"the model has {room} positions; {'say less, or take a shorter answer (/length)' if alone else advice}",
+        over,
+    )
+
+
+def _check_unicode(name: str, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeError as error:
+        raise ArgumentError(f"the {name} is not valid text: {error}") from None
+
+
+# Files of messages
+
+
+def write_messages(path: Path, messages: Sequence[Mapping[str, str]]) -> None:
+    """Write a JSON object a line, in one go: a failure leaves an older file as it was, and no part of a new one.
+
+    Raises:
+        ArgumentError: names the path.
+    """
+    partial = None
+    try:
+        require(not path.is_dir(), f"{str(path)!r} is a folder")
+        partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+        lines = [json.dumps({k: m[k] for k in ("role", "content")}, ensure_ascii=False) + "\n" for m in messages]
+        partial.write_text("".join(lines), encoding="utf-8", newline="\n")
+        os.replace(partial, path)
+    except (OSError, ValueError) as error:
+        if isinstance(error, ArgumentError):
+            raise
+        raise ArgumentError(f"{str(path)!r} cannot be written: {getattr(error, 'strerror', None) or error}") from None
+    finally:
+        if partial is not None and os.path.lexists(partial):
+            partial.unlink()
+
+
+def read_messages(path: Path) -> tuple[str, list[tuple[str, str]]]:
+    """The system message ("" if there is none) and the exchanges of a file of messages.
+
+    Raises:
+        ArgumentError: names the path and, where it is one, the line at fault.
+    """
+    try:
+        require(path.is_file(), f"{str(path)!r} is not a file")
+        with path.open("rb") as file:
+            data = file.read(LARGEST_FILE + 1)
+        require(len(data) <= LARGEST_FILE, f"{str(path)!r} is larger than {LARGEST_FILE:,} bytes")
+        lines = data.decode().split("\n")
+    except (OSError, ValueError) as error:
+        if isinstance(error, ArgumentError):
+            raise
+        raise ArgumentError(f"{str(path)!r} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    system, said = "", []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        role, content = _message(f"{str(path)!r}, line {number}", line)
+        if role == "system":
+            require(not (said or system), f"{str(path)!r}, line {number}: a system message that is not the first")
+            system = content
+            continue
+        due = ("user", "assistant")[len(said) % 2]
+        require(role == due, f"{str(path)!r}, line {number}: role={role!r} where {due!r} is due")
+        said.append(content)
+    require(len(said) % 2 == 0, f"{str(path)!r} ends with a message that has no answer")
+    return system, list(zip(said[::2], said[1::2], strict=True))
+
+
+def _message(where: str, line: str) -> tuple[str, str]:
+    try:
+        message = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ArgumentError(f"{where} is not JSON: {error}") from None
+    require(isinstance(message, dict), f"{where} holds a {type(message).__name__}, not an object")
+    require(
+        set(message) == {"role", "content"},
+        f"{where} has the keys {shown(sorted(message))}, not 'role' and 'content'",
+    )
+    role, content = message["role"], message["content"]
+    require(role in ROLES, f"{where}: role={shown(role)} is not one of {ROLES}")
+    require(isinstance(content, str), f"{where}: content={shown(content)} is not text")
+    _check_unicode(f"content of {where}", content)
+    return role, content
+
+
+def shown(value: Any) -> str:
+    """A value for a message: not longer than a line."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def kind(sampler: Sampler) -> str:
+    """What the command line calls a sampler."""
+    if isinstance(sampler, FixedSteps):
+        return "vanilla" if sampler.steps is None and sampler.metric == "confidence" else "fixed"
+    return "slowfast" if isinstance(sampler, SlowFast) else "threshold"

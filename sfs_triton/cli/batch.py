@@ -1,0 +1,55 @@
+"""``sfs batch``: a file of prompts in, a file of answers out."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..batch.run import BatchSettings, run_batch
+from ..decoding.caching import cache_policy
+from ..errors import require
+
+
+def batch(
+    request: Any,
+    source: Annotated[Path, typer.Argument(metavar="IN", help="Prompts: .jsonl or .parquet.", show_default=False)],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Answers: .jsonl or .parquet.", show_default=False)],
+    workers: Annotated[int, typer.Option(help="Engines, as Ray workers; 0 or 1: this process.")] = 1,
+    batch_size: Annotated[int, typer.Option("--batch", help="Rows that are decoded together.")] = 8,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin anew, and replace OUT in the end.")] = False,
+    address: Annotated[str | None, typer.Option(help="A Ray cluster to use.", show_default=False)] = None,
+) -> None:
+    """Answer a file of prompts. Run again after a stop, it goes on where it was."""
+    require(workers >= 0, f"--workers {workers} is negative")
+    settings = BatchSettings(
+        sampler=request.make_sampler(),
+        cache=cache_policy(request.cache),
+        batch=batch_size,
+        **{name: getattr(request, name) for name in _SHARED},
+    )
+    shared = {"overwrite": overwrite, "on_progress": _tell if sys.stderr.isatty() else None}
+    try:
+        if workers > 1 or address is not None:
+            from ..integrations import ray
+
+            done = ray.run_batch(source, out, settings, workers=max(1, workers), address=address, **shared)
+        else:
+            done = run_batch(source, out, settings, **shared)
+    except KeyboardInterrupt:
+        parts = Path(f"{out}.parts")
+        there = f"finished rows are in {parts}, and the same command goes on from there"
+        typer.echo(f"\nstopped; {there if parts.exists() else 'no row was finished'}", err=True)
+        raise
+    kept = f", {done.kept} of them kept from before" if done.kept else ""
+    typer.echo(f"wrote {out}: {done.rows} rows{kept}, {done.errors} with an error, in {done.seconds:.1f} s", err=True)
+
+
+_SHARED = ("model", "gen_length", "seed", "raw", "device", "dtype", "weights", "impl", "loop")
+
+
+def _tell(done: int, rows: int) -> None:
+    """Progress, on one line of a terminal."""
+    print(f"\r{done} of {rows} rows", end="\n" if done >= rows else "", file=sys.stderr, flush=True)

@@ -1,0 +1,384 @@
+"""The command line: ``sfs generate``, ``plot``, ``chat``, ``serve``. Results go to stdout, all else to stderr."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import io
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any, TextIO, get_type_hints
+
+from ..chat.conversation import Settings
+from ..decoding.caching import POLICIES, cache_policy
+from ..decoding.samplers import PRESETS, SAMPLERS, FixedSteps, Sampler, SlowFast, Threshold
+from ..distributed import Group, check_started, join, joined, world
+from ..engine import DTYPES, WEIGHTS, Engine, Generation, load
+from ..errors import ArgumentError, MissingDependencyError, SfsError, require
+from ..ops.dispatch import IMPLEMENTATIONS
+from ..runner.choose import LOOPS
+from ..text.codec import check_size
+from ..version import __version__
+from ..view.printable import printable, printable_json
+
+try:
+    import typer
+    import typer.core
+except ImportError:  # main() names the extra in one line, where an error raised here would be a traceback
+    typer = None
+
+DELAY = 0.03
+LARGEST_INPUT = 16 * 2**20  # characters that are read from stdin: no context has room for so many
+# The options that only some samplers have; one that was given for another sampler is refused by name.
+BELONGS_TO = {
+    "preset": ("slowfast",),
+    "tau_min": ("slowfast",),
+    "tau_high": ("slowfast",),
+    "k_max": ("slowfast",),
+    "window": ("slowfast",),
+    "tau": ("threshold",),
+    "steps": ("threshold", "fixed"),
+    "block_length": SAMPLERS,
+}
+
+
+class Output(io.TextIOWrapper):
+    """Another stream's successor, which remembers why it could not be written.
+
+    What its encoding does not have becomes a question mark, as in a chat.
+    """
+
+    def __init__(self, stream: TextIO):
+        how = {"line_buffering": stream.line_buffering, "write_through": stream.write_through}
+        errors = "replace" if stream.errors == "strict" else stream.errors
+        super().__init__(stream.buffer, stream.encoding, errors, **how)
+        self.failure: OSError | None = None
+        self.before = stream  # which would close what both write to
+
+    def write(self, text: str) -> int:
+        with self._noting():
+            return super().write(text)
+
+    def flush(self) -> None:
+        with self._noting():
+            super().flush()
+
+    @contextmanager
+    def _noting(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self.failure = error
+            raise
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What to generate and how: the prompt and the options that ``generate`` and ``plot`` share."""
+
+    prompt: Annotated[str, typer.Argument(help="The prompt; - reads it from stdin.", show_default=False)]
+    model: Annotated[str, typer.Option(help="'embedded', a checkpoint folder, or a hub id.")] = "embedded"
+    sampler: Annotated[str, typer.Option(metavar="|".join(SAMPLERS), help="vanilla: one token a step.")] = "slowfast"
+    preset: Annotated[str | None, typer.Option(metavar="|".join(PRESETS), help="slowfast: default paper.")] = None
+    tau_min: Annotated[float | None, typer.Option(help="slowfast: confidence of a horizon candidate.")] = None
+    tau_high: Annotated[float | None, typer.Option(help="slowfast: confidence to commit in fast steps.")] = None
+    k_max: Annotated[int | None, typer.Option(help="slowfast: most slow steps of a cycle.")] = None
+    window: Annotated[int | None, typer.Option(help="slowfast: horizons the stability test looks at.")] = None
+    tau: Annotated[float | None, typer.Option(help="threshold: confidence to commit.")] = None
+    steps: Annotated[int | None, typer.Option(help="fixed: steps in all; threshold: sets a quota a step.")] = None
+    block_length: Annotated[int | None, typer.Option(help="Decode block by block (threshold: 32).")] = None
+    cache: Annotated[str, typer.Option(metavar="|".join(POLICIES), help="Cache policy.")] = "none"
+    gen_length: Annotated[int, typer.Option(help="Response positions.")] = 128
+    temperature: Annotated[float, typer.Option(help="0 takes the most likely token.")] = 0.0
+    cfg_scale: Annotated[float, typer.Option(help="Classifier-free guidance; 0 is off.")] = 0.0
+    eos_stop: Annotated[bool, typer.Option(help="Stop decoding at the first end-of-text.")] = False
+    seed: Annotated[int, typer.Option(help="Of the noise, for temperatures above 0.")] = 0
+    raw: Annotated[bool, typer.Option("--raw", help="Use the prompt as it is, without the chat template.")] = False
+    device: Annotated[str | None, typer.Option(help="Default: a GPU if there is one.", show_default=False)] = None
+    dtype: Annotated[str | None, typer.Option(metavar="|".join(DTYPES), help="Default: by device.")] = None
+    weights: Annotated[str | None, typer.Option(metavar="|".join(WEIGHTS), help="Default: as --dtype.")] = None
+    impl: Annotated[
+        str | None, typer.Option(metavar="|".join(IMPLEMENTATIONS), help="Of the operations. Default: torch.")
+    ] = None
+
+    loop: Annotated[str | None, typer.Option(metavar="|".join(LOOPS), help="Default: eager.")] = None
+    tensor_parallel: Annotated[int, typer.Option(help="Processes that share the model, started by torchrun.")] = 1
+
+    def text(self) -> str:
+        """The prompt itself, read from stdin if it is ``-``."""
+        try:
+            text = sys.stdin.read(LARGEST_INPUT + 1) if self.prompt == "-" else self.prompt
+            require(len(text) <= LARGEST_INPUT, f"the prompt on stdin is larger than {LARGEST_INPUT:,} characters")
+            text = text.rstrip("\n") if self.prompt == "-" else text
+            text.encode()  # bytes that the terminal's encoding could not decode arrive as lone surrogates
+        except UnicodeError as error:
+            raise ArgumentError(f"the prompt is not valid text: {error}") from None
+        require(bool(text.strip()), "the prompt is empty")
+        return text
+
+    def make_sampler(self) -> Sampler:
+        """The sampler's settings; refuses options of another sampler."""
+        require(self.sampler in SAMPLERS, f"--sampler {self.sampler} is not one of {', '.join(SAMPLERS)}")
+        given = {name: getattr(self, name) for name in BELONGS_TO if getattr(self, name) is not None}
+        for name in given:
+            owners = BELONGS_TO[name]
+            option, only = "--" + name.replace("_", "-"), " and ".join(owners)
+            require(self.sampler in owners, f"{option} does not apply to --sampler {self.sampler}, only to {only}")
+        given |= {"temperature": self.temperature, "cfg_scale": self.cfg_scale, "eos_stop": self.eos_stop}
+        if self.sampler == "slowfast":
+            return SlowFast.preset(given.pop("preset", "paper"), **given)
+        return Threshold(**given) if self.sampler == "threshold" else FixedSteps(**given)
+
+    def settings(self, **more: Any) -> Settings:
+        """How to answer, checked as far as no checkpoint is needed for it."""
+        sampler, policy = self.make_sampler(), cache_policy(self.cache)
+        return Settings(sampler=sampler, cache=policy, gen_length=self.gen_length, seed=self.seed, **more)
+
+    def load(self, group: Group | int = 1) -> Engine:
+        how = {"weights": self.weights, "tensor_parallel": group}
+        return load(self.model, self.device, self.dtype, self.impl, self.loop, **how)
+
+    def label(self) -> str:
+        """Sampler and cache in a few words, for summaries and titles."""
+        preset = f" ({self.preset or 'paper'})" if self.sampler == "slowfast" else ""
+        return f"{self.sampler}{preset}, cache {self.cache}"
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A request that has been checked, and its loaded model."""
+
+    request: Request
+    prompt: str
+    settings: Settings
+    engine: Engine
+
+    @classmethod
+    def prepare(cls, request: Request) -> Job:
+        """Check everything that can be checked before a checkpoint of many gigabytes is loaded, then load it."""
+        settings = request.settings()
+        group = join(request.tensor_parallel, request.device)
+        prompt = group.first(request.text)
+        engine = request.load(group)
+        require(engine.text is not None, f"model={request.model!r} has no tokenizer.json, which a text prompt needs")
+        room = engine.spec.max_length
+        require(request.gen_length < room, f"gen_length={request.gen_length}: the model has only {room} positions")
+        check_size("prompt", prompt, room)
+        return cls(request, prompt, settings, engine)
+
+    def run(self, **options: Any) -> Generation:
+        how = self.settings
+        return self.engine.generate(
+            self.prompt,
+            gen_length=how.gen_length,
+            sampler=how.sampler,
+            cache=how.cache,
+            seed=how.seed,
+            raw=self.request.raw,
+            **options,
+        )
+
+
+def _summary(result: Generation, label: str) -> str:
+    rate = len(result.tokens) / max(result.seconds, 1e-9)
+    return (
+        f"NFE {result.nfe} | TPF {result.tokens_per_forward:.2f} | {rate:,.1f} tokens/s | "
+        f"{result.rows_forwarded:,} rows forwarded | {len(result.tokens)} tokens in {result.seconds:.2f} s | {label}"
+    )
+
+
+def _as_json(job: Job, result: Generation) -> str:
+    return printable_json({**result.as_dict(), "model": job.request.model, **job.settings.as_dict()})
+
+
+def generate(
+    request: Request,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the text.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Show the canvas live, on stderr.")] = False,
+    delay: Annotated[float | None, typer.Option(help=f"Seconds per frame of --watch; default {DELAY}.")] = None,
+) -> None:
+    """Answer a prompt. The text goes to stdout, a one-line summary to stderr."""
+    require(watch or delay is None, "--delay applies only with --watch")
+    delay = DELAY if delay is None else delay
+    require(math.isfinite(delay) and delay >= 0, f"--delay {delay} is not a number of seconds")
+    if watch:
+        from ..view.canvas import Watcher
+    job = Job.prepare(request)
+    if watch and job.engine.model.group.rank > 0:
+        result = job.run(on_step=lambda frame: None)  # ranks make the same calls
+    elif watch:
+        title = f"sfs: {request.label()}"
+        with Watcher(job.engine, job.settings.sampler, request.gen_length, delay=delay, title=title) as show:
+            result = job.run(on_step=show)
+    else:
+        result = job.run()
+    if job.engine.model.group.rank > 0:
+        return
+    text = printable(result.text) if sys.stdout.isatty() else result.text  # a file gets what the model said
+    typer.echo(_as_json(job, result) if as_json else text)
+    typer.echo(_summary(result, request.label()), err=True)
+
+
+def plot(
+    request: Request,
+    out: Annotated[Path, typer.Argument(help="Picture to write: .png, .svg or .pdf.", show_default=False)],
+) -> None:
+    """Draw the confidence map of a generation: position by step, with stages, cycles and spans."""
+    from ..view.plot import check_path, confidence_map, save
+
+    check_path(out)
+    job = Job.prepare(request)
+    result = job.run(trace=True)
+    save(confidence_map(result, job.settings.sampler, title=request.label()), out)
+    typer.echo(f"{_summary(result, request.label())} | wrote {out}", err=True)
+
+
+def chat(
+    request: Request,
+    system: Annotated[str, typer.Option(help="A system message.", show_default=False)] = "",
+    forget: Annotated[bool, typer.Option("--forget", help="Drop oldest exchanges where a turn has no room.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object for each answer.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Show the canvas live, on stderr.")] = False,
+    delay: Annotated[float, typer.Option(help="Seconds per frame of --watch.")] = DELAY,
+    history: Annotated[Path | None, typer.Option(help="A file to keep typed lines in.", show_default=False)] = None,
+) -> None:
+    """Talk to a model, turn by turn. Lines that begin with / are commands: /help lists them."""
+    from ..chat.conversation import Chat
+    from ..chat.terminal import ChatTerminal, InputHistory
+
+    require(math.isfinite(delay) and delay >= 0, f"--delay {delay} is not a number of seconds")
+    if watch:
+        from ..view import canvas as render  # noqa: F401  which names the extra where rich is missing
+    settings = request.settings(forget=forget)
+    typed = InputHistory(history)
+    engine = request.load()
+    terminal = ChatTerminal(
+        Chat(engine, settings, system), model=request.model, as_json=as_json, watch=watch, delay=delay, history=typed
+    )
+    raise typer.Exit(terminal.run())
+
+
+def _takes_request(command: Callable[..., None], **fixed: Any) -> Callable[..., None]:
+    """Give ``command`` one option per field of :class:`Request`, and turn package errors into one line and exit code 2.
+
+    Fields that are ``fixed`` are no options. The others stand in one place that way, and the bodies stay free of twenty
+    parameters.
+    """
+    hints = get_type_hints(Request, include_extras=True)
+    shared = [
+        inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, annotation=hints[f.name], default=_default(f))
+        for f in fields(Request)
+        if f.name not in fixed
+    ]
+    own_hints = get_type_hints(command, include_extras=True)
+    own = [
+        p.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=own_hints[p.name])
+        for p in inspect.signature(command).parameters.values()
+        if p.name != "request"
+    ]
+
+    @functools.wraps(command)
+    def wrapper(**values: Any) -> None:
+        request = {f.name: fixed[f.name] if f.name in fixed else values.pop(f.name) for f in fields(Request)}
+        with _refusals():
+            check_started(request["tensor_parallel"])
+            command(Request(**request), **values)
+
+    parameters = [shared[0], *own, *shared[1:]]  # arguments in the order they are typed: the prompt, then the rest
+    wrapper.__signature__ = inspect.Signature(parameters)
+    wrapper.__annotations__ = {p.name: p.annotation for p in parameters}
+    return wrapper
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """Turn package errors into one line and exit code 2."""
+    try:
+        yield
+    except SfsError as error:
+        rank, _ = world()
+        if rank == 0 or not joined():
+            typer.echo(f"rank {rank}: " * (rank > 0) + _error_line(error), err=True)
+        raise typer.Exit(2) from None
+
+
+def _default(field: Any) -> Any:
+    return inspect.Parameter.empty if field.default is MISSING else field.default
+
+
+def _error_line(error: SfsError) -> str:
+    return "error: " + " ".join(str(error).split())
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"sfs_triton {__version__}")
+        raise typer.Exit
+
+
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Fast decoding for full-attention masked-diffusion language models."""
+
+
+def _prompt_command() -> type:
+    """The class of commands that take a prompt: where that begins with a dash, their refusal says what to do."""
+
+    class PromptCommand(typer.core.TyperCommand):
+        def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+            given = list(args)
+            try:
+                return super().parse_args(ctx, args)
+            except typer.BadParameter.__base__ as error:  # the parser's errors of usage
+                if any(arg.startswith("-") and (" " in arg or arg[1:2].isdigit()) for arg in given):
+                    error.message += "\nA prompt that begins with a dash goes last, after --, as in: -- '-5 apples'"
+                raise
+
+    return PromptCommand
+
+
+def _build_app() -> typer.Typer:
+    built = typer.Typer(name="sfs", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+    built.callback()(_root)
+    alone = {"tensor_parallel": 1}
+    built.command(cls=_prompt_command())(_takes_request(generate))
+    built.command(cls=_prompt_command())(_takes_request(plot, **alone))
+    built.command()(_takes_request(chat, prompt="", raw=False, **alone))
+    from ..serve.command import serve
+    from .batch import batch
+
+    built.command()(_takes_request(batch, prompt="", **alone))
+    built.command()(_refusals()(serve))
+    return built
+
+
+app = None if typer is None else _build_app()
+
+
+def main() -> None:
+    """Entry point of the console script ``sfs``."""
+    if app is None:
+        missing = MissingDependencyError('the command line needs typer: pip install "sfs_triton[cli]"')
+        print(_error_line(missing), file=sys.stderr)
+        sys.exit(2)
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by whoever started it
+            setattr(sys, name, open(os.devnull, mode))
+    sys.stdout = out = Output(sys.stdout)
+    try:
+        app()
+        out.flush()
+    except OSError:
+        if out.failure is None:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())  # or the interpreter's end would try again
+        print(f"error: stdout cannot be written: {out.failure.strerror or out.failure}", file=sys.stderr)
+        sys.exit(1)

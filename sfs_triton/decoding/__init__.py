@@ -1,0 +1,1 @@
+"""Parameters of decoding: samplers and cache policies, as frozen records without tensors."""

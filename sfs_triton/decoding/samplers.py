@@ -1,0 +1,419 @@
+"""Samplers as frozen, validated settings. Every threshold and every rule of choice lives here and nowhere else."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple
+
+import torch
+
+from ..errors import require
+from ..ops.dispatch import BlockRules, CycleRules, Draw
+
+SPREADS, SLOW_ENDS, ROUNDINGS = ("variance", "std", "unbiased"), ("stable", "fixed", "filled"), ("floor", "even")
+LARGEST = 1_000_000  # of whole numbers: no canvas has so many positions
+FIXED_METRICS = ("confidence", "maskgit_plus", "topk_margin", "entropy", "origin")
+
+
+def _check_number(name: str, value: Any, least: float = 0.0) -> None:
+    ok = isinstance(value, (int, float)) and not isinstance(value, bool) and least <= value <= 1e30  # fits float32
+    require(ok, f"{name}={value!r} is not a number from {least:g} to 1e30")
+
+
+def _check_integer(name: str, value: Any, least: int = 1) -> None:
+    ok = isinstance(value, int) and not isinstance(value, bool) and value >= least
+    require(ok, f"{name}={value!r} is not an integer of at least {least}")
+    require(value <= LARGEST, f"{name}={value!r} is larger than {LARGEST}, more than any canvas has room for")
+
+
+def _check_flag(name: str, value: Any) -> None:
+    require(isinstance(value, bool), f"{name}={value!r} is neither True nor False")
+
+
+def _check_choice(name: str, value: Any, allowed: tuple) -> None:
+    require(value in allowed, f"{name}={value!r} is not one of {allowed}")
+
+
+class Dials(NamedTuple):
+    """The numbers of a sampler that rows decoded side by side have each their own of. They are on the device, in the
+    columns of the same names."""
+
+    temperature: float
+    top_p: float
+    tau_min: float = math.inf
+    tau_slow: float = math.inf
+    tau: float = math.inf
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampler:
+    """What all samplers share.
+
+    Args:
+        temperature: 0 takes the most likely token; above, Gumbel noise keyed by row seed, token, position and step.
+        top_p, top_k: limit what can be drawn.
+        cfg_scale: classifier-free guidance, ``c + cfg_scale * (c - u)``, with the given positions masked in ``u``.
+        eos_stop: stop at the leftmost committed end-of-text; what follows becomes end-of-text and is not computed.
+    """
+
+    temperature: float = 0.0
+    top_p: float | None = None
+    top_k: int | None = None
+    cfg_scale: float = 0.0
+    eos_stop: bool = False
+
+    def __post_init__(self) -> None:
+        _check_number("temperature", self.temperature)
+        require(
+            self.temperature == 0 or self.temperature >= 1e-6,
+            f"temperature={self.temperature!r} is neither 0 nor at least 1e-6",
+        )
+        _check_number("cfg_scale", self.cfg_scale)
+        _check_flag("eos_stop", self.eos_stop)
+        if self.top_p is not None:
+            _check_number("top_p", self.top_p)
+            require(0 < self.top_p <= 1, f"top_p={self.top_p!r} is not in (0, 1]")
+        if self.top_k is not None:
+            _check_integer("top_k", self.top_k)
+
+    def replace(self, **changes: Any) -> Sampler:
+        """A copy with some settings changed."""
+        unknown = set(changes) - {f.name for f in fields(self)}
+        require(not unknown, f"{type(self).__name__} has no setting {sorted(unknown)}")
+        return replace(self, **changes)
+
+    def draw(self) -> Draw:
+        """How a token is drawn and scored."""
+        return Draw(noise=self.temperature > 0, nucleus=self.has_nucleus, top_k=self.top_k)
+
+    @property
+    def has_nucleus(self) -> bool:
+        """Whether ``top_p`` leaves anything out."""
+        return self.top_p is not None and self.top_p < 1
+
+    def form(self) -> Sampler:
+        """What it shares with the samplers that can decode beside it: itself, but for what :meth:`dials` tells, which
+        is the same in all forms."""
+        return replace(self, temperature=float(self.temperature > 0), top_p=1e-3 if self.has_nucleus else None)
+
+    def dials(self) -> Dials:
+        """What of it is a row's own."""
+        return Dials(self.temperature or 1.0, self.top_p if self.has_nucleus else math.inf)
+
+    def check_cache(self, policy) -> None:
+        """Refuse a cache policy that this sampler does not go with."""
+
+    def check_length(self, length: int) -> None:
+        """Refuse a response length that the block length does not divide."""
+        block = getattr(self, "block_length", None)
+        require(block is None or length % block == 0, f"gen_length={length} is not a multiple of block_length={block}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlowFast(Sampler):
+    """SlowFast Sampling (arXiv 2506.10848). Defaults are the paper's; :meth:`preset` has the references' own.
+
+    Each cycle starts with at most ``k_max`` cautious steps, each of which also estimates how far positions are
+    predictable; once the last ``window`` estimates agree, everything up to there is filled in parallel.
+
+    Args:
+        tau_min: confidence of a candidate for the horizon.
+        tau_high: confidence for parallel unmasking in the fast stage.
+        tau_slow: the same in the slow stage; None unmasks only the best position there. No confidence exceeds 1, so
+            a threshold above it is never reached: without candidates the horizon is ``s + 1``, and without positions
+            over ``tau_high`` a step fills the best one.
+        k_max, window: most slow steps of a cycle; how many horizons the stability test looks at.
+        spread, spread_limit, inclusive: the stability test, ``spread < limit`` (or ``<=``).
+        strict: whether thresholds must be exceeded or reached.
+        slow_end: the slow stage ends at stability, after exactly ``k_max`` steps, or after ``k_max`` or when full.
+        rounding: of the mean horizon that is used where stability is not reached.
+        zero_history: the window starts filled with zeros.
+        min_parallel, min_parallel_slow: take all positions over the threshold only if there are so many.
+        block_length, max_cycles: semi-autoregressive blocks, and the most cycles spent on one.
+        share_stable: the step that becomes stable, the last of its slow stage, also commits what the fast stage would
+            take from the same logits: of the positions undecided before the step in ``[s, e)`` all over ``tau_high``,
+            if they are ``min_parallel``. A span that is full after it needs no fast stage. Only with
+            ``slow_end="stable"``.
+        eos_horizon: whether a position whose chosen token is end-of-text can be a candidate for the horizon. It can be
+            filled either way.
+    """
+
+    tau_min: float = 0.1
+    tau_high: float = 0.85
+    tau_slow: float | None = None
+    k_max: int = 8
+    window: int = 2
+    spread: str = "variance"
+    spread_limit: float = 1.0
+    inclusive: bool = False
+    strict: bool = True
+    slow_end: str = "stable"
+    rounding: str = "floor"
+    zero_history: bool = False
+    min_parallel: int = 1
+    min_parallel_slow: int = 1
+    block_length: int | None = None
+    max_cycles: int | None = None
+    share_stable: bool = False
+    eos_horizon: bool = True
+    name: str = "paper"
+
+    def __post_init__(self) -> None:
+        Sampler.__post_init__(self)
+        for name in ("tau_min", "tau_high", "spread_limit"):
+            _check_number(name, getattr(self, name))
+        if self.tau_slow is not None:
+            _check_number("tau_slow", self.tau_slow)
+        for name in ("k_max", "window", "min_parallel", "min_parallel_slow"):
+            _check_integer(name, getattr(self, name))
+        for name in ("block_length", "max_cycles"):
+            if getattr(self, name) is not None:
+                _check_integer(name, getattr(self, name))
+        _check_choice("spread", self.spread, SPREADS)
+        _check_choice("slow_end", self.slow_end, SLOW_ENDS)
+        _check_choice("rounding", self.rounding, ROUNDINGS)
+        for name in ("inclusive", "strict", "zero_history", "share_stable", "eos_horizon"):
+            _check_flag(name, getattr(self, name))
+        require(
+            not self.share_stable or self.slow_end == "stable",
+            f"share_stable=True does not go with slow_end={self.slow_end!r}: only slow_end='stable' ends the slow "
+            "stage with the step that becomes stable",
+        )
+
+    @classmethod
+    def preset(cls, name: str = "paper", **changes: Any) -> SlowFast:
+        """One of :data:`PRESETS`, with some settings changed."""
+        _check_choice("preset", name, tuple(PRESETS))
+        return PRESETS[name].replace(**changes)
+
+    def form(self) -> SlowFast:
+        return replace(super().form(), tau_min=1.0, tau_high=1.0, tau_slow=None, name="")
+
+    def dials(self) -> Dials:
+        never = math.inf if self.tau_slow is None else self.tau_slow
+        return super().dials()._replace(tau_min=self.tau_min, tau_slow=never, tau=self.tau_high)
+
+    def check_cache(self, policy) -> None:
+        require(
+            not policy.by_block,
+            f"cache={policy.name!r} works by block and does not go with SlowFast; use 'none', 'region' or 'refresh'",
+        )
+
+    def rules(
+        self, opening: str = "normal", *, look_ahead: int = 0, partial: bool = False, span_cap: int | None = None
+    ) -> CycleRules:
+        """The settings as the cycle machine takes them; arguments are the cache policy's.
+
+        Args:
+            opening: for the block machine; cycles have none.
+            look_ahead: how many positions beyond the span fast steps score, to start the next cycle's history.
+            partial: row lists may leave out positions that a step would decide.
+            span_cap: with ``partial``: slow steps look at no more than so many positions.
+        """
+        _check_integer("look_ahead", look_ahead, 0)
+        require(
+            not (look_ahead and self.zero_history),
+            f"look_ahead={look_ahead} does not go with zero_history=True: there is no empty history to start",
+        )
+        if span_cap is not None:
+            _check_integer("span_cap", span_cap)
+            require(
+                not self.zero_history,
+                f"span_cap={span_cap} does not go with zero_history=True: a mean over zeros may move a cycle's begin "
+                "back, and then so short a window may hold nothing to decide",
+            )
+        deviation = self.spread == "std"  # compared as a variance, because square roots differ between devices
+        return CycleRules(
+            k_max=self.k_max,
+            window=self.window,
+            spread="variance" if deviation else self.spread,
+            spread_limit=self.spread_limit * self.spread_limit if deviation else self.spread_limit,
+            inclusive=self.inclusive,
+            strict=self.strict,
+            slow_end=self.slow_end,
+            rounding=self.rounding,
+            zero_history=self.zero_history,
+            min_parallel=self.min_parallel,
+            min_parallel_slow=self.min_parallel_slow,
+            block_length=self.block_length,
+            max_cycles=self.max_cycles,
+            eos_stop=self.eos_stop,
+            share_stable=self.share_stable,
+            eos_horizon=self.eos_horizon,
+            look_ahead=look_ahead,
+            partial=partial,
+            span_cap=span_cap,
+        )
+
+    def step_cap(self, length: int) -> int:
+        """More steps than decoding ``length`` positions can take: each cycle fills at least one of them."""
+        return length * (self.k_max + 1) + self.k_max
+
+
+PRESETS = {
+    "paper": SlowFast(),
+    "fast": SlowFast(name="fast", tau_high=0.95, tau_slow=0.95, share_stable=True),  # no reference's; docs/settings.md
+    "llada-reference": SlowFast(
+        name="llada-reference",
+        tau_min=0.3,
+        tau_high=0.9,
+        tau_slow=0.9,
+        k_max=6,
+        window=2,
+        spread="std",
+        strict=False,
+        slow_end="fixed",
+        min_parallel=2,
+        min_parallel_slow=2,
+    ),
+    "dream-reference": SlowFast(
+        name="dream-reference",
+        tau_min=0.1,
+        tau_high=0.9,
+        tau_slow=0.8,
+        k_max=6,
+        window=2,
+        spread="unbiased",
+        inclusive=True,
+        strict=False,
+        slow_end="filled",
+        rounding="even",
+        zero_history=True,
+        min_parallel=2,
+        min_parallel_slow=2,
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Threshold(Sampler):
+    """Confidence-aware parallel decoding (Fast-dLLM), block by block: the best position and all that reach ``tau``.
+
+    A ``tau`` above 1 is never reached: one position a step.
+    ``steps`` sets a quota: at most ``gen_length / steps`` positions a step plus what earlier steps left over, as
+    Fast-dLLM's sampler for Dream has it.
+    """
+
+    tau: float = 0.9
+    block_length: int | None = 32
+    steps: int | None = None
+
+    def __post_init__(self) -> None:
+        Sampler.__post_init__(self)
+        _check_number("tau", self.tau)
+        for name in ("block_length", "steps"):
+            if getattr(self, name) is not None:
+                _check_integer(name, getattr(self, name))
+
+    def form(self) -> Threshold:
+        return replace(super().form(), tau=1.0)
+
+    def dials(self) -> Dials:
+        return super().dials()._replace(tau=self.tau)
+
+    def rules(
+        self, opening: str = "normal", *, look_ahead: int = 0, partial: bool = False, span_cap: int | None = None
+    ) -> BlockRules:
+        """The settings as the block machine takes them; arguments are the cache policy's.
+
+        ``look_ahead`` and ``span_cap`` are for the cycle machine; blocks have neither.
+        """
+        return BlockRules(
+            block_length=self.block_length,
+            by_threshold=True,
+            paced_steps=self.steps,
+            opening=opening,
+            eos_stop=self.eos_stop,
+            partial=partial,
+        )
+
+    def step_cap(self, length: int) -> int:
+        return 2 * length + (self.steps or 0) + 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class FixedSteps(Sampler):
+    """A fixed number of steps, each committing a scheduled count of positions: LLaDA's and Dream's own samplers.
+
+    ``metric="confidence"`` is LLaDA's low-confidence remasking (counts spread evenly over the steps of each block;
+    one position a step where ``steps`` is None). Dream's are ``maskgit_plus``, ``topk_margin``, ``entropy`` and
+    ``origin`` (positions at random): counts follow its time schedule with ``eps``, and tokens and scores are taken
+    after temperature, top-p and top-k.
+    """
+
+    steps: int | None = None
+    metric: str = "confidence"
+    block_length: int | None = None
+    eps: float = 1e-3
+
+    def __post_init__(self) -> None:
+        Sampler.__post_init__(self)
+        _check_choice("metric", self.metric, FIXED_METRICS)
+        _check_number("eps", self.eps)
+        require(0 < self.eps < 1, f"eps={self.eps!r} is not in (0, 1)")
+        for name in ("block_length", "steps"):
+            if getattr(self, name) is not None:
+                _check_integer(name, getattr(self, name))
+
+    def check_cache(self, policy) -> None:
+        if policy.name == "region":
+            block = self.block_length
+            require(
+                block is not None and 2 * block < policy.capacity,
+                f"block_length={block} does not go with cache='region', capacity={policy.capacity}: FixedSteps counts "
+                f"what a step commits over a whole block, so set block_length below {policy.capacity / 2:g}",
+            )
+
+    def form(self) -> FixedSteps:
+        """How many steps there are is a row's own, unless they follow a time schedule."""
+        form = super().form()
+        return replace(form, steps=None, eps=FixedSteps.eps) if self.metric == "confidence" else form
+
+    def draw(self) -> Draw:
+        score = {"topk_margin": "margin", "entropy": "entropy"}.get(self.metric, "confidence")
+        return Draw(
+            metric=score,
+            noise=self.temperature > 0,
+            nucleus=self.has_nucleus,
+            top_k=self.top_k,
+            tempered=self.metric != "confidence",
+        )
+
+    def block_steps(self, length: int) -> int:
+        """Steps that a block of a response of ``length`` has: its share of ``steps``, rounded down, at least one."""
+        blocks = -(-length // (self.block_length or length))
+        return max(1, (self.steps or length) // blocks)
+
+    def shares(self, length: int) -> list[float]:
+        """For each step of a block, the share of what is left that Dream's time schedule commits (float32 steps)."""
+        times = torch.linspace(1, self.eps, self.block_steps(length) + 1, dtype=torch.float32)
+        return (1 - times[1:] / times[:-1]).tolist()
+
+    def rules(
+        self, opening: str = "normal", *, look_ahead: int = 0, partial: bool = False, span_cap: int | None = None
+    ) -> BlockRules:
+        """The settings as the block machine takes them; arguments are the cache policy's.
+
+        ``look_ahead`` and ``span_cap`` are for the cycle machine; blocks have neither.
+        """
+        return BlockRules(
+            block_length=self.block_length,
+            schedule="even" if self.metric == "confidence" else "timesteps",
+            at_random=self.metric == "origin",
+            opening=opening,
+            eos_stop=self.eos_stop,
+            partial=partial,
+        )
+
+    def step_cap(self, length: int) -> int:
+        return (self.block_steps(length) + 2) * -(-length // (self.block_length or length)) + 2
+
+
+# What they are called on the command line, in requests and in evaluations; ``vanilla`` is one token a step.
+SAMPLERS: dict[str, type[Sampler]] = {
+    "slowfast": SlowFast,
+    "threshold": Threshold,
+    "fixed": FixedSteps,
+    "vanilla": FixedSteps,
+}

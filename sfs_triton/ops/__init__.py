@@ -1,0 +1,1 @@
+"""One function per operation: plain torch, and the Triton kernels beside it."""

@@ -1,0 +1,176 @@
+"""One name an operation, whatever implements it. Models, samplers and loops call these and nothing below.
+
+``implementation`` picks once, for a device: plain torch (:mod:`sfs_triton.ops.torch`) or Triton kernels
+(:mod:`sfs_triton.kernels`).
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+
+import torch
+import torch.nn.functional as F
+
+from ..distributed import Vocabulary
+from ..errors import ArgumentError, MissingDependencyError, require
+from .torch import sharded
+from .torch.confidence import Draw, filter_logits
+from .torch.cycle import CycleRules
+from .torch.linear import Matrix, Quantised, quantize
+from .torch.rope_cache import rope_tables
+from .torch.select import BlockRules
+
+IMPLEMENTATIONS = ("torch", "triton")
+
+
+@dataclass(frozen=True)
+class Ops:
+    """An implementation of every operation; ``torch_ops/`` says what each computes."""
+
+    attention: Callable[..., torch.Tensor]
+    compact: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    confidence: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    decide_block: Callable[..., None]
+    decide_cycle: Callable[..., None]
+    embedding: Callable[..., torch.Tensor]
+    linear: Callable[..., torch.Tensor]
+    lm_head: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    lm_head_partials: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    look: Callable[..., torch.Tensor]
+    merge_partials: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    place: Callable[..., None]
+    plan: Callable[..., None]
+    post: Callable[..., None]
+    reach: Callable[..., None]
+    rms_norm: Callable[..., torch.Tensor]
+    rope_cache: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+    silu_mul: Callable[..., torch.Tensor]
+
+    def product(
+        self, x: torch.Tensor, matrix: Matrix, bias: torch.Tensor | None = None, rows: slice | None = None
+    ) -> torch.Tensor:
+        """``x @ matrix^T``, plus ``bias``: ``[..., K]`` to ``[..., N]``, for ``matrix [N, K]`` or ``rows`` of it.
+
+        A plain matrix goes to the libraries that torch has for it, a quantised one to :attr:`linear`.
+        """
+        if rows is not None:
+            matrix, bias = matrix[rows], None if bias is None else bias[rows]
+        if isinstance(matrix, torch.Tensor):
+            return F.linear(x, matrix, bias)
+        flat = x.reshape(-1, x.shape[-1])
+        added = None if bias is None else bias.expand(flat.shape[0], -1)
+        out = self.linear(flat, matrix.codes, matrix.scale, residual=added)
+        return out.view(*x.shape[:-1], out.shape[-1])
+
+    def choose(
+        self,
+        hidden: torch.Tensor,
+        head: Matrix,
+        draw: Draw,
+        *,
+        rows: torch.Tensor | None = None,
+        count: torch.Tensor | None = None,
+        vocabulary: Vocabulary | None = None,
+        top_p: torch.Tensor | None = None,
+        **noise: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ``[T]`` (int32) and score ``[T]`` (float32) for each row of ``hidden [T, d]``, by ``head [V, d]``.
+
+        ``rows`` int32 ``[T]`` names rows of ``hidden`` instead, of which the first ``count [1]`` are wanted. ``noise``
+        is ``temperature`` (float32 ``[T]``), ``seed``, ``position`` and ``step`` (int64 ``[T]``), where the draw has
+        noise; ``top_p`` (float32 ``[T]``) is there where it has a nucleus. With ``vocabulary``, ``head`` is this rank's
+        part of it: ranks tell each other 5 or 6 numbers a row, and one more for the entropy; only top-p and top-k need
+        all logits of a row in one place.
+        """
+        filtered = draw.top_k is not None or draw.nucleus
+        if draw.metric == "confidence" and not draw.tempered and not filtered:
+            if isinstance(head, Quantised):
+                head, noise = head.codes, noise | {"scale": head.scale}
+            how = {"rows": rows, "count": count, **noise}
+            if vocabulary is None:
+                return self.lm_head(hidden, head, **how)
+            values, winner = self.lm_head_partials(hidden, head, vocab_start=vocabulary.start, **how)
+            told = vocabulary.group.all_gather(sharded.pack(values, winner))
+            return self.merge_partials(*sharded.unpack(told))
+        if rows is not None:
+            hidden = hidden[rows.clamp(min=0)]
+        logits = self.product(hidden, head)
+        if vocabulary is not None and not filtered:
+            return _choose_together(logits, draw, vocabulary, **noise)
+        if vocabulary is not None:
+            logits = vocabulary.gather(logits)
+        how = {"metric": draw.metric, "tempered": draw.tempered}
+        if not filtered:
+            return self.confidence(logits, **how, **noise)
+        logits = logits.float()
+        if draw.tempered and draw.noise:  # what is filtered is tempered already
+            temperature = noise["temperature"]
+            logits, noise["temperature"] = logits / temperature[:, None], torch.ones_like(temperature)
+        drawn = filter_logits(logits, draw.top_k, top_p)
+        token, score = self.confidence(drawn, **how, **noise)
+        if not draw.tempered:
+            score = logits.softmax(-1).gather(-1, token[:, None].long())[:, 0]
+        return token, score
+
+
+def _choose_together(
+    logits: torch.Tensor, draw: Draw, vocabulary: Vocabulary, **noise: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """:meth:`Ops.choose` from each rank's own logits ``[T, v]``."""
+    group, logits = vocabulary.group, sharded.measured(logits, draw, noise.get("temperature"))
+    told = group.all_gather(sharded.partials(logits, draw, vocab_start=vocabulary.start, **noise))
+    token, score = sharded.merge(told, draw.metric)
+    if draw.metric == "entropy":
+        score = group.all_gather(sharded.entropy(logits, score)).sum(0)
+    return token, score
+
+
+def check_implementation(impl: str | None) -> None:
+    """Raise :class:`~sfs_triton.errors.ArgumentError` unless ``impl`` is None or one of :data:`IMPLEMENTATIONS`."""
+    require(impl is None or impl in IMPLEMENTATIONS, f"impl={impl!r} is not one of {IMPLEMENTATIONS}")
+
+
+def implementation(impl: str | None, device: torch.device) -> Ops:
+    """The operations for tensors on ``device``, all by ``impl``; None is torch. ``post`` is a kernel on every GPU.
+
+    Raises:
+        ArgumentError: ``impl`` is unknown, or cannot run on ``device``.
+        MissingDependencyError: ``impl="triton"`` and triton is not installed.
+    """
+    check_implementation(impl)
+    module = _module(impl or "torch", device)
+    ops = Ops(**{field.name: getattr(module, field.name) for field in fields(Ops)})
+    if device.type != "cuda":
+        return ops
+    # plain torch has no store to host memory that is ordered with a GPU's work
+    return replace(ops, post=_module("triton", device).post)
+
+
+def _module(impl: str, device: torch.device):
+    if impl == "triton":
+        try:
+            import triton
+        except ImportError:
+            raise MissingDependencyError("impl='triton' needs the package triton: pip install triton") from None
+        if device.type != "cuda" and not triton.knobs.runtime.interpret:
+            raise ArgumentError(
+                f"impl='triton' cannot run on device {str(device)!r}: kernels need a GPU, or TRITON_INTERPRET=1 in the "
+                "environment before triton is imported (slow; for tests)"
+            )
+    return importlib.import_module(f".{impl}_backend", __package__)
+
+
+__all__ = [
+    "BlockRules",
+    "CycleRules",
+    "Draw",
+    "Matrix",
+    "Ops",
+    "Quantised",
+    "check_implementation",
+    "implementation",
+    "quantize",
+    "rope_tables",
+]

@@ -1,0 +1,207 @@
+"""The slow/fast cycle machine of SlowFast Sampling (arXiv 2506.10848), for all rows of a batch at once.
+
+``decide`` is one step: estimate the candidate horizon, test its stability, choose and commit positions, and move on to
+the fast stage, the next cycle or the next block. It reads and writes tensors of a ``DecodeState`` and never looks at
+their values on the host.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ...kernels.control import FAST, SLOW
+from .commit import commit, finish_step, first_masked, inside_scores, mark_faults, waiting
+from .plan import stage_range
+
+
+@dataclass(frozen=True)
+class CycleRules:
+    """The numbers and choices in which the paper and the references differ; ``SlowFast`` fills them in. Thresholds are
+    each row's own (``state.tau_min``, ``tau_slow`` and ``tau``)."""
+
+    k_max: int
+    window: int
+    spread: str  # "variance" or "unbiased" variance; a standard deviation is its variance with the squared limit
+    spread_limit: float
+    inclusive: bool  # spread <= limit, not <
+    strict: bool  # confidences must exceed a threshold, not just reach it
+    slow_end: str  # "stable", "fixed" or "filled"
+    rounding: str  # "floor" or "even"
+    zero_history: bool  # the window starts as zeros and counts as full
+    min_parallel: int  # so many positions must reach the threshold, or the best one alone is taken
+    min_parallel_slow: int
+    block_length: int | None
+    max_cycles: int | None  # in a block
+    eos_stop: bool
+    share_stable: bool = False  # the step that becomes stable also fills [s, e) as the fast stage would
+    eos_horizon: bool = True  # end-of-text can be a candidate
+    look_ahead: int = 0  # so many positions beyond e, scored in fast steps, start the next cycle's history
+    partial: bool = False  # row lists may leave out what a step would decide; a row of which they leave all out waits
+    span_cap: int | None = None  # with partial: as the row lists have it
+
+
+def spread_of(history: torch.Tensor, count: torch.Tensor, kind: str) -> torch.Tensor:
+    """Variance of the ``count`` values in each row of ``history [B, W]`` (unused slots are zero), in float64.
+
+    From integers, ``count * sum(x^2) - sum(x)^2`` is exact, and one division is rounded alike on every device. A square
+    root is not: torch's may be off by one unit in the last place.
+    """
+    total, squares = history.sum(1), history.square().sum(1)
+    numerator = (count * squares - total.square()).double()
+    if kind == "unbiased":
+        return torch.where(count > 1, numerator / (count * (count - 1)).clamp(min=1), 0.0)
+    return numerator / (count * count).clamp(min=1)
+
+
+def _over(scores: torch.Tensor, tau: torch.Tensor, rules: CycleRules) -> torch.Tensor:
+    """Which of ``scores [B, L]`` pass the thresholds of their rows, ``tau [B]``."""
+    return scores > tau[:, None] if rules.strict else scores >= tau[:, None]
+
+
+def _furthest(state, scores: torch.Tensor, rules: CycleRules) -> torch.Tensor:
+    """The highest candidate for the horizon among ``scores [B, L]``, -1 if there is none."""
+    candidate = _over(scores, state.tau_min, rules)
+    if not rules.eos_horizon:
+        candidate &= state.token != state.eos_id
+    return torch.where(candidate, state.position, -1).amax(1)
+
+
+def _horizon(state, scores: torch.Tensor, moves: torch.Tensor, rules: CycleRules) -> torch.Tensor:
+    """Push this slow step's candidate horizon, and update stability and the span's end ``e``.
+
+    Returns the rows that became stable with this step.
+    """
+    furthest = _furthest(state, scores, rules)
+    estimate = torch.where(furthest >= 0, furthest + 1, state.s + 1)
+    estimating = moves & (state.phase == SLOW) & (state.determined == 0)
+
+    slot = state.history_slot == (state.n_history % rules.window)[:, None]
+    pushed = torch.where(slot, (estimate - state.block_start)[:, None], state.history)
+    state.history.copy_(torch.where(estimating[:, None], pushed, state.history))
+    state.n_history.add_(estimating)
+
+    count = state.n_history.clamp(max=rules.window)
+    if rules.zero_history:
+        count = torch.full_like(count, rules.window)
+    spread = spread_of(state.history, count, rules.spread)
+    full = count >= rules.window
+    stable = (spread <= rules.spread_limit if rules.inclusive else spread < rules.spread_limit) & full
+    total = state.history.sum(1)
+    if rules.rounding == "even":
+        mean = (total / count.clamp(min=1).double()).round().long().clamp(min=1)
+    else:
+        mean = total // count.clamp(min=1)
+    span_end = torch.where(stable, estimate, mean + state.block_start)
+    last = state.k == rules.k_max - 1
+    state.e.copy_(torch.where(estimating & (full | last), span_end, state.e))
+    state.determined.copy_(torch.where(estimating & full & (stable | last), 1, state.determined))
+    state.estimate.copy_(torch.where(estimating, estimate, -1))
+    state.spread.copy_(torch.where(estimating & full, spread, float("nan")))
+    return estimating & stable
+
+
+def _fill(state, scores: torch.Tensor, rules: CycleRules) -> torch.Tensor:
+    """The positions this step commits: everything over the threshold if enough are, else the best one."""
+    slow = state.phase == SLOW
+    enough = torch.where(slow, rules.min_parallel_slow, rules.min_parallel)
+    high = _over(scores, torch.where(slow, state.tau_slow, state.tau), rules)
+    best = state.position == scores.argmax(1, keepdim=True)
+    return torch.where((high.sum(1) >= enough)[:, None], high, best) & state.inside
+
+
+def _shared_fill(state, scores: torch.Tensor, stable: torch.Tensor, rules: CycleRules) -> torch.Tensor:
+    """What the fast stage would commit in the spans of the ``stable`` rows, without its resort to the best one.
+
+    It sees what was undecided before this step, so positions that the slow fill takes count among ``min_parallel``.
+    """
+    high = _over(scores, state.tau, rules)
+    high &= state.position < state.e[:, None]
+    return high & (stable & (high.sum(1) >= rules.min_parallel))[:, None]
+
+
+def _seed(state, seeding: torch.Tensor, rules: CycleRules) -> None:
+    """Start the history of the rows that are ``seeding`` with the horizon that the look-ahead beyond ``e`` shows."""
+    stop = torch.minimum(state.e + rules.look_ahead, state.block_end)
+    ahead = state.masked & (state.position >= state.e[:, None]) & (state.position < stop[:, None])
+    furthest = _furthest(state, state.score.masked_fill(~ahead, float("-inf")), rules)
+    seeding = seeding & (furthest >= 0)
+    state.n_history.masked_fill_(seeding, 1)
+    first = seeding[:, None] & (state.history_slot == 0)
+    state.history.copy_(torch.where(first, (furthest + 1 - state.block_start)[:, None], state.history))
+
+
+def _advance(state, moves: torch.Tensor, rules: CycleRules) -> None:
+    """Fast stage, next cycle, next block or the end, from where masks are left."""
+    running = state.done == 0
+    slow = state.phase == SLOW
+    state.step.add_(running)
+    state.k.add_(moves)
+    first = first_masked(state, state.s)
+    nothing_left = first >= state.length
+    slow_over = state.k >= rules.k_max
+    if rules.slow_end != "fixed":
+        slow_over = slow_over | (first >= state.block_end)
+    if rules.slow_end == "stable":
+        slow_over = slow_over | (state.determined == 1)
+    stage_over = moves & torch.where(slow, slow_over, first >= state.e)
+    to_fast = stage_over & slow & (first < state.e)
+    cycle_over = stage_over & ~to_fast
+    block_over = cycle_over & (first >= state.block_end)
+    following = first
+    if rules.max_cycles is not None:
+        exhausted = cycle_over & (state.cycle + 1 >= rules.max_cycles)
+        following = torch.where(exhausted & ~block_over, first_masked(state, state.block_end), first)
+        block_over = block_over | exhausted
+    over = (block_over & (following >= state.length)) | (running & nothing_left & rules.eos_stop)
+    finish_step(state, running, over)
+
+    state.phase.copy_(torch.where(to_fast, FAST, torch.where(cycle_over, SLOW, state.phase)))
+    state.k.masked_fill_(to_fast | cycle_over, 0)
+    state.s.copy_(torch.where(cycle_over, state.e, state.s))
+    state.cycle.add_(cycle_over)
+    state.determined.copy_(torch.where(to_fast, 1, torch.where(cycle_over, 0, state.determined)))
+    state.n_history.masked_fill_(cycle_over, 0)
+    state.history.masked_fill_(cycle_over[:, None], 0)
+    if rules.look_ahead:
+        _seed(state, cycle_over & ~slow & ~block_over & (state.done == 0), rules)
+    state.e.masked_fill_(cycle_over, -1)
+    if rules.block_length is not None:
+        enter_block(state, block_over, following, rules.block_length)
+
+
+def enter_block(state, entering: torch.Tensor, position: torch.Tensor, block_length: int) -> None:
+    """Move the rows that are ``entering`` to the block that holds ``position [B]``."""
+    index = (position - state.start) // block_length
+    begin = state.start + index * block_length
+    state.block.copy_(torch.where(entering, index, state.block))
+    state.block_start.copy_(torch.where(entering, begin, state.block_start))
+    state.block_end.copy_(torch.where(entering, torch.minimum(begin + block_length, state.end), state.block_end))
+    state.s.copy_(torch.where(entering, begin, state.s))
+    state.cycle.masked_fill_(entering, 0)
+
+
+def decide(state, rules: CycleRules, *, slow: bool = True) -> None:
+    """One step of the cycle machine on ``state``, whose ``token`` and ``score`` hold what the model said where ``plan``
+    looked. A host that knows that no row is in its slow stage may say so: nothing is estimated then.
+
+    With ``look_ahead``, rows in their fast stage also have choices at positions from ``e`` on, and ``score`` is -inf
+    wherever nothing was looked at; NaN is no candidate there.
+    """
+    scores = inside_scores(state)
+    mark_faults(state, scores)
+    moves = state.done == 0
+    if rules.partial:
+        moves &= ~waiting(state, *stage_range(state, by_stage=True, span_cap=rules.span_cap))
+    state.estimate.fill_(-1)
+    fill = _fill(state, scores, rules)
+    if slow:
+        stable = _horizon(state, scores, moves, rules)
+        if rules.share_stable:
+            fill |= _shared_fill(state, scores, stable, rules)
+    fill &= moves[:, None]
+    if state.events is not None:
+        state.record_event(state.control.clone(), state.history.clone())
+    commit(state, fill, eos_stop=rules.eos_stop)
+    _advance(state, moves, rules)

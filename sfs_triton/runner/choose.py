@@ -1,0 +1,64 @@
+"""Which loop steps the generations of an engine."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from typing import Protocol
+
+import torch
+
+from ..errors import require
+from .cuda_graph import ReplayLoop
+from .eager import EagerLoop
+from .report import Reports
+from .step import Step
+
+logger = logging.getLogger("sfs_triton")
+
+LOOPS = ("eager", "replay")
+
+
+class Loop(Protocol):
+    """Who turns the crank. All loops give the same tokens, the same number of steps and the same trace."""
+
+    name: str
+
+    def canvas_length(self, longest: int, most: int) -> int:
+        """Length of the canvas for rows of at most ``longest`` positions, of a model that has at most ``most``."""
+
+    def prepare(self, step: Step) -> None:
+        """Do what must be done before the rows are put into the step's state."""
+
+    def run(self, step: Step) -> Reports:
+        """Step to the end; yields a report a step."""
+
+
+def check_loop(name: str | None, device: torch.device) -> None:
+    """Raise :class:`~sfs_triton.errors.ArgumentError` unless ``device`` has a loop of this name, or None."""
+    require(name is None or name in LOOPS, f"loop={name!r} is not one of {LOOPS}")
+    on_gpu = device.type == "cuda"
+    require(name != "replay" or on_gpu, f"loop='replay' needs a GPU: device {str(device)!r} has no CUDA graphs")
+
+
+class LoopChoice:
+    """The loop of an engine: the one asked for, else ``eager``; and the loop that follows if it fails."""
+
+    def __init__(self, name: str | None, device: torch.device):
+        check_loop(name, device)
+        on_gpu = device.type == "cuda"
+        self._eager = EagerLoop(tight=not on_gpu, alone=True)
+        self.loop: Loop = ReplayLoop() if name == "replay" else self._eager
+        self._lock = threading.Lock()
+        default = "the default" if on_gpu else f"device {str(device)!r} has no CUDA graphs"
+        logger.info("loop %s: %s", self.loop.name, "asked for" if name else default)
+
+    def fall_back(self, failed: Loop, error: RuntimeError) -> bool:
+        """Take the loop below ``failed`` after ``error``, once for all generations; whether there was one."""
+        if failed is self._eager:
+            return False
+        with self._lock:
+            if self.loop is failed:
+                logger.warning("loop %s failed, going on with loop eager: %s", failed.name, error)
+                self.loop = self._eager
+        return True

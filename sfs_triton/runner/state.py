@@ -1,0 +1,209 @@
+"""Every tensor of a generation, allocated once at fixed addresses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from ..kernels.control import COLUMN, CONTROL, DIALS
+
+
+def send(there: torch.Tensor, values: list | torch.Tensor) -> None:
+    """Write numbers of the host to a tensor, without waiting for the device."""
+    here = torch.as_tensor(values, dtype=there.dtype, device="cpu")
+    there.copy_(here.pin_memory() if there.is_cuda else here, non_blocking=True)
+
+
+@dataclass(slots=True)
+class DecodeState:
+    """Canvases of ``L`` positions in ``B`` slots, and where each row stands. Rows may differ in every length."""
+
+    tokens: torch.Tensor  # int64 [B, L]; undecided positions hold the mask id
+    masked: torch.Tensor  # bool [B, L]
+    given: torch.Tensor  # bool [B, L]: not to be decided
+    inside: torch.Tensor  # bool [B, L]: where the step looks
+    choice_token: torch.Tensor  # int64 [B L + 1]: what the last forward chose, where it was looked at; one to spare
+    choice_score: torch.Tensor  # float32 [B L + 1]: the score of that choice
+    commit_step: torch.Tensor  # int64 [B, L]: step that filled a position, -1 never or given
+    fill: torch.Tensor  # bool [B, L]: what the last step committed
+    dirty: torch.Tensor  # bool [B, L]: committed since it was last forwarded
+    forwarded: torch.Tensor  # int64 [B, L]: step at which a row list last held the position, -1 never
+    position: torch.Tensor  # int64 [L]
+    history: torch.Tensor  # int64 [B, W]: candidate horizons, counted from the block's start
+    history_slot: torch.Tensor  # int64 [W]
+    spread: torch.Tensor  # float64 [B]: variance of the history at this step, NaN if not estimated
+    seed: torch.Tensor  # int64 [B]
+    uniform: torch.Tensor  # float32 [B, n]: a row's stream of uniform numbers, where a sampler reads one
+    shares: torch.Tensor  # float32 [B, n]: a row's schedule, where a sampler has one
+    control: torch.Tensor  # int64 [B, len(CONTROL)]
+    dials: torch.Tensor  # float32 [B, len(DIALS)]: of a row's sampler
+    length: int
+    mask_id: int
+    eos_id: int
+    events: dict[str, torch.Tensor] | None  # what the last step decided on, when a trace was asked for
+    token: torch.Tensor = field(init=False)  # int64 [B, L]: the choices by position
+    score: torch.Tensor = field(init=False)  # float32 [B, L]
+    start: torch.Tensor = field(init=False)
+    end: torch.Tensor = field(init=False)
+    limit: torch.Tensor = field(init=False)
+    block: torch.Tensor = field(init=False)
+    block_start: torch.Tensor = field(init=False)
+    block_end: torch.Tensor = field(init=False)
+    s: torch.Tensor = field(init=False)
+    e: torch.Tensor = field(init=False)
+    phase: torch.Tensor = field(init=False)
+    k: torch.Tensor = field(init=False)
+    cycle: torch.Tensor = field(init=False)
+    determined: torch.Tensor = field(init=False)
+    n_history: torch.Tensor = field(init=False)
+    estimate: torch.Tensor = field(init=False)
+    block_steps: torch.Tensor = field(init=False)
+    quota: torch.Tensor = field(init=False)
+    step: torch.Tensor = field(init=False)
+    cap: torch.Tensor = field(init=False)
+    masks_left: torch.Tensor = field(init=False)
+    listed: torch.Tensor = field(init=False)
+    done: torch.Tensor = field(init=False)
+    fault: torch.Tensor = field(init=False)
+    temperature: torch.Tensor = field(init=False)
+    top_p: torch.Tensor = field(init=False)
+    tau_min: torch.Tensor = field(init=False)
+    tau_slow: torch.Tensor = field(init=False)
+    tau: torch.Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        for index, name in enumerate(CONTROL):
+            setattr(self, name, self.control[:, index])
+        for index, name in enumerate(DIALS):
+            setattr(self, name, self.dials[:, index])
+        self.token = self.choice_token[:-1].view(self.tokens.shape)
+        self.score = self.choice_score[:-1].view(self.tokens.shape)
+
+    @classmethod
+    def allocate(
+        cls,
+        rows: list[list[int]],
+        starts: list[int],
+        *,
+        mask_id: int,
+        eos_id: int,
+        window: int,
+        block_length: int | None,
+        seeds: list[int],
+        caps: list[int],
+        dials: Sequence[float],
+        device: torch.device,
+        trace: bool,
+    ) -> DecodeState:
+        """State for canvases ``rows`` (token ids, undecided positions hold ``mask_id``), decoded from ``starts`` on.
+
+        ``caps`` are the most steps that each row can need; one that needs more ends with a fault. ``dials`` are those
+        of the rows' sampler.
+        """
+        shape = {"batch": len(rows), "length": max(map(len, rows)), "window": window}
+        state = cls.blank(**shape, mask_id=mask_id, eos_id=eos_id, device=device, trace=trace)
+        for slot, (row, start, seed, cap) in enumerate(zip(rows, starts, seeds, caps, strict=True)):
+            state.put(slot, row, start, block_length=block_length, seed=seed, cap=cap, dials=dials)
+        return state
+
+    @classmethod
+    def blank(
+        cls, *, batch: int, length: int, window: int, mask_id: int, eos_id: int, device: torch.device, trace: bool
+    ) -> DecodeState:
+        """Tensors for ``batch`` canvases of ``length``. Every slot is free until :meth:`put` puts a canvas there."""
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        def canvas(dtype: torch.dtype = torch.int64) -> torch.Tensor:
+            return zeros(batch, length, dtype=dtype)
+
+        control, history = zeros(batch, len(CONTROL)), zeros(batch, window)
+        control[:, COLUMN["done"]] = 1
+        spread = zeros(batch, dtype=torch.float64)
+        events = None
+        if trace:
+            events = {
+                "control": torch.zeros_like(control),
+                "history": torch.zeros_like(history),
+                "spread": torch.zeros_like(spread),
+                "score": canvas(torch.float32),
+                "inside": canvas(torch.bool),
+            }
+        return cls(
+            tokens=canvas(),
+            masked=canvas(torch.bool),
+            given=canvas(torch.bool),
+            inside=canvas(torch.bool),
+            choice_token=zeros(batch * length + 1),
+            choice_score=zeros(batch * length + 1, dtype=torch.float32),
+            commit_step=canvas(),
+            fill=canvas(torch.bool),
+            dirty=canvas(torch.bool),
+            forwarded=canvas(),
+            position=torch.arange(length, device=device),
+            history=history,
+            history_slot=torch.arange(window, device=device),
+            spread=spread,
+            seed=zeros(batch),
+            uniform=torch.zeros((batch, 0), device=device),
+            shares=torch.zeros((batch, 0), device=device),
+            control=control,
+            dials=torch.ones((batch, len(DIALS)), dtype=torch.float32, device=device),
+            length=length,
+            mask_id=mask_id,
+            eos_id=eos_id,
+            events=events,
+        )
+
+    @torch.inference_mode()
+    def put(
+        self,
+        slot: int,
+        row: list[int],
+        start: int,
+        *,
+        block_length: int | None,
+        seed: int,
+        cap: int,
+        dials: Sequence[float],
+        block_steps: int = 0,
+    ) -> list[int]:
+        """Put a canvas into a slot whose last one is done, in order with the device's other work; its control numbers.
+
+        ``cap`` is the most steps that it can need, ``dials`` are its sampler's, and ``block_steps`` is what a schedule
+        gives to each of its blocks.
+        """
+        end, masks = len(row), [p for p in range(start, len(row)) if row[p] == self.mask_id]
+        size = max(1, end - start if block_length is None else block_length)
+        block = (masks[0] - start) // size if masks else 0  # the first that holds a mask
+        begin = start + block * size
+        values = {
+            **{"start": start, "end": end, "limit": end},
+            **{"block": block, "block_start": begin, "block_end": min(begin + size, end)},
+            **{"s": begin, "e": -1, "estimate": -1, "block_steps": block_steps},
+            "cap": min(cap, 2**31 - 1),  # kernels count in 32 bits
+            **{"masks_left": len(masks), "done": int(not masks)},
+        }
+        control = [values.get(column, 0) for column in CONTROL]
+        send(self.tokens[slot], row + [self.eos_id] * (self.length - end))
+        masked = self.masked[slot]
+        torch.eq(self.tokens[slot], self.mask_id, out=masked)
+        masked[:start] = False
+        masked[end:] = False
+        torch.logical_not(masked, out=self.given[slot])
+        self.seed[slot : slot + 1].fill_(seed)
+        send(self.dials[slot], list(dials))
+        fresh = {"commit_step": -1, "forwarded": -1, "spread": float("nan")}
+        for name in ("inside", "token", "score", "fill", "dirty", "history", *fresh):
+            getattr(self, name)[slot : slot + 1].fill_(fresh.get(name, 0))
+        send(self.control[slot], control)  # last: it says that the row runs
+        return control
+
+    def record_event(self, control: torch.Tensor, history: torch.Tensor) -> None:
+        """Keep what this step decides on: ``control`` and ``history`` are those before anything is committed."""
+        values = {"control": control, "history": history, "spread": self.spread, "score": self.score}
+        for name, value in {**values, "inside": self.inside}.items():
+            self.events[name].copy_(value)

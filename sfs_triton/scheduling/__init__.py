@@ -1,0 +1,1 @@
+"""Sequences, and the batches that they are decoded in."""

@@ -1,0 +1,139 @@
+"""Generations that are under way: streamed, or in another thread."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent import futures
+from contextlib import AbstractContextManager, ExitStack
+
+from ..errors import RowFault, require
+from .outputs import Frame, Generation
+from .run import Run
+
+
+class Stream(Iterator[Frame]):
+    """Frames of a generation, one a step. Nothing runs between two of them; it starts with the first."""
+
+    def __init__(self, run: AbstractContextManager[Run], single: bool):
+        self._context, self._single = run, single
+        self._stack = ExitStack()
+        self._run: Run | None = None
+        self._frames: Iterator[Frame] | None = None
+        self._done: list[Generation] | None = None
+        self._failure: Exception | None = None
+        self._closed = False
+        self._lock = threading.RLock()
+
+    def __next__(self) -> Frame:
+        with self._lock:
+            return self._next()
+
+    def _next(self) -> Frame:
+        frame = None
+        try:
+            if not self._closed:
+                if self._run is None:
+                    self._run = self._stack.enter_context(self._context)
+                    self._frames = self._run.frames()
+                frame = next(self._frames, None)
+                if frame is None:
+                    self._done = self._run.results()
+        except RowFault as fault:
+            self._failure = fault  # for whoever asks for the result: the frames have ended as they should
+        except Exception as failure:
+            self._failure = failure
+            raise
+        finally:
+            if frame is None:
+                self.close()
+        if frame is None:
+            raise StopIteration
+        return frame
+
+    def result(self) -> Generation | list[Generation]:
+        """Finish what is left; what :meth:`Engine.generate` gives.
+
+        Raises:
+            RuntimeError: the stream was closed before its end.
+        """
+        for _ in self:
+            pass
+        if self._failure is not None:
+            raise self._failure
+        if self._done is None:
+            raise RuntimeError("this stream was closed before its end")
+        return self._done[0] if self._single else self._done
+
+    def drop(self, row: int) -> None:
+        """End one row of the batch before its next step; the others go on. Its result is the row as it then stands.
+
+        A step that the loop ``replay`` has queued ahead is still taken.
+
+        Raises:
+            RuntimeError: the stream has not given its first frame yet, or has ended.
+            ArgumentError: there is no such row.
+        """
+        with self._lock:
+            if self._run is None or self._closed:
+                raise RuntimeError("a row can be dropped between the first frame of a stream and its end")
+            self._run.drop(row)
+
+    def close(self) -> None:
+        """Stop here, after the step that another thread may be at. Closing again does nothing."""
+        with self._lock:
+            self._closed = True
+            self._stack.close()
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+
+class Pending:
+    """A generation that runs in another thread, or waits for its turn."""
+
+    def __init__(
+        self,
+        worker: futures.Executor,
+        worker_name: str,
+        work: Callable[[threading.Event], Generation | list[Generation]],
+    ):
+        self._halt, self._name = threading.Event(), worker_name
+        self._future = worker.submit(work, self._halt)
+
+    def done(self) -> bool:
+        """Whether it has finished, failed or been cancelled."""
+        return self._future.done()
+
+    def result(self, timeout: float | None = None) -> Generation | list[Generation]:
+        """What :meth:`Engine.generate` gives or raises; waits for it at most ``timeout`` seconds.
+
+        Raises:
+            ArgumentError: ``timeout`` is no number.
+            TimeoutError: it is not finished by then.
+            concurrent.futures.CancelledError: it was cancelled.
+            RuntimeError: asked in the very thread that would have to finish it, by an ``on_step``.
+        """
+        fine = timeout is None or isinstance(timeout, (int, float)) and not isinstance(timeout, bool)
+        require(fine, f"timeout={timeout!r} is not a number of seconds")
+        if not self.done() and threading.current_thread().name.startswith(self._name):
+            raise RuntimeError(
+                "a pending generation cannot wait for another: they run in one thread, one after another"
+            )
+        try:
+            return self._future.result(timeout)
+        except futures.TimeoutError as error:  # before Python 3.11 another class than the built-in one
+            if self.done() and self._future.exception() is error:
+                raise  # what the work ended with
+        raise TimeoutError(f"the generation is not finished after {timeout} s")
+
+    def cancel(self) -> None:
+        """End it before its next step."""
+        self._halt.set()
+        self._future.cancel()

@@ -1,0 +1,51 @@
+"""What is asked of an engine: canvases, and how they are to be decoded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from ..decoding.caching import CachePolicy
+from ..decoding.samplers import FixedSteps, Sampler, SlowFast, Threshold
+from ..errors import require
+
+
+class Kind(NamedTuple):
+    """What rows have in common that are decoded side by side. ``sampler`` is a form: of what is a row's own, nothing
+    there is read. ``trace``, ``frames``: what each step decided on, and the canvases after it, are posted to the
+    host."""
+
+    sampler: Sampler
+    policy: CachePolicy
+    trace: bool
+    frames: bool
+
+    def serves(self, other: Kind) -> bool:
+        """Whether rows of another kind can be decoded beside those of this one: at least as much is posted."""
+        alike = (self.sampler, self.policy) == (other.sampler, other.policy)
+        return alike and self.trace >= other.trace and self.frames >= other.frames
+
+
+@dataclass(frozen=True)
+class Request:
+    """Checked arguments of a generation: canvases of token ids, where each is decoded from, and how."""
+
+    canvases: list[list[int]]
+    starts: list[int]
+    sampler: Sampler
+    policy: CachePolicy
+    seeds: list[int]
+    trace: bool = False
+    frames: bool = False
+
+    def __post_init__(self) -> None:
+        known = isinstance(self.sampler, (SlowFast, Threshold, FixedSteps))
+        require(known, f"sampler={self.sampler!r} is not a SlowFast, Threshold or FixedSteps")
+        self.sampler.check_cache(self.policy)
+        self.sampler.rules(**self.policy.rules)  # which refuse what does not go together
+        for seed in self.seeds:
+            require(0 <= seed < 2**63, f"seed={seed} is not in [0, 2**63)")
+
+    @property
+    def kind(self) -> Kind:
+        return Kind(self.sampler.form(), self.policy, self.trace, self.frames)

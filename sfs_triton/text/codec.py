@@ -1,0 +1,156 @@
+"""Text in and out of a checkpoint: its ``tokenizer.json`` and its chat template."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from ..errors import ArgumentError, CheckpointError, SfsError, require
+from ..files import read_json
+from .chat_template import TemplateError, render
+
+UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what tokenizers make of a character whose bytes have not all come
+GROWTH = 64  # of a text in its tokenizer: Unicode's own normal forms make a character 18 at most
+CHARACTERS = 64  # of a text for each position of a context; encoding far more than can fit takes long
+
+
+def check_size(name: str, text: str, context: int) -> None:
+    """Refuse a text that a context of so many positions has no room for, before it is encoded."""
+    most = context * CHARACTERS
+    require(
+        len(text) <= most,
+        f"the {name} has {len(text):,} characters, over {most:,}: the model has only {context:,} positions",
+    )
+
+
+def check_unicode(text: str) -> None:
+    """Refuse halves of surrogate pairs, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeError as error:
+        raise ArgumentError(f"text={text!r} is not valid Unicode: {error}") from None
+
+
+class TextCodec:
+    """A tokenizer and, where the checkpoint has one, a chat template rendered in a sandbox."""
+
+    def __init__(self, tokenizer: Tokenizer, template: str | None, special: Mapping[str, str]):
+        self.tokenizer, self.template, self.special = tokenizer, template, dict(special)
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> TextCodec | None:
+        """The codec of a checkpoint folder; None where it has no ``tokenizer.json``."""
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            return None
+        with _refusing(CheckpointError, f"{path} is not a readable tokenizer"):
+            tokenizer = Tokenizer.from_file(str(path))
+        for name in ("normalizer", "decoder"):
+            _check_growth(path, name, getattr(tokenizer, name))
+        config_path = folder / "tokenizer_config.json"
+        config = read_json(config_path) if config_path.is_file() else {}
+        if not isinstance(config, Mapping):
+            raise CheckpointError(f"{config_path} holds a {type(config).__name__}, not an object")
+        template = _default_template(config.get("chat_template"), config_path)
+        jinja = folder / "chat_template.jinja"
+        if jinja.is_file():
+            try:
+                template = jinja.read_text(encoding="utf-8")
+            except (OSError, UnicodeError) as error:
+                raise CheckpointError(f"{jinja} cannot be read: {error}") from None
+        special = {}
+        for name in ("bos_token", "eos_token", "pad_token", "mask_token"):
+            token = config.get(name)
+            token = token.get("content") if isinstance(token, Mapping) else token
+            if isinstance(token, str):
+                special[name] = token
+        return cls(tokenizer, template, special)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of ``text``, with nothing added to it."""
+        check_unicode(text)
+        with _refusing(ArgumentError, f"the checkpoint's tokenizer fails on text={text!r}"):
+            return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of token ids, without special tokens."""
+        return self._decode(list(ids), skip_special_tokens=True)
+
+    def _decode(self, ids: list[int], *, skip_special_tokens: bool) -> str:
+        with _refusing(CheckpointError, f"the checkpoint's tokenizer fails on ids={ids!r}"):
+            return self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+
+    def piece(self, token: int) -> str:
+        """What ``token`` adds to a text. Decoded alone, many tokenizers drop the space before it."""
+        decode = self._decode
+        anchor = self.encode("a")[-1:]
+        before, both = (decode([*anchor, *more], skip_special_tokens=False) for more in ([], [token]))
+        return both[len(before) :] if both.startswith(before) else decode([token], skip_special_tokens=False)
+
+    def token_id(self, token: str) -> int | None:
+        """The id of a token by its exact text."""
+        return self.tokenizer.token_to_id(token)
+
+    def special_ids(self) -> dict[str, int]:
+        """Ids of the special tokens, by their text."""
+        added = self.tokenizer.get_added_tokens_decoder()
+        return {token.content: index for index, token in added.items() if token.special}
+
+    def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        """The prompt of a conversation, ready for the assistant's answer.
+
+        The template runs in a sandbox, with limits on its time, its memory and what it writes.
+        """
+        if self.template is None:
+            raise ArgumentError("the checkpoint has no chat template; pass a string or token ids")
+        for message in messages:
+            fine = isinstance(message, Mapping) and all(isinstance(message.get(k), str) for k in ("role", "content"))
+            require(fine, f"message {message!r} is not a mapping with a text 'role' and a text 'content'")
+        variables = {**self.special, "messages": [dict(m) for m in messages], "add_generation_prompt": True}
+        try:
+            return render(self.template, variables)
+        except TemplateError as error:
+            raise ArgumentError(f"the checkpoint's chat template refused messages={messages!r}: {error}") from None
+
+
+@contextmanager
+def _refusing(kind: type[SfsError], what: str) -> Iterator[None]:
+    """The tokenizer library's failures as errors of this package. It raises plain Exception, and panics past that."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__module__ != "pyo3_runtime":
+            raise
+        raise kind(f"{what}: {error}") from None
+
+
+def _check_growth(path: Path, name: str, part: Any) -> None:
+    """Refuse a normalizer or decoder by which a text could become :data:`GROWTH` times as long, and fill the memory."""
+    growth = 1 if part is None else _growth(json.loads(part.__getstate__()))
+    if growth > GROWTH:
+        raise CheckpointError(f"{path}: its {name} may make a text {growth:,.0f} times as long, over {GROWTH}")
+
+
+def _growth(part: Mapping[str, Any]) -> float:
+    if part["type"] == "Sequence":
+        return math.prod(map(_growth, part.get("normalizers") or part.get("decoders") or []))
+    if part["type"] != "Replace":
+        return 1
+    matched = len(part["pattern"].get("String", ""))  # an expression may match nothing, which is everywhere
+    return max(1, len(part["content"]) / matched if matched else 1 + len(part["content"]))
+
+
+def _default_template(template: Any, path: Path) -> str | None:
+    """The template itself, or the one named "default" of a list of named ones."""
+    if isinstance(template, list):
+        named = {t.get("name"): t.get("template") for t in template if isinstance(t, Mapping)}
+        template = named.get("default", template)
+    if template is not None and not isinstance(template, str):
+        raise CheckpointError(f"{path}: chat_template is a {type(template).__name__} without a 'default' text")
+    return template

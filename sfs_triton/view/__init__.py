@@ -1,0 +1,1 @@
+"""Views of a generation: a canvas in the terminal, and plots."""

@@ -1,0 +1,140 @@
+"""Samplers that decode block by block, one row at a time, without caches: Fast-dLLM's threshold and fixed schedules.
+
+Rules cited as "Fast-dLLM 1" are in the README of the recorded cases; the schedules are LLaDA's ``generate`` and
+Dream's ``_sample`` as DESIGN, section 4, names them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from sfs_triton.decoding.samplers import FixedSteps, Threshold
+from tests.reference.slowfast import Logits, Noise, ReferenceRun, Row, Step, best, passes
+
+SCORES = {"topk_margin": "margin", "entropy": "entropy"}  # all other metrics score by confidence
+Choice = Callable[[dict[int, float], int], list[int]]  # scores by position, step of the block -> positions
+
+
+def blocks_of(start: int, stop: int, block_length: int | None) -> list[tuple[int, int]]:
+    """``[start, stop)`` cut into blocks, or in one piece."""
+    size = block_length or stop - start
+    return [(begin, min(begin + size, stop)) for begin in range(start, stop, size)]
+
+
+def take_step(row: Row, block: int, k: int, end: int, begin: int, draw: dict, choice: Choice) -> int:
+    """One forward of the whole canvas and one fill inside a block; how many positions it filled."""
+    masked = row.masked(begin, end)
+    length = row.limit
+    seen = row.look(length, masked, **draw)
+    chosen = choice({p: score for p, (_, score) in seen.items()}, k)
+    row.fill({p: seen[p][0] for p in chosen})
+    filled = sorted(p - row.start for p in chosen)
+    row.trace.append(Step("B", block, 0, k, length - row.start, 0, None, None, None, False, end - begin, filled))
+    return len(chosen)
+
+
+def highest(scores: dict[int, float], count: int) -> list[int]:
+    """The ``count`` best positions, the leftmost of equals first."""
+    rest, found = dict(scores), []
+    for _ in range(min(count, len(scores))):
+        found += best(rest)
+        del rest[found[-1]]
+    return found
+
+
+def decode_threshold(row: Row, sampler: Threshold) -> None:
+    """Fast-dLLM 1: the best position of the block whatever its score, and all others that reach the threshold.
+
+    With ``steps``, at most ``gen_length / steps`` positions a step plus what earlier steps left over (Fast-dLLM 5).
+    """
+    response = len(row.canvas) - row.start
+    if sampler.steps is not None and response % sampler.steps:
+        raise ValueError(f"steps={sampler.steps} does not divide the {response} positions")  # the reference asserts it
+    allowance = response if sampler.steps is None else response // sampler.steps
+    draw = {"temperature": sampler.temperature, "top_k": sampler.top_k, "top_p": sampler.top_p}
+    filled = 0
+
+    def choice(scores: dict[int, float], _: int) -> list[int]:
+        row.note_margin(list(scores.values()), sampler.tau)
+        allowed = allowance * (row.nfe + 1) - filled
+        ranked = highest(scores, allowed)
+        return ranked[:1] + [p for p in ranked[1:] if passes(scores[p], sampler.tau, strict=False)]
+
+    for block, (begin, end) in enumerate(blocks_of(row.start, len(row.canvas), sampler.block_length)):
+        k = 0
+        while row.masked(begin, end):
+            filled += take_step(row, block, k, end, begin, draw, choice)
+            k += 1
+
+
+def even_counts(masked: int, steps: int) -> list[int]:
+    """LLaDA: as many positions each step, the first steps taking one more where it does not come out even."""
+    return [masked // steps + (1 if step < masked % steps else 0) for step in range(steps)]
+
+
+def time_shares(steps: int, eps: float) -> list[float]:
+    """Dream: times fall evenly from 1 to ``eps``; a step commits ``1 - next / now`` of what is left, in float32."""
+    times = torch.linspace(1, eps, steps + 1)
+    return [(1 - times[step + 1] / times[step]).item() for step in range(steps)]
+
+
+def decode_fixed(row: Row, sampler: FixedSteps, seed: int) -> None:
+    """A scheduled count of positions a step. ``steps`` are shared out among the blocks; none means one position each.
+
+    A block that has masks runs all its steps, even where there are more steps than masks, as LLaDA's and Dream's own
+    loops do; only ``eos_stop`` ends it early.
+
+    Dream's ``origin`` commits each position with the step's share as its probability, from a uniform number for each
+    masked position, drawn anew every step.
+    """
+    parts = blocks_of(row.start, len(row.canvas), sampler.block_length)
+    steps = max(1, (sampler.steps or len(row.canvas) - row.start) // len(parts))
+    uniform = torch.Generator().manual_seed(seed)
+    draw = {
+        "metric": SCORES.get(sampler.metric, "confidence"),
+        "temperature": sampler.temperature,
+        "top_k": sampler.top_k,
+        "top_p": sampler.top_p,
+        "tempered": sampler.metric != "confidence",
+    }
+    shares = torch.tensor(time_shares(steps, sampler.eps))
+    for block, (begin, end) in enumerate(parts):
+        counts = even_counts(len(row.masked(begin, end)), steps)
+
+        def choice(scores: dict[int, float], k: int, counts: list[int] = counts) -> list[int]:
+            last = k == steps - 1
+            if sampler.metric == "origin":
+                draws = torch.rand(len(scores), generator=uniform)
+                return [p for p, u in zip(scores, draws, strict=True) if last or u < shares[k]]
+            count = counts[k]
+            if sampler.metric != "confidence":
+                count = len(scores) if last else int(len(scores) * shares[k])
+            ordered = sorted(scores.values(), reverse=True)
+            row.margin = min([row.margin, *(a - b for a, b in zip(ordered[:count], ordered[1:], strict=False))])
+            return highest(scores, count)
+
+        for k in range(steps if row.masked(begin, end) else 0):
+            if sampler.eos_stop and not row.masked(begin, end):
+                break
+            take_step(row, block, k, end, begin, draw, choice)
+
+
+def decode(
+    logits_fn: Logits,
+    canvas: list[int],
+    start: int,
+    sampler: Threshold | FixedSteps,
+    mask_id: int,
+    eos_id: int,
+    noise: Noise | None = None,
+    seed: int = 0,
+) -> ReferenceRun:
+    """Decode one row block by block; ``seed`` is of the random positions of ``metric="origin"``."""
+    row = Row(logits_fn, canvas, start, mask_id, eos_id, sampler.eos_stop, noise)
+    if isinstance(sampler, Threshold):
+        decode_threshold(row, sampler)
+    else:
+        decode_fixed(row, sampler, seed)
+    return row.run()
