@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
-from .decoding.caching import CachePolicy, cache_policy
-from .decoding.samplers import Sampler, SlowFast
+from .decoding.caching import CachePolicy
+from .decoding.params import parse_cache, parse_sampler
+from .decoding.samplers import Sampler
 from .distributed import Group, join, own_device
 from .errors import ArgumentError, CheckpointError, require
 from .files import read_json
@@ -164,7 +165,7 @@ class Engine:
         prompts: Prompt | Sequence[Prompt],
         *,
         gen_length: int | Sequence[int] = 128,
-        sampler: Sampler | None = None,
+        sampler: str | Sampler | None = None,
         cache: str | CachePolicy = "none",
         seed: int | Sequence[int] = 0,
         raw: bool = False,
@@ -177,7 +178,8 @@ class Engine:
             prompts: text, token ids (a list or a tensor), or chat messages; or a list of those. Text becomes a user
                 turn in the checkpoint's chat template if it has one, unless ``raw``.
             gen_length: response positions; one number, or one a prompt.
-            sampler: default: ``SlowFast()``, the paper's settings.
+            sampler: a sampler, or its name (``"slowfast"``, ``"threshold"``, ``"fixed"``, ``"vanilla"``); default:
+                ``SlowFast()``, the paper's settings.
             cache: a policy or its name.
             seed: of the noise, for temperatures above 0; one number (row i then uses ``seed + i``) or one a prompt.
             trace: keep a :class:`StepTrace` for every step.
@@ -196,7 +198,7 @@ class Engine:
         self,
         canvases: str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]],
         *,
-        sampler: Sampler | None = None,
+        sampler: str | Sampler | None = None,
         cache: str | CachePolicy = "none",
         seed: int | Sequence[int] = 0,
         trace: bool = False,
@@ -225,7 +227,7 @@ class Engine:
         prompts: Prompt | Sequence[Prompt],
         *,
         gen_length: int | Sequence[int] = 128,
-        sampler: Sampler | None = None,
+        sampler: str | Sampler | None = None,
         cache: str | CachePolicy = "none",
         seed: int | Sequence[int] = 0,
         raw: bool = False,
@@ -245,7 +247,7 @@ class Engine:
         prompts: Prompt | Sequence[Prompt],
         *,
         gen_length: int | Sequence[int] = 128,
-        sampler: Sampler | None = None,
+        sampler: str | Sampler | None = None,
         cache: str | CachePolicy = "none",
         seed: int | Sequence[int] = 0,
         raw: bool = False,
@@ -267,7 +269,7 @@ class Engine:
         prompts: Prompt | Sequence[Prompt],
         *,
         gen_length: int | Sequence[int] = 128,
-        sampler: Sampler | None = None,
+        sampler: str | Sampler | None = None,
         cache: str | CachePolicy = "none",
         seed: int | Sequence[int] = 0,
         raw: bool = False,
@@ -369,8 +371,8 @@ def _request(
     seeds = _per_row("seed", seed, len(canvases))
     if isinstance(seed, int):
         seeds = [seed + index for index in range(len(canvases))]
-    sampler = SlowFast() if sampler is None else sampler
-    return Request(canvases, starts, sampler, cache_policy(cache), seeds, trace, frames)
+    sampler = parse_sampler("slowfast" if sampler is None else sampler)
+    return Request(canvases, starts, sampler, parse_cache(cache), seeds, trace, frames)
 
 
 def _frames_for(on_step: Callable[[Frame], None] | None) -> bool:

@@ -8,11 +8,12 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..decoding.caching import CachePolicy, NoCache
+from ..decoding.params import DecodingParams
 from ..decoding.samplers import Sampler, SlowFast
 from ..engine import Engine, load
 from ..errors import ArgumentError, RowFault, require
@@ -54,18 +55,18 @@ class BatchSettings:
             value = getattr(self, name)
             require(isinstance(value, int) and value > 0, f"{name}={value!r} is not a positive integer")
         require(isinstance(self.seed, int) and 0 <= self.seed < 2**62, f"seed={self.seed!r} is not in [0, 2**62)")
-        self.sampler.check_cache(self.cache)
-        self.sampler.rules(**self.cache.rules)  # which refuse what does not go together
-        self.sampler.check_length(self.gen_length)
+        _ = self.params  # built to be checked
+
+    @property
+    def params(self) -> DecodingParams:
+        """Decoding parameters of the first row."""
+        return DecodingParams(sampler=self.sampler, cache=self.cache, gen_length=self.gen_length, seed=self.seed)
 
     def described(self) -> dict[str, Any]:
         """What the answers depend on, ready for JSON."""
         return {
             "model": self.model,
-            "sampler": {"kind": type(self.sampler).__name__, **asdict(self.sampler)},
-            "cache": {"kind": self.cache.name, **asdict(self.cache)},
-            "gen_length": self.gen_length,
-            "seed": self.seed,
+            **self.params.to_dict(),
             "raw": self.raw,
             "dtype": self.dtype,
             "weights": self.weights,

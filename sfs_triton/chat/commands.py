@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..decoding.caching import POLICIES, CachePolicy, cache_policy
+from ..decoding.params import parse_sampler
 from ..decoding.samplers import LARGEST, PRESETS, SAMPLERS, Sampler, SlowFast
 from ..errors import ArgumentError, require
 from ..scheduling.outputs import Generation
@@ -215,9 +216,9 @@ def _sampler(current: Sampler, name: str | None, pairs: dict[str, Any]) -> Sampl
     for key, value in pairs.items():
         require(key in known, f"{shown(f'{key}={_word(value)}')} is no setting of {called}; it has {', '.join(known)}")
     pairs = dict(pairs)
-    if staged and (name is not None or "preset" in pairs):
-        return SlowFast.preset(pairs.pop("preset", "paper"), **pairs)
-    return (current if name is None else cls()).replace(**pairs)
+    if name is not None or "preset" in pairs:
+        return parse_sampler(called, **pairs)
+    return current.replace(**pairs)
 
 
 def _set_cache(chat: Chat, value: tuple[str | None, dict[str, Any]] | None) -> str:

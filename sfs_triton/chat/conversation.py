@@ -6,11 +6,11 @@ import json
 import os
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..decoding.caching import CachePolicy, NoCache
+from ..decoding.params import DecodingParams
 from ..decoding.samplers import FixedSteps, Sampler, SlowFast
 from ..engine import Engine
 from ..errors import ArgumentError, require
@@ -30,36 +30,14 @@ class ContextOverflow(ArgumentError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
-    """How answers are generated. What does not go together is refused as a whole.
+class Settings(DecodingParams):
+    """Decoding parameters of the next answer; each turn takes the seed and leaves the next higher one.
 
     Args:
-        sampler, cache, gen_length: as for ``Engine.generate``.
-        seed: of the next answer; each turn takes one and leaves the next higher one.
         forget: drop the oldest exchanges where a turn does not fit otherwise.
     """
 
-    sampler: Sampler = field(default_factory=SlowFast)
-    cache: CachePolicy = field(default_factory=NoCache)
-    gen_length: int = 128
-    seed: int = 0
     forget: bool = False
-
-    def __post_init__(self) -> None:
-        require(self.gen_length > 0, f"gen_length={self.gen_length} is not positive")
-        require(0 <= self.seed < 2**63, f"seed={self.seed} is not in [0, 2**63)")
-        self.sampler.check_cache(self.cache)
-        self.sampler.rules(**self.cache.rules)  # which refuse what does not go together
-        self.sampler.check_length(self.gen_length)
-
-    def as_dict(self) -> dict[str, Any]:
-        """What decides an answer, ready for JSON."""
-        return {
-            "sampler": {"kind": kind(self.sampler), **asdict(self.sampler)},
-            "cache": {"kind": self.cache.name, **asdict(self.cache)},
-            "gen_length": self.gen_length,
-            "seed": self.seed,
-        }
 
 
 @dataclass(frozen=True)
@@ -77,7 +55,7 @@ class Answer:
 
     def as_dict(self) -> dict[str, Any]:
         """Everything about it, ready for JSON."""
-        made, how = self.generation.as_dict(), self.settings.as_dict()
+        made, how = self.generation.as_dict(), self.settings.to_dict()
         return {"message": self.message, **made, **how, "forgotten": self.forgotten}
 
 

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Annotated, Any, TextIO, get_type_hints
 
 from ..chat.conversation import Settings
-from ..decoding.caching import POLICIES, cache_policy
-from ..decoding.samplers import PRESETS, SAMPLERS, FixedSteps, Sampler, SlowFast, Threshold
+from ..decoding.caching import POLICIES
+from ..decoding.params import parse_cache, parse_sampler
+from ..decoding.samplers import PRESETS, SAMPLERS, Sampler
 from ..distributed import Group, check_started, join, joined, world
 from ..engine import DTYPES, WEIGHTS, Engine, Generation, load
 from ..errors import ArgumentError, MissingDependencyError, SfsError, require
@@ -130,13 +131,11 @@ class Request:
             option, only = "--" + name.replace("_", "-"), " and ".join(owners)
             require(self.sampler in owners, f"{option} does not apply to --sampler {self.sampler}, only to {only}")
         given |= {"temperature": self.temperature, "cfg_scale": self.cfg_scale, "eos_stop": self.eos_stop}
-        if self.sampler == "slowfast":
-            return SlowFast.preset(given.pop("preset", "paper"), **given)
-        return Threshold(**given) if self.sampler == "threshold" else FixedSteps(**given)
+        return parse_sampler(self.sampler, **given)
 
     def settings(self, **more: Any) -> Settings:
         """How to answer, checked as far as no checkpoint is needed for it."""
-        sampler, policy = self.make_sampler(), cache_policy(self.cache)
+        sampler, policy = self.make_sampler(), parse_cache(self.cache)
         return Settings(sampler=sampler, cache=policy, gen_length=self.gen_length, seed=self.seed, **more)
 
     def load(self, group: Group | int = 1) -> Engine:
@@ -193,7 +192,7 @@ def _summary(result: Generation, label: str) -> str:
 
 
 def _as_json(job: Job, result: Generation) -> str:
-    return printable_json({**result.as_dict(), "model": job.request.model, **job.settings.as_dict()})
+    return printable_json({**result.as_dict(), "model": job.request.model, **job.settings.to_dict()})
 
 
 def generate(

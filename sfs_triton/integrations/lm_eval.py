@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import torch
 
+from ..decoding.params import cache_to_dict, sampler_to_dict
 from ..engine import Engine, load
 from ..errors import MissingDependencyError, SfsError, require
 from ..scheduling.outputs import Generation
@@ -116,8 +116,7 @@ class DiffusionLM(LM):
         self._device = self.engine.model.device
         self._bos = _begin_of_text(self.engine.text, self._name) if flag("add_bos_token", add_bos_token) else []
         self._special = self.engine.text.special_ids()
-        self._told = {"sampler": {"kind": sampler, **asdict(self._sampler)}}
-        self._told["cache"] = {"kind": cache, **asdict(self._policy)}
+        self._told = {"sampler": sampler_to_dict(self._sampler), "cache": cache_to_dict(self._policy)}
         self.tally = Tally()
         TALLIES.append(self.tally)
 

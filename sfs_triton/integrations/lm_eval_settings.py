@@ -8,21 +8,10 @@ from typing import Any, NamedTuple
 
 from lm_eval.models.utils import normalize_gen_kwargs
 
-from ..decoding.caching import POLICIES, CachePolicy, cache_policy
-from ..decoding.samplers import SAMPLERS, Sampler, SlowFast
+from ..decoding.caching import POLICIES, CachePolicy
+from ..decoding.params import cache_options, parse_cache, parse_sampler, sampler_options
+from ..decoding.samplers import SAMPLERS, Sampler
 from ..errors import ArgumentError, require
-
-
-def _settings_of(sampler: str) -> set[str]:
-    """What can be set for a sampler."""
-    names = {f.name for f in fields(SAMPLERS[sampler])} - {"name"}
-    if sampler == "slowfast":
-        return names | {"preset"}
-    return names - {"steps", "metric", "eps"} if sampler == "vanilla" else names
-
-
-def _settings_of_cache(cache: str) -> set[str]:
-    return {f.name for f in fields(POLICIES[cache])}
 
 
 def make_settings(sampler: str, cache: str, given: Mapping[str, Any]) -> tuple[Sampler, CachePolicy]:
@@ -33,20 +22,17 @@ def make_settings(sampler: str, cache: str, given: Mapping[str, Any]) -> tuple[S
     """
     require(sampler in SAMPLERS, f"model_args: sampler={sampler!r} is not one of {tuple(SAMPLERS)}")
     require(cache in POLICIES, f"model_args: cache={cache!r} is not one of {tuple(POLICIES)}")
-    of_sampler, of_cache = _settings_of(sampler), _settings_of_cache(cache)
+    of_sampler, of_cache = sampler_options(sampler), cache_options(cache)
     for name, value in given.items():
         if name in of_sampler | of_cache:
             continue
-        owners = [f"sampler={other}" for other in SAMPLERS if name in _settings_of(other)]
-        owners += [f"cache={other}" for other in POLICIES if name in _settings_of_cache(other)]
+        owners = [f"sampler={other}" for other in SAMPLERS if name in sampler_options(other)]
+        owners += [f"cache={other}" for other in POLICIES if name in cache_options(other)]
         why = f"goes with {', '.join(owners)}" if owners else "is not known"
         raise ArgumentError(f"model_args: {name}={value!r} {why}; given are sampler={sampler}, cache={cache}")
     chosen = {name: value for name, value in given.items() if name in of_sampler}
-    if sampler == "slowfast":
-        settings = SlowFast.preset(chosen.pop("preset", "paper"), **chosen)
-    else:
-        settings = SAMPLERS[sampler](**chosen)
-    policy = cache_policy(cache, **{name: value for name, value in given.items() if name in of_cache})
+    settings = parse_sampler(sampler, **chosen)
+    policy = parse_cache(cache, **{name: value for name, value in given.items() if name in of_cache})
     settings.check_cache(policy)
     return settings, policy
 

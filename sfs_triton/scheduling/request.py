@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from ..decoding.caching import CachePolicy
-from ..decoding.samplers import FixedSteps, Sampler, SlowFast, Threshold
+from ..decoding.params import SEEDS, check_pair
+from ..decoding.samplers import Sampler
 from ..errors import require
 
 
@@ -39,12 +40,9 @@ class Request:
     frames: bool = False
 
     def __post_init__(self) -> None:
-        known = isinstance(self.sampler, (SlowFast, Threshold, FixedSteps))
-        require(known, f"sampler={self.sampler!r} is not a SlowFast, Threshold or FixedSteps")
-        self.sampler.check_cache(self.policy)
-        self.sampler.rules(**self.policy.rules)  # which refuse what does not go together
+        check_pair(self.sampler, self.policy)
         for seed in self.seeds:
-            require(0 <= seed < 2**63, f"seed={seed} is not in [0, 2**63)")
+            require(0 <= seed < SEEDS, f"seed={seed} is not in [0, 2**63)")
 
     @property
     def kind(self) -> Kind:

@@ -11,8 +11,9 @@ from typing import Annotated, Any
 
 import typer
 
-from ..decoding.caching import POLICIES, cache_policy
-from ..decoding.samplers import PRESETS, FixedSteps, Sampler, SlowFast, Threshold
+from ..decoding.caching import POLICIES
+from ..decoding.params import parse_cache, parse_sampler
+from ..decoding.samplers import PRESETS, SAMPLERS, Sampler
 from ..distributed import world
 from ..engine import DTYPES, WEIGHTS, load
 from ..errors import ArgumentError, MissingDependencyError, require
@@ -20,7 +21,6 @@ from ..ops.dispatch import IMPLEMENTATIONS
 from ..runner.choose import LOOPS
 from .settings import ServeSettings
 
-SAMPLERS = ("slowfast", "threshold", "vanilla")
 KEY_VARIABLE = "SFS_API_KEY"
 _LIMITS = ServeSettings()
 
@@ -36,7 +36,9 @@ def serve(
     without_key: Annotated[bool, typer.Option("--without-key", help="Let everyone in, wherever they are.")] = False,
     allow_host: Annotated[list[str] | None, typer.Option(help="Another name for the Host header.")] = None,
     sampler: Annotated[str, typer.Option(metavar="|".join(SAMPLERS), help="Of requests that do not say.")] = "slowfast",
-    preset: Annotated[str, typer.Option(metavar="|".join(PRESETS), help="slowfast's.")] = "paper",
+    preset: Annotated[
+        str | None, typer.Option(metavar="|".join(PRESETS), help="slowfast: default paper.", show_default=False)
+    ] = None,
     cache: Annotated[str, typer.Option(metavar="|".join(POLICIES), help="Of requests that do not say.")] = "none",
     default_tokens: Annotated[int, typer.Option(help="max_tokens if not said.")] = _LIMITS.default_tokens,
     max_tokens: Annotated[int | None, typer.Option(help="Most that may be asked for.", show_default=False)] = None,
@@ -70,7 +72,7 @@ def serve(
         without_key=without_key,
         allowed_hosts=tuple(allow_host or ()),
         sampler=_sampler(sampler, preset),
-        cache=cache_policy(cache),
+        cache=parse_cache(cache),
         default_tokens=default_tokens,
         max_tokens=max_tokens,
         max_batch=max_batch,
@@ -151,9 +153,9 @@ def _bytes(gib: float | None) -> int | None:
     return None if gib is None else max(1, int(gib * 2**30))
 
 
-def _sampler(kind: str, preset: str) -> Sampler:
+def _sampler(kind: str, preset: str | None) -> Sampler:
     require(kind in SAMPLERS, f"--sampler {kind} is not one of {', '.join(SAMPLERS)}")
-    if kind == "slowfast":
-        return SlowFast.preset(preset)
-    require(preset == "paper", f"--preset {preset} does not apply to --sampler {kind}, only to slowfast")
-    return Threshold() if kind == "threshold" else FixedSteps()
+    if preset is None:
+        return parse_sampler(kind)
+    require(kind == "slowfast", f"--preset {preset} does not apply to --sampler {kind}, only to slowfast")
+    return parse_sampler(kind, preset=preset)

@@ -6,11 +6,21 @@ import math
 import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
-from ..decoding.caching import POLICIES, CachePolicy, RefreshCache, cache_policy
-from ..decoding.samplers import PRESETS, SAMPLERS, Sampler, SlowFast
+from ..decoding.caching import POLICIES, CachePolicy, RefreshCache
+from ..decoding.params import (
+    cache_options,
+    cache_to_dict,
+    check_options,
+    named,
+    parse_cache,
+    parse_sampler,
+    sampler_options,
+    sampler_to_dict,
+)
+from ..decoding.samplers import SAMPLERS, Sampler
 from ..engine import Engine
 from ..errors import ArgumentError, require
 from ..models.spec import ModelSpec
@@ -65,7 +75,7 @@ def prepare(engine: Engine, settings: ServeSettings, body: Common) -> Wanted:
         else:
             request, _ = engine.request(prompt, gen_length=length, **how)
     first = len(prompt)
-    return Wanted(request, first, first + length, _described(sampler, SAMPLERS), _described(cache, POLICIES))
+    return Wanted(request, first, first + length, sampler_to_dict(sampler), cache_to_dict(cache))
 
 
 def sampler_for(body: Common, default: Sampler, spec: ModelSpec) -> Sampler:
@@ -77,24 +87,20 @@ def sampler_for(body: Common, default: Sampler, spec: ModelSpec) -> Sampler:
 
 
 def _sampler(wanted: str | dict[str, Any], spec: ModelSpec) -> Sampler:
-    kind, options = _kind("sampler", wanted, SAMPLERS)
+    kind, options = named("sampler", wanted, SAMPLERS)
     for name in _OWN:
         require(name not in options, f"sampler.{name}: {name!r} is a field of the request itself, beside 'sampler'")
-    allowed = {f.name for f in fields(SAMPLERS[kind])} - {*_OWN, "name"}
-    allowed = allowed | {"preset"} if kind == "slowfast" else allowed - {"steps"} if kind == "vanilla" else allowed
-    _check_options(f"sampler {kind!r}", options, allowed, spec)
-    if kind == "slowfast":
-        preset = options.pop("preset", "paper")
-        require(isinstance(preset, str), f"preset={preset!r} is not one of {tuple(PRESETS)}")
-        return SlowFast.preset(preset, **options)
-    return SAMPLERS[kind](**options)
+    check_options(f"sampler {kind!r}", options, sampler_options(kind) - {*_OWN})
+    _check_values(options, spec)
+    return parse_sampler(kind, **options)
 
 
 def _cache(wanted: str | dict[str, Any], spec: ModelSpec) -> CachePolicy:
     with _blamed("cache"):
-        kind, options = _kind("cache", wanted, POLICIES)
-        _check_options(f"cache {kind!r}", options, {f.name for f in fields(POLICIES[kind])}, spec)
-        policy = cache_policy(kind, **options)
+        kind, options = named("cache", wanted, POLICIES)
+        check_options(f"cache {kind!r}", options, cache_options(kind))
+        _check_values(options, spec)
+        policy = parse_cache(kind, **options)
         if isinstance(policy, RefreshCache):
             for name in ("prompt_interval", "response_interval"):
                 require(getattr(policy, name) <= _INTERVAL, f"{name}={getattr(policy, name)} is over {_INTERVAL}")
@@ -110,20 +116,9 @@ def _blamed(field: str, when: bool = True) -> Iterator[None]:
         raise from_argument(error, field if when else None) from None
 
 
-def _kind(field: str, wanted: str | dict[str, Any], known: dict[str, type]) -> tuple[str, dict[str, Any]]:
-    """A kind and its options, from its name or from ``{"kind": ..., option: ...}``."""
-    options = {"kind": wanted} if isinstance(wanted, str) else dict(wanted)
-    kind = options.pop("kind", None)
-    fine = isinstance(kind, str) and kind in known
-    require(fine, f"{field}={wanted!r} is not one of {tuple(known)}, nor an object with one of them as its 'kind'")
-    return kind, options
-
-
-def _check_options(owner: str, options: dict[str, Any], allowed: set[str], spec: ModelSpec) -> None:
-    """Refuse options that are not there, and numbers that would only cost time or memory. Classes check their types."""
+def _check_values(options: dict[str, Any], spec: ModelSpec) -> None:
+    """Refuse numbers that would only cost time or memory. The records check their own types."""
     for name, value in options.items():
-        has = f"it has {', '.join(sorted(allowed))}" if allowed else "it has none"
-        require(name in allowed, f"{owner} has no option {name!r}; {has}")
         require(value is None or isinstance(value, (bool, int, float, str)), f"{name} is a {type(value).__name__}")
         if isinstance(value, int) and not isinstance(value, bool):
             most = spec.vocab_size if name == "top_k" else spec.max_length
@@ -216,11 +211,3 @@ def _length(engine: Engine, settings: ServeSettings, body: Common, given: tuple[
         require(wanted <= most, f"{field}={wanted} is over the server's limit of {most}")
         require(block is None or wanted % block == 0, f"{field}={wanted} is not a multiple of block_length={block}")
     return wanted
-
-
-def _described(value: Sampler | CachePolicy, kinds: dict[str, type]) -> dict[str, Any]:
-    kind = next(name for name, known in kinds.items() if type(value) is known)
-    settings = {f.name: getattr(value, f.name) for f in fields(value) if f.name != "name"}
-    if kind == "slowfast":
-        settings["preset"] = value.name
-    return {"kind": kind, **settings}

@@ -1,0 +1,148 @@
+"""Decoding parameters of one request: one record for every front end, from names and options or from JSON and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from ..errors import require
+from .caching import POLICIES, CachePolicy, NoCache, cache_policy
+from .samplers import PRESETS, SAMPLERS, Sampler, SlowFast
+
+SEEDS = 2**63  # seeds are below it: kernels take them as int64
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodingParams:
+    """Decoding parameters of one request. Combinations that do not work together are refused as a whole.
+
+    Args:
+        sampler, cache: a sampler and a cache policy.
+        gen_length: response positions.
+        seed: of the noise, for temperatures above 0.
+
+    Raises:
+        ArgumentError: names the argument and its value.
+    """
+
+    sampler: Sampler = field(default_factory=SlowFast)
+    cache: CachePolicy = field(default_factory=NoCache)
+    gen_length: int = 128
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require(_is_integer(self.gen_length), f"gen_length={self.gen_length!r} is not an integer")
+        require(self.gen_length > 0, f"gen_length={self.gen_length} is not positive")
+        require(_is_integer(self.seed), f"seed={self.seed!r} is not an integer")
+        require(0 <= self.seed < SEEDS, f"seed={self.seed} is not in [0, 2**63)")
+        check_pair(self.sampler, self.cache)
+        self.sampler.check_length(self.gen_length)
+
+    @classmethod
+    def parse(
+        cls, sampler: str | Mapping | Sampler = "slowfast", cache: str | Mapping | CachePolicy = "none", **numbers: Any
+    ) -> DecodingParams:
+        """Build from names, from ``{"kind": name, option: value}`` or from records; :meth:`to_dict` is the inverse."""
+        return cls(sampler=parse_sampler(sampler), cache=parse_cache(cache), **numbers)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all parameters, ready for JSON."""
+        return {
+            "sampler": sampler_to_dict(self.sampler),
+            "cache": cache_to_dict(self.cache),
+            "gen_length": self.gen_length,
+            "seed": self.seed,
+        }
+
+
+def check_pair(sampler: Sampler, cache: CachePolicy) -> None:
+    """Raise ArgumentError unless the two are a sampler and a cache policy that work together."""
+    require(isinstance(sampler, tuple(SAMPLERS.values())), f"sampler={sampler!r} is not a sampler")
+    require(isinstance(cache, tuple(POLICIES.values())), f"cache={cache!r} is not a policy or its name")
+    sampler.check_cache(cache)
+    sampler.rules(**cache.rules)  # the rules of both together are checked where they are built
+
+
+def parse_sampler(value: str | Mapping[str, Any] | Sampler, **options: Any) -> Sampler:
+    """Return a sampler from its name, from ``{"kind": name, option: value}``, or as it is given.
+
+    ``options`` are fields of the sampler; ``slowfast`` has ``preset`` as well.
+
+    Raises:
+        ArgumentError: names the option and its value.
+    """
+    if isinstance(value, Sampler) and not options:
+        return value
+    kind, given = named("sampler", value, SAMPLERS)
+    options = given | options
+    check_options(f"sampler {kind!r}", options, sampler_options(kind))
+    if kind != "slowfast":
+        return SAMPLERS[kind](**options)
+    preset = options.pop("preset", "paper")
+    require(isinstance(preset, str), f"preset={preset!r} is not one of {tuple(PRESETS)}")
+    return SlowFast.preset(preset, **options)
+
+
+def parse_cache(value: str | Mapping[str, Any] | CachePolicy, **options: Any) -> CachePolicy:
+    """Return a cache policy from its name, from ``{"kind": name, option: value}``, or as it is given.
+
+    Raises:
+        ArgumentError: names the option and its value.
+    """
+    if isinstance(value, CachePolicy) and not options:
+        return value
+    kind, given = named("cache", value, POLICIES)
+    options = given | options
+    check_options(f"cache {kind!r}", options, cache_options(kind))
+    return cache_policy(kind, **options)
+
+
+def sampler_options(kind: str) -> set[str]:
+    """Return the names that may be set for a kind of sampler. ``vanilla`` has one token per step, so no ``steps``."""
+    names = {f.name for f in fields(SAMPLERS[kind])} - {"name"}
+    if kind == "slowfast":
+        return names | {"preset"}
+    return names - {"steps"} if kind == "vanilla" else names
+
+
+def cache_options(kind: str) -> set[str]:
+    """Return the names that may be set for a kind of cache policy."""
+    return {f.name for f in fields(POLICIES[kind])}
+
+
+def sampler_kind(sampler: Sampler) -> str:
+    """Return the name that every front end has for a sampler's class."""
+    return next(name for name, known in SAMPLERS.items() if type(sampler) is known)
+
+
+def sampler_to_dict(sampler: Sampler) -> dict[str, Any]:
+    """Return a sampler as :func:`parse_sampler` reads it."""
+    options = {f.name: getattr(sampler, f.name) for f in fields(sampler) if f.name != "name"}
+    preset = {"preset": sampler.name} if isinstance(sampler, SlowFast) and sampler.name in PRESETS else {}
+    return {"kind": sampler_kind(sampler), **preset, **options}
+
+
+def cache_to_dict(cache: CachePolicy) -> dict[str, Any]:
+    """Return a cache policy as :func:`parse_cache` reads it."""
+    return {"kind": cache.name, **{f.name: getattr(cache, f.name) for f in fields(cache)}}
+
+
+def named(argument: str, value: Any, known: Mapping[str, type]) -> tuple[str, dict[str, Any]]:
+    """Return a kind and its options, from a name or from ``{"kind": name, option: value}``."""
+    options = dict(value) if isinstance(value, Mapping) else {"kind": value}
+    kind = options.pop("kind", None)
+    fine = isinstance(kind, str) and kind in known
+    require(fine, f"{argument}={value!r} is not one of {tuple(known)}, nor an object with one of them as its 'kind'")
+    return kind, options
+
+
+def check_options(owner: str, options: Mapping[str, Any], allowed: set[str]) -> None:
+    """Raise ArgumentError for an option that ``owner`` does not have."""
+    has = f"it has {', '.join(sorted(allowed))}" if allowed else "it has none"
+    for name in options:
+        require(name in allowed, f"{owner} has no option {name!r}; {has}")
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -1,0 +1,81 @@
+"""Decoding parameters: from names, from JSON and back."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from sfs_triton import ArgumentError, FixedSteps, RefreshCache, RegionCache, SlowFast, Threshold
+from sfs_triton.decoding.caching import POLICIES
+from sfs_triton.decoding.params import (
+    DecodingParams,
+    cache_options,
+    parse_cache,
+    parse_sampler,
+    sampler_options,
+)
+from sfs_triton.decoding.samplers import PRESETS, SAMPLERS
+
+PARAMS = [
+    DecodingParams(),
+    DecodingParams(sampler=SlowFast.preset("fast", tau_high=0.8), cache=RegionCache(capacity=64), gen_length=32, seed=7),
+    DecodingParams(sampler=SlowFast.preset("llada-reference", block_length=16), gen_length=64),
+    DecodingParams(sampler=Threshold(tau=0.7, block_length=8), cache=POLICIES["dual"](), gen_length=16),
+    DecodingParams(sampler=FixedSteps(steps=4, metric="entropy", temperature=0.5), cache=RefreshCache(ratio=0.0)),
+]
+
+
+@pytest.mark.parametrize("params", PARAMS, ids=lambda p: type(p.sampler).__name__)
+def test_json_and_back(params):
+    assert DecodingParams.parse(**json.loads(json.dumps(params.to_dict()))) == params
+
+
+@pytest.mark.parametrize("kind", SAMPLERS)
+def test_every_sampler_has_one_name(kind):
+    sampler = parse_sampler(kind)
+    assert type(sampler) is SAMPLERS[kind]
+    assert parse_sampler({"kind": kind}) == sampler == parse_sampler(sampler)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets(preset):
+    assert parse_sampler("slowfast", preset=preset) == SlowFast.preset(preset)
+    assert parse_sampler({"kind": "slowfast", "preset": preset}, k_max=3) == SlowFast.preset(preset, k_max=3)
+
+
+def test_options():
+    assert parse_cache("region", capacity=32) == parse_cache({"kind": "region", "capacity": 32})
+    assert "steps" not in sampler_options("vanilla") and "steps" in sampler_options("fixed")
+    assert cache_options("none") == set()
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: parse_sampler("slow"), "sampler='slow' is not one of"),
+        (lambda: parse_sampler({"preset": "fast"}), "nor an object with one of them as its 'kind'"),
+        (lambda: parse_sampler(3), "sampler=3 is not one of"),
+        (lambda: parse_sampler("threshold", k_max=4), "sampler 'threshold' has no option 'k_max'"),
+        (lambda: parse_sampler("slowfast", preset=["fast"]), r"preset=\['fast'\]"),
+        (lambda: parse_cache("ram"), "cache='ram' is not one of"),
+        (lambda: parse_cache("none", capacity=1), "cache 'none' has no option 'capacity'; it has none"),
+        (lambda: DecodingParams(sampler="slowfast"), "sampler='slowfast' is not a sampler"),
+        (lambda: DecodingParams(cache="none"), "cache='none' is not a policy"),
+        (lambda: DecodingParams.parse(cache="dual"), "cache='dual' works by block"),
+        (lambda: DecodingParams(gen_length=0), "gen_length=0 is not positive"),
+        (lambda: DecodingParams(gen_length=1.5), "gen_length=1.5 is not an integer"),
+        (lambda: DecodingParams(seed=-1), "seed=-1 is not in"),
+        (lambda: DecodingParams(seed=True), "seed=True is not an integer"),
+        (lambda: DecodingParams.parse("threshold", gen_length=33), "gen_length=33 is not a multiple"),
+    ],
+    ids=lambda v: v.replace(" ", "_")[:24] if isinstance(v, str) else "",
+)
+def test_refusals(build, message):
+    with pytest.raises(ArgumentError, match=message):
+        build()
+
+
+def test_the_engine_takes_names(embedded):
+    named = embedded.generate("15,44,79,50", gen_length=32, sampler="threshold", cache="none")
+    assert named.tokens == embedded.generate("15,44,79,50", gen_length=32, sampler=Threshold()).tokens
