@@ -19,7 +19,7 @@ from sfs_triton.decoding.samplers import PRESETS, SAMPLERS
 
 PARAMS = [
     DecodingParams(),
-    DecodingParams(sampler=SlowFast.preset("fast", tau_high=0.8), cache=RegionCache(capacity=64), gen_length=32, seed=7),
+    DecodingParams(sampler=SlowFast.preset("fast", tau_high=0.8), cache=RegionCache(capacity=64), seed=7),
     DecodingParams(sampler=SlowFast.preset("llada-reference", block_length=16), gen_length=64),
     DecodingParams(sampler=Threshold(tau=0.7, block_length=8), cache=POLICIES["dual"](), gen_length=16),
     DecodingParams(sampler=FixedSteps(steps=4, metric="entropy", temperature=0.5), cache=RefreshCache(ratio=0.0)),

@@ -17,7 +17,7 @@ from ..errors import CheckpointError, UnsupportedConfigError, require
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Dimensions and flags of one bidirectional transformer (DESIGN: one shape covers the family)."""
+    """Dimensions and flags of one bidirectional transformer (docs/architecture.md: one shape covers the family)."""
 
     family: str  # "llada", "illada" or "dream"
     n_layers: int
