@@ -185,7 +185,7 @@ def test_a_reader_that_has_left_is_no_traceback(command):
 
 
 def test_encodings_without_a_character():
-    code = "import sys; from sfs_triton.cli import Output; print('a\\u00e9', file=Output(sys.stdout), flush=True)"
+    code = "import sys; from sfs_triton.cli.main import Output; print('a\\u00e9', file=Output(sys.stdout), flush=True)"
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, timeout=120)
     assert (done.returncode, done.stdout) == (0, b"a?\n"), done.stderr
@@ -215,12 +215,12 @@ def test_a_prompt_far_over_the_context_is_not_encoded(model, monkeypatch):
 
 def test_missing_extras_are_named(model, monkeypatch, tmp_path):
     for module, package, command in (
-        ("render", "rich.cells", ("generate", PROMPT, "--watch")),
+        ("canvas", "rich.cells", ("generate", PROMPT, "--watch")),
         ("plot", "matplotlib", ("plot", PROMPT, str(tmp_path / "map.png"))),
     ):
         with monkeypatch.context() as patch:
-            patch.delitem(sys.modules, f"sfs_triton.{module}")
-            patch.delattr(sfs_triton, module)
+            patch.delitem(sys.modules, f"sfs_triton.view.{module}")
+            patch.delattr(sfs_triton.view, module)
             patch.setitem(sys.modules, package, None)
             refused(sfs(*command, "--model", str(model)), package.split(".")[0], "sfs_triton[cli]")
 
@@ -383,7 +383,7 @@ def test_text_of_a_model_cannot_steer_a_terminal():
     import pty
 
     program = (
-        "import sys; from sfs_triton import cli, text\n"
+        "import sys; from sfs_triton import text; from sfs_triton.cli import main as cli\n"
         f"text.TextCodec.decode = lambda codec, tokens: {HOSTILE!r}\n"
         "sys.argv = ['sfs', 'generate', '1,2', '--gen-length', '8', '--device', 'cpu']; cli.main()"
     )

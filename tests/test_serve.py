@@ -947,7 +947,7 @@ def test_the_package_and_the_command_line_need_none_of_it():
     code = (
         "import sys\n"
         "for name in ('fastapi', 'uvicorn', 'prometheus_client', 'starlette'): sys.modules[name] = None\n"
-        "import sfs_triton, sfs_triton.cli\n"
+        "import sfs_triton.cli.main\n"
         "from typer.testing import CliRunner\n"
         "print(CliRunner().invoke(sfs_triton.cli.main.app, ['serve', '--port', '0']).stderr)"
     )
