@@ -2,6 +2,7 @@
 # make bench-all       everything that can be measured without a GPU, a quarter of an hour; into bench/results/<machine>/
 # make bench-kernels   each kernel beside eager torch, torch.compile and libraries; toy sizes where there is no GPU
 # make test            install into .venv and run the test suite
+# make test-quick      the part of the suite that needs torch alone, about a minute: before each commit
 # make test-slow       what the test suite leaves out: what takes half a minute or more, and more of the same
 # make test-cpus       the numeric tests as other CPUs compute: other instruction sets and orders of summation, two threads
 # make test-oldest     the kernels' tests under the oldest triton that will do, in .venv-oldest
@@ -18,7 +19,7 @@
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
-EXTRAS ?= test,bench,cli
+EXTRAS ?= test-all,bench,cli
 PINS ?=
 ARGS ?=
 VENV := .venv
@@ -42,7 +43,7 @@ CPUS ?= ATEN_CPU_CAPABILITY=default,MKL_CBWR=COMPATIBLE,ONEDNN_MAX_CPU_ISA=SSE41
   ATEN_CPU_CAPABILITY=avx2,MKL_ENABLE_INSTRUCTIONS=AVX2,ONEDNN_MAX_CPU_ISA=AVX2 \
   MKL_CBWR=COMPATIBLE ATEN_CPU_CAPABILITY=default OMP_NUM_THREADS=2
 
-.PHONY: bench bench-all bench-kernels test test-slow test-cpus test-oldest fuzz soak audit docs resources lint install
+.PHONY: bench bench-all bench-kernels test test-quick test-slow test-cpus test-oldest fuzz soak audit docs resources lint install
 
 bench: install
 	$(BIN)/python bench/throughput.py $(ARGS)
@@ -56,6 +57,9 @@ bench-kernels: install
 test: install
 	$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
+test-quick: install
+	$(BIN)/python -m pytest -n auto --dist worksteal -m 'quick and not slow' $(ARGS)
+
 test-slow: install
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
@@ -67,7 +71,7 @@ test-cpus: install
 	done; test -z "$$failed" || { echo "failed under:$$failed"; exit 1; }
 
 test-oldest:
-	$(MAKE) test VENV=.venv-oldest EXTRAS=test PINS='$(OLDEST)' \
+	$(MAKE) test VENV=.venv-oldest EXTRAS=test,bench PINS='$(OLDEST)' \
 	  ARGS='tests/kernels tests/test_aot.py tests/test_kernel_benchmarks.py tests/test_ops.py tests/test_conformance.py $(ARGS)'
 
 fuzz: install

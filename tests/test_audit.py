@@ -8,7 +8,7 @@ import subprocess
 
 import pytest
 
-pytest.importorskip("bandit", reason="needs bandit: pip install -e '.[test]'")
+pytest.importorskip("bandit", reason="needs bandit: pip install -e '.[test-all]'")
 
 from . import audit  # noqa: E402
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("ray", reason="needs Ray: pip install -e '.[ray]'")
-psutil = pytest.importorskip("psutil", reason="needs psutil, to find Ray's processes: pip install -e '.[test]'")
+psutil = pytest.importorskip("psutil", reason="needs psutil, to find Ray's processes: pip install -e '.[test-all]'")
 
 import httpx  # noqa: E402
 import ray  # noqa: E402
