@@ -55,7 +55,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    """What needs transformers, which is imported when it is asked for."""
+    """Import the names that need transformers when they are asked for."""
     if name not in ("accelerate", "custom_generate"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from .integrations import transformers

@@ -69,7 +69,7 @@ class Group:
     # ------------------------------------------------------------------------------------------- made of the above
 
     def first(self, make: Callable[[], str]) -> str:
-        """What ``make`` gives on rank 0; it is called on no other.
+        """Return the result of ``make`` on rank 0; it is called on no other.
 
         Raises:
             RankFailure: it failed there, on all ranks but rank 0.
@@ -81,7 +81,7 @@ class Group:
 
     @contextmanager
     def together(self, doing: str) -> Iterator[None]:
-        """Where one rank fails in the block, all do.
+        """Fail on all ranks if one rank fails in the block.
 
         Raises:
             RankFailure: says which ranks failed and why; those that did raise their own error.
@@ -101,7 +101,7 @@ class Group:
             raise RankFailure(f"{doing} failed on {failed}")
 
     def any(self, mine: bool) -> bool:
-        """Whether it is true on some rank."""
+        """Return whether the value is true on some rank."""
         return any(self.exchange("1" if mine else ""))
 
     def agree(self, what: str, value: str) -> None:
@@ -230,7 +230,7 @@ def world() -> tuple[int, int]:
 
 
 def joined() -> bool:
-    """Whether ranks have met: from then on, what fails on one of them becomes known to all."""
+    """True once ranks have met: from then on, a failure on one becomes known to all."""
     return distributed.is_available() and distributed.is_initialized()
 
 

@@ -102,7 +102,7 @@ def _load(
 
 
 def _folder(path_or_hub_id: str | Path) -> Path:
-    """Where the checkpoint is, fetched if it has to be."""
+    """Return the folder of the checkpoint; fetch it if it is a hub id."""
     folder = EMBEDDED if str(path_or_hub_id) == "embedded" else Path(path_or_hub_id)
     if folder.is_dir():
         return folder
@@ -276,7 +276,7 @@ class Engine:
         trace: bool = False,
         frames: bool = False,
     ) -> tuple[Request, bool]:
-        """What :meth:`generate` would run, and whether it was one prompt and not a list. Arguments as there.
+        """Return the request that :meth:`generate` would run, and whether it was one prompt, not a list.
 
         ``frames``: canvases are posted after each step.
         """
@@ -376,7 +376,7 @@ def _request(
 
 
 def _frames_for(on_step: Callable[[Frame], None] | None) -> bool:
-    """Whether somebody wants frames."""
+    """Return whether frames are wanted."""
     require(on_step is None or callable(on_step), f"on_step={on_step!r} cannot be called")
     return on_step is not None
 

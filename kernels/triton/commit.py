@@ -1,4 +1,4 @@
-"""What the kernels of both step machines share: the columns of a row's numbers, and committing what a step fills.
+"""Code of both step machines: the columns of a row's numbers, and the commit of a step.
 
 Scalars are loaded by all threads of a program and stored by one, and Triton orders neither. So a machine loads all it
 needs, has a barrier, and stores once at its end; what one thread stores and another loads has a barrier between.
@@ -50,7 +50,7 @@ N_DIALS: tl.constexpr = tl.constexpr(len(DIALS))
 
 @triton.jit
 def row_waits(inside_ptr, masked_ptr, length, first, stop, BLOCK_L: tl.constexpr):
-    """Whether a row list left out everything undecided in ``[first, stop)``, what the row's stage looks at."""
+    """Return whether a row list left out everything undecided in ``[first, stop)``, what the row's stage looks at."""
     listed = tl.zeros([BLOCK_L], tl.int32)
     undecided = tl.zeros([BLOCK_L], tl.int32)
     for begin in range(0, length, BLOCK_L):

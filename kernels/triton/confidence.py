@@ -195,7 +195,7 @@ def confidence_config(n_columns: int, noise: bool = False) -> ConfidenceConfig:
 def _workspace(
     n_rows: int, n_chunks: int, counters: torch.Tensor | None, device: torch.device
 ) -> dict[str, torch.Tensor]:
-    """Where chunks leave what they found, and count themselves."""
+    """Scratch memory in which chunks leave their results and count themselves."""
     if counters is None:
         counters = torch.zeros(n_rows, dtype=torch.int32, device=device)
     check_tensor("counters", counters, dtype=torch.int32, shape=[None], device=device)

@@ -1,4 +1,4 @@
-"""What an operation must do at the least: the roofline's two numbers."""
+"""Least work of an operation: the two numbers of a roofline."""
 
 from __future__ import annotations
 

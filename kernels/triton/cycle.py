@@ -58,13 +58,13 @@ ROUNDINGS = ("floor", "even")
 
 @triton.jit
 def _reaches(score, tau, STRICT: tl.constexpr):
-    """Whether scores pass a threshold."""
+    """Compare scores with a threshold."""
     return (score > tau) if STRICT else (score >= tau)
 
 
 @triton.jit
 def _candidates(token_ptr, place, there, score, tau_min, eos_id, STRICT: tl.constexpr, EOS_HORIZON: tl.constexpr):
-    """Which of the positions that are ``there`` the horizon may end at."""
+    """Mark the positions, of those that are ``there``, at which the horizon may end."""
     found = there & _reaches(score, tau_min, STRICT)
     if not EOS_HORIZON:
         found = found & (tl.load(token_ptr + place, mask=found, other=0) != eos_id)
@@ -161,7 +161,7 @@ def _horizon(
 
 @triton.jit
 def _count_high(score_ptr, inside_ptr, first, stop, tau, STRICT: tl.constexpr, BLOCK_L: tl.constexpr):
-    """How many positions of ``[first, stop)`` that are looked at reach ``tau``."""
+    """Count the positions of ``[first, stop)`` that are looked at and reach ``tau``."""
     high = tl.zeros([BLOCK_L], tl.int32)
     for begin in range(first, stop, BLOCK_L):
         place = begin + tl.arange(0, BLOCK_L)
@@ -242,7 +242,7 @@ def _stage_end(
     HAS_MAX_CYCLES: tl.constexpr,
     EOS_STOP: tl.constexpr,
 ):
-    """What ends with this step, from where masks are left: whether the row goes on to its fast stage; whether its
+    """Find what ends with this step, from where masks are left: whether the row goes on to its fast stage; whether its
     cycle, its block and the row itself are over; and the first undecided position of the block that comes next."""
     slow_over = k >= k_max
     if SLOW_END != "fixed":

@@ -202,7 +202,7 @@ def compact(
     out: tuple[torch.Tensor, torch.Tensor] | None = None,
     config: CompactConfig | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where each row's flags are set, ascending, and how many they are: ``flag[b].nonzero()`` without a host read.
+    """List the set flags of each row, ascending, and count them: ``flag[b].nonzero()`` without a host read.
 
     Args:
         flag: ``[B, n]``, bool or uint8 (set where not 0), dense. ``flag.view(1, -1)`` makes one list of all.

@@ -1,4 +1,4 @@
-"""How kernels are launched: one function that can also record what it would have launched.
+"""Launch of kernels: one function that can also record what it would have launched.
 
 A recorded launch holds the arguments that the launcher really built, so that a compiler test or a cost model looks at
 what runs and not at a list kept by hand. Launchers accept tensors on the meta device while recording.

@@ -20,7 +20,7 @@ from .softmax_partial import NO_TOKEN, finite_or_zero, largest, max_of, result_o
 
 @triton.jit
 def _absorb(found, x, first_id, noise, HAS_NOISE: tl.constexpr):
-    """What is known of the rows so far, and a tile of logits with higher ids, into one."""
+    """Merge the partial results of rows with a tile of logits of higher ids."""
     top, total, key, logit, winner = found
     ids = first_id + tl.arange(0, x.shape[1])[None, :]
     keys = x
@@ -396,7 +396,7 @@ def lm_head_partials(
     out: tuple[torch.Tensor, torch.Tensor] | None = None,
     config: LmHeadConfig | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What a shard of the vocabulary, ids from ``vocab_start`` on, knows of each row; for :func:`merge_partials`.
+    """Partial results of one vocabulary shard, ids from ``vocab_start`` on, per row; for :func:`merge_partials`.
 
     Arguments as for :func:`lm_head`, with ``weight`` the shard. Returns values float32 ``[4, R]``: largest logit ``m``,
     ``sum(exp(logits - m))``, the winner's key (its logit plus noise) and its logit; and the winner's id, int32 ``[R]``.

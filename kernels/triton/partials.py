@@ -1,4 +1,4 @@
-"""What parts of the vocabulary know of each row, and how that becomes a token and its confidence."""
+"""Partial results of vocabulary parts per row, and their merge into a token and its confidence."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SCALE = tl.constexpr(LOG2E)
 
 @triton.jit
 def live_rows(count_ptr, n_rows, HAS_COUNT: tl.constexpr):
-    """How many rows are to be computed; not positive if none."""
+    """Return the number of rows to compute; not positive if none."""
     if HAS_COUNT:
         n_rows = tl.minimum(tl.load(count_ptr), n_rows)
     return n_rows

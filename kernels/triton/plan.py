@@ -1,4 +1,4 @@
-"""Where a step looks, and the row list it forwards: one launch a step for all rows of a batch.
+"""Candidates of a step, and the list of positions that it forwards: one launch per step for a whole batch.
 
 The row list is that of a region cache: at most ``C`` positions of each canvas row, in this order of claim: dirty ones
 (committed since they were last forwarded), those that the step decides, a look-ahead beyond them, and stale ones, those
@@ -76,7 +76,7 @@ def _stale_before(
     SHIFT: tl.constexpr,
     BLOCK_L: tl.constexpr,
 ):
-    """How many stale positions were last forwarded before ``step``."""
+    """Count the stale positions that were last forwarded before ``step``."""
     total = tl.zeros([BLOCK_L], tl.int32)
     for begin in range(0, length, BLOCK_L):
         place = begin + tl.arange(0, BLOCK_L)

@@ -51,7 +51,7 @@ class PostConfig:
 
 
 def post_config(n: int, itemsize: int) -> PostConfig:
-    """How a source of ``n`` elements is copied: 64 bytes a thread at a time.
+    """Return the launch for a source of ``n`` elements: 64 bytes per thread at a time.
 
     Up to 64 KiB the program that rings the bell can copy it: two turns of 32 KiB, which take less than a launch.
     """

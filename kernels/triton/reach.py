@@ -1,4 +1,4 @@
-"""Which contiguous rows a step forwards and which keys they attend to: one launch a step for all rows of a batch."""
+"""Contiguous ranges of positions that a step forwards, and of their keys: one launch per step for a whole batch."""
 
 from __future__ import annotations
 

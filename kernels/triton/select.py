@@ -83,7 +83,7 @@ def _scan(score_ptr, inside_ptr, length, BLOCK_L: tl.constexpr):
 
 @triton.jit
 def _count_above(score_ptr, inside_ptr, length, bound, BLOCK_L: tl.constexpr):
-    """How many positions looked at have a key of more than ``bound``."""
+    """Count the positions looked at whose key exceeds ``bound``."""
     total = tl.zeros([BLOCK_L], tl.int32)
     for begin in range(0, length, BLOCK_L):
         key, inside = _load_keys(score_ptr, inside_ptr, begin + tl.arange(0, BLOCK_L), length)
@@ -164,7 +164,7 @@ def _fill_one(fill_ptr, length, only, BLOCK_L: tl.constexpr):
 
 @triton.jit
 def _scheduled(left, k, steps, quota, share, TIMESTEPS: tl.constexpr, OPENING_FIRST: tl.constexpr):
-    """How many positions this step of a fixed schedule commits, and the quota it carries on."""
+    """Return the count that this step of a fixed schedule commits, and the quota it carries on."""
     if TIMESTEPS:
         part = (left.to(tl.float32) * share).to(tl.int32)
         count = tl.where(k == steps - 1, left, part)

@@ -44,7 +44,7 @@ def runner_up(x, top, second):
 
 @triton.jit
 def finite_or_zero(top):
-    """What to subtract from logits of which ``top`` is the largest: minus infinity less itself would be NaN."""
+    """Return the number to subtract from logits whose largest is ``top``: minus infinity less itself would be NaN."""
     return tl.where(top > float("-inf"), top, 0.0)
 
 

@@ -203,7 +203,7 @@ def _whole(line: int, name: str, value: Any, least: int) -> int | None:
 
 @dataclass
 class Survey:
-    """What a first reading of the whole input tells."""
+    """Facts from a first reading of the whole input."""
 
     rows: int = 0
     text_ids: bool = False  # whether any id is text
@@ -391,7 +391,7 @@ class Parts:
         self._places |= places
 
     def get(self, row: Row) -> dict[str, Any]:
-        """What was kept for a row.
+        """Finished output that was kept for a row.
 
         Raises:
             BatchError: nothing was, so the input is not what it was when the run began.

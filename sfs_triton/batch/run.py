@@ -27,7 +27,7 @@ Execute = Callable[[Iterator[list[Row]]], Iterable[Finished]]
 
 @dataclass(frozen=True, kw_only=True)
 class BatchSettings:
-    """What answers a file of prompts, and how.
+    """Model and decoding parameters for a file of prompts.
 
     Args:
         model, device, dtype, impl, loop: as for :func:`sfs_triton.load`.
@@ -63,7 +63,7 @@ class BatchSettings:
         return DecodingParams(sampler=self.sampler, cache=self.cache, gen_length=self.gen_length, seed=self.seed)
 
     def described(self) -> dict[str, Any]:
-        """What the answers depend on, ready for JSON."""
+        """Return all that the answers depend on, ready for JSON."""
         return {
             "model": self.model,
             **self.params.to_dict(),
@@ -87,7 +87,7 @@ class BatchSettings:
 
 @dataclass(frozen=True)
 class Summary:
-    """What a run did. ``kept`` rows of the output were finished before it began, ``errors`` have no answer."""
+    """Counts of a run. ``kept`` rows of the output were finished before it began, ``errors`` have no answer."""
 
     rows: int
     errors: int
@@ -186,7 +186,7 @@ def _encode(engine: Engine, settings: BatchSettings, row: Row) -> list[int]:
 
 
 def _generate(engine: Engine, settings: BatchSettings, good: list[tuple[Row, list[int]]]) -> dict[int, dict[str, Any]]:
-    """What the output has of rows that can be decoded, by line."""
+    """Return the output of rows that can be decoded, by line."""
     lengths = [row.gen_length or settings.gen_length for row, _ in good]
     seeds = [settings.seed + row.line - 1 if row.seed is None else row.seed for row, _ in good]
     how = {"sampler": settings.sampler, "cache": settings.cache}

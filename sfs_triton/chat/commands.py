@@ -1,4 +1,4 @@
-"""What a line typed into a chat asks for: commands, their arguments, and what they do to the conversation."""
+"""Commands of a chat: their arguments, and their effect on the conversation."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Action:
 
 
 def parse(line: str) -> Action:
-    """What a line asks for. Commands begin with a slash, messages that do with two.
+    """Parse a line. Commands start with a slash, messages that start with a slash with two.
 
     Raises:
         ArgumentError: no such command, or an argument it does not take; names command and value.
@@ -79,7 +79,7 @@ def _figures(nfe: int, tokens: int, seconds: float) -> str:
 
 
 def _fields(settings: Any) -> dict[str, Any]:
-    """What can be set; a sampler's ``name`` is its preset's."""
+    """Return the fields that can be set; a sampler's ``name`` is its preset's."""
     return {f.name: getattr(settings, f.name) for f in fields(settings) if f.name != "name"}
 
 
@@ -158,7 +158,7 @@ def _named(known: Mapping[str, Any]) -> Callable[[str, str], tuple[str | None, d
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """How a command is typed, what it does, and the reader of its argument."""
+    """Usage of a command, its help text, and the parser of its argument."""
 
     usage: str
     does: str

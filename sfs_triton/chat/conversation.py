@@ -61,7 +61,7 @@ class Answer:
 
 @dataclass(slots=True)
 class Totals:
-    """What all finished answers of a session took; ``stopped`` counts turns without an answer."""
+    """Sums over all finished answers of a session; ``stopped`` counts turns without an answer."""
 
     answers: int = 0
     tokens: int = 0
@@ -382,7 +382,7 @@ def shown(value: Any) -> str:
 
 
 def kind(sampler: Sampler) -> str:
-    """What the command line calls a sampler."""
+    """Return the name of a sampler on the command line."""
     if isinstance(sampler, FixedSteps):
         return "vanilla" if sampler.steps is None and sampler.metric == "confidence" else "fixed"
     return "slowfast" if isinstance(sampler, SlowFast) else "threshold"

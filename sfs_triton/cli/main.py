@@ -80,7 +80,7 @@ class Output(io.TextIOWrapper):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """What to generate and how: the prompt and the options that ``generate`` and ``plot`` share."""
+    """Prompt and options that ``generate`` and ``plot`` share."""
 
     prompt: Annotated[str, typer.Argument(help="The prompt; - reads it from stdin.", show_default=False)]
     model: Annotated[str, typer.Option(help="'embedded', a checkpoint folder, or a hub id.")] = "embedded"
@@ -134,7 +134,7 @@ class Request:
         return parse_sampler(self.sampler, **given)
 
     def settings(self, **more: Any) -> Settings:
-        """How to answer, checked as far as no checkpoint is needed for it."""
+        """Return decoding parameters, checked as far as that needs no checkpoint."""
         sampler, policy = self.make_sampler(), parse_cache(self.cache)
         return Settings(sampler=sampler, cache=policy, gen_length=self.gen_length, seed=self.seed, **more)
 

@@ -20,7 +20,7 @@ _COARSE = 64  # prompt lengths are rounded for fixed shapes, so that more prompt
 
 
 class RowView(NamedTuple):
-    """Where one row of a generation stands, as the host last read it."""
+    """Progress of one sequence, as the host last read it."""
 
     index: int
     start: int
@@ -43,7 +43,7 @@ class Span(NamedTuple):
 
 
 class Canvas(NamedTuple):
-    """What the host knows of the rows of a lane before they come: the canvas' length, and extremes over the rows."""
+    """Bounds of the sequences that a batch must accept: canvas length, and extremes over the sequences."""
 
     length: int
     shortest_prompt: int
@@ -53,7 +53,7 @@ class Canvas(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """How large a step is: what the host must know to start it, and what a captured graph is kept for.
+    """Size of a step: all that the host must know to launch it, and the key of a captured graph.
 
     ``kind`` says where the rows come from: ``"same"``, ``[first, first + size)`` of every canvas, with all keys before
     ``keys``; ``"prefix"``, the canvas' first ``size``, of which each uses as many as the device says; ``"list"``, a
@@ -76,7 +76,7 @@ class Shape(NamedTuple):
 
 @dataclass(frozen=True)
 class CachePolicy:
-    """What all policies share. ``to_span_end`` and ``block`` are the arguments of ``reach``."""
+    """Base of all policies. ``to_span_end`` and ``block`` are the arguments of ``reach``."""
 
     name: ClassVar[str]
     by_block: ClassVar[bool] = False
@@ -93,11 +93,11 @@ class CachePolicy:
 
     @property
     def rules(self) -> dict[str, Any]:
-        """What the samplers' machines must know of the policy (keyword arguments of ``Sampler.rules``)."""
+        """Keyword arguments of ``Sampler.rules`` that depend on the policy."""
         return {}
 
     def opening(self, shifted: bool) -> str:
-        """How a block begins, for the block machine (``BlockRules.opening``)."""
+        """Return how a block starts, for the block machine (``BlockRules.opening``)."""
         return "normal"
 
     def extra_steps(self, length: int) -> int:
@@ -114,16 +114,16 @@ class CachePolicy:
         return Span(0, needed, needed)
 
     def planned(self, step: int) -> bool:
-        """Whether a step's rows are a list that is planned."""
+        """Return whether a step forwards a planned list of positions."""
         return False
 
     def covered(self, row: RowView, listed: int) -> int:
-        """How many rows of a canvas a step's forward covers; ``listed`` is what its plan has counted."""
+        """Count the positions that a step's forward covers; ``listed`` is the count of its planned list."""
         span = self.span(row)
         return listed if self.planned(row.step) else span.stop - span.first
 
     def recomputed(self, row: RowView, covered: int) -> int:
-        """How many of those go through the layers."""
+        """Count those that go through the layers."""
         return covered
 
     def together(self, rows: Sequence[RowView]) -> list[list[RowView]]:

@@ -48,7 +48,7 @@ class Dials(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Sampler:
-    """What all samplers share.
+    """Parameters that all samplers share.
 
     Args:
         temperature: 0 takes the most likely token; above, Gumbel noise keyed by row seed, token, position and step.
@@ -84,21 +84,22 @@ class Sampler:
         return replace(self, **changes)
 
     def draw(self) -> Draw:
-        """How a token is drawn and scored."""
+        """Return how tokens are drawn and scored."""
         return Draw(noise=self.temperature > 0, nucleus=self.has_nucleus, top_k=self.top_k)
 
     @property
     def has_nucleus(self) -> bool:
-        """Whether ``top_p`` leaves anything out."""
+        """True if ``top_p`` leaves anything out."""
         return self.top_p is not None and self.top_p < 1
 
     def form(self) -> Sampler:
-        """What it shares with the samplers that can decode beside it: itself, but for what :meth:`dials` tells, which
-        is the same in all forms."""
+        """Return this sampler with its per-sequence numbers (:meth:`dials`) blanked.
+
+        Sequences can share a batch if their forms are equal."""
         return replace(self, temperature=float(self.temperature > 0), top_p=1e-3 if self.has_nucleus else None)
 
     def dials(self) -> Dials:
-        """What of it is a row's own."""
+        """Return the numbers that each sequence of a batch has for itself."""
         return Dials(self.temperature or 1.0, self.top_p if self.has_nucleus else math.inf)
 
     def check_cache(self, policy) -> None:
@@ -366,7 +367,7 @@ class FixedSteps(Sampler):
             )
 
     def form(self) -> FixedSteps:
-        """How many steps there are is a row's own, unless they follow a time schedule."""
+        """Blank the number of steps as well, unless steps follow a time schedule."""
         form = super().form()
         return replace(form, steps=None, eps=FixedSteps.eps) if self.metric == "confidence" else form
 

@@ -262,7 +262,7 @@ class DiffusionLM(LM):
             self._ranks.wait()
 
     def get_model_info(self) -> dict[str, Any]:
-        """What lm-eval writes into a result's ``config``: version, settings, and the figures under ``speed``."""
+        """Return the entries for a result's ``config``: version, settings, and the figures under ``speed``."""
         own = {"version": __version__, "pretrained": self._name, "loop": self.engine.loop, "device": str(self._device)}
         return {"sfs_triton": {**own, **self._told, "batch_size": self._batch_size}, "speed": self.tally.summary()}
 

@@ -1,4 +1,4 @@
-"""What an evaluation takes: requests, tokens, steps and seconds by task, over all ranks."""
+"""Costs of an evaluation: requests, tokens, steps and seconds by task, over all ranks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..scheduling.outputs import Generation
 
 @dataclass(slots=True)
 class Cost:
-    """What the requests of one task took. ``seconds`` is time in ``generate``, of one rank."""
+    """Costs of one task's requests. ``seconds`` is time in ``generate``, of one rank."""
 
     requests: int = 0
     tokens: int = 0

@@ -1,4 +1,4 @@
-"""What lm-eval's ``model_args`` and ``gen_kwargs`` say about sampler, cache and lengths."""
+"""Parsing of lm-eval's ``model_args`` and ``gen_kwargs``: sampler, cache and lengths."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def flag(name: str, value: Any) -> bool:
 
 
 class Wish(NamedTuple):
-    """What one request's ``gen_kwargs`` ask for."""
+    """Parsed ``gen_kwargs`` of one request."""
 
     length: int
     until: tuple[str, ...]

@@ -84,7 +84,7 @@ class Attempts:
         self._counts: Counter[str] = Counter()
 
     def begin(self, what: str) -> int:
-        """How often this has been tried, this time included, since it was last done."""
+        """Count the attempts since the last success, this one included."""
         self._counts[what] += 1
         return self._counts[what]
 
@@ -130,7 +130,7 @@ class Worker:
 
 
 def _answers(todo: list[list[Row]], settings: BatchSettings, workers: int, gpus: float) -> Iterator[Finished]:
-    """What comes back from the workers, in whatever order. A piece of the data is a chunk of rows, as JSON."""
+    """Yield results of the workers, in any order. A piece of the data is a chunk of rows, as JSON."""
     attempts = ray.remote(num_cpus=0)(Attempts).remote()
     with _quiet_data():
         pieces = [{"rows": json.dumps([asdict(row) for row in rows])} for rows in todo]

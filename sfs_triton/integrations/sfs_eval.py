@@ -15,7 +15,7 @@ from .lm_eval_ranks import leave
 
 
 class RefusedError(SfsError):
-    """What lm-eval does not do, as it says itself."""
+    """Options that lm-eval does not support, by its own account."""
 
 
 def main() -> None:
@@ -111,7 +111,7 @@ def _is_whole(file: Path) -> bool:
 
 
 def _broken(folder: str | None) -> Iterator[str]:
-    """What is wrong with the task files in a folder, which lm-eval passes over in silence."""
+    """Return the faults of task files in a folder, which lm-eval ignores in silence."""
     from lm_eval.tasks._yaml_loader import load_yaml
     from yaml import YAMLError
 

@@ -57,7 +57,7 @@ if int(transformers.__version__.split(".")[0]) >= 5:
 
 @dataclass
 class MaskedDiffusionOutput(ModelOutput):
-    """What :func:`custom_generate` gives.
+    """Output of :func:`custom_generate`.
 
     ``sequences [B, L + n]`` hold the prompts as given, then the responses up to and including their end-of-text or
     what completes a stop string, then padding. ``tokens_per_forward [B]`` are response tokens for each step, those

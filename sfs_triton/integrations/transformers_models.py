@@ -188,8 +188,8 @@ class MaskedDiffusionModel(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
-        """Whether ``generate`` is to make a K/V cache, for which ``forward`` has no use. Since 5.24 it is passed on as
-        ``cache``, which is a policy's name here."""
+        """Return whether ``generate`` makes a K/V cache, for which ``forward`` has no use. Since 5.24 it is passed on
+        as ``cache``, which is a policy's name here."""
         return False
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What a model keeps between forwards, and which part of the canvas a forward covers."""
+"""Caches between forwards, and the part of the canvas that a forward covers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Features(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Scope:
-    """Which rows of each canvas one forward covers, and which keys they attend to.
+    """Positions of each canvas that one forward covers, and the keys that they attend to.
 
     What the host knows is ``[first, stop)`` and ``[0, keys)``, the same for all of the batch. The tensors say what it
     does not: they are read by pointer, and no value of them changes a shape.
@@ -69,7 +69,7 @@ class KVCache:
 
     @staticmethod
     def values(spec: ModelSpec, length: int) -> int:
-        """How many values a canvas of ``length`` takes."""
+        """Count the values that a canvas of ``length`` takes."""
         return 2 * spec.n_layers * spec.kv_width * length
 
     def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -93,7 +93,7 @@ class FeatureCache:
 
     @staticmethod
     def values(spec: ModelSpec, length: int) -> int:
-        """How many values a canvas of ``length`` takes."""
+        """Count the values that a canvas of ``length`` takes."""
         return 2 * spec.n_layers * (spec.kv_width + spec.d_model) * (length + 1)
 
     @property

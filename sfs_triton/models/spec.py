@@ -1,4 +1,4 @@
-"""What a checkpoint's ``config.json`` says about its transformer: dimensions, flags and special token ids.
+"""Model spec from a checkpoint's ``config.json``: dimensions, flags and special token ids.
 
 Two vocabularies of keys are read: LLaDA's own (``d_model``, ``n_heads``, ...) and the Llama/Qwen2 one (``hidden_size``,
 ``num_attention_heads``, ...) that Dream and iLLaDA use. Anything that would change the computation and is not supported

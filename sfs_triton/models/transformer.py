@@ -114,7 +114,7 @@ class Transformer:
         cache: KVCache | None,
         select: torch.Tensor | None,
     ) -> torch.Tensor:
-        """What attention adds to the rows of ``h [b, n, d]``, or to those selected."""
+        """Return the residual of attention for the rows of ``h [b, n, d]``, or for those selected."""
         spec, rotate = self.local, self.ops.rope_cache
         tables, position, store = self._places(scope, cache, index)
         if select is not None:

@@ -1,4 +1,4 @@
-"""Who turns the crank of a generation."""
+"""Execution of steps: one step as device work, and the loops that launch it."""
 
 from .choose import Loop, LoopChoice, check_loop
 from .cuda_graph import ReplayLoop

@@ -1,4 +1,4 @@
-"""Which loop steps the generations of an engine."""
+"""Choice of the loop that launches an engine's steps."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LOOPS = ("eager", "replay")
 
 
 class Loop(Protocol):
-    """Who turns the crank. All loops give the same tokens, the same number of steps and the same trace."""
+    """Interface of a loop. All loops give the same tokens, the same number of steps and the same trace."""
 
     name: str
 

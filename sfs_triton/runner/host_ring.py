@@ -1,4 +1,4 @@
-"""What a host reads of a running generation without asking the device."""
+"""Host ring: copies of device tensors that the host reads without a call to the device."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Mailbox:
         return {name: page[(number - 1) % self.depth] for name, page in self._pages.items()}
 
     def has(self, number: int) -> bool:
-        """Whether the letter of this number has come."""
+        """Return whether the letter of this number has come."""
         return bool(self._count[0] >= number)
 
     def wait(self, number: int, limit: float) -> None:

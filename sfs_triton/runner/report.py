@@ -1,4 +1,4 @@
-"""What a loop tells of a step."""
+"""Output of a step."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ class Turn(NamedTuple):
 
 
 class Step:
-    """Where to look, a forward, the head, a decision, a note to the host: for the rows in the slots of a state.
+    """Device work of one step, for the rows in the slots of a state: candidates, forward, head, decision, publishing.
 
     :meth:`run` reads nothing on the host. What differs from step to step is either on the device, or in the
     :class:`~sfs_triton.decoding.caching.Shape` that it is given, so that runs of equal shape are the same work on the
@@ -177,13 +177,13 @@ class Step:
         return turns
 
     def still(self, turn: Turn) -> Turn | None:
-        """What is left of a turn that was planned earlier: a row may have ended since, and another have its slot."""
+        """Return the rest of a turn that was planned earlier: a row may have ended since, and another have its slot."""
         running = {row.index: row.step for row in self.running()}
         steps = {slot: number for slot, number in turn.steps.items() if running.get(slot) == number}
         return turn._replace(steps=steps) if steps else None
 
     def _size(self, rows: int, spare: int) -> int:
-        """How many canvases go along with so many rows, at least one of which is among them."""
+        """Return how many canvases a turn for so many rows includes, at least one of them a row's."""
         size = min(1 << (rows - 1).bit_length(), self.slots)
         return size if size <= rows + spare else 1 << (rows.bit_length() - 1)
 
@@ -274,7 +274,7 @@ class Step:
         return torch.tensor(members, device=self.state.tokens.device)
 
     def _scope(self, shape: Shape, batch: torch.Tensor | None) -> Scope:
-        """What to forward; fills in the lists and ranges that it points to."""
+        """Return the scope to forward; fills in the lists and ranges that it points to."""
         state, policy, reach = self.state, self.policy, self.model.ops.reach
         given = {"batch": batch, "counters": self._counters, "features": shape.features}
         if shape.features is not None:
@@ -299,7 +299,7 @@ class Step:
         return Scope(0, shape.size, shape.keys, **given)
 
     def _targets(self, shape: Shape, scope: Scope, batch: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Which of the scope's rows are wanted, int64 ``[b, T]``, and the positions they decide, int32, -1 idle."""
+        """Return the wanted rows of the scope, int64 ``[b, T]``, and the positions they decide, int32, -1 idle."""
         compact = self.model.ops.compact
         if shape.kind == "plan":
             target = _of(self._list(1, shape.size), batch)
@@ -313,7 +313,7 @@ class Step:
     def _row_numbers(
         self, target: torch.Tensor, which: torch.Tensor | None, batch: torch.Tensor | None
     ) -> dict[str, torch.Tensor]:
-        """What drawing takes for each row of the head, ``[R]``: temperature, and what keys the noise; or ``top_p``."""
+        """Return the numbers for drawing per row of the head, ``[R]``: temperature and noise keys, or ``top_p``."""
         state, draw = self.state, self._draw
         names = ("temperature", "seed", "step") * draw.noise + ("top_p",) * draw.nucleus
         numbers = {name: _of(getattr(state, name), batch)[:, None].expand_as(target) for name in names}

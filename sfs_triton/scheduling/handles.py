@@ -108,11 +108,11 @@ class Pending:
         self._future = worker.submit(work, self._halt)
 
     def done(self) -> bool:
-        """Whether it has finished, failed or been cancelled."""
+        """Return whether it has finished, failed or been cancelled."""
         return self._future.done()
 
     def result(self, timeout: float | None = None) -> Generation | list[Generation]:
-        """What :meth:`Engine.generate` gives or raises; waits for it at most ``timeout`` seconds.
+        """Wait at most ``timeout`` seconds; return or raise as :meth:`Engine.generate`.
 
         Raises:
             ArgumentError: ``timeout`` is no number.

@@ -86,7 +86,7 @@ class Lane:
 
     @staticmethod
     def bytes_needed(model: Transformer, kind: Kind, slots: int, length: int) -> int:
-        """What the caches and the canvases take, without the activations of a step."""
+        """Return the bytes of caches and canvases, without the activations of a step."""
         store, branches = kind.policy.store, 2 if kind.sampler.cfg_scale else 1
         cache = 0 if store is None else branches * store.values(model.local, length) * model.dtype.itemsize
         return slots * (cache + _CANVAS * length)
@@ -109,7 +109,7 @@ class Lane:
     # ------------------------------------------------------------------------------------------ rows that come and go
 
     def fits(self, kind: Kind, slots: int, length: int, response: int) -> bool:
-        """Whether it is what a lane made with these arguments would be."""
+        """Return whether a new lane with these arguments would be the same."""
         return self._key == (kind, slots, length, response if _is_timed(kind.sampler) else None)
 
     def expect(self, prompts: Sequence[int], masks: Sequence[int]) -> None:
@@ -278,7 +278,7 @@ class Lane:
 
 
 def _is_timed(sampler: Sampler) -> bool:
-    """Whether it follows Dream's time schedule, of which every row has its own."""
+    """Return whether it follows Dream's time schedule, which each sequence has for itself."""
     return isinstance(sampler, FixedSteps) and sampler.metric != "confidence"
 
 
@@ -293,5 +293,5 @@ def _set_schedule(state: DecodeState, slot: int, row: Row) -> None:
 
 
 def is_lack_of_memory(error: BaseException) -> bool:
-    """Whether torch says so: of a GPU's memory in a class of its own, of the host's in words."""
+    """Return whether torch reports lack of memory: a class for a GPU's, a text for the host's."""
     return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)

@@ -1,4 +1,4 @@
-"""What a generation gives: a frame a step while it runs, and its rows when they are done."""
+"""Outputs of a generation: a frame per step while it runs, and its sequences when they are done."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is asked of an engine: canvases, and how they are to be decoded."""
+"""Requests to an engine: canvases and their decoding parameters."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..errors import require
 
 
 class Kind(NamedTuple):
-    """What rows have in common that are decoded side by side. ``sampler`` is a form: of what is a row's own, nothing
+    """Batch key: what sequences must share to be in one batch. ``sampler`` is a form: of what is a row's own, nothing
     there is read. ``trace``, ``frames``: what each step decided on, and the canvases after it, are posted to the
     host."""
 
@@ -22,7 +22,7 @@ class Kind(NamedTuple):
     frames: bool
 
     def serves(self, other: Kind) -> bool:
-        """Whether rows of another kind can be decoded beside those of this one: at least as much is posted."""
+        """Return whether sequences of another key can join this batch: at least as much is published."""
         alike = (self.sampler, self.policy) == (other.sampler, other.policy)
         return alike and self.trace >= other.trace and self.frames >= other.frames
 

@@ -1,4 +1,4 @@
-"""Which rows have slots, and which of them step next: continuous batching.
+"""Continuous batching: assigns slots to sequences, and picks those that step next.
 
 Rows wait in the order in which they came. Each needs a slot in a :class:`~sfs_triton.scheduling.lane.Lane` of its kind
 that has room for it; lanes are opened as far as their number and their memory allow. A call of :meth:`Scheduler.step`
@@ -57,8 +57,8 @@ def room_for(rows: Sequence[Row]) -> Room:
 
 
 def room_around(row: Row, most: int) -> Room:
-    """What this row and others like it need: canvases of the next power of two, at most ``most`` positions. Prompts
-    are told apart, by powers of two as well, only where a policy's steps depend on them."""
+    """Return room for this row and others like it: canvases of the next power of two, at most ``most`` positions.
+    Prompts are kept apart, by powers of two as well, only where a policy's steps depend on them."""
     length = min(max(_SHORTEST, 1 << (len(row.canvas) - 1).bit_length()), most)
     shortest = 1 << (row.start.bit_length() - 1) if row.kind.policy.by_prompt and row.start else 0
     return Room(length, (shortest, length), length, length)

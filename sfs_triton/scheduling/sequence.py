@@ -46,17 +46,17 @@ class Row:
 
     @property
     def steps(self) -> int:
-        """How many of its steps have been told of."""
+        """Count of its steps that have been reported."""
         return len(self.tracer.forward_lengths)
 
     @property
     def running(self) -> bool:
-        """Whether it has steps to take, now or once it has a slot."""
+        """True if it has steps to take, now or once it has a slot."""
         return not self.dropped and not self.over and (self.control is None or not self.control[COLUMN["done"]])
 
     @property
     def fast(self) -> bool:
-        """Whether it is in its fast stage."""
+        """True in its fast stage."""
         return self.control is not None and self.control[COLUMN["phase"]] == FAST
 
     @property

@@ -1,4 +1,4 @@
-"""What each step of a generation did, row by row."""
+"""Trace of each step of a generation, per sequence."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from .rows import Event, Failed, Finished, Started, Stepped
 
 @dataclass(slots=True)
 class Style:
-    """How one request is answered; ``chat`` or completion."""
+    """Format of one request's answer; ``chat`` or completion."""
 
     model: str
     wanted: Wanted

@@ -160,7 +160,7 @@ def _add_page(app: FastAPI) -> None:
 
 
 def _http_error(request: Request, error: HTTPException) -> JSONResponse:
-    """What the framework refuses: unknown routes, wrong methods."""
+    """Answer what the framework refuses: unknown routes, wrong methods."""
     said = f"{error.detail}: {request.method} {request.url.path}"[:300]
     return refuse(ApiError(error.status_code, said, headers=error.headers))
 

@@ -1,4 +1,4 @@
-"""What every request has to pass before a route sees it, and what is counted of it."""
+"""Checks that every request passes before a route sees it, and its counts."""
 
 from __future__ import annotations
 

@@ -109,7 +109,7 @@ def _cache(wanted: str | dict[str, Any], spec: ModelSpec) -> CachePolicy:
 
 @contextmanager
 def _blamed(field: str, when: bool = True) -> Iterator[None]:
-    """What is refused is a matter of this field of the request."""
+    """Blame refusals on this field of the request."""
     try:
         yield
     except ArgumentError as error:

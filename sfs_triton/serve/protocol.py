@@ -50,7 +50,7 @@ INSTEAD = {"prompt": "chat takes 'messages'", "suffix": "/v1/completions takes i
 
 
 class Strict(BaseModel):
-    """What is not declared is refused, and nothing is converted: ``"5"`` and ``true`` are no numbers."""
+    """Refuse undeclared fields, and convert nothing: ``"5"`` and ``true`` are no numbers."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -84,7 +84,7 @@ Stop = Annotated[str, Field(min_length=1, max_length=_STOP_LENGTH)]
 
 
 class Common(Strict):
-    """What chat and completions share."""
+    """Fields that chat and completions share."""
 
     model: Annotated[str, Field(max_length=512)] | None = None
     max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
@@ -111,7 +111,7 @@ class Common(Strict):
 
     @property
     def tokens_wanted(self) -> tuple[str, int | None]:
-        """How many response positions are asked for, and the field that says so."""
+        """Return how many response positions are asked for, and the field that says so."""
         return "max_tokens", self.max_tokens
 
 

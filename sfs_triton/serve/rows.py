@@ -61,7 +61,7 @@ class SettledText:
         self.text, self.stopped_at = "", None  # given so far; how many tokens a stop string took
 
     def take(self, tokens: Sequence[int], final: bool) -> str:
-        """What can be shown beyond what was: ``tokens`` are all up to now, ``final`` says that no more will come.
+        """Return the text that can be shown in addition. ``tokens`` are all up to now; ``final``: there are no more.
 
         Held back is what later tokens could change: a character without its last bytes, the begin of a stop string.
         """
@@ -86,7 +86,7 @@ class SettledText:
         return next((n for n in sizes if any(s.startswith(text[-n:]) for s in self._stops)), 0)
 
     def _tokens_until(self, tokens: Sequence[int], end: int) -> int:
-        """How many tokens it takes to have ``end`` characters."""
+        """Count the tokens that have ``end`` characters."""
         low, high = 1, len(tokens)
         while low < high:
             middle = (low + high) // 2
@@ -139,7 +139,7 @@ class Follower:
 
     @property
     def begun(self) -> bool:
-        """Whether the row has had a slot."""
+        """True once the row has had a slot."""
         return self._began > 0
 
     def begin(self) -> None:
@@ -212,7 +212,7 @@ class Follower:
         }
 
     def _frame(self, row: Row, trace: StepTrace) -> dict[str, Any]:
-        """What the step changed; positions count from the answer's first."""
+        """Return what the step changed; positions count from the answer's first."""
         wanted, canvas = self.job.wanted, row.tokens
         first, size = wanted.first, wanted.stop - wanted.first
         start = wanted.request.starts[0]

@@ -1,4 +1,4 @@
-"""What a server is started with."""
+"""Settings of a server."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class ServeSettings:
 
     @property
     def loopback(self) -> bool:
-        """Whether only this machine can reach the server."""
+        """True if only this machine can reach the server."""
         if self.host == "localhost":
             return True
         try:
@@ -89,7 +89,7 @@ class ServeSettings:
             return False
 
     def knows_host(self, header: str) -> bool:
-        """Whether a request may have this ``Host`` header.
+        """Return whether a request may have this ``Host`` header.
 
         A page of a stranger whose name suddenly resolves to loopback (DNS rebinding) still sends that name.
         """

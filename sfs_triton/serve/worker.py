@@ -30,7 +30,7 @@ _LOOK = 0.05  # seconds after which a thread without work looks for requests who
 
 
 class Watch:
-    """Who is told what happens; this one does nothing. Called in the engine's thread, ``ended`` in others as well."""
+    """Observer interface; this one ignores all events. Called in the engine's thread, ``ended`` in others as well."""
 
     def joined(self) -> None:
         """A row has got its slot."""
@@ -91,7 +91,7 @@ class Worker:
 
     @property
     def ready(self) -> bool:
-        """Whether new requests are taken."""
+        """True if new requests are taken."""
         return self._thread.is_alive() and not self._closed and self._last_call == float("inf")
 
     def start(self) -> None:
@@ -205,7 +205,7 @@ class Worker:
 
     @contextmanager
     def _blamed(self, row: Row) -> Iterator[None]:
-        """What fails in telling of a row is the end of that row alone."""
+        """End a row alone if its output cannot be delivered."""
         try:
             yield
         except Exception as error:
@@ -234,7 +234,7 @@ class Worker:
                 self._part(row, from_failure(error), "failed")
 
     def _late(self, job: Job) -> ApiError | None:
-        """What to tell a job whose time is over."""
+        """Return the error for a job whose time is over."""
         now = time.monotonic()
         if now > self._last_call:
             return stopping()

@@ -87,7 +87,7 @@ class TextCodec:
             return self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
 
     def piece(self, token: int) -> str:
-        """What ``token`` adds to a text. Decoded alone, many tokenizers drop the space before it."""
+        """Return the text that ``token`` adds. Decoded alone, many tokenizers drop the space before it."""
         decode = self._decode
         anchor = self.encode("a")[-1:]
         before, both = (decode([*anchor, *more], skip_special_tokens=False) for more in ([], [token]))

@@ -29,7 +29,7 @@ PLAIN_FRAMES = 4  # frames printed where nothing can be redrawn
 
 
 class Glyphs(NamedTuple):
-    """What stands for things that are no text."""
+    """Signs for things that are no text."""
 
     inside: str = "•"
     outside: str = "·"
@@ -120,7 +120,7 @@ class Canvas:
         return sum(not self.masked(p) for p in range(stop)) / max(1, self.step + 1)
 
     def inside(self, position: int) -> bool:
-        """Whether the span holds ``position``; one without an end reaches as far as its block."""
+        """Return whether the span holds ``position``; one without an end reaches as far as its block."""
         first, end = self.span
         if end is None:
             length = self.block_length or self.gen_length

@@ -19,7 +19,7 @@ METRICS = ("confidence", "margin", "entropy")
 
 @dataclass(frozen=True)
 class Draw:
-    """How a token is drawn from its logits and scored, but for the numbers that are a row's own: its temperature, with
+    """Rules for drawing a token from its logits and scoring it. The numbers are per sequence: its temperature, with
     ``noise``, and its share of the probability, with ``nucleus``. Without noise the largest wins; ties go to the lowest
     id."""
 

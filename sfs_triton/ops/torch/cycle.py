@@ -56,7 +56,7 @@ def spread_of(history: torch.Tensor, count: torch.Tensor, kind: str) -> torch.Te
 
 
 def _over(scores: torch.Tensor, tau: torch.Tensor, rules: CycleRules) -> torch.Tensor:
-    """Which of ``scores [B, L]`` pass the thresholds of their rows, ``tau [B]``."""
+    """Mark the ``scores [B, L]`` that pass their row's threshold, ``tau [B]``."""
     return scores > tau[:, None] if rules.strict else scores >= tau[:, None]
 
 
@@ -112,7 +112,7 @@ def _fill(state, scores: torch.Tensor, rules: CycleRules) -> torch.Tensor:
 
 
 def _shared_fill(state, scores: torch.Tensor, stable: torch.Tensor, rules: CycleRules) -> torch.Tensor:
-    """What the fast stage would commit in the spans of the ``stable`` rows, without its resort to the best one.
+    """Mark what the fast stage would commit in the spans of the ``stable`` rows, without its resort to the best one.
 
     It sees what was undecided before this step, so positions that the slow fill takes count among ``min_parallel``.
     """

@@ -70,7 +70,7 @@ def lm_head_partials(
     position: torch.Tensor | None = None,
     step: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What a shard of the vocabulary, ids from ``vocab_start`` on, knows of each row; for :func:`merge_partials`.
+    """Partial results of one vocabulary shard, ids from ``vocab_start`` on, per row; for :func:`merge_partials`.
 
     Values float32 ``[4, R]``: largest logit ``m``, ``sum(exp(logits - m))``, the winner's key (its logit plus noise)
     and its logit; and the winner's id, int32 ``[R]``. Rows from ``count`` on hold zeros.

@@ -1,4 +1,4 @@
-"""Where a step looks, and the row list it forwards, in plain torch."""
+"""Candidates of a step, and the list of positions that it forwards, in plain torch."""
 
 from __future__ import annotations
 

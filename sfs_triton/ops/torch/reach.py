@@ -1,4 +1,4 @@
-"""Which contiguous rows a step forwards and which keys they attend to, in plain torch."""
+"""Contiguous ranges of positions that a step forwards, and of their keys, in plain torch."""
 
 from __future__ import annotations
 

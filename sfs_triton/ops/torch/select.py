@@ -12,7 +12,7 @@ from .cycle import enter_block
 
 @dataclass(frozen=True)
 class BlockRules:
-    """How many positions a step commits: those that reach a threshold, or the counts of a fixed schedule.
+    """Rules for the number of positions that a step commits: a threshold, or the counts of a fixed schedule.
 
     The threshold (``state.tau``) is a row's own, and so is how many steps a block has (``state.block_steps``), since
     rows differ in length.
@@ -35,7 +35,7 @@ def _share(state) -> torch.Tensor:
 
 
 def _count(state, inside: torch.Tensor, moves: torch.Tensor, rules: BlockRules) -> torch.Tensor:
-    """How many positions each row commits in this step of a fixed schedule."""
+    """Count the positions that each row commits in this step of a fixed schedule."""
     left = inside.sum(1)
     if rules.schedule == "timesteps":
         count = torch.where(state.k == state.block_steps - 1, left, (left.float() * _share(state)).long())

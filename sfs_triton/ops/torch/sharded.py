@@ -29,7 +29,7 @@ def partials(
     position: torch.Tensor | None = None,
     step: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """What a part of the vocabulary, ids from ``vocab_start`` on, knows of each row: float32 ``[6, R]``.
+    """Partial results of a part of the vocabulary, ids from ``vocab_start`` on, per row: float32 ``[6, R]``.
 
     ``logits [R, v]`` are as scored. Largest logit, ``sum(exp(logits - largest))``, the winner's key (its logit plus
     noise), its logit, its id (int32, bit by bit), and the second largest logit, -inf of a single id.
