@@ -36,9 +36,7 @@ def serve(
     without_key: Annotated[bool, typer.Option("--without-key", help="Let everyone in, wherever they are.")] = False,
     allow_host: Annotated[list[str] | None, typer.Option(help="Another name for the Host header.")] = None,
     sampler: Annotated[str, typer.Option(metavar="|".join(SAMPLERS), help="Of requests that do not say.")] = "slowfast",
-    preset: Annotated[
-        str | None, typer.Option(metavar="|".join(PRESETS), help="slowfast: default paper.", show_default=False)
-    ] = None,
+    preset: Annotated[str | None, typer.Option(metavar="|".join(PRESETS), help="slowfast: default paper.")] = None,
     cache: Annotated[str, typer.Option(metavar="|".join(POLICIES), help="Of requests that do not say.")] = "none",
     default_tokens: Annotated[int, typer.Option(help="max_tokens if not said.")] = _LIMITS.default_tokens,
     max_tokens: Annotated[int | None, typer.Option(help="Most that may be asked for.", show_default=False)] = None,
