@@ -36,7 +36,7 @@ class Style:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
 
     def whole(self, done: Finished) -> dict[str, Any]:
-        """The answer in one object."""
+        """Return the complete answer as one JSON object."""
         choice: dict[str, Any] = {"index": 0, "logprobs": None, "finish_reason": done.reason}
         if self.chat:
             choice["message"] = {"role": "assistant", "content": done.text, "refusal": None}
@@ -46,7 +46,7 @@ class Style:
         return {**answer, "choices": [choice], "usage": self._usage(done), "seed": self._seed}
 
     def chunks(self, event: Event) -> Iterator[str]:
-        """The data of server-sent events for one event."""
+        """Yield the data fields of the server-sent events for one event."""
         if isinstance(event, Started):
             if self.chat:
                 yield self._chunk({"role": "assistant", "content": ""})

@@ -1,4 +1,4 @@
-"""The application: routes, and what OpenAPI says of them."""
+"""The ASGI application: routes and their OpenAPI descriptions."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from .settings import ServeSettings
 from .sse import Answering, Inbox
 from .worker import Worker
 
-PAGE = Path(__file__).parent / "page"  # index.html is served at /, what it needs below /page
+PAGE = Path(__file__).parent / "page"  # index.html is served at /, its assets below /page
 _SCHEMAS = "#/components/schemas/"
 _REFUSALS = {
     400: "The request cannot be answered; says which field is at fault.",
@@ -49,7 +49,7 @@ _REFUSALS = {
 
 
 def create_app(engine: Engine, settings: ServeSettings | None = None) -> FastAPI:
-    """A server of one engine. ``app.state.worker`` runs from the application's startup to its shutdown.
+    """Create a server of one engine. ``app.state.worker`` runs from the application's startup to its shutdown.
 
     Raises:
         ArgumentError: the engine's checkpoint has no tokenizer.
@@ -103,7 +103,7 @@ def _add_completions(app: FastAPI) -> None:
 
     @app.post("/v1/completions", **_described(CompletionRequest))
     async def completions(request: Request) -> Response:
-        """Continue a text, or fill in what is missing before a suffix."""
+        """Continue a text, or fill in the text before a suffix."""
         return await answer(request, CompletionRequest)
 
 
@@ -114,12 +114,12 @@ def _add_models(app: FastAPI) -> None:
 
     @app.get("/v1/models", responses=_refusals(401, 421))
     async def models() -> ModelList:
-        """The one model that is served."""
+        """List the served model."""
         return ModelList(data=[card])
 
     @app.get("/v1/models/{model:path}", responses=_refusals(401, 404, 421))
     async def model(model: str) -> ModelCard:
-        """The model of this name."""
+        """Return the model of this name."""
         if model != settings.model:
             raise ApiError(404, f"there is no model {model!r} here, only {settings.model!r}", code="model_not_found")
         return card
@@ -131,25 +131,25 @@ def _add_state(app: FastAPI) -> None:
     @app.head("/health", include_in_schema=False)
     @app.get("/health", responses=_refusals(421))
     async def health() -> dict[str, str]:
-        """The process is alive."""
+        """Liveness: the process responds."""
         return {"status": "ok"}
 
     @app.head("/ready", include_in_schema=False)
     @app.get("/ready", responses=_refusals(421, 503))
     async def ready() -> dict[str, str]:
-        """Requests are taken."""
+        """Readiness: new requests are accepted."""
         if not worker.ready:
             raise ApiError(503, "no requests are taken", code="not_ready")
         return {"status": "ready"}
 
     @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}, **_refusals(401)})
     async def counted() -> Response:
-        """Counters in Prometheus' text format."""
+        """Return the metrics in Prometheus' text format."""
         return Response(metrics.page(), media_type=CONTENT_TYPE_LATEST)
 
 
 def _add_page(app: FastAPI) -> None:
-    """The page, on routes of its own: a mount at / would hide what is wrong with requests to others."""
+    """Add the page on routes of its own: a mount at / would hide errors of requests to other routes."""
     index = PAGE / "index.html"
 
     @app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
@@ -160,7 +160,7 @@ def _add_page(app: FastAPI) -> None:
 
 
 def _http_error(request: Request, error: HTTPException) -> JSONResponse:
-    """Answer what the framework refuses: unknown routes, wrong methods."""
+    """Return an OpenAI-shaped error for requests that the framework refuses: unknown routes, wrong methods."""
     said = f"{error.detail}: {request.method} {request.url.path}"[:300]
     return refuse(ApiError(error.status_code, said, headers=error.headers))
 
@@ -178,7 +178,7 @@ def _refusals(*statuses: int) -> dict[int, dict[str, Any]]:
 
 
 def _described(kind: type[Common]) -> dict[str, Any]:
-    """Keywords of a route whose body is parsed by :func:`parse`, so that OpenAPI knows it all the same."""
+    """Return the route keywords that describe a body parsed by :func:`parse` to OpenAPI."""
     body = {"required": True, "content": {"application/json": {"schema": {"$ref": _SCHEMAS + kind.__name__}}}}
     stream = {"schema": {"type": "string", "description": "Chunks, if stream is true."}}
     done = {"model": Answer, "description": "The answer.", "content": {"text/event-stream": stream}}
@@ -186,7 +186,7 @@ def _described(kind: type[Common]) -> dict[str, Any]:
 
 
 def _openapi(app: FastAPI) -> dict[str, Any]:
-    """OpenAPI's document with the schemas of the bodies, which are not parameters of their routes."""
+    """Return the OpenAPI document, with the schemas of bodies that are not parameters of their routes."""
     if app.openapi_schema is None:
         schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
         schemas = schema.setdefault("components", {}).setdefault("schemas", {})

@@ -1,4 +1,4 @@
-"""``sfs serve``: from the command line to a server that runs until it is told to stop."""
+"""``sfs serve``: parse the options, start the server, stop it on a signal."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def serve(
     ] = None,
     loop: Annotated[str | None, typer.Option(metavar="|".join(LOOPS), help="Default: eager.")] = None,
 ) -> None:
-    """Serve a model over HTTP, as OpenAI's interface has it, until SIGINT or SIGTERM."""
+    """Serve a model through OpenAI's HTTP interface, until SIGINT or SIGTERM."""
     _need_libraries()
     _, processes = world()
     require(processes == 1, f"sfs serve is one process, and this is one of {processes} (WORLD_SIZE)")
@@ -82,12 +82,12 @@ def serve(
         grace=grace,
     )
     settings.sampler.check_cache(settings.cache)
-    with _listen(settings) as listener:  # before gigabytes are read
+    with _listen(settings) as listener:  # fail on a busy port before gigabytes are read
         run(load(model, device, dtype, impl, loop, weights=weights), settings, listener)
 
 
 def run(engine: Any, settings: ServeSettings, listener: socket.socket) -> None:
-    """Serve on a socket that listens, until a signal; then finish what was begun."""
+    """Serve on a listening socket until a signal; then finish the requests that were accepted."""
     import uvicorn
 
     from .app import create_app
@@ -98,7 +98,7 @@ def run(engine: Any, settings: ServeSettings, listener: socket.socket) -> None:
     class Server(uvicorn.Server):
         def handle_exit(self, sig: int, frame: Any) -> None:
             worker.drain(settings.grace)
-            self.force_exit = self.should_exit and sig == signal.SIGINT  # asked for once more, at a terminal
+            self.force_exit = self.should_exit and sig == signal.SIGINT  # a second Ctrl-C exits at once
             self.should_exit = True
 
     config = uvicorn.Config(
@@ -106,7 +106,7 @@ def run(engine: Any, settings: ServeSettings, listener: socket.socket) -> None:
         log_level="warning",
         server_header=False,
         proxy_headers=False,
-        timeout_graceful_shutdown=int(settings.grace) + 5,  # by when the worker has ended everything
+        timeout_graceful_shutdown=int(settings.grace) + 5,  # the worker has ended all jobs by then
     )
     where, port = listener.getsockname()[:2]
     where = f"[{where}]" if ":" in where else where
@@ -134,9 +134,9 @@ def _need_libraries() -> None:
 
 
 def _api_key(path: Path | None) -> str | None:
-    """The key from a file or the environment: on a command line everyone on the machine could read it.
+    """Read the key from a file or the environment; on a command line every user of the machine could read it.
 
-    An empty one is refused by the settings; it does not mean that there is none.
+    The settings refuse an empty key; it does not mean "no key".
     """
     if path is None:
         return os.environ.get(KEY_VARIABLE)

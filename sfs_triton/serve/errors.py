@@ -1,4 +1,4 @@
-"""Errors as clients of OpenAI's interface expect them."""
+"""Errors in the format of OpenAI's interface."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 
 from ..errors import ArgumentError, OutOfDeviceMemory, RowFault
 
-_LONGEST = 1000  # characters of a message: some repeat what they were given
+_LONGEST = 1000  # characters of a message: some quote their input
 _KINDS = {401: "authentication_error", 408: "timeout_error", 429: "rate_limit_error", 504: "timeout_error"}
 
 
 class ApiError(Exception):
-    """An answer other than a completion: a status, and a body ``{"error": {message, type, param, code}}``."""
+    """An error response: a status, and a body ``{"error": {message, type, param, code}}``."""
 
     def __init__(
         self,
@@ -35,7 +35,7 @@ class ApiError(Exception):
 
 
 def busy(waiting: int, seconds: float) -> ApiError:
-    """The queue is full; ``seconds`` is when there may be room."""
+    """Return the error for a full queue; ``seconds`` is the estimated wait until there is room."""
     retry = {"Retry-After": str(min(60, max(1, math.ceil(seconds))))}
     return ApiError(429, f"{waiting} requests are waiting already; try again later", code="queue_full", headers=retry)
 
@@ -55,7 +55,7 @@ def too_late(limit: float) -> ApiError:
 
 
 def from_argument(error: ArgumentError, param: str | None = None) -> ApiError:
-    """An argument that the engine refuses, under the name that it has in a request; ``param`` is the field at fault."""
+    """Convert an engine's ArgumentError to an error under the request's field name; ``param`` is the field at fault."""
     message = str(error).replace("gen_length", "max_tokens")
     named = re.match(r"(\w+)(?:=| is over )", message)
     return ApiError(400, message, param=param or named and named[1])
@@ -66,7 +66,7 @@ def too_long(message: str, param: str) -> ApiError:
 
 
 def from_failure(error: Exception) -> ApiError:
-    """A generation that was accepted and then failed; what is not known to be harmless is not repeated."""
+    """Convert the failure of an accepted generation; only messages known to be harmless are repeated."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, ArgumentError):

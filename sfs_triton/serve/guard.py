@@ -1,4 +1,4 @@
-"""Checks that every request passes before a route sees it, and its counts."""
+"""Checks that every request passes before it is routed, and request counts."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from .settings import ServeSettings
 
 logger = logging.getLogger("sfs_triton")
 
-_LINGER = 1.0  # seconds for which the rest of a body that is too large is still read
+_LINGER = 1.0  # seconds for which the rest of an oversized body is still read
 
-_PROTECTED = ("/v1/", "/metrics")  # what needs the API key
-# The page loads its own files and nothing else, runs no text as code, and cannot be framed.
+_PROTECTED = ("/v1/", "/metrics")  # paths that need the API key
+# The page loads only its own files, runs no inline code, and cannot be framed.
 _POLICY = {
     "default-src": "'none'",
     "script-src": "'self'",
@@ -47,7 +47,7 @@ _HEADERS = {
 class Guard:
     """ASGI middleware: host, API key, type and size of the body. Refuses with OpenAI-shaped errors.
 
-    The whole body is read here, within a limit of bytes and of seconds, before anything else is done for a request.
+    The whole body is read here, within a limit of bytes and of seconds, before any other work for the request.
     """
 
     def __init__(self, app: Any, settings: ServeSettings, metrics: Metrics):
@@ -68,13 +68,13 @@ class Guard:
                 status = message["status"]
                 headers = MutableHeaders(raw=message["headers"])
                 headers.update(_HEADERS)
-                headers.setdefault("Cache-Control", "no-cache")  # a page of an older version is not used
+                headers.setdefault("Cache-Control", "no-cache")  # never use a cached page of an older version
             await send(message)
 
         try:
             await self._pass(scope, receive, counted)
         finally:
-            route = getattr(scope.get("route"), "path", "other")  # never the path itself: clients could make up many
+            route = getattr(scope.get("route"), "path", "other")  # not the raw path: its number of values is unbounded
             self._metrics.answered(route, status, time.monotonic() - began)
 
     async def _pass(self, scope: dict, receive: Any, send: Any) -> None:
@@ -91,7 +91,7 @@ class Guard:
             await self._app(scope, _replayed(body, receive), noted)
         except ApiError as error:
             await refuse(error)(scope, receive, send)
-        except Exception:  # of a route: where nothing has been said yet, say so in the shape that clients know
+        except Exception:  # of a route: before the response has started, send an OpenAI-shaped error
             logger.exception("%s %r failed", scope["method"], scope["path"])
             if started:
                 raise
@@ -99,7 +99,7 @@ class Guard:
 
     def _check_headers(self, scope: dict) -> None:
         settings, headers = self._settings, Headers(scope=scope)
-        path = scope["path"].removeprefix(scope.get("root_path", ""))  # as routes see it
+        path = scope["path"].removeprefix(scope.get("root_path", ""))  # the path that routes match
         if not settings.knows_host(headers.get("host", "localhost")):
             raise ApiError(421, "this Host is not served here; --allow-host adds a name", code="unknown_host")
         if settings.api_key is not None and path.startswith(_PROTECTED):
@@ -113,14 +113,14 @@ class Guard:
             if coding not in ("", "identity"):
                 message = f"Content-Encoding: {coding[:40]} is not read here; send the body as it is"
                 raise ApiError(415, message, code="unsupported_content_encoding")
-            if kind != "application/json":  # a page of another origin can send other types without being asked
+            if kind != "application/json":  # a page of another origin can send other types without a preflight
                 raise ApiError(415, "Content-Type must be application/json", code="unsupported_media_type")
 
     async def _body(self, scope: dict, receive: Any) -> bytes:
         headers = Headers(scope=scope)
         declared = headers.get("content-length", "0")
         if declared.isdecimal() and len(declared) < 20 and int(declared) > self._settings.max_body:
-            if "expect" not in headers:  # who asks first has not begun to send
+            if "expect" not in headers:  # a client that sends Expect has not started to send the body
                 await self._linger(receive)
             raise self._too_large()
         try:
@@ -144,8 +144,8 @@ class Guard:
                 return b"".join(parts)
 
     async def _linger(self, receive: Any) -> None:
-        """Read on for a moment, and keep nothing: where a connection is closed with bytes unread, the client is cut
-        off, and may not see what it is told."""
+        """Read and discard for a moment: closing a connection with unread bytes resets it, and the client may not see
+        the response."""
 
         async def rest() -> None:
             while (message := await receive())["type"] == "http.request" and message.get("more_body"):
@@ -166,13 +166,13 @@ def refuse(error: ApiError) -> JSONResponse:
 
 
 def _same(given: str, wanted: str) -> bool:
-    """Compare in a time that tells neither where two keys differ nor how long one is."""
+    """Compare two keys in a time that depends neither on where they differ nor on their length."""
     one, other = (hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest() for key in (given, wanted))
     return hmac.compare_digest(one, other)
 
 
 def _replayed(body: bytes, receive: Any) -> Any:
-    """A ``receive`` that gives the body once, and then what comes after it."""
+    """Return a ``receive`` that yields the body once, then the messages after it."""
     given = False
 
     async def again() -> dict:

@@ -1,4 +1,4 @@
-"""Metrics of a server, for Prometheus."""
+"""Prometheus metrics of a server."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
 
 
 class Metrics(Watch):
-    """Counters of one server, in a registry of their own."""
+    """Metrics of one server, in a separate registry."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -30,7 +30,7 @@ class Metrics(Watch):
         self._running = make(Gauge, "running_rows", "Rows that have a slot")
 
     def follow(self, worker: Worker) -> None:
-        """Read the gauges from a worker whenever they are asked for."""
+        """Read the gauges from a worker at each scrape."""
         self._waiting.set_function(lambda: worker.waiting)
         self._running.set_function(lambda: worker.running)
 

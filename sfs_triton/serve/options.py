@@ -1,4 +1,4 @@
-"""From the fields of a request to a sampler, a cache policy and a checked one-row request for the engine."""
+"""Convert the fields of a request to a sampler, a cache policy and a checked one-sequence engine request."""
 
 from __future__ import annotations
 
@@ -30,28 +30,28 @@ from .errors import ApiError, from_argument, too_long
 from .protocol import ChatRequest, Common
 from .settings import ServeSettings
 
-_OWN = ("temperature", "top_p")  # settings that a request has fields of its own for
-_INTERVAL, _NUMBER = 256, 1e4  # largest refresh interval, and largest number that is no count
+_OWN = ("temperature", "top_p")  # sampler settings that are fields of a request
+_INTERVAL, _NUMBER = 256, 1e4  # largest refresh interval, and largest number that is not a count
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """A request that the engine can run: one canvas, of which ``[first, stop)`` is the answer."""
+    """A checked request for the engine: one canvas, of which ``[first, stop)`` is the answer."""
 
     request: Request
     first: int
     stop: int
-    sampler: dict[str, Any]  # its kind and settings, for whoever watches
+    sampler: dict[str, Any]  # its name and settings, for frames
     cache: dict[str, Any]
 
     @property
     def given(self) -> int:
-        """Tokens that are not to be decided."""
+        """Number of tokens given by the prompt and the suffix."""
         return len(self.request.canvases[0]) - (self.stop - self.first)
 
 
 def prepare(engine: Engine, settings: ServeSettings, body: Common) -> Wanted:
-    """Encode the prompt and check everything that the engine would refuse.
+    """Encode the prompt and run all of the engine's checks.
 
     Raises:
         ApiError, ArgumentError: name the field.
@@ -67,7 +67,7 @@ def prepare(engine: Engine, settings: ServeSettings, body: Common) -> Wanted:
     length = _length(engine, settings, body, (len(prompt), len(suffix)), sampler)
     seed = secrets.randbelow(2**31) if body.seed is None else body.seed
     how = {"sampler": sampler, "cache": cache, "seed": seed, "trace": bool(body.frames), "frames": True}
-    with _blamed("cache" if body.sampler is None else "sampler"):  # what is left is whether those two go together
+    with _blamed("cache" if body.sampler is None else "sampler"):  # the remaining check: sampler and cache are compatible
         if suffix:
             _check_infilling(engine.spec, prompt, cache)
             canvas = prompt + [engine.spec.mask_id] * length + suffix
@@ -79,7 +79,7 @@ def prepare(engine: Engine, settings: ServeSettings, body: Common) -> Wanted:
 
 
 def sampler_for(body: Common, default: Sampler, spec: ModelSpec) -> Sampler:
-    """The sampler of a request: its own or the server's, at the request's temperature."""
+    """Return the sampler of a request, its own or the server's, at the request's temperature."""
     with _blamed("sampler"):
         sampler = default if body.sampler is None else _sampler(body.sampler, spec)
     changes = {"temperature": body.temperature, "top_p": None if body.top_p == 1 else body.top_p}
@@ -109,7 +109,7 @@ def _cache(wanted: str | dict[str, Any], spec: ModelSpec) -> CachePolicy:
 
 @contextmanager
 def _blamed(field: str, when: bool = True) -> Iterator[None]:
-    """Blame refusals on this field of the request."""
+    """Attribute refusals to this field of the request."""
     try:
         yield
     except ArgumentError as error:
@@ -117,7 +117,7 @@ def _blamed(field: str, when: bool = True) -> Iterator[None]:
 
 
 def _check_values(options: dict[str, Any], spec: ModelSpec) -> None:
-    """Refuse numbers that would only cost time or memory. The records check their own types."""
+    """Refuse numbers that would exhaust time or memory. The records check their own types."""
     for name, value in options.items():
         require(value is None or isinstance(value, (bool, int, float, str)), f"{name} is a {type(value).__name__}")
         if isinstance(value, int) and not isinstance(value, bool):
@@ -129,7 +129,7 @@ def _check_values(options: dict[str, Any], spec: ModelSpec) -> None:
 
 
 def _given(engine: Engine, body: Common) -> tuple[list[int], list[int]]:
-    """Token ids of what comes before the answer, and of what comes after it."""
+    """Return the token ids before the answer, and those after it."""
     if isinstance(body, ChatRequest):
         messages = [message.plain() for message in body.messages]
         _check_size("messages", sum(len(message["content"]) for message in messages), engine, CHARACTERS)
@@ -144,7 +144,7 @@ def _given(engine: Engine, body: Common) -> tuple[list[int], list[int]]:
 
 
 def _check_size(field: str, size: int, engine: Engine, most: int) -> None:
-    """Refuse what cannot fit before it is encoded, which would hold others up; ``most`` is for each position."""
+    """Refuse oversized input before it is encoded, which would delay other requests; ``most`` is per position."""
     context = engine.spec.max_length
     if size > context * most:
         unit = "characters" if most > 1 else "token ids"
@@ -152,11 +152,11 @@ def _check_size(field: str, size: int, engine: Engine, most: int) -> None:
 
 
 def _ids(engine: Engine, field: str, given: str | Sequence[int] | Sequence[dict[str, str]]) -> list[int]:
-    """Token ids of a field, in which no position may be undecided."""
+    """Return the token ids of a field, which may not hold the mask id."""
     try:
         ids = engine.encode(given, field != "messages", 0)
     except ArgumentError as error:
-        if field == "messages":  # of a template, whose refusal quotes the whole conversation
+        if field == "messages":  # a template's error quotes the whole conversation
             message = f"the checkpoint's chat template refused 'messages': {error.__context__ or error}"
         else:
             message = repr(field) + str(error).removeprefix("prompt 0")
@@ -173,17 +173,17 @@ def _ids(engine: Engine, field: str, given: str | Sequence[int] | Sequence[dict[
 
 
 def _check_infilling(spec: ModelSpec, prompt: list[int], cache: CachePolicy) -> None:
-    """Refuse the gap that a list of rows cannot fill."""
+    """Refuse an empty prompt for a shifted model with cache "region": no forwarded position predicts position 0."""
     if spec.shifted and not prompt and cache.name == "region":
         message = "'prompt' is empty, and this model predicts a first position from no row of a list: use cache 'none'"
         raise ApiError(400, message, param="prompt")
 
 
 def _length(engine: Engine, settings: ServeSettings, body: Common, given: tuple[int, int], sampler: Sampler) -> int:
-    """Response positions: what is asked for, or the default as far as the context leaves room for it.
+    """Return the number of response positions: as requested, or the default limited by the model's context.
 
-    ``given`` are the tokens before and after them. Blocks count from a response's first position, which what is asked
-    for must be a multiple of; with a suffix they count from the canvas' first, and the last may be a part of one.
+    ``given``: token counts before and after the response. Blocks count from the response's first position, and the
+    length must be a multiple of a block; with a suffix they count from the canvas' first, and the last may be partial.
     """
     context, (field, wanted) = engine.spec.max_length, body.tokens_wanted
     before, after = given

@@ -1,6 +1,6 @@
-"""Requests and answers of OpenAI's interface, with the fields that are this server's own.
+"""Requests and answers of OpenAI's interface, with the extension fields of this server.
 
-What is asked for and cannot be had is refused by name; ``docs/serving.md`` lists the fields that are without effect.
+Unsupported values are refused with the field's name; ``docs/serving.md`` lists the fields without effect.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 from .errors import ApiError
 
 _STOPS, _STOP_LENGTH, _MESSAGES = 4, 256, 1024
-# An escape of a surrogate that has not its other half beside it.
+# The escape of a lone surrogate.
 _HALF = re.compile(
     rb"(?<!\\u[dD][89abAB][0-9a-fA-F]{2})\\u[dD][c-fC-F][0-9a-fA-F]{2}"
     rb"|\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])"
 )
 _ONE = "this server gives one choice a request"
 _CALLS = "this server calls no tools"
-# Fields that are accepted only with values that ask for nothing, and what to say of others.
+# Fields that are accepted only with neutral values, and the error text for others.
 UNSUPPORTED = {
     "n": _ONE,
     "best_of": _ONE,
@@ -37,7 +37,7 @@ UNSUPPORTED = {
     "echo": "this server does not repeat prompts",
     "modalities": "this server answers with text only",
 }
-# What to say of fields that may have one of several shapes.
+# Error texts of fields that accept one of several shapes.
 SHAPES = {
     "stop": f"must be a string, or a list of at most {_STOPS}, of 1 to {_STOP_LENGTH} characters each",
     "content": "must be a text, or a list of parts {'type': 'text', 'text': ...}",
@@ -45,12 +45,12 @@ SHAPES = {
     "sampler": "must be a name, or an object with a 'kind' and options",
     "cache": "must be a name, or an object with a 'kind' and options",
 }
-# What to use instead of a field that only the other interface has.
+# The replacement for a field that only the other interface has.
 INSTEAD = {"prompt": "chat takes 'messages'", "suffix": "/v1/completions takes it", "messages": "give a 'prompt'"}
 
 
 class Strict(BaseModel):
-    """Refuse undeclared fields, and convert nothing: ``"5"`` and ``true`` are no numbers."""
+    """Base model that refuses undeclared fields and converts nothing: ``"5"`` and ``true`` are not numbers."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -70,7 +70,7 @@ class Message(Strict):
     content: str | list[TextPart]
 
     def plain(self) -> dict[str, str]:
-        """As a chat template takes it."""
+        """Return the message in the format of chat templates."""
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
@@ -94,7 +94,7 @@ class Common(Strict):
     stop: Stop | Annotated[list[Stop], Field(max_length=_STOPS)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    # this server's own
+    # extensions of this server
     sampler: Setting | None = None
     cache: Setting | None = None
     frames: bool | None = None
@@ -111,7 +111,7 @@ class Common(Strict):
 
     @property
     def tokens_wanted(self) -> tuple[str, int | None]:
-        """Return how many response positions are asked for, and the field that says so."""
+        """Return the field that sets the response length, and its value."""
         return "max_tokens", self.max_tokens
 
 
@@ -141,7 +141,7 @@ class ChatRequest(Common):
 
 
 class CompletionRequest(Common):
-    """``POST /v1/completions``. With ``suffix``, what lies between the two is filled in."""
+    """``POST /v1/completions``. With ``suffix``, the text between prompt and suffix is filled in."""
 
     prompt: str | Annotated[list[int], Field(max_length=1 << 20)]
     suffix: str | None = None
@@ -151,7 +151,7 @@ class CompletionRequest(Common):
 
 
 def parse(kind: type[Common], body: bytes) -> Common:
-    """A request's body, checked.
+    """Parse and check the body of a request.
 
     Raises:
         ApiError: 400; names the field.
@@ -171,7 +171,7 @@ def parse(kind: type[Common], body: bytes) -> Common:
 
 
 def _check_messages(messages: list[Message]) -> None:
-    """An answer may have been empty; what is asked may not, and something has to be asked."""
+    """Refuse empty messages, but for the assistant's, and a conversation without a user message."""
     for index, message in enumerate(messages):
         if message.role != "assistant" and not message.plain()["content"].strip():
             raise ApiError(400, f"'messages.{index}' is empty: a {message.role} message needs text", param="messages")
@@ -180,7 +180,7 @@ def _check_messages(messages: list[Message]) -> None:
 
 
 def _explain(error: ValidationError, body: bytes) -> ApiError:
-    """The first thing that is wrong with a body, in one sentence."""
+    """Describe the first error of a body in one sentence."""
     problems = error.errors(include_url=False, include_input=False, include_context=False)
     elsewhere = (p for p in problems if p["type"] == "extra_forbidden" and p["loc"][0] in INSTEAD)
     first = next(elsewhere, problems[0])
@@ -218,7 +218,7 @@ def _not_json(reason: str, body: bytes) -> str:
 
 
 class Usage(BaseModel):
-    """Tokens, up to and with the end-of-text or the stop string; and what they cost."""
+    """Token counts, up to and including the end-of-text or the stop string, and their cost."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -253,7 +253,7 @@ class ModelList(BaseModel):
 
 
 class Answer(BaseModel):
-    """A completion, whole or a chunk of one."""
+    """A completion, or one chunk of it."""
 
     id: str
     object: Literal["chat.completion", "chat.completion.chunk", "text_completion"]

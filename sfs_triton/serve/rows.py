@@ -1,4 +1,4 @@
-"""One request on its way through the engine: what becomes of its canvas row, as events for whoever asked."""
+"""One request in the engine: the steps of its sequence, converted to events for the client."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from .options import Wanted
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """The row has a slot. ``frame`` is None where no frames were asked for."""
+    """The sequence has a slot. ``frame`` is None unless frames were requested."""
 
     frame: dict[str, Any] | None
 
 
 @dataclass(frozen=True, slots=True)
 class Stepped:
-    """New text in order, which may be empty, and the step's frame if frames were asked for."""
+    """New text in order, which may be empty, and the step's frame if frames were requested."""
 
     text: str
     frame: dict[str, Any] | None
@@ -54,16 +54,16 @@ Event = Started | Stepped | Finished | Failed
 
 
 class SettledText:
-    """The text of tokens that are decided from the left, cut at the first stop string that is complete in it."""
+    """Text of the leading decided tokens, cut at the first complete stop string."""
 
     def __init__(self, codec: TextCodec, stops: Sequence[str]):
         self._codec, self._stops = codec, stops
-        self.text, self.stopped_at = "", None  # given so far; how many tokens a stop string took
+        self.text, self.stopped_at = "", None  # returned so far; number of tokens up to a stop string
 
     def take(self, tokens: Sequence[int], final: bool) -> str:
-        """Return the text that can be shown in addition. ``tokens`` are all up to now; ``final``: there are no more.
+        """Return the new text that can be shown. ``tokens``: all tokens so far; ``final``: no more will follow.
 
-        Held back is what later tokens could change: a character without its last bytes, the begin of a stop string.
+        Text that later tokens could change is held back: an incomplete character, the start of a stop string.
         """
         text = self._codec.decode(tokens)
         end = min(((text.find(s) + len(s), text.find(s)) for s in self._stops if s in text), default=None)
@@ -73,20 +73,20 @@ class SettledText:
         elif not final:
             text = text.rstrip(UNFINISHED)
             text = text[: len(text) - self._begun(text)]
-        if not text.startswith(self.text):  # bytes that only now turned out to be no character, or not yet
+        if not text.startswith(self.text):  # bytes that have just proved to be an invalid or incomplete character
             return ""
         new = text[len(self.text) :]
         self.text = text
         return new
 
     def _begun(self, text: str) -> int:
-        """Length of the longest end of ``text`` that a stop string begins with."""
+        """Return the length of the longest suffix of ``text`` that is a prefix of a stop string."""
         longest = max(map(len, self._stops), default=1) - 1
         sizes = range(min(longest, len(text)), 0, -1)
         return next((n for n in sizes if any(s.startswith(text[-n:]) for s in self._stops)), 0)
 
     def _tokens_until(self, tokens: Sequence[int], end: int) -> int:
-        """Count the tokens that have ``end`` characters."""
+        """Count the tokens that cover the first ``end`` characters."""
         low, high = 1, len(tokens)
         while low < high:
             middle = (low + high) // 2
@@ -98,7 +98,7 @@ class SettledText:
 
 
 class Job:
-    """A request that waits, runs or is over. ``emit`` is given its events, in the engine's thread, up to the last."""
+    """A request that waits, runs or is finished. ``emit`` receives its events, in the engine's thread."""
 
     def __init__(
         self,
@@ -111,7 +111,7 @@ class Job:
         deadline: float = math.inf,
     ):
         self.wanted, self.stops, self.stream, self.frames, self.deadline = wanted, stops, stream, frames, deadline
-        self.left = False  # whether its client is gone
+        self.left = False  # True once its client has disconnected
         self.outcome: Finished | Failed | None = None
         self._emit = emit
 
@@ -120,7 +120,7 @@ class Job:
         return self.outcome is not None
 
     def tell(self, event: Event) -> None:
-        """Give an event to whoever asked; the last one ends the job, and nothing is told after it."""
+        """Emit an event. The last one ends the job; later ones are dropped."""
         if self.over:
             return
         if isinstance(event, (Finished, Failed)):
@@ -130,7 +130,7 @@ class Job:
 
 
 class Follower:
-    """Follows the row of a job, and tells the job what becomes of it. A row may get a slot more than once."""
+    """Emit the events of a job from the steps of its sequence, which may get a slot more than once."""
 
     def __init__(self, job: Job, codec: TextCodec, spec: ModelSpec, piece: Callable[[int], str]):
         self.job, self._spec, self._piece = job, spec, piece
@@ -139,18 +139,18 @@ class Follower:
 
     @property
     def begun(self) -> bool:
-        """True once the row has had a slot."""
+        """True once the sequence has had a slot."""
         return self._began > 0
 
     def begin(self) -> None:
-        """The row has its slot."""
+        """Note that the sequence has a slot."""
         if not self.begun:
             self._began = time.monotonic()
             if self.job.stream:
                 self.job.tell(Started(self._opening() if self.job.frames else None))
 
     def see(self, row: Row) -> None:
-        """Take in a step of the row: tell of it, and finish the job if its answer is complete."""
+        """Emit the sequence's last step, and finish the job if its answer is complete."""
         job, first, stop = self.job, self.job.wanted.first, self.job.wanted.stop
         trace = row.take_trace()
         self._nfe = row.steps
@@ -169,7 +169,7 @@ class Follower:
             self._complete(canvas[first:stop])
 
     def end(self, result: Generation) -> None:
-        """Finish a row that its sampler's own bounds left undecided positions in."""
+        """Finish a sequence that its sampler's own limits left with undecided positions."""
         self._nfe = result.nfe
         response = result.canvas[self.job.wanted.first : self.job.wanted.stop]
         if self.job.stream and (new := self._text.take(self._answer(response), True)):
@@ -212,7 +212,7 @@ class Follower:
         }
 
     def _frame(self, row: Row, trace: StepTrace) -> dict[str, Any]:
-        """Return what the step changed; positions count from the answer's first."""
+        """Return the step's changes as a frame; positions count from the answer's first."""
         wanted, canvas = self.job.wanted, row.tokens
         first, size = wanted.first, wanted.stop - wanted.first
         start = wanted.request.starts[0]
@@ -246,7 +246,7 @@ class Follower:
         }
 
     def _first_end(self, row: Row) -> int | None:
-        """One past the leftmost end-of-text that was committed, counted from the answer's first position."""
+        """Return one past the leftmost committed end-of-text, counted from the answer's first position, or None."""
         first, stop = self.job.wanted.first, self.job.wanted.stop
         pairs = zip(row.tokens[first:stop], row.commit_step[first:stop], strict=True)
         return next((n + 1 for n, (token, at) in enumerate(pairs) if token == self._spec.eos_id and at >= 0), None)

@@ -10,31 +10,31 @@ from ..decoding.caching import CachePolicy, NoCache
 from ..decoding.samplers import Sampler, SlowFast
 from ..errors import require
 
-KEY_LENGTH = 8  # characters that an API key has at least
-LARGEST = {"max_batch": 1024, "max_lanes": 64}  # slots have their memory from the start
+KEY_LENGTH = 8  # minimum characters of an API key
+LARGEST = {"max_batch": 1024, "max_lanes": 64}  # slots are allocated at the start
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServeSettings:
-    """Limits, defaults and who may ask.
+    """Limits, defaults and access of a server.
 
     Args:
-        model: the name that clients ask for.
-        host, port: where to listen. Anything but loopback needs an ``api_key``, or ``without_key``.
-        api_key: clients must send it as a bearer token; None asks for none.
-        allowed_hosts: names that a ``Host`` header may have besides those of loopback, where that is listened on.
-        sampler, cache: of requests that do not say; their temperature is that of the request.
-        default_tokens, max_tokens: response positions of requests that do not say, and the most there may be (None: as
-            many as the model's context leaves).
-        max_batch: rows that are decoded side by side: those of the same cache and :meth:`Sampler.form
+        model: the model name in requests.
+        host, port: listen address. Anything but loopback needs an ``api_key``, or ``without_key``.
+        api_key: bearer token that clients must send; None: no key is needed.
+        allowed_hosts: accepted ``Host`` headers besides those of loopback, for a server that listens on loopback.
+        sampler, cache: defaults for requests that set none; the temperature is always the request's.
+        default_tokens, max_tokens: default and maximum number of response positions (None: limited by the model's
+            context only).
+        max_batch: sequences per persistent batch, which share a cache policy and :meth:`Sampler.form
             <sfs_triton.Sampler.form>`.
-        max_lanes: how many of those, or lengths of canvases, may have rows at a time.
-        cache_memory: bytes that the caches and canvases of all rows may take. None: on a CPU half of the memory that is
-            free when the server starts, on a GPU what there is.
-        max_queue: requests that may wait; one more is refused with 429.
-        time_limit: seconds from a request's arrival to its end.
-        max_body, body_seconds: bytes of a request's body, and how long it may take to come.
-        grace: seconds that running and waiting requests have to finish when the server is told to stop.
+        max_lanes: maximum number of persistent batches, one per batch key or canvas length.
+        cache_memory: maximum bytes of the caches and canvases of all sequences. None: on a CPU half of the memory that is
+            free when the server starts, on a GPU no limit.
+        max_queue: maximum number of waiting requests; more are refused with 429.
+        time_limit: maximum seconds from a request's arrival to its end.
+        max_body, body_seconds: maximum size of a request's body in bytes, and maximum seconds to receive it.
+        grace: seconds for running and waiting requests to finish when the server stops.
     """
 
     model: str = "embedded"
@@ -85,13 +85,13 @@ class ServeSettings:
             return True
         try:
             return ipaddress.ip_address(self.host).is_loopback
-        except ValueError:  # another name, or "" for all addresses
+        except ValueError:  # a host name, or "" for all addresses
             return False
 
     def knows_host(self, header: str) -> bool:
         """Return whether a request may have this ``Host`` header.
 
-        A page of a stranger whose name suddenly resolves to loopback (DNS rebinding) still sends that name.
+        In a DNS rebinding attack a foreign name resolves to loopback, but the browser still sends that name.
         """
         name = header[: header.rfind("]") + 1] if header.startswith("[") else header.partition(":")[0]
         ours = {"localhost", "127.0.0.1", "[::1]", self.host, f"[{self.host}]", *self.allowed_hosts}

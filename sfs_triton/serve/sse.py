@@ -1,4 +1,4 @@
-"""Bringing events from the engine's thread to a client, and noticing that the client has gone."""
+"""Server-sent events: delivery from the engine's thread to a client, and detection of disconnected clients."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ _STALLED = 60.0  # seconds that a client may leave a chunk unread
 
 
 class Inbox:
-    """Events of a job, for the event loop that made it."""
+    """Event queue of a job, read by the event loop that created it."""
 
     def __init__(self) -> None:
         self._loop, self._events = asyncio.get_running_loop(), asyncio.Queue()
 
     def put(self, event: Event) -> None:
-        """For the engine's thread."""
+        """Add an event; called in the engine's thread."""
         try:
             self._loop.call_soon_threadsafe(self._events.put_nowait, event)
-        except RuntimeError:  # the loop is closed: nobody is left to tell
+        except RuntimeError:  # the loop is closed: the event has no receiver
             pass
 
     async def get(self, timeout: float | None = None) -> Event | None:
-        """The next event; None if there is none within ``timeout`` seconds."""
+        """Return the next event; None if there is none within ``timeout`` seconds."""
         try:
             return await asyncio.wait_for(self._events.get(), timeout)
         except (asyncio.TimeoutError, TimeoutError):
@@ -40,10 +40,10 @@ class Inbox:
 
 
 class Answering(Response):
-    """The response to a job that is queued: one JSON object at its end, or a stream of events from its begin.
+    """The response to a queued job: one JSON object at its end, or a stream of events from its start.
 
-    Until the first event nothing is sent, so that what fails before it has its own status. The job is given up, and its
-    row freed, when the client goes away or when the server cuts the response off.
+    Nothing is sent before the first event, so that an earlier failure has its own status. The job is cancelled, and its
+    slot freed, when the client disconnects or the server cancels the response.
     """
 
     def __init__(self, job: Job, inbox: Inbox, style: Style, worker: Worker):
@@ -69,7 +69,7 @@ class Answering(Response):
         while (await receive())["type"] != "http.disconnect":
             pass
         self._worker.leave(self._job)
-        self._inbox.put(Failed(ApiError(499, "the client has left")))  # so that nobody waits for what will not come
+        self._inbox.put(Failed(ApiError(499, "the client has left")))  # wakes a reader that would wait for ever
 
     async def _stream(self, first: Event, send: Any) -> None:
         headers = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-store"}
@@ -81,12 +81,12 @@ class Answering(Response):
             body = "".join(line + "\n\n" for line in lines).encode()
             try:
                 await asyncio.wait_for(send({"type": "http.response.body", "body": body, "more_body": True}), _STALLED)
-            except (asyncio.TimeoutError, TimeoutError):  # it is there, but does not read: as good as gone
+            except (asyncio.TimeoutError, TimeoutError):  # connected but not reading: treated as disconnected
                 return
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _events(self, first: Event) -> AsyncIterator[Event | None]:
-        """Events to the last; None where it has been quiet for a while."""
+        """Yield events up to the last; None after a while without one."""
         event: Event | None = first
         yield event
         while not isinstance(event, (Finished, Failed)):

@@ -1,4 +1,4 @@
-"""The engine's one thread, and the requests that it works at."""
+"""The engine's single thread and its requests."""
 
 from __future__ import annotations
 
@@ -26,28 +26,28 @@ logger = logging.getLogger("sfs_triton")
 
 _MEMORY = Path("/proc/meminfo")
 _SMOOTH = 0.1  # weight of the newest answer in the mean that Retry-After is estimated from
-_LOOK = 0.05  # seconds after which a thread without work looks for requests whose time is over
+_LOOK = 0.05  # seconds between an idle thread's checks for requests past their time limit
 
 
 class Watch:
     """Observer interface; this one ignores all events. Called in the engine's thread, ``ended`` in others as well."""
 
     def joined(self) -> None:
-        """A row has got its slot."""
+        """A sequence has got its slot."""
 
     def step(self, rows: int) -> None:
-        """So many rows took a step together."""
+        """``rows`` sequences took a step together."""
 
     def ended(self, how: str, tokens: int, nfe: int) -> None:
-        """A job is over: "stop" or "length" with its answer; else "left", "late" or "failed"."""
+        """A job has finished: "stop" or "length" with its answer; else "left", "late" or "failed"."""
 
 
 class Worker:
-    """Run requests side by side, in the order of arrival as far as slots allow (:mod:`sfs_triton.scheduling`).
+    """Run requests concurrently, in the order of arrival as far as slots allow (:mod:`sfs_triton.scheduling`).
 
-    A request joins the rows that run as soon as a slot of its kind is free, whatever they are at, and gets the tokens
-    that it would get alone. A row whose answer is complete, whose client has left, or whose time is over, is out before
-    the next step.
+    A request joins a running batch as soon as a slot of its batch key is free, between any two steps, and its tokens
+    equal those of a run alone. A sequence leaves before the next step when its answer is complete, its client has
+    disconnected, or its time limit has passed.
     """
 
     def __init__(self, engine: Engine, settings: ServeSettings, watch: Watch | None = None):
@@ -65,40 +65,40 @@ class Worker:
             memory=memory,
             joined=self._joined,
         )
-        self._arrived: deque[Job] = deque()  # that the engine's thread has not seen yet
+        self._arrived: deque[Job] = deque()  # not yet received by the engine's thread
         self._change = threading.Condition()
         self._thread = threading.Thread(target=self._work, name="sfs_triton-serve", daemon=True)
         self._closed, self._last_call = False, float("inf")
-        self._broken = False  # whether its thread has ended of itself
-        self._mean = 1.0  # seconds of an answer, from its row's begin
+        self._broken = False  # True once the thread has failed
+        self._mean = 1.0  # seconds per answer, from its sequence's start
         self._pieces: dict[int, str] = {}
-        self._followers: dict[Row, Follower] = {}  # of jobs that are not over
+        self._followers: dict[Row, Follower] = {}  # of unfinished jobs
 
     @property
     def waiting(self) -> int:
-        """Requests without a slot."""
+        """Number of requests without a slot."""
         return len(self._arrived) + self._scheduler.waiting
 
     @property
     def jobs(self) -> list[Job]:
-        """Those that have a slot and are not over."""
+        """Unfinished jobs that have a slot."""
         return [follower.job for follower in list(self._followers.values()) if follower.begun]
 
     @property
     def running(self) -> int:
-        """Rows that take steps."""
+        """Number of running sequences."""
         return len(self.jobs)
 
     @property
     def ready(self) -> bool:
-        """True if new requests are taken."""
+        """True if new requests are accepted."""
         return self._thread.is_alive() and not self._closed and self._last_call == float("inf")
 
     def start(self) -> None:
         self._thread.start()
 
     def check_room(self) -> None:
-        """Raise ApiError if a request would not be taken now: 429 where the queue is full, 503 at shutdown or where the
+        """Raise ApiError if a request would be refused now: 429 if the queue is full, 503 at shutdown or if the
         engine's thread has failed."""
         if not self.ready:
             raise stopped() if self._broken else stopping()
@@ -107,14 +107,14 @@ class Worker:
             raise busy(waiting, self._mean * (1 + waiting / self._settings.max_batch))
 
     def submit(self, job: Job) -> None:
-        """Queue a job, whose events begin to come; raises as :meth:`check_room`."""
+        """Queue a job; its events start to be emitted. Raises as :meth:`check_room`."""
         with self._change:
             self.check_room()
             self._arrived.append(job)
             self._change.notify()
 
     def leave(self, job: Job) -> None:
-        """Its client has gone: forget the job if it waits, end its row before the next step if it runs."""
+        """Cancel a job whose client has disconnected: drop it if it waits, end its sequence before the next step."""
         job.left = True
         with self._change:
             if job in self._arrived:
@@ -122,11 +122,11 @@ class Worker:
                 self._end(job, None, "left")
 
     def drain(self, seconds: float) -> None:
-        """Take no more requests; those that there are have ``seconds`` to finish. Safe in a signal handler."""
+        """Accept no more requests; current ones have ``seconds`` to finish. Safe in a signal handler."""
         self._last_call = min(self._last_call, time.monotonic() + seconds)
 
     def close(self, timeout: float = 10.0) -> None:
-        """End everything before its next step, and the thread with it; waits for that at most ``timeout`` seconds."""
+        """End all jobs before their next step, then the thread; wait for it at most ``timeout`` seconds."""
         with self._change:
             self._closed = True
             self._change.notify()
@@ -147,7 +147,7 @@ class Worker:
         except BaseException:
             self._broken = True
             logger.critical("the engine's thread has failed, and no requests are taken any more", exc_info=True)
-        finally:  # whatever ends this thread, nobody waits for it any more
+        finally:  # however this thread ends, no client may keep waiting
             self._closed = True
             with self._change:
                 left = [*self._arrived, *(follower.job for follower in self._followers.values())]
@@ -158,7 +158,7 @@ class Worker:
             self._scheduler.close()
 
     def _receive(self) -> bool:
-        """Take in what has arrived, and part with what is late or left; waits while there is nothing. False: closed."""
+        """Receive new jobs, end late and abandoned ones; wait while there are none. Return False if closed."""
         with self._change:
             while not self._closed and not self._arrived and not self._followers:
                 self._change.wait(_LOOK if self._last_call < float("inf") else None)
@@ -184,7 +184,7 @@ class Worker:
         self._watch.joined()
 
     def _after_step(self, moved: list[Row]) -> None:
-        """Tell of the steps that rows took, and answer for those that are at their end."""
+        """Emit the steps of ``moved`` sequences, and the answers of finished ones."""
         if moved:
             self._watch.step(len(moved))
         for row in moved:
@@ -198,14 +198,14 @@ class Worker:
                 error = fault_of([row], {})
                 logger.error("%s", error)
                 self._part(row, from_failure(error), "failed")
-            elif row.over:  # with undecided positions, by its sampler's own bounds
+            elif row.over:  # with undecided positions, by its sampler's own limits
                 with self._blamed(row):
                     follower.end(row.result(self._engine.spec, None))
                     self._part(row, None, "left")
 
     @contextmanager
     def _blamed(self, row: Row) -> Iterator[None]:
-        """End a row alone if its output cannot be delivered."""
+        """On an error while a sequence's output is emitted, end only that sequence."""
         try:
             yield
         except Exception as error:
@@ -214,7 +214,7 @@ class Worker:
                 self._part(row, from_failure(error), "failed")
 
     def _part(self, row: Row, error: ApiError | None, how: str) -> None:
-        """Be done with a row. Its job is told of ``error`` unless it has its answer; None: nobody would hear it."""
+        """Remove a sequence. Its job gets ``error`` unless it has its answer; None: there is no client left."""
         job = self._followers.pop(row).job
         if isinstance(job.outcome, Finished):
             self._watch.ended(job.outcome.reason, job.outcome.tokens, job.outcome.nfe)
@@ -224,7 +224,7 @@ class Worker:
             self._scheduler.drop(row)
 
     def _recover(self, error: Exception) -> None:
-        """The end of rows whose lane failed."""
+        """End the sequences whose persistent batch failed."""
         if isinstance(error, OutOfDeviceMemory):
             logger.warning("a generation was refused: %s", error)
         else:
@@ -234,14 +234,14 @@ class Worker:
                 self._part(row, from_failure(error), "failed")
 
     def _late(self, job: Job) -> ApiError | None:
-        """Return the error for a job whose time is over."""
+        """Return the error for a job past its time limit, else None."""
         now = time.monotonic()
         if now > self._last_call:
             return stopping()
         return too_late(self._settings.time_limit) if now > job.deadline else None
 
     def _end(self, job: Job, error: ApiError | None, how: str) -> None:
-        """End a job without an answer; ``error`` is None where nobody is left to hear it."""
+        """End a job without an answer; ``error`` is None if there is no client left."""
         if not job.over:
             job.tell(Failed(error or ApiError(499, "the client has left")))
             self._watch.ended(how, 0, 0)
@@ -253,7 +253,7 @@ class Worker:
 
 
 def _half_of_what_is_free(device: torch.device) -> int | None:
-    """Bytes of the host's memory, where Linux says so; None for a GPU, which says itself when it is full."""
+    """Return half of the host's free memory in bytes, on Linux; None for a GPU, which reports when it is full."""
     if device.type != "cpu" or not _MEMORY.exists():
         return None
     free = re.search(r"^MemAvailable:\s*(\d+) kB", _MEMORY.read_text(), re.MULTILINE)
