@@ -1,4 +1,4 @@
-"""Files of prompts."""
+"""Batch runs over files of prompts."""
 
 from .files import BatchError
 from .run import BatchSettings, Summary, in_process, run_batch

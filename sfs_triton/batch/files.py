@@ -1,4 +1,4 @@
-"""Files of a batch run: prompts to read, finished rows to keep, and the output, which is there whole or not at all."""
+"""Files of a batch run: prompts, finished rows, and the output, which is written atomically."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from filelock import FileLock, Timeout
 from ..errors import ArgumentError, MissingDependencyError, SfsError, require
 
 SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
-COLUMNS = ("id", "prompt", "messages", "gen_length", "seed")  # all others are left alone
-ANSWER = {  # what a finished row has beside its id, and as what Parquet keeps it
+COLUMNS = ("id", "prompt", "messages", "gen_length", "seed")  # all others are ignored
+ANSWER = {  # columns of a finished row beside its id, and their Parquet types
     "text": "string",
     "prompt_tokens": "int64",
     "response_tokens": "int64",
@@ -26,13 +26,13 @@ ANSWER = {  # what a finished row has beside its id, and as what Parquet keeps i
     "gen_length": "int64",
     "seed": "int64",
 }
-_FORMAT = 1  # of the folder of finished rows
-_ROWS = 1024  # of a Parquet file that are held in memory
-_EXACT = 2**53  # below it a float that is whole is that very number
+_FORMAT = 1  # version of the folder of finished rows
+_ROWS = 1024  # Parquet rows held in memory
+_EXACT = 2**53  # whole floats below it are exact
 
 
 class BatchError(SfsError):
-    """A batch run could not go on. Rows that were finished are kept, and running it again goes on from there."""
+    """A batch run failed. Finished rows are kept; running it again resumes from them."""
 
 
 # ------------------------------------------------------------------------------------------------------------- prompts
@@ -40,7 +40,7 @@ class BatchError(SfsError):
 
 @dataclass(frozen=True)
 class Row:
-    """One row of the input. ``line`` counts from 1 and is the id of a row that has none; ``error`` is for bad rows."""
+    """One row of the input. ``line`` counts from 1 and is the default id; ``error`` is set for invalid rows."""
 
     line: int
     id: str | int
@@ -51,14 +51,14 @@ class Row:
 
     @property
     def key(self) -> str:
-        """A digest of all that the row's answer depends on beside the settings of the run."""
+        """Digest of the row's content, on which its answer depends beside the settings of the run."""
         seed = ["line", self.line] if self.seed is None else self.seed
         content = json.dumps([self.id, self.prompt, self.gen_length, seed])
         return hashlib.sha256(content.encode()).hexdigest()[:24]
 
 
 def file_format(name: str, path: Path) -> str:
-    """``"jsonl"`` or ``"parquet"``, by the suffix."""
+    """Return ``"jsonl"`` or ``"parquet"``, by the suffix."""
     known = SUFFIXES.get(path.suffix.lower())
     require(known is not None, f"{name}={str(path)!r} does not end in one of {', '.join(SUFFIXES)}")
     if known == "parquet":
@@ -67,10 +67,10 @@ def file_format(name: str, path: Path) -> str:
 
 
 def read_rows(path: Path) -> Iterator[Row]:
-    """The rows of a JSONL or Parquet file, one after another. A bad row has an ``error``.
+    """Yield the rows of a JSONL or Parquet file. An invalid row has an ``error``.
 
     Raises:
-        ArgumentError: the file cannot be read, or its columns cannot be what they should; names file and column.
+        ArgumentError: the file cannot be read, or a column has a wrong type; names file and column.
     """
     read = _read_parquet if file_format("source", path) == "parquet" else _read_jsonl
     try:
@@ -110,7 +110,7 @@ def _read_parquet(path: Path) -> Iterator[Row]:
 
 
 def _check_columns(path: Path, schema: Any) -> list[str]:
-    """The columns to read; refuses those that cannot hold what they should."""
+    """Return the columns to read; refuse those of a wrong type."""
     arrow, _ = _pyarrow()
     types, found = arrow.types, {}
     for name in COLUMNS:
@@ -133,7 +133,7 @@ def _check_columns(path: Path, schema: Any) -> list[str]:
         return lists and types.is_struct(kind.value_type)
 
     def number(kind: Any) -> bool:
-        return types.is_integer(kind) or types.is_floating(kind)  # what pandas makes of integers some of which lack
+        return types.is_integer(kind) or types.is_floating(kind)  # pandas stores integers with missing values as floats
 
     fits = {"id": lambda kind: text(kind) or types.is_integer(kind), "prompt": text, "messages": turns}
     for name, kind in found.items():
@@ -203,10 +203,10 @@ def _whole(line: int, name: str, value: Any, least: int) -> int | None:
 
 @dataclass
 class Survey:
-    """Facts from a first reading of the whole input."""
+    """Counts and types from a first pass over the whole input."""
 
     rows: int = 0
-    text_ids: bool = False  # whether any id is text
+    text_ids: bool = False  # True if any id is text
     errors: int = 0
 
     @classmethod
@@ -214,7 +214,7 @@ class Survey:
         """Read all rows once.
 
         Raises:
-            ArgumentError: two rows have one id, or no row at all can be answered; names the lines.
+            ArgumentError: two rows have the same id, or no row can be answered; names the lines.
         """
         found, lines, first = cls(), {}, None
         for row in read_rows(source):
@@ -236,9 +236,9 @@ class Survey:
 
 @contextmanager
 def whole_file(path: Path, folder: Path) -> Iterator[IO[bytes]]:
-    """A file to write that is at ``path`` once it is complete and on the disk. Nothing of it stays otherwise.
+    """Open a file to write, which is moved to ``path`` once it is complete and on the disk, and removed on failure.
 
-    Until then it is in ``folder``, which is on the same file system.
+    Until then it is in ``folder``, on the same file system.
     """
     partial = folder / f"{path.name}.partial"
     try:
@@ -254,7 +254,7 @@ def whole_file(path: Path, folder: Path) -> Iterator[IO[bytes]]:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Put the names in a folder on the disk, where the system has a way to."""
+    """Sync a folder's directory entries to the disk, if the system supports it."""
     if hasattr(os, "O_DIRECTORY"):
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
@@ -272,10 +272,10 @@ class _Place:
 
 @dataclass
 class Parts:
-    """The finished rows of a run, in files of their own in a folder beside its output, which one process has at a time.
+    """The finished rows of a run, as files in a folder beside its output, locked by one process at a time.
 
-    Each part is a file of ``{"key": ..., "row": {...}}`` lines, written whole or not at all. ``run.json`` says with
-    which settings the run was begun.
+    Each part is a file of ``{"key": ..., "row": {...}}`` lines, written atomically. ``run.json`` records the settings
+    of the run.
     """
 
     out: Path
@@ -312,11 +312,11 @@ class Parts:
 
     def __exit__(self, *exception: object) -> None:
         self._lock.release()
-        if not self._places:  # nothing to go on from
+        if not self._places:  # nothing to resume from
             self._remove()
 
     def _remove(self) -> None:
-        """Remove the folder, of which the lock is released, as far as nothing else is in it and no other run begins."""
+        """Remove the folder after its lock is released, unless it holds other files or another run starts."""
         with suppress(OSError):
             for name in ("run.json", "lock"):
                 (self.folder / name).unlink(missing_ok=True)
@@ -327,7 +327,7 @@ class Parts:
         for path in self.folder.iterdir():
             ours = path.name in ("lock", "run.json") or path.match("part-*.jsonl") or path.suffix == ".partial"
             require(ours, f"{str(self.folder)!r} is needed for finished rows, but holds {path.name!r}")
-        for path in self.folder.glob("*.partial"):  # of a process that was killed
+        for path in self.folder.glob("*.partial"):  # left by a killed process
             path.unlink()
         parts = sorted(self.folder.glob("part-*.jsonl"))
         if self.overwrite:
@@ -342,7 +342,7 @@ class Parts:
             file.write(json.dumps({"format": _FORMAT, "settings": self.settings}, indent=1).encode())
 
     def _read(self, part: Path) -> None:
-        """Note where its rows are. A part that is damaged is removed: its rows are answered again."""
+        """Index the rows of a part. A damaged part is removed, and its rows are answered again."""
         places, offset = {}, 0
         try:
             with open(part, "rb") as file:
@@ -375,10 +375,10 @@ class Parts:
         return place is not None and place.key == row.key
 
     def add(self, finished: Sequence[tuple[str, dict[str, Any]]]) -> None:
-        """Keep rows and their keys, all of them or none.
+        """Store rows and their keys, all of them or none.
 
         Raises:
-            BatchError: they could not be written; nothing of them stays.
+            BatchError: they could not be written; none is stored.
         """
         name = hashlib.sha256("".join(key for key, _ in finished).encode()).hexdigest()[:24]
         part, offset, places = self.folder / f"part-{name}.jsonl", 0, {}
@@ -391,10 +391,10 @@ class Parts:
         self._places |= places
 
     def get(self, row: Row) -> dict[str, Any]:
-        """Finished output that was kept for a row.
+        """Return the stored output of a row.
 
         Raises:
-            BatchError: nothing was, so the input is not what it was when the run began.
+            BatchError: there is none: the input has changed since the run started.
         """
         if row not in self:
             raise BatchError(f"line {row.line} has no answer: the input changed during the run; run it again")
@@ -404,16 +404,16 @@ class Parts:
             return json.loads(file.readline())["row"]
 
     def finish(self, results: Iterable[dict[str, Any]], *, text_ids: bool) -> None:
-        """Write the output, and remove what was kept for it.
+        """Write the output, and remove the stored parts.
 
         Raises:
-            BatchError: it could not be written; all finished rows are kept.
+            BatchError: the output could not be written; all finished rows are kept.
         """
         write = _write_parquet if file_format("out", self.out) == "parquet" else _write_jsonl
         with self._refusing_to_write():
             with whole_file(self.out, self.folder) as file:
                 write(file, results, text_ids)
-            (self.folder / "run.json").unlink()  # first: without it the rest is not taken for a run to go on with
+            (self.folder / "run.json").unlink()  # first: without it the other files are not resumed
             for path in self.folder.glob("part-*.jsonl"):
                 path.unlink()
         self._places = {}

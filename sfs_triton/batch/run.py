@@ -1,6 +1,6 @@
-"""A file of prompts in, a file of answers out: exactly one a prompt, wherever the run was stopped in between.
+"""Answer a file of prompts: exactly one answer per prompt, even if the run is stopped and resumed.
 
-Who answers is an ``execute``: :func:`in_process` here, workers in :mod:`sfs_triton.integrations.ray`.
+An ``execute`` decodes the chunks: :func:`in_process` here, workers in :mod:`sfs_triton.integrations.ray`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .files import BatchError, Parts, Row, Survey, file_format, read_rows
 
 __all__ = ["BatchError", "BatchSettings", "Summary", "in_process", "run_batch"]
 
-Finished = list[tuple[str, dict[str, Any]]]  # keys of rows, and what the output has of them
+Finished = list[tuple[str, dict[str, Any]]]  # keys of rows, and their output
 Execute = Callable[[Iterator[list[Row]]], Iterable[Finished]]
 
 
@@ -32,9 +32,9 @@ class BatchSettings:
     Args:
         model, device, dtype, impl, loop: as for :func:`sfs_triton.load`.
         sampler, cache, raw: as for ``Engine.generate``.
-        gen_length: of rows that have none of their own.
-        seed: the row on line n that has none of its own takes ``seed + n - 1``.
-        batch: rows that are decoded together.
+        gen_length: default of rows that set none.
+        seed: the row on line n takes ``seed + n - 1`` unless it sets its own.
+        batch: number of rows decoded together.
     """
 
     model: str = "embedded"
@@ -55,15 +55,15 @@ class BatchSettings:
             value = getattr(self, name)
             require(isinstance(value, int) and value > 0, f"{name}={value!r} is not a positive integer")
         require(isinstance(self.seed, int) and 0 <= self.seed < 2**62, f"seed={self.seed!r} is not in [0, 2**62)")
-        _ = self.params  # built to be checked
+        _ = self.params  # built for its checks
 
     @property
     def params(self) -> DecodingParams:
-        """Decoding parameters of the first row."""
+        """Decoding parameters with the defaults of the first row."""
         return DecodingParams(sampler=self.sampler, cache=self.cache, gen_length=self.gen_length, seed=self.seed)
 
     def described(self) -> dict[str, Any]:
-        """Return all that the answers depend on, ready for JSON."""
+        """Return all settings that the answers depend on, ready for JSON."""
         return {
             "model": self.model,
             **self.params.to_dict(),
@@ -73,10 +73,10 @@ class BatchSettings:
         }
 
     def open_engine(self) -> Engine:
-        """The engine that all this is for.
+        """Load the engine of these settings.
 
         Raises:
-            ArgumentError, CheckpointError: it cannot be had, or cannot answer text.
+            ArgumentError, CheckpointError: it cannot be loaded, or has no tokenizer.
         """
         engine = load(self.model, self.device, self.dtype, self.impl, self.loop, weights=self.weights)
         require(engine.text is not None, f"model={self.model!r} has no tokenizer.json, which a text prompt needs")
@@ -87,7 +87,7 @@ class BatchSettings:
 
 @dataclass(frozen=True)
 class Summary:
-    """Counts of a run. ``kept`` rows of the output were finished before it began, ``errors`` have no answer."""
+    """Counts of a run. ``kept`` rows were finished by earlier runs; ``errors`` rows have no answer."""
 
     rows: int
     errors: int
@@ -104,21 +104,21 @@ def run_batch(
     overwrite: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Summary:
-    """Answer every row of ``source``, in its order, in ``out``; both are ``.jsonl`` or ``.parquet``.
+    """Answer every row of ``source`` in ``out``, in the same order; both are ``.jsonl`` or ``.parquet``.
 
-    Rows that are finished are kept in ``OUT.parts``. A run that was stopped, in whatever way, goes on from there when
-    it is started again with the same settings; rows whose content has changed since are answered again.
+    Finished rows are kept in ``OUT.parts``. A run that was stopped, in whatever way, resumes from there when it is
+    started again with the same settings; rows whose content has changed since are answered again.
 
     Args:
         settings: default: the embedded model with the paper's sampler.
-        execute: takes chunks of rows to what they come to, in any order; default: one after another in this process.
-        overwrite: begin anew and replace ``out`` in the end, if it is there.
-        on_progress: called with finished rows and all rows, whenever rows have been kept.
+        execute: maps chunks of rows to their output, in any order; default: one after another in this process.
+        overwrite: start anew, and replace an existing ``out`` at the end.
+        on_progress: called with the numbers of finished and of all rows, whenever rows have been stored.
 
     Raises:
-        ArgumentError: names the argument, or what is wrong with the file.
-        BatchError: the run could not go on, the disk being full, say.
-        SfsError: what ``load`` and ``Engine.generate`` raise, but for faults of single rows.
+        ArgumentError: names the argument, or the fault of the file.
+        BatchError: the run failed, for example because the disk is full.
+        SfsError: as ``load`` and ``Engine.generate``, except for faults of single rows.
     """
     began = time.monotonic()
     settings = settings or BatchSettings()
@@ -147,7 +147,7 @@ def run_batch(
 
 
 def in_process(settings: BatchSettings, engine: Engine | None = None) -> Execute:
-    """Answers chunks one after another, here, with an engine that is there already or that the first chunk loads."""
+    """Return an ``execute`` for this process: chunks in order, with ``engine`` or one loaded by the first chunk."""
 
     def execute(chunks: Iterator[list[Row]]) -> Iterator[Finished]:
         mine = engine
@@ -159,10 +159,10 @@ def in_process(settings: BatchSettings, engine: Engine | None = None) -> Execute
 
 
 def answer(engine: Engine, settings: BatchSettings, rows: Sequence[Row]) -> Finished:
-    """Decode rows together. A row that cannot be decoded gets an ``error``; the others are as if it were not there.
+    """Decode rows together. A row that cannot be decoded gets an ``error`` and does not affect the others.
 
     Raises:
-        SfsError: something is wrong that is no single row's fault (memory, time).
+        SfsError: a failure that no single row causes (memory, time).
     """
     results, good = {}, []
     for row in rows:
@@ -176,7 +176,7 @@ def answer(engine: Engine, settings: BatchSettings, rows: Sequence[Row]) -> Fini
 
 
 def _encode(engine: Engine, settings: BatchSettings, row: Row) -> list[int]:
-    """Token ids of a row's prompt; refuses whatever ``Engine.generate`` would refuse."""
+    """Return the token ids of a row's prompt, with the checks of ``Engine.generate``."""
     ids, length = engine.encode(row.prompt, settings.raw, row.line), row.gen_length or settings.gen_length
     engine.check_room(row.line, len(ids), length)
     mask = engine.spec.mask_id
@@ -186,7 +186,7 @@ def _encode(engine: Engine, settings: BatchSettings, row: Row) -> list[int]:
 
 
 def _generate(engine: Engine, settings: BatchSettings, good: list[tuple[Row, list[int]]]) -> dict[int, dict[str, Any]]:
-    """Return the output of rows that can be decoded, by line."""
+    """Return the output of valid rows, by line."""
     lengths = [row.gen_length or settings.gen_length for row, _ in good]
     seeds = [settings.seed + row.line - 1 if row.seed is None else row.seed for row, _ in good]
     how = {"sampler": settings.sampler, "cache": settings.cache}

@@ -20,17 +20,17 @@ WORDS = {"none": None, "true": True, "false": False}
 
 @dataclass(frozen=True, slots=True)
 class Action:
-    """A command and its checked argument; ``say`` is what a line without a slash asks for."""
+    """A command and its checked argument; a line without a slash is the command ``say``."""
 
     name: str
     value: Any = None
 
 
 def parse(line: str) -> Action:
-    """Parse a line. Commands start with a slash, messages that start with a slash with two.
+    """Parse a line. Commands start with a slash; two slashes start a message with one slash.
 
     Raises:
-        ArgumentError: no such command, or an argument it does not take; names command and value.
+        ArgumentError: unknown command or invalid argument; names command and value.
     """
     if not line.startswith("/"):
         return Action("say", line)
@@ -42,10 +42,10 @@ def parse(line: str) -> Action:
 
 
 def perform(chat: Chat, action: Action) -> str:
-    """Do what needs no terminal, and say what was done.
+    """Perform a command that needs no terminal, and return its message.
 
     Raises:
-        ArgumentError: names command and value; nothing has changed then.
+        ArgumentError: names command and value; nothing is changed.
     """
     try:
         return _PERFORM[action.name](chat, action.value)
@@ -54,12 +54,12 @@ def perform(chat: Chat, action: Action) -> str:
 
 
 def label(sampler: Sampler, cache: CachePolicy) -> str:
-    """Sampler and cache in a few words."""
+    """Return a short description of sampler and cache."""
     return f"{_changed(sampler)}, cache {cache.name}"
 
 
 def _changed(sampler: Sampler) -> str:
-    """A sampler and what is not as usual in it."""
+    """Return a sampler's name and its settings that differ from the defaults."""
     staged = isinstance(sampler, SlowFast)
     usual = PRESETS[sampler.name] if staged else type(sampler)()
     changed = [f" {key}={_word(v)}" for key, v in _fields(sampler).items() if v != getattr(usual, key)]
@@ -67,7 +67,7 @@ def _changed(sampler: Sampler) -> str:
 
 
 def summary(made: Generation, room: int) -> str:
-    """A finished answer's figures on a line."""
+    """Return one line of figures of a finished answer; ``room`` is the model's number of positions."""
     return (
         f"{_figures(made.nfe, len(made.tokens), made.seconds)} | "
         f"{made.prompt_length + len(made.tokens)} of {room} positions"
@@ -84,12 +84,12 @@ def _fields(settings: Any) -> dict[str, Any]:
 
 
 def _word(value: Any) -> str:
-    """A setting as it is typed."""
+    """Format a setting as it is typed."""
     return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
 def _value(text: str) -> Any:
-    """A typed setting: none, true, false, a number, or else text."""
+    """Parse a typed setting: none, true, false, a number, or else text."""
     if text in WORDS:
         return WORDS[text]
     for number in (int, float):
@@ -143,7 +143,7 @@ def _path(name: str, rest: str) -> Path:
 
 
 def _named(known: Mapping[str, Any]) -> Callable[[str, str], tuple[str | None, dict[str, Any]] | None]:
-    """Reads ``NAME [key=value ...]`` or ``key=value ...``."""
+    """Return a parser of ``NAME [key=value ...]`` or ``key=value ...``."""
 
     def read(name: str, rest: str) -> tuple[str | None, dict[str, Any]] | None:
         words = rest.split()
@@ -186,7 +186,7 @@ COMMANDS = {
 
 
 def help_text() -> str:
-    """All commands, one a line."""
+    """Return the help of all commands, one per line."""
     typed = {f"/{name} {command.usage}".rstrip(): command.does for name, command in COMMANDS.items()}
     width = max(map(len, typed))
     lines = [f"{usage:<{width}}  {does}" for usage, does in typed.items()]
@@ -203,7 +203,7 @@ def _set_sampler(chat: Chat, value: tuple[str | None, dict[str, Any]] | None) ->
 
 
 def _sampler(current: Sampler, name: str | None, pairs: dict[str, Any]) -> Sampler:
-    """The sampler called ``name`` with some settings, or the current one with some changed.
+    """Return the sampler ``name`` with the settings ``pairs``, or the current one with these changed.
 
     Raises:
         ArgumentError: names setting and value.

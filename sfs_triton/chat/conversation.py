@@ -1,4 +1,4 @@
-"""A conversation with a model, without a terminal: its history, its settings, its files."""
+"""A conversation with a model, independent of a terminal: history, decoding parameters, files."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from ..scheduling.outputs import Frame, Generation
 from ..text.codec import UNFINISHED, check_size
 
 ROLES = ("system", "user", "assistant")
-LARGEST_FILE = 16 * 2**20  # bytes; what is larger is no conversation
+LARGEST_FILE = 16 * 2**20  # bytes; larger files are refused
 
 
 class ContextOverflow(ArgumentError):
-    """A turn does not fit the model's positions; ``over`` says by how many."""
+    """A message and its answer exceed the model's positions by ``over``."""
 
     def __init__(self, message: str, over: int):
         super().__init__(message)
@@ -31,10 +31,10 @@ class ContextOverflow(ArgumentError):
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(DecodingParams):
-    """Decoding parameters of the next answer; each turn takes the seed and leaves the next higher one.
+    """Decoding parameters of the next answer; each answer increments the seed.
 
     Args:
-        forget: drop the oldest exchanges where a turn does not fit otherwise.
+        forget: drop the oldest exchanges if the next one does not fit otherwise.
     """
 
     forget: bool = False
@@ -42,11 +42,11 @@ class Settings(DecodingParams):
 
 @dataclass(frozen=True)
 class Answer:
-    """A finished turn: what was said, what came back, and how it was made."""
+    """A finished exchange: message, answer, and decoding parameters."""
 
     message: str
     generation: Generation
-    settings: Settings  # ``seed`` is the one that was used
+    settings: Settings  # with the seed of this answer
     forgotten: int  # exchanges that were dropped to make room
 
     @property
@@ -54,14 +54,14 @@ class Answer:
         return self.generation.text
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything about it, ready for JSON."""
+        """Return all fields, ready for JSON."""
         made, how = self.generation.as_dict(), self.settings.to_dict()
         return {"message": self.message, **made, **how, "forgotten": self.forgotten}
 
 
 @dataclass(slots=True)
 class Totals:
-    """Sums over all finished answers of a session; ``stopped`` counts turns without an answer."""
+    """Sums over all finished answers of a session; ``stopped`` counts messages without an answer."""
 
     answers: int = 0
     tokens: int = 0
@@ -77,16 +77,16 @@ class Totals:
 
 
 class Turn(Iterator[Frame]):
-    """A message and the answer to it while it is generated: a frame a step. Nothing runs between two of them.
+    """A message and its answer in progress: one frame per step. Nothing runs between two frames.
 
-    The exchange enters the history with the last frame, and not at all if the turn is closed before.
+    The exchange is added to the history with the last frame, and not at all if this is closed before.
     """
 
     def __init__(self, chat: Chat, message: str, kept: list[tuple[str, str]], dropped: tuple[int, int], prompt: list):
         self.message, self.settings = message, chat.settings
-        self.over, self.forgotten = dropped  # tokens that did not fit, and the exchanges that go for it
+        self.over, self.forgotten = dropped  # tokens that did not fit, and the exchanges dropped for them
         self.prompt_tokens = len(prompt)
-        self.text = ""  # of the answer, as far as it is decided from its start
+        self.text = ""  # of the answer's leading decided positions
         self.steps = 0
         self.answer: Answer | None = None
         self._chat, self._kept, self._open = chat, kept, True
@@ -115,7 +115,7 @@ class Turn(Iterator[Frame]):
         return frame
 
     def _settled(self, frame: Frame) -> str:
-        """The text that later steps cannot change; a character is held back until all of its bytes are there."""
+        """Return the text that later steps cannot change; a character is held back until its bytes are complete."""
         engine = self._chat.engine
         tokens = frame.tokens[0][self.prompt_tokens : frame.settled[0]]
         eos = engine.spec.eos_id
@@ -123,7 +123,7 @@ class Turn(Iterator[Frame]):
         return text if text.startswith(self.text) else self.text
 
     def close(self) -> None:
-        """Stop here. An answer that is not finished is dropped, and the history is as it was."""
+        """Stop the generation. An unfinished answer is dropped, and the history is unchanged."""
         self._stream.close()
         if self._open:
             self._open = False
@@ -152,20 +152,20 @@ class Chat:
         self.last: Answer | None = None
         self.totals = Totals()
         self.settings = self._fitting(Settings() if settings is None else settings)
-        self._unanswered: tuple[str, list[tuple[str, str]]] | None = None  # the last message, and what was before it
+        self._unanswered: tuple[str, list[tuple[str, str]]] | None = None  # the last message, the exchanges before
         self._turn: Turn | None = None
         self.set_system(system)
 
     @property
     def messages(self) -> list[dict[str, str]]:
-        """The history, as chat templates take it."""
+        """Return the history in the format of chat templates."""
         return self._messages(self.exchanges)
 
     def set_system(self, text: str) -> None:
-        """Begin the conversation with a system message, or with none if ``text`` is empty.
+        """Set the system message, or remove it if ``text`` is empty.
 
         Raises:
-            ArgumentError: not valid Unicode, or the template refuses it; the one before stays.
+            ArgumentError: not valid Unicode, or refused by the template; the previous one is kept.
         """
         _check_unicode("system message", text)
         check_size("system message", text, self.engine.spec.max_length)
@@ -177,11 +177,11 @@ class Chat:
             raise
 
     def count(self) -> int:
-        """Tokens of the history, and of an empty message after it, in the template."""
+        """Count the tokens of the history and an empty message after it, in the template."""
         return len(self._encode(self._messages(self.exchanges, "")))
 
     def say(self, text: str) -> Turn:
-        """Begin a turn: the answer to ``text``, to be iterated. A turn that is still open is closed.
+        """Start the answer to ``text``, to be iterated. An answer in progress is closed.
 
         Raises:
             ContextOverflow: history, message and answer do not fit, and ``forget`` is off or would not help.
@@ -193,7 +193,7 @@ class Chat:
         """Answer the last message again; the old answer, if there is one, stays until the new one is complete.
 
         Raises:
-            ArgumentError: nothing has been said; otherwise as :meth:`say`.
+            ArgumentError: there is no message yet; otherwise as :meth:`say`.
         """
         if self._unanswered is not None:
             return self._begin(*self._unanswered)
@@ -201,7 +201,7 @@ class Chat:
         return self._begin(self.exchanges[-1][0], self.exchanges[:-1])
 
     def change(self, **changes: Any) -> None:
-        """Change settings, all of them or, if they do not go together, none.
+        """Change settings: all of them, or none if they are incompatible.
 
         Raises:
             ArgumentError: names setting and value.
@@ -209,19 +209,19 @@ class Chat:
         self.settings = self._fitting(replace(self.settings, **changes))
 
     def reset(self) -> None:
-        """Forget all exchanges; settings and system message stay."""
+        """Drop all exchanges; settings and system message are kept."""
         self.exchanges, self._unanswered = [], None
 
     def undo(self) -> None:
-        """Forget the last exchange."""
+        """Drop the last exchange."""
         require(bool(self.exchanges), "there is no exchange to forget")
         self.exchanges, self._unanswered = self.exchanges[:-1], None
 
     def load(self, path: Path) -> None:
-        """Replace the history, the system message included, by a saved one.
+        """Replace the history and the system message by saved ones.
 
         Raises:
-            ArgumentError: names the file and, where it is one, the line at fault; the history is as it was.
+            ArgumentError: names the file and, if there is one, the line at fault; the history is unchanged.
         """
         before = self.system, self.exchanges
         self.system, self.exchanges = read_messages(path)
@@ -233,7 +233,7 @@ class Chat:
         self._unanswered = None
 
     def save(self, path: Path) -> None:
-        """Write the history, a message a line; as :func:`write_messages`."""
+        """Write the history, one message per line; see :func:`write_messages`."""
         write_messages(path, self.messages)
 
     def _messages(self, exchanges: Sequence[tuple[str, str]], asked: str | None = None) -> list[dict[str, str]]:
@@ -248,7 +248,7 @@ class Chat:
         codec, mask = self.engine.text, self.engine.spec.mask_id
         try:
             text = codec.render(messages)
-        except ArgumentError as error:  # which quotes the whole conversation; its cause says what is wrong
+        except ArgumentError as error:  # its text quotes the whole conversation; its cause names the fault
             raise ArgumentError(f"the checkpoint's chat template refused this: {error.__context__ or error}") from None
         ids = codec.encode(text)
         require(mask not in ids, f"the conversation holds the model's mask token (id {mask}), which no prompt may hold")
@@ -305,7 +305,7 @@ def _check_unicode(name: str, text: str) -> None:
 
 
 def write_messages(path: Path, messages: Sequence[Mapping[str, str]]) -> None:
-    """Write a JSON object a line, in one go: a failure leaves an older file as it was, and no part of a new one.
+    """Write one JSON object per line, atomically: a failure leaves an older file unchanged and no partial one.
 
     Raises:
         ArgumentError: names the path.
@@ -327,10 +327,10 @@ def write_messages(path: Path, messages: Sequence[Mapping[str, str]]) -> None:
 
 
 def read_messages(path: Path) -> tuple[str, list[tuple[str, str]]]:
-    """The system message ("" if there is none) and the exchanges of a file of messages.
+    """Read a file of messages. Return the system message ("" if there is none) and the exchanges.
 
     Raises:
-        ArgumentError: names the path and, where it is one, the line at fault.
+        ArgumentError: names the path and, if there is one, the line at fault.
     """
     try:
         require(path.is_file(), f"{str(path)!r} is not a file")
@@ -376,13 +376,13 @@ def _message(where: str, line: str) -> tuple[str, str]:
 
 
 def shown(value: Any) -> str:
-    """A value for a message: not longer than a line."""
+    """Return ``repr(value)``, cut to 80 characters."""
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
 
 
 def kind(sampler: Sampler) -> str:
-    """Return the name of a sampler on the command line."""
+    """Return the command-line name of a sampler."""
     if isinstance(sampler, FixedSteps):
         return "vanilla" if sampler.steps is None and sampler.metric == "confidence" else "fixed"
     return "slowfast" if isinstance(sampler, SlowFast) else "threshold"

@@ -1,6 +1,6 @@
-"""A conversation in a terminal or a pipe: reads lines, shows answers as they settle, and hears Ctrl-C.
+"""Chat in a terminal or a pipe: read lines, show answers as they are decoded, handle Ctrl-C.
 
-Answers go to stdout, everything else to stderr. No text of a model, a file or an error reaches either as it is.
+Answers go to stdout, everything else to stderr. All text of models, files and errors is made printable first.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from .conversation import Chat, Turn
 
 try:
     import readline
-except ImportError:  # a Python without it: lines are read all the same
+except ImportError:  # a Python without readline: no line editing
     readline = None
 
 LONGEST_ERROR = 1000
-LARGEST_MESSAGE = 16 * 2**20  # bytes or characters that are read: no context has room for so many
+LARGEST_MESSAGE = 16 * 2**20  # bytes or characters: more than any context holds
 
 
 class InputHistory:
-    """A file of typed lines: recalled with the arrow keys, added to as lines are typed. Without a path, no file."""
+    """History of typed lines, recalled with the arrow keys, and appended to the file ``path`` if it is given."""
 
     def __init__(self, path: Path | None):
         self.path = path
@@ -51,7 +51,7 @@ class InputHistory:
         """Add a line.
 
         Raises:
-            ArgumentError: the file cannot be written. It will not be tried again.
+            ArgumentError: the file cannot be written. It is not tried again.
         """
         if self.path is None:
             return
@@ -67,7 +67,7 @@ class InputHistory:
 
 
 class Interrupts:
-    """Ctrl-C while a generation runs: noted, for the end of the step; pressed again within it, it is raised."""
+    """Ctrl-C handler for a generation: the first stops it after the step, a second within the step is raised."""
 
     def __init__(self):
         self.noted = False
@@ -92,7 +92,7 @@ class Interrupts:
 
 
 class ChatTerminal:
-    """Runs a conversation until its input ends."""
+    """Front end of a conversation: runs until its input ends."""
 
     def __init__(
         self,
@@ -107,12 +107,12 @@ class ChatTerminal:
         self.chat, self.model, self.as_json, self.watch, self.delay = chat, model, as_json, watch, delay
         self._history = InputHistory(None) if history is None else history
         self._typed = sys.stdin.isatty()
-        self._edited = self._typed and sys.stdout.isatty()  # by readline, which writes to stdout
+        self._edited = self._typed and sys.stdout.isatty()  # readline writes to stdout
         self._live = sys.stdout.isatty() and not as_json
         self._failed = False
 
     def run(self) -> int:
-        """Read and answer until the end. Returns the exit code: 2 if input from a pipe was refused somewhere."""
+        """Read and answer until the input ends. Return the exit code: 2 if any input from a pipe was refused."""
         if self._typed:
             settings, room = self.chat.settings, self.chat.engine.spec.max_length
             how = label(settings.sampler, settings.cache)
@@ -133,7 +133,7 @@ class ChatTerminal:
         return 2 if self._failed and not self._typed else 0
 
     def _next(self) -> bool:
-        """Read a message or command and do what it asks for. Returns whether to go on."""
+        """Read and process a message or command. Return whether to continue."""
         try:
             text = self._read()
             if text is None:
@@ -150,7 +150,7 @@ class ChatTerminal:
         except SfsError as error:
             self._failed = True
             self._note("error: " + _one_line(error))
-        except (RuntimeError, ArithmeticError, MemoryError) as error:  # torch's: what was said is worth more
+        except (RuntimeError, ArithmeticError, MemoryError) as error:  # raised by torch: keep the conversation
             if not self._typed:
                 raise
             self._note(f"error: {type(error).__name__}: {_one_line(error)}; the conversation goes on")
@@ -159,7 +159,7 @@ class ChatTerminal:
     # Input
 
     def _read(self) -> str | None:
-        """A message, of several lines where all but the last end with a backslash; None at the end of the input."""
+        """Read a message; a backslash at a line's end continues it. Return None at the end of the input."""
         lines, size = [], 0
         while True:
             line = self._line("... " if lines else "> ")
@@ -173,7 +173,7 @@ class ChatTerminal:
             if not line.endswith("\\"):
                 require(size <= LARGEST_MESSAGE, f"this message is longer than {LARGEST_MESSAGE:,} characters")
                 return "\n".join([*lines, line])
-            if size <= LARGEST_MESSAGE:  # of a longer one the rest is read, and not kept
+            if size <= LARGEST_MESSAGE:  # the rest of a longer one is read and discarded
                 lines.append(line[:-1])
 
     def _record(self, line: str) -> None:
@@ -203,7 +203,7 @@ class ChatTerminal:
     # Output
 
     def _turn(self, begin: Callable[[], Turn]) -> None:
-        """Show the answer to a message. One that is stopped or fails leaves the conversation as it was."""
+        """Show the answer to a message. If it is stopped or fails, the conversation is unchanged."""
         try:
             with begin() as turn:
                 if turn.forgotten:
@@ -224,7 +224,7 @@ class ChatTerminal:
         self._note(f"stopped after step {turn.steps}; the unfinished answer is not kept in the history")
 
     def _follow(self, turn: Turn) -> bool:
-        """Show a turn's frames, then its answer. Returns whether Ctrl-C stopped it."""
+        """Show the frames of an answer in progress, then the answer. Return whether Ctrl-C stopped it."""
         interrupts, told = Interrupts(), ""
         with interrupts.heard():
             try:
@@ -264,7 +264,7 @@ class ChatTerminal:
 
     def _set_watch(self, wanted: bool | None) -> None:
         if wanted:
-            from ..view import canvas as render  # noqa: F401  which names the extra where rich is missing
+            from ..view import canvas as render  # noqa: F401  names the extra if rich is missing
         if wanted is not None:
             self.watch = wanted
         self._note(f"watch {'on' if self.watch else 'off'}")
@@ -274,7 +274,7 @@ class ChatTerminal:
 
 
 def _write(stream: TextIO, text: str) -> None:
-    """Write at once; what the stream's encoding does not have becomes a question mark."""
+    """Write and flush; characters that the stream's encoding lacks become question marks."""
     encoding = stream.encoding or "utf-8"
     stream.write(text.encode(encoding, "replace").decode(encoding))
     stream.flush()

@@ -1,4 +1,4 @@
-"""``sfs batch``: a file of prompts in, a file of answers out."""
+"""``sfs batch``: answer a file of prompts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def batch(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin anew, and replace OUT in the end.")] = False,
     address: Annotated[str | None, typer.Option(help="A Ray cluster to use.", show_default=False)] = None,
 ) -> None:
-    """Answer a file of prompts. Run again after a stop, it goes on where it was."""
+    """Answer a file of prompts. A run that was stopped resumes when it is started again."""
     require(workers >= 0, f"--workers {workers} is negative")
     settings = BatchSettings(
         sampler=request.make_sampler(),
@@ -51,5 +51,5 @@ _SHARED = ("model", "gen_length", "seed", "raw", "device", "dtype", "weights", "
 
 
 def _tell(done: int, rows: int) -> None:
-    """Progress, on one line of a terminal."""
+    """Show progress on one line of a terminal."""
     print(f"\r{done} of {rows} rows", end="\n" if done >= rows else "", file=sys.stderr, flush=True)

@@ -30,12 +30,12 @@ from ..view.printable import printable, printable_json
 try:
     import typer
     import typer.core
-except ImportError:  # main() names the extra in one line, where an error raised here would be a traceback
+except ImportError:  # main() names the extra in one line; raising here would print a traceback
     typer = None
 
 DELAY = 0.03
-LARGEST_INPUT = 16 * 2**20  # characters that are read from stdin: no context has room for so many
-# The options that only some samplers have; one that was given for another sampler is refused by name.
+LARGEST_INPUT = 16 * 2**20  # characters read from stdin: more than any context holds
+# Options of some samplers only; given for another sampler, they are refused by name.
 BELONGS_TO = {
     "preset": ("slowfast",),
     "tau_min": ("slowfast",),
@@ -49,9 +49,9 @@ BELONGS_TO = {
 
 
 class Output(io.TextIOWrapper):
-    """Another stream's successor, which remembers why it could not be written.
+    """Wrapper of a text stream that records the first write error.
 
-    What its encoding does not have becomes a question mark, as in a chat.
+    Characters that its encoding lacks become question marks, as in a chat.
     """
 
     def __init__(self, stream: TextIO):
@@ -59,7 +59,7 @@ class Output(io.TextIOWrapper):
         errors = "replace" if stream.errors == "strict" else stream.errors
         super().__init__(stream.buffer, stream.encoding, errors, **how)
         self.failure: OSError | None = None
-        self.before = stream  # which would close what both write to
+        self.before = stream  # kept: its finalizer would close the shared buffer
 
     def write(self, text: str) -> int:
         with self._noting():
@@ -111,19 +111,19 @@ class Request:
     tensor_parallel: Annotated[int, typer.Option(help="Processes that share the model, started by torchrun.")] = 1
 
     def text(self) -> str:
-        """The prompt itself, read from stdin if it is ``-``."""
+        """Return the prompt, read from stdin if it is ``-``."""
         try:
             text = sys.stdin.read(LARGEST_INPUT + 1) if self.prompt == "-" else self.prompt
             require(len(text) <= LARGEST_INPUT, f"the prompt on stdin is larger than {LARGEST_INPUT:,} characters")
             text = text.rstrip("\n") if self.prompt == "-" else text
-            text.encode()  # bytes that the terminal's encoding could not decode arrive as lone surrogates
+            text.encode()  # undecodable bytes arrive as lone surrogates
         except UnicodeError as error:
             raise ArgumentError(f"the prompt is not valid text: {error}") from None
         require(bool(text.strip()), "the prompt is empty")
         return text
 
     def make_sampler(self) -> Sampler:
-        """The sampler's settings; refuses options of another sampler."""
+        """Build the sampler; refuse options of other samplers."""
         require(self.sampler in SAMPLERS, f"--sampler {self.sampler} is not one of {', '.join(SAMPLERS)}")
         given = {name: getattr(self, name) for name in BELONGS_TO if getattr(self, name) is not None}
         for name in given:
@@ -134,7 +134,7 @@ class Request:
         return parse_sampler(self.sampler, **given)
 
     def settings(self, **more: Any) -> Settings:
-        """Return decoding parameters, checked as far as that needs no checkpoint."""
+        """Return decoding parameters, checked as far as possible without a checkpoint."""
         sampler, policy = self.make_sampler(), parse_cache(self.cache)
         return Settings(sampler=sampler, cache=policy, gen_length=self.gen_length, seed=self.seed, **more)
 
@@ -143,14 +143,14 @@ class Request:
         return load(self.model, self.device, self.dtype, self.impl, self.loop, **how)
 
     def label(self) -> str:
-        """Sampler and cache in a few words, for summaries and titles."""
+        """Return a short description of sampler and cache, for summaries and titles."""
         preset = f" ({self.preset or 'paper'})" if self.sampler == "slowfast" else ""
         return f"{self.sampler}{preset}, cache {self.cache}"
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A request that has been checked, and its loaded model."""
+    """A checked request and its loaded model."""
 
     request: Request
     prompt: str
@@ -159,7 +159,7 @@ class Job:
 
     @classmethod
     def prepare(cls, request: Request) -> Job:
-        """Check everything that can be checked before a checkpoint of many gigabytes is loaded, then load it."""
+        """Check the request as far as possible before a checkpoint of many gigabytes is loaded, then load it."""
         settings = request.settings()
         group = join(request.tensor_parallel, request.device)
         prompt = group.first(request.text)
@@ -218,7 +218,7 @@ def generate(
         result = job.run()
     if job.engine.model.group.rank > 0:
         return
-    text = printable(result.text) if sys.stdout.isatty() else result.text  # a file gets what the model said
+    text = printable(result.text) if sys.stdout.isatty() else result.text  # a file gets the text unescaped
     typer.echo(_as_json(job, result) if as_json else text)
     typer.echo(_summary(result, request.label()), err=True)
 
@@ -246,13 +246,13 @@ def chat(
     delay: Annotated[float, typer.Option(help="Seconds per frame of --watch.")] = DELAY,
     history: Annotated[Path | None, typer.Option(help="A file to keep typed lines in.", show_default=False)] = None,
 ) -> None:
-    """Talk to a model, turn by turn. Lines that begin with / are commands: /help lists them."""
+    """Chat with a model. Lines that start with / are commands: /help lists them."""
     from ..chat.conversation import Chat
     from ..chat.terminal import ChatTerminal, InputHistory
 
     require(math.isfinite(delay) and delay >= 0, f"--delay {delay} is not a number of seconds")
     if watch:
-        from ..view import canvas as render  # noqa: F401  which names the extra where rich is missing
+        from ..view import canvas as render  # noqa: F401  names the extra if rich is missing
     settings = request.settings(forget=forget)
     typed = InputHistory(history)
     engine = request.load()
@@ -263,10 +263,9 @@ def chat(
 
 
 def _takes_request(command: Callable[..., None], **fixed: Any) -> Callable[..., None]:
-    """Give ``command`` one option per field of :class:`Request`, and turn package errors into one line and exit code 2.
+    """Add one option per field of :class:`Request` to ``command``; report package errors in one line, exit code 2.
 
-    Fields that are ``fixed`` are no options. The others stand in one place that way, and the bodies stay free of twenty
-    parameters.
+    ``fixed`` fields are no options. This defines the options once, and keeps twenty parameters out of each command.
     """
     hints = get_type_hints(Request, include_extras=True)
     shared = [
@@ -288,7 +287,7 @@ def _takes_request(command: Callable[..., None], **fixed: Any) -> Callable[..., 
             check_started(request["tensor_parallel"])
             command(Request(**request), **values)
 
-    parameters = [shared[0], *own, *shared[1:]]  # arguments in the order they are typed: the prompt, then the rest
+    parameters = [shared[0], *own, *shared[1:]]  # typed order: the prompt, then the rest
     wrapper.__signature__ = inspect.Signature(parameters)
     wrapper.__annotations__ = {p.name: p.annotation for p in parameters}
     return wrapper
@@ -296,7 +295,7 @@ def _takes_request(command: Callable[..., None], **fixed: Any) -> Callable[..., 
 
 @contextmanager
 def _refusals() -> Iterator[None]:
-    """Turn package errors into one line and exit code 2."""
+    """Report package errors in one line, with exit code 2."""
     try:
         yield
     except SfsError as error:
@@ -329,14 +328,14 @@ def _root(
 
 
 def _prompt_command() -> type:
-    """The class of commands that take a prompt: where that begins with a dash, their refusal says what to do."""
+    """Return the command class for prompts: usage errors explain how to pass a prompt that starts with a dash."""
 
     class PromptCommand(typer.core.TyperCommand):
         def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
             given = list(args)
             try:
                 return super().parse_args(ctx, args)
-            except typer.BadParameter.__base__ as error:  # the parser's errors of usage
+            except typer.BadParameter.__base__ as error:  # usage errors of the parser
                 if any(arg.startswith("-") and (" " in arg or arg[1:2].isdigit()) for arg in given):
                     error.message += "\nA prompt that begins with a dash goes last, after --, as in: -- '-5 apples'"
                 raise
@@ -369,7 +368,7 @@ def main() -> None:
         print(_error_line(missing), file=sys.stderr)
         sys.exit(2)
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:  # closed by whoever started it
+        if getattr(sys, name) is None:  # closed by the parent process
             setattr(sys, name, open(os.devnull, mode))
     sys.stdout = out = Output(sys.stdout)
     try:
@@ -378,6 +377,6 @@ def main() -> None:
     except OSError:
         if out.failure is None:
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())  # or the interpreter's end would try again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())  # or the interpreter would flush it again at exit
         print(f"error: stdout cannot be written: {out.failure.strerror or out.failure}", file=sys.stderr)
         sys.exit(1)

@@ -1,1 +1,1 @@
-"""Faces towards other libraries: one file each, which imports its library only when it is itself imported."""
+"""Integrations with other libraries; a library is imported only by the modules of its integration."""

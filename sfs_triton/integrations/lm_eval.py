@@ -19,7 +19,7 @@ from ..text.codec import TextCodec
 from ..version import __version__
 
 try:
-    import lm_eval.models  # noqa: F401  # before the model below: the registry fills itself only while it is empty
+    import lm_eval.models  # noqa: F401  # before the model below: the registry is filled only while it is empty
     from lm_eval.api.instance import Instance
     from lm_eval.api.model import LM
     from lm_eval.api.registry import register_model
@@ -32,15 +32,15 @@ except ImportError as error:
 from .lm_eval_costs import TALLIES, Tally
 from .lm_eval_ranks import Ranks, Team
 
-LM_EVALS_DEVICE = "cuda:0"  # what lm-eval passes when nobody has asked for a device
+LM_EVALS_DEVICE = "cuda:0"  # lm-eval's default device
 
 
 class LikelihoodError(SfsError, NotImplementedError):
-    """A task wants log-likelihoods."""
+    """A task requests log-likelihoods."""
 
 
 class Job(NamedTuple):
-    """One request, ready to run."""
+    """One checked and encoded request."""
 
     place: int
     request: Instance
@@ -52,20 +52,20 @@ class Job(NamedTuple):
 
 @register_model("sfs_triton")
 class DiffusionLM(LM):
-    """Masked-diffusion models for lm-eval.
+    """The lm-eval model ``sfs_triton`` for masked-diffusion checkpoints.
 
     Args:
         pretrained: ``"embedded"``, a checkpoint folder, a hub id, or an :class:`Engine`.
-        sampler, cache: ``slowfast``, ``threshold``, ``fixed`` or ``vanilla``, and a policy; every other setting of
-            either (``preset``, ``tau_high``, ``block_length``, ``capacity``, ...) is an argument, too.
-        batch_size: prompts decoded at a time.
-        max_gen_toks: response positions where a task does not say.
-        seed: of the noise, for temperatures above 0. A request's own follows from its document and its repeat.
-        truncation: drop the beginning of prompts that are too long; they are an error otherwise.
-        add_bos_token: begin prompts with the checkpoint's begin-of-text, if they do not.
+        sampler, cache: ``slowfast``, ``threshold``, ``fixed`` or ``vanilla``, and a cache policy; every other setting of
+            either (``preset``, ``tau_high``, ``block_length``, ``capacity``, ...) is also an argument.
+        batch_size: prompts decoded together.
+        max_gen_toks: default number of response positions.
+        seed: random seed, for temperatures above 0. A request's own is derived from it, its document and its repeat.
+        truncation: drop the start of prompts that are too long; otherwise they are an error.
+        add_bos_token: prepend the checkpoint's begin-of-text token to prompts without it.
         device, dtype, impl, loop, weights: as for :func:`sfs_triton.load`.
-        tensor_parallel: so many neighbours of the processes that ``torchrun`` has started share a model; each such team
-            counts as one process. Those that are not the first of a team end with it, and return from nothing here.
+        tensor_parallel: number of neighbouring ``torchrun`` processes that share a model; each such team counts as
+            one process. In the others than the first of a team, the constructor does not return: they exit with it.
     """
 
     def __init__(
@@ -128,7 +128,7 @@ class DiffusionLM(LM):
 
     @classmethod
     def create_from_arg_obj(cls, arg_dict: dict, additional_config: dict | None = None) -> DiffusionLM:
-        """A model of ``model_args`` and of what lm-eval's own options add to them; ``model_args`` win."""
+        """Create a model from ``model_args`` and lm-eval's own options; ``model_args`` take precedence."""
         options = {name: value for name, value in (additional_config or {}).items() if value is not None}
         if options.get("device") == LM_EVALS_DEVICE:
             del options["device"]
@@ -137,7 +137,7 @@ class DiffusionLM(LM):
     # ---------------------------------------------------------------------------------------------------- requests
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Answers in the order of the requests, each cut at the first of its stop strings."""
+        """Return the answers in the order of the requests, each cut at the first of its stop strings."""
         jobs, same = self._jobs(requests)
         self.tally.begun = True
         answers: list[Any] = [None] * len(requests)
@@ -159,10 +159,10 @@ class DiffusionLM(LM):
         return answers
 
     def _jobs(self, requests: Sequence[Instance]) -> tuple[list[Job], dict[int, int]]:
-        """Everything that can be checked before the first of many hours is spent.
+        """Check and encode all requests before the first is decoded.
 
-        Some ranks get their last request again, so that all have equally many. Such places, and where each one's
-        answer stands, come back second: they are neither decoded nor counted twice.
+        Some ranks get their last request again, so that all ranks have equally many. Returned second: the indices of
+        such repeats, and the index of each one's answer; they are neither decoded nor counted twice.
         """
         jobs: list[Job] = []
         seen: Counter[int] = Counter()
@@ -183,7 +183,7 @@ class DiffusionLM(LM):
         return jobs, same
 
     def _encode(self, request: Instance, context: str, length: int) -> tuple[list[int], bool]:
-        """Token ids of a prompt that leaves ``length`` positions free, and whether that took its beginning away."""
+        """Return the token ids of a prompt that leaves ``length`` positions free, and whether it was truncated."""
         ids, task = self.engine.text.encode(context), f"task {request.task_name!r}, document {request.doc_id}"
         if ids[: len(self._bos)] != self._bos:
             ids = self._bos + ids
@@ -200,7 +200,7 @@ class DiffusionLM(LM):
         return self._bos + ids[len(ids) - room + len(self._bos) :], True
 
     def _batches(self, jobs: Sequence[Job]) -> Iterator[list[Job]]:
-        """Jobs of one task and one wish together, longest prompts first: what does not fit into memory fails early."""
+        """Batch jobs of equal task and parameters, longest prompts first, so that running out of memory fails early."""
         alike: dict[tuple, list[Job]] = defaultdict(list)
         for job in jobs:
             alike[job.request.task_name, job.wish].append(job)
@@ -210,7 +210,7 @@ class DiffusionLM(LM):
                 yield group[at : at + self._batch_size]
 
     def _cut(self, done: Generation, until: Sequence[str]) -> str:
-        """A response's text before the first stop string. Special tokens stop it, too, but are not part of a text."""
+        """Return a response's text before the first stop string. Special tokens also stop it, and are not returned."""
         text, stops = done.text, {self._special[stop] for stop in until if stop in self._special}
         end = next((i for i, token in enumerate(done.tokens) if token in stops), None)
         if end is not None:
@@ -218,17 +218,17 @@ class DiffusionLM(LM):
         return text[: min((at for at in map(text.find, until) if at >= 0), default=len(text))]
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """Refused: a masked-diffusion model has no likelihood that could be computed in a few passes."""
+        """Raise LikelihoodError: a masked-diffusion model has no likelihood computable in a few forwards."""
         _refuse(requests)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Refused, as :meth:`loglikelihood`."""
+        """Raise LikelihoodError, as :meth:`loglikelihood`."""
         _refuse(requests)
 
     # -------------------------------------------------------------------------------------------------- chat, ranks
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The prompt of a conversation in the checkpoint's template; its last turn is continued if so asked."""
+        """Format a conversation in the checkpoint's template; without a generation prompt its last message continues."""
         if add_generation_prompt:
             return self.engine.text.render(chat_history)
         last = chat_history[-1] if chat_history else {}
@@ -248,7 +248,7 @@ class DiffusionLM(LM):
         return tensor if self.world_size == 1 else self._ranks.all(tensor)
 
     def gather_object(self, obj: Any, dst: int = 0) -> list | None:
-        """Objects of all ranks; the costs go along, so that they are there when the results are put together."""
+        """Gather the objects of all ranks, and with them the costs, which the combined results need."""
         if self.world_size == 1:
             return [obj]
         parts = self._ranks.gather((obj, dict(self.tally.own)), dst)

@@ -1,4 +1,4 @@
-"""Costs of an evaluation: requests, tokens, steps and seconds by task, over all ranks."""
+"""Costs of an evaluation: requests, tokens, steps and seconds per task, over all ranks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..scheduling.outputs import Generation
 
 @dataclass(slots=True)
 class Cost:
-    """Costs of one task's requests. ``seconds`` is time in ``generate``, of one rank."""
+    """Costs of one task's requests. ``seconds`` is the time in ``generate`` of one rank."""
 
     requests: int = 0
     tokens: int = 0
@@ -23,7 +23,7 @@ class Cost:
 
 @dataclass
 class Tally:
-    """Costs by task, of this rank and, once they are gathered, of all. ``begun``: something is being decoded."""
+    """Costs per task, of this rank and, once gathered, of all ranks. ``begun``: decoding has started."""
 
     begun: bool = False
     own: dict[str, Cost] = field(default_factory=lambda: defaultdict(Cost))
@@ -38,10 +38,10 @@ class Tally:
         cost.truncated += truncated
 
     def summary(self) -> dict[str, dict[str, Any]]:
-        """Figures by task, and for all of them under ``"all"``, summed over the ranks.
+        """Return figures per task, and their totals under ``"all"``, summed over the ranks.
 
-        Ranks run side by side, so ``seconds`` is the slowest rank's and ``tokens_per_second`` what all ranks together
-        decoded in that time.
+        Ranks run concurrently, so ``seconds`` is the slowest rank's and ``tokens_per_second`` the tokens of all ranks
+        over that time.
         """
         ranks = [self.own] if self.gathered is None else self.gathered
         tasks = list(dict.fromkeys(task for rank in ranks for task in rank))
@@ -49,7 +49,7 @@ class Tally:
         return figures | {"all": _figures([_total(rank) for rank in ranks])}
 
     def table(self) -> str:
-        """The summary as a table in Markdown, as lm-eval prints its own."""
+        """Return the summary as a Markdown table in lm-eval's format."""
         heads = ("Task", "requests", "tokens/s", "NFE", "TPF", "tokens", "seconds")
         rows = [
             (
@@ -89,4 +89,4 @@ def _figures(ranks: Sequence[Cost]) -> dict[str, Any]:
     }
 
 
-TALLIES: list[Tally] = []  # of every model of this process, for what sfs-eval prints at the end
+TALLIES: list[Tally] = []  # of every model of this process, printed by sfs-eval at the end

@@ -1,4 +1,4 @@
-"""Processes that share an evaluation, over gloo; and those of them that share a model."""
+"""Process groups of an evaluation, over gloo: ranks that share its requests, teams that share a model."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from ..distributed import Group, close, join
 from ..engine import Engine
 from ..errors import RankFailure, RowFault
 
-PATIENCE = timedelta(days=7)  # ranks with long answers may keep the others waiting
+PATIENCE = timedelta(days=7)  # ranks may wait long for others with long answers
 
 
 class Ranks:
-    """This process among those that ``torchrun`` or ``accelerate launch`` has started; alone without them.
+    """The ranks started by ``torchrun`` or ``accelerate launch``; a single rank without them.
 
-    Of processes that share a model, ``together`` neighbours each, only the first has a part in the evaluation; they
+    ``together`` neighbouring processes share a model. Only the first of them takes part in the evaluation, and they
     count as one here.
     """
 
@@ -38,21 +38,21 @@ class Ranks:
         self.rank, self.size, self._together = rank // together, size // together, together
         self._group = None
         if self.size > 1:
-            if distributed.is_initialized():  # by whom and for which devices ever
+            if distributed.is_initialized():  # by any library, for any device
                 first = list(range(0, size, together))
                 self._group = distributed.new_group(first, backend="gloo", timeout=PATIENCE)
             else:
                 distributed.init_process_group("gloo", timeout=PATIENCE)
-                atexit.register(leave)  # threads of gloo's that outlive the interpreter abort the process
+                atexit.register(leave)  # gloo threads that outlive the interpreter abort the process
 
     def device(self, asked: Any) -> Any:
-        """The device of this rank: its own GPU, unless one was named by number."""
+        """Return the device of this rank: its own GPU, unless one is named by number."""
         if self.size > 1 and asked in (None, "cuda") and torch.cuda.is_available():
             return f"cuda:{self.local}"
         return asked
 
     def all(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The tensors of all ranks in a row, on the CPU."""
+        """Return the concatenated tensors of all ranks, on the CPU."""
         own = tensor.detach().cpu().reshape(-1)
         parts = [torch.empty_like(own) for _ in range(self.size)]
         distributed.all_gather(parts, own, group=self._group)
@@ -68,11 +68,11 @@ class Ranks:
 
 
 class Team:
-    """Processes that share a model: the first evaluates, and the others decode what it decodes.
+    """Processes that share a model: the first evaluates, and the others decode the same batches.
 
     Args:
-        size: how many they are.
-        device: of the model.
+        size: number of processes.
+        device: device of the model.
     """
 
     def __init__(self, size: int, device: Any):
@@ -87,36 +87,36 @@ class Team:
         return self.group.rank == 0
 
     def end(self) -> None:
-        """Tell the others that this process is done; they are gone then."""
+        """End the other processes of the team; called by the first when it is done."""
         if self.leads:
-            with suppress(RankFailure):  # then they know
+            with suppress(RankFailure):  # they have ended already
                 self._orders.exchange("")
 
     def tell(self, ids: Sequence[list[int]], length: int, sampler: Sampler, seeds: Sequence[int]) -> None:
-        """Have the others decode this as well."""
+        """Send a batch to the other processes, which decode it as well."""
         if self.group.size > 1:
             order = {"ids": list(ids), "length": length, "sampler": asdict(sampler), "seeds": list(seeds)}
             self._orders.exchange(json.dumps(order))
 
     def follow(self, engine: Engine, kind: type[Sampler], policy: CachePolicy) -> NoReturn:
-        """Decode what the first is told to, until it is done; then end this process.
+        """Decode the batches of the first process until it is done; then exit.
 
         Raises:
-            RankFailure: the first is gone.
+            RankFailure: the first process has ended.
         """
         while order := self._orders.exchange("")[0]:
             told = json.loads(order)
             how = {"gen_length": told["length"], "sampler": kind(**told["sampler"]), "cache": policy}
-            with suppress(RowFault):  # which the first has as well
+            with suppress(RowFault):  # the first process has the same fault
                 engine.generate(told["ids"], seed=told["seeds"], **how)
         raise SystemExit(0)
 
 
-_TEAMS: list[Team] = []  # that this process is in
+_TEAMS: list[Team] = []  # teams of this process
 
 
 def leave() -> None:
-    """End all groups that this process is in."""
+    """End all teams and groups of this process."""
     while _TEAMS:
         _TEAMS.pop().end()
     close()

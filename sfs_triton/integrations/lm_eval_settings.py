@@ -15,10 +15,10 @@ from ..errors import ArgumentError, require
 
 
 def make_settings(sampler: str, cache: str, given: Mapping[str, Any]) -> tuple[Sampler, CachePolicy]:
-    """A sampler and a cache policy by name, with the settings that ``model_args`` give.
+    """Return a sampler and a cache policy by name, with their settings from ``model_args``.
 
     Raises:
-        ArgumentError: names the argument, its value, and what it belongs to.
+        ArgumentError: names the argument, its value, and its sampler or cache policy.
     """
     require(sampler in SAMPLERS, f"model_args: sampler={sampler!r} is not one of {tuple(SAMPLERS)}")
     require(cache in POLICIES, f"model_args: cache={cache!r} is not one of {tuple(POLICIES)}")
@@ -38,7 +38,7 @@ def make_settings(sampler: str, cache: str, given: Mapping[str, Any]) -> tuple[S
 
 
 def whole(name: str, value: Any, least: int) -> int:
-    """An integer; the command line gives some of them as text."""
+    """Return ``value`` as an integer of at least ``least``; the command line passes some integers as text."""
     fine = not isinstance(value, (bool, float)) and str(value).lstrip("-").isdecimal() and int(value) >= least
     require(fine, f"model_args: {name}={value!r} is not an integer of at least {least}")
     return int(value)
@@ -58,10 +58,10 @@ class Wish(NamedTuple):
 
 
 def read_wish(task: str, given: Mapping[str, Any], sampler: Sampler, length: int) -> Wish:
-    """``gen_kwargs`` of a request, over the model's own ``sampler`` and response ``length``.
+    """Parse the ``gen_kwargs`` of a request; defaults are the model's ``sampler`` and response ``length``.
 
-    A request that samples (``do_sample``) brings its own temperature, top-p and top-k; for one that does not, the
-    model's stay as they are. All other settings of the sampler can be given, too.
+    A request that samples (``do_sample``) sets its own temperature, top-p and top-k; for others the model's
+    are kept. All other settings of the sampler are accepted as well.
 
     Raises:
         ArgumentError: names task, argument and value.

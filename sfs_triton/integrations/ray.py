@@ -1,7 +1,7 @@
-"""Ray: files of prompts answered by workers (Ray Data), and the server with replicas (Ray Serve).
+"""Ray: batch runs with workers (Ray Data), and the server with replicas (Ray Serve).
 
-A cluster that this module starts listens on loopback only and reports nothing to anyone; one that is there already, or
-that ``address`` names, is used as it is.
+A cluster that this module starts listens on loopback only and sends no usage statistics; an existing one, or one
+named by ``address``, is used unchanged.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ try:
 except ImportError as error:
     raise MissingDependencyError(f'this needs Ray ({error}): pip install "sfs_triton[ray]"') from error
 
-_LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # if it is 0, a cluster listens on loopback only, on any system
-RETRIES = 3  # of a chunk whose worker died; Ray itself would try for ever
-_START = "start"  # of a worker, among what is tried
-_BLOCKS = 4096  # most pieces that a run is cut into; a piece is what is lost with a worker or with the driver
+_LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # 0: a cluster listens on loopback only, on any system
+RETRIES = 3  # of a chunk whose worker died; Ray itself would retry for ever
+_START = "start"  # key of worker starts in Attempts
+_BLOCKS = 4096  # most pieces of a run; a failed worker or driver loses one piece
 
 
 def run_batch(
@@ -47,21 +47,21 @@ def run_batch(
     overwrite: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Summary:
-    """As :func:`sfs_triton.batch.run_batch`, by so many workers that have an engine each.
+    """Run :func:`sfs_triton.batch.run_batch` with ``workers`` processes, each with its own engine.
 
-    Which rows are decoded together does not depend on the workers, so the output is the same for any number of them.
+    The grouping of rows does not depend on the workers, so the output is the same for any number of them.
     Only this process reads and writes files; a chunk whose worker dies goes to another.
 
     Args:
-        workers: engines; one CPU each.
-        address: a cluster to use (``"auto"``: one on this machine). Default: the one this process is connected to, or
-            else a new one on this machine, which ends with the run.
-        gpus: that a worker has to itself, or its share of one. Default: 1 if the cluster has any, unless ``device``
-            says otherwise.
+        workers: number of engines; one CPU each.
+        address: cluster to use (``"auto"``: one on this machine). Default: the one this process is connected to, or
+            a new one on this machine, which ends with the run.
+        gpus: GPUs per worker, or a fraction of one. Default: 1 if the cluster has any, unless ``device``
+            is another one.
 
     Raises:
-        ArgumentError: the cluster has no room for the workers, or what :func:`sfs_triton.batch.run_batch` says.
-        BatchError: a chunk failed over and over, or what :func:`sfs_triton.batch.run_batch` says.
+        ArgumentError: the cluster has no room for the workers; or as :func:`sfs_triton.batch.run_batch`.
+        BatchError: a chunk failed repeatedly; or as :func:`sfs_triton.batch.run_batch`.
     """
     require(isinstance(workers, int) and workers > 0, f"workers={workers!r} is not a positive integer")
     settings = settings or BatchSettings()
@@ -78,13 +78,13 @@ def run_batch(
 
 
 class Attempts:
-    """Counts what is tried, for all workers: an actor, which outlives them."""
+    """Counter of the attempts of all workers: an actor that outlives them."""
 
     def __init__(self) -> None:
         self._counts: Counter[str] = Counter()
 
     def begin(self, what: str) -> int:
-        """Count the attempts since the last success, this one included."""
+        """Count an attempt, and return the number of attempts since the last success."""
         self._counts[what] += 1
         return self._counts[what]
 
@@ -94,11 +94,11 @@ class Attempts:
 
 
 class Worker:
-    """An engine in a process of its own. Refusals are carried as data: Ray would wrap them, and try again.
+    """An engine in its own process. Errors are returned as data: Ray would wrap them and retry.
 
     Args:
-        attempts: a handle of :class:`Attempts`.
-        starts: how often workers may start before any chunk is done.
+        attempts: handle of :class:`Attempts`.
+        starts: maximum number of worker starts before any chunk is done.
     """
 
     def __init__(self, settings: BatchSettings, attempts: Any, starts: int):
@@ -130,7 +130,7 @@ class Worker:
 
 
 def _answers(todo: list[list[Row]], settings: BatchSettings, workers: int, gpus: float) -> Iterator[Finished]:
-    """Yield results of the workers, in any order. A piece of the data is a chunk of rows, as JSON."""
+    """Yield the workers' results in any order. An item of the data is a chunk of rows, as JSON."""
     attempts = ray.remote(num_cpus=0)(Attempts).remote()
     with _quiet_data():
         pieces = [{"rows": json.dumps([asdict(row) for row in rows])} for rows in todo]
@@ -155,7 +155,7 @@ def _answers(todo: list[list[Row]], settings: BatchSettings, workers: int, gpus:
 
 @contextmanager
 def _quiet_data() -> Iterator[None]:
-    """No progress bars and no chatter of Ray Data in here."""
+    """Disable Ray Data's progress bars and log messages within this context."""
     context, log = ray.data.DataContext.get_current().copy(), logging.getLogger("ray.data")
     context.enable_progress_bars = False
     level = log.level
@@ -169,7 +169,7 @@ def _quiet_data() -> Iterator[None]:
 
 @contextmanager
 def _cluster(address: str | None, workers: int, gpus: float | None) -> Iterator[None]:
-    """A cluster for a while: the one this process is connected to, the one at ``address``, or one of its own."""
+    """Use a cluster within this context: the connected one, the one at ``address``, or a new one."""
     with ExitStack() as stack:
         if not ray.is_initialized():
             stack.callback(ray.shutdown)
@@ -200,7 +200,7 @@ def start(cpus: int, *, address: str | None = None, **options: Any) -> None:
 
 @contextmanager
 def _on_loopback() -> Iterator[None]:
-    """A cluster that is started in here listens on loopback only. Ray reads its variable when it is imported."""
+    """Make clusters started in this context listen on loopback only. Ray reads its variable at import."""
     from ray._private import ray_constants
 
     known, given = ray_constants.ENABLE_RAY_CLUSTER, os.environ.get(_LOOPBACK)
@@ -216,7 +216,7 @@ def _on_loopback() -> Iterator[None]:
 
 
 def _gpus(device: str | None, asked: float | None) -> float:
-    """GPUs a worker gets."""
+    """Return the number of GPUs per worker."""
     if asked is not None:
         return asked
     wanted = device is None or str(device).startswith("cuda")
@@ -224,7 +224,7 @@ def _gpus(device: str | None, asked: float | None) -> float:
 
 
 def _check_room(workers: int, gpus: float) -> None:
-    """Refuse what would wait for ever."""
+    """Refuse resources that the cluster does not have: Ray would wait for ever."""
     there = ray.cluster_resources()
     for kind, needed in (("CPU", workers), ("GPU", workers * gpus)):
         found = there.get(kind, 0)
@@ -235,7 +235,7 @@ def _check_room(workers: int, gpus: float) -> None:
 
 
 class Replica:
-    """A server of its own in a process of its own: engine, worker thread and application."""
+    """A complete server in its own process: engine, worker thread and application."""
 
     def __init__(self, load_options: dict[str, Any], settings: ServeSettings):
         from ..serve.app import create_app
@@ -246,7 +246,7 @@ class Replica:
         return self._application
 
     def check_health(self) -> None:
-        """Ray replaces a replica that takes no requests any more."""
+        """Raise if the replica accepts no more requests; Ray then replaces it."""
         if not self._application.state.worker.ready:
             raise RuntimeError("this replica takes no requests")
 
@@ -264,15 +264,15 @@ def deployment(
     impl: str | None = None,
     loop: str | None = None,
 ) -> serve.Application:
-    """The server of ``sfs serve`` as an application for ``ray.serve.run``, with so many replicas.
+    """Return the server of ``sfs serve`` as an application for ``ray.serve.run``, with ``replicas`` replicas.
 
-    Each replica has its own engine and its own queue; Ray sends a request to the one that has less to do. ``host`` and
+    Each replica has its own engine and queue; Ray sends a request to the less loaded one. ``host`` and
     ``port`` of the settings are for :func:`serve_on`: Ray's proxy listens, not the replicas.
 
     Args:
         model, device, dtype, weights, impl, loop: as for :func:`sfs_triton.load`, in each replica.
-        settings: of each replica; default: the server's own, for a model of this name.
-        cpus, gpus: that a replica has to itself; ``gpus`` by default 1 for a ``device`` that is a GPU, else 0.
+        settings: settings of each replica; default: the server's defaults, for a model of this name.
+        cpus, gpus: resources per replica; ``gpus`` by default 1 for a ``device`` that is a GPU, else 0.
     """
     require(isinstance(replicas, int) and replicas > 0, f"replicas={replicas!r} is not a positive integer")
     settings = settings or ServeSettings(model=model.rstrip("/").rpartition("/")[2] or model)
@@ -292,16 +292,16 @@ def deployment(
         serve.ingress()(Replica),
         name="sfs_triton",
         num_replicas=replicas,
-        max_ongoing_requests=ours + 16,  # with room for those that ask how it is, and those that are refused with 429
+        max_ongoing_requests=ours + 16,  # with room for health checks and for refusals with 429
         graceful_shutdown_timeout_s=settings.grace + 5,
         ray_actor_options={"num_cpus": cpus, "num_gpus": gpus},
     ).bind(options, settings)
 
 
 def serve_on(application: serve.Application, settings: ServeSettings | None = None) -> str:
-    """Run an application on the cluster this process is connected to; returns its address once it answers.
+    """Run an application on the connected cluster; return its address once it responds.
 
-    Ray's proxy listens where ``settings`` say (default: port 8000 of loopback), unless Serve has been started before.
+    Ray's proxy listens on ``settings``' host and port (default: loopback, 8000), unless Serve was started before.
     ``ray.serve.shutdown()`` ends it.
     """
     settings = settings or ServeSettings()

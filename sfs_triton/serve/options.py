@@ -67,7 +67,7 @@ def prepare(engine: Engine, settings: ServeSettings, body: Common) -> Wanted:
     length = _length(engine, settings, body, (len(prompt), len(suffix)), sampler)
     seed = secrets.randbelow(2**31) if body.seed is None else body.seed
     how = {"sampler": sampler, "cache": cache, "seed": seed, "trace": bool(body.frames), "frames": True}
-    with _blamed("cache" if body.sampler is None else "sampler"):  # the remaining check: sampler and cache are compatible
+    with _blamed("cache" if body.sampler is None else "sampler"):  # the remaining check: their compatibility
         if suffix:
             _check_infilling(engine.spec, prompt, cache)
             canvas = prompt + [engine.spec.mask_id] * length + suffix

@@ -29,8 +29,8 @@ class ServeSettings:
         max_batch: sequences per persistent batch, which share a cache policy and :meth:`Sampler.form
             <sfs_triton.Sampler.form>`.
         max_lanes: maximum number of persistent batches, one per batch key or canvas length.
-        cache_memory: maximum bytes of the caches and canvases of all sequences. None: on a CPU half of the memory that is
-            free when the server starts, on a GPU no limit.
+        cache_memory: maximum bytes of caches and canvases. None: on a CPU half of the memory that is free when the
+            server starts, on a GPU its free memory.
         max_queue: maximum number of waiting requests; more are refused with 429.
         time_limit: maximum seconds from a request's arrival to its end.
         max_body, body_seconds: maximum size of a request's body in bytes, and maximum seconds to receive it.

@@ -25,11 +25,11 @@ except ImportError as error:
 
 STYLES = {"slow": "magenta underline", "fast": "cyan bold", "block": "cyan bold"}
 EDGE, NEW, MASKED, AHEAD, ENDED = "yellow bold", "reverse", "bold", "dim", "dim"
-PLAIN_FRAMES = 4  # frames printed where nothing can be redrawn
+PLAIN_FRAMES = 4  # frames printed if the output cannot be redrawn
 
 
 class Glyphs(NamedTuple):
-    """Signs for things that are no text."""
+    """Symbols for positions without text."""
 
     inside: str = "•"
     outside: str = "·"
@@ -44,7 +44,7 @@ ASCII = Glyphs("o", ".", "$", "#", "?", "[", ")")
 
 
 def readable(text: str, glyphs: Glyphs) -> str:
-    """``text`` on one line: no newline, control or direction character of a token may reach the terminal."""
+    """Return ``text`` on one line, with newline, control and direction characters replaced."""
     shown = []
     for character in text:
         if character == "\n":
@@ -60,28 +60,28 @@ def readable(text: str, glyphs: Glyphs) -> str:
 
 @dataclass(slots=True)
 class Canvas:
-    """Follows one response through its frames.
+    """State of one response, updated frame by frame.
 
-    A frame shows the row after its step, when the stage may have moved on already: the stage of the step itself is the
-    one the frame before ended in.
+    A frame shows the sequence after its step, when the stage may have changed: the step's own stage is the one in which
+    the previous frame ended.
     """
 
     gen_length: int
     mask_id: int
     eos_id: int
-    staged: bool  # SlowFast; other samplers go block by block
+    staged: bool  # SlowFast; other samplers decode block by block
     block_length: int | None
     tokens: list[int] = field(default_factory=list)
     commit_step: list[int] = field(default_factory=list)
-    phases: list[str] = field(default_factory=list)  # of each step
+    phases: list[str] = field(default_factory=list)  # per step
     step: int = -1
-    cycle: int = 0  # that the step belonged to
-    span: tuple[int, int | None] = (0, None)  # of that cycle; the end is None while it is not known
+    cycle: int = 0  # of the last step
+    span: tuple[int, int | None] = (0, None)  # of that cycle; the end is None until it is known
     running: bool = True
-    _next: tuple[int, int, bool, int] = (0, -1, False, 0)  # s, e, fast and cycle of the step to come
+    _next: tuple[int, int, bool, int] = (0, -1, False, 0)  # s, e, fast and cycle of the next step
 
     def update(self, frame: Frame) -> None:
-        """Take in the frame of the next step."""
+        """Update the state with the frame of the next step."""
         start = len(frame.tokens[0]) - self.gen_length
         self.tokens, self.commit_step = frame.tokens[0][start:], frame.commit_step[0][start:]
         self.step, self.running = frame.step, frame.running[0]
@@ -96,7 +96,7 @@ class Canvas:
         before_s, before_e, fast, self.cycle = self._next
         self.phases.append("fast" if fast else "slow")
         over = s != before_s or (before_e >= 0 and e < 0)
-        if over:  # the frame shows the next cycle already, but this step's tokens belong to the span that has ended
+        if over:  # the frame already shows the next cycle; this step's tokens belong to the finished span
             self.span = (before_s, before_e if before_e >= 0 else s)
         else:
             self.span = (s, e if e >= 0 else None)
@@ -115,12 +115,12 @@ class Canvas:
 
     @property
     def tokens_per_forward(self) -> float:
-        """Response tokens so far for each step; what follows an end-of-text does not count."""
+        """Response tokens so far per step; tokens after an end-of-text do not count."""
         stop = self.tokens.index(self.eos_id) + 1 if self.eos_id in self.tokens else len(self.tokens)
         return sum(not self.masked(p) for p in range(stop)) / max(1, self.step + 1)
 
     def inside(self, position: int) -> bool:
-        """Return whether the span holds ``position``; one without an end reaches as far as its block."""
+        """Return whether the span holds ``position``; a span without an end extends to its block's end."""
         first, end = self.span
         if end is None:
             length = self.block_length or self.gen_length
@@ -129,7 +129,7 @@ class Canvas:
 
 
 class View:
-    """Turns a :class:`Canvas` into what rich prints."""
+    """Renders a :class:`Canvas` with rich."""
 
     def __init__(self, canvas: Canvas, engine: Engine, glyphs: Glyphs):
         self.canvas, self.glyphs, self._codec = canvas, glyphs, engine.text
@@ -146,13 +146,13 @@ class View:
         if canvas.masked(position):
             return (self.glyphs.inside, MASKED) if canvas.inside(position) else (self.glyphs.outside, AHEAD)
         text = self.glyphs.ended if token == canvas.eos_id else self._text(token)
-        if committed < 0:  # filled up after an end-of-text, not decoded
+        if committed < 0:  # filled after an end-of-text, not decoded
             return text, ENDED
         style = STYLES[canvas.phases[committed]]
         return text, f"{style} {NEW}" if committed == canvas.step else style
 
     def lines(self, width: int) -> tuple[list[Text], int]:
-        """The canvas wrapped between tokens, and the line of the first mask (the last line if there is none)."""
+        """Return the canvas wrapped between tokens, and the line of the first mask (the last line if there is none)."""
         canvas, lines, used, focus = self.canvas, [Text()], 0, None
         first, end = canvas.span if canvas.running else (None, None)
         for position in range(len(canvas.tokens)):
@@ -174,7 +174,7 @@ class View:
         return lines, len(lines) - 1 if focus is None else focus
 
     def body(self, width: int, height: int) -> Text:
-        """At most ``height`` lines of the canvas: where not all fit, those around the first mask."""
+        """Return at most ``height`` lines of the canvas; if not all fit, those around the first mask."""
         lines, focus = self.lines(width)
         if len(lines) > height:
             top = max(0, min(focus - height // 3, len(lines) - height))
@@ -203,9 +203,9 @@ class View:
         return legend
 
     def panel(self, width: int, height: int, title: str) -> Panel:
-        """The whole view in less than ``height`` lines, so that redrawing never scrolls; the legend goes first."""
+        """Return the view in less than ``height`` lines, so that redrawing never scrolls; the legend goes first."""
         parts: list[Text | str] = [self.status(), ""]
-        room = height - 5  # border, status, blank line, and the line the cursor is on
+        room = height - 5  # border, status, blank line, cursor line
         if room > 5:
             room -= 2
             parts += ["", self.legend()]
@@ -214,7 +214,7 @@ class View:
 
 
 class Watcher:
-    """An ``on_step`` callback that shows each frame: redrawn in place on a terminal, else a few plain ones in a row."""
+    """An ``on_step`` callback that shows frames: redrawn in place on a terminal, else a few plain ones."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""A generation as a picture: how sure the model was of each position at each step, and what was committed when."""
+"""Plot of a generation: confidence per position and step, and committed positions."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ STAGES = {
 
 
 def check_path(out: Path) -> None:
-    """Refuse a picture that could not be written, before anything is computed for it."""
+    """Refuse an output path that cannot be written, before anything is computed."""
     require(out.suffix.lower() in SUFFIXES, f"out={str(out)!r}: {out.suffix or 'no suffix'!r} is not one of {SUFFIXES}")
     require(not out.is_dir(), f"out={str(out)!r} is a folder")
     require(out.parent.is_dir(), f"out={str(out)!r}: the folder {str(out.parent)!r} does not exist")
@@ -43,7 +43,7 @@ def check_path(out: Path) -> None:
 
 
 def save(figure: Figure, out: Path) -> None:
-    """Write ``figure`` to ``out`` in one go: a failure leaves an older file as it was, and no part of a new one."""
+    """Write ``figure`` to ``out`` atomically: a failure leaves an older file unchanged and no partial one."""
     check_path(out)
     partial = out.with_name(f".{out.name}.{secrets.token_hex(4)}.partial")
     try:
@@ -56,12 +56,12 @@ def save(figure: Figure, out: Path) -> None:
 
 
 def confidence_map(result: Generation, sampler: Sampler, *, title: str) -> Figure:
-    """The picture of a traced generation.
+    """Draw the confidence map of a traced generation.
 
     Args:
-        result: from ``Engine.generate(..., trace=True)``.
-        sampler: that it was generated with; its blocks place the spans.
-        title: what it was generated with, in words.
+        result: result of ``Engine.generate(..., trace=True)``.
+        sampler: sampler of the generation; its blocks place the spans.
+        title: description of the generation's parameters.
     """
     require(result.trace is not None, "the generation has no trace; generate it with trace=True")
     trace, length, staged = result.trace, len(result.response), isinstance(sampler, SlowFast)
@@ -83,7 +83,7 @@ def confidence_map(result: Generation, sampler: Sampler, *, title: str) -> Figur
 
 
 def _draw_cells(figure: Figure, axes: Axes, trace: list[StepTrace], length: int) -> None:
-    """Confidences as colours; grey where a position was decided before, white where it was not looked at."""
+    """Draw confidences as colours; grey: decided before; white: no confidence in this step."""
     values = np.array([[np.nan if c is None else c for c in step.confidence] for step in trace], dtype=float)
     decided = np.zeros((len(trace), length), dtype=bool)
     for row, step in enumerate(trace):
@@ -108,7 +108,7 @@ def _rgb(colour: str) -> np.ndarray:
 
 
 def _draw_commits(axes: Axes, trace: list[StepTrace], length: int) -> None:
-    size = float(np.clip(900 / max(length, len(trace)), 2, 16))  # small enough that the cell's colour shows around it
+    size = float(np.clip(900 / max(length, len(trace)), 2, 16))  # leaves the cell's colour visible around it
     for stage, (colour, _, marker) in STAGES.items():
         cells = [(p, row + 1) for row, step in enumerate(trace) if step.phase == stage for p in step.committed]
         if cells:
@@ -119,7 +119,7 @@ def _draw_commits(axes: Axes, trace: list[StepTrace], length: int) -> None:
 
 
 def _draw_spans(axes: Axes, trace: list[StepTrace], sampler: Sampler, length: int) -> None:
-    """Edges of ``[s, e)`` step by step, and a line wherever a new cycle (or block) begins."""
+    """Draw the edges of ``[s, e)`` per step, and a line at the start of each cycle (or block)."""
     block_length = getattr(sampler, "block_length", None) or length
     for name, dashes in (("s", "solid"), ("e", "dashed")):
         lines: list[list[tuple[float, float]]] = []
@@ -127,7 +127,7 @@ def _draw_spans(axes: Axes, trace: list[StepTrace], sampler: Sampler, length: in
             if (edge := getattr(step, name)) is None:
                 continue
             x = min(step.block * block_length + edge, length) - 0.5
-            if lines and lines[-1][1] == (x, row - 0.5):  # one long line, or dashes would start anew in each step
+            if lines and lines[-1][1] == (x, row - 0.5):  # one long line: dashes would restart at each step
                 lines[-1][1] = (x, row + 0.5)
             else:
                 lines.append([(x, row - 0.5), (x, row + 0.5)])
@@ -138,7 +138,7 @@ def _draw_spans(axes: Axes, trace: list[StepTrace], sampler: Sampler, length: in
 
 
 def _draw_strip(strip: Axes, trace: list[StepTrace]) -> None:
-    """The stage of each step, in a narrow column beside the map."""
+    """Draw the stage of each step, in a narrow column beside the map."""
     for row, step in enumerate(trace, start=1):
         colour, hatch, _ = STAGES[step.phase]
         strip.bar(0, 1, bottom=row - 0.5, width=1, color=colour, hatch=hatch, edgecolor="white", linewidth=0)
@@ -152,7 +152,7 @@ def _label(figure: Figure, axes: Axes, length: int, staged: bool) -> None:
     axes.set_xlabel("position in the response")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=12, steps=(1, 2, 5, 10)))
     axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=12, steps=(1, 2, 5, 10)))
-    if staged:  # the strip beside it has the numbers
+    if staged:  # the strip has the step numbers
         axes.tick_params(axis="y", left=False, labelleft=False)
     handles = []
     for stage in ("slow", "fast") if staged else ("block",):

@@ -1,4 +1,4 @@
-"""Text of models, files and errors as a terminal may have it."""
+"""Make text of models, files and errors safe for terminals."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import unicodedata
 from typing import Any
 
 UNSAFE = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
-HARMLESS = "\n\t\u200c\u200d"  # of those; the last two join and separate letters, as Persian and emoji need
+HARMLESS = "\n\t\u200c\u200d"  # the last two join and separate characters, as Persian and emoji need
 
 
 def printable(text: str) -> str:
-    """``text`` without what a terminal could take for more than text; newlines and tabs stay."""
+    """Replace the characters of ``text`` that could control a terminal; newlines and tabs are kept."""
     return "".join(
         c if c in HARMLESS or unicodedata.category(c) not in UNSAFE else "\N{REPLACEMENT CHARACTER}"
         for c in text
@@ -20,7 +20,7 @@ def printable(text: str) -> str:
 
 
 def printable_json(value: dict[str, Any]) -> str:
-    """A JSON object on a line, with escapes for what :func:`printable` replaces."""
+    """Return a JSON object on one line, with escapes for the characters that :func:`printable` replaces."""
     text = json.dumps(value, ensure_ascii=False)
     return "".join(c if unicodedata.category(c) not in UNSAFE else _escaped(c) for c in text)
 
