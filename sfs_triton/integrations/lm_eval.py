@@ -56,7 +56,7 @@ class DiffusionLM(LM):
 
     Args:
         pretrained: ``"embedded"``, a checkpoint folder, a hub id, or an :class:`Engine`.
-        sampler, cache: ``slowfast``, ``threshold``, ``fixed`` or ``vanilla``, and a cache policy; every other setting of
+        sampler, cache: ``slowfast``, ``threshold``, ``fixed`` or ``vanilla``; a cache policy. Every other setting of
             either (``preset``, ``tau_high``, ``block_length``, ``capacity``, ...) is also an argument.
         batch_size: prompts decoded together.
         max_gen_toks: default number of response positions.
@@ -65,7 +65,7 @@ class DiffusionLM(LM):
         add_bos_token: prepend the checkpoint's begin-of-text token to prompts without it.
         device, dtype, impl, loop, weights: as for :func:`sfs_triton.load`.
         tensor_parallel: number of neighbouring ``torchrun`` processes that share a model; each such team counts as
-            one process. In the others than the first of a team, the constructor does not return: they exit with it.
+            one process. Except in a team's first process, the constructor does not return: the process exits with it.
     """
 
     def __init__(
@@ -228,7 +228,7 @@ class DiffusionLM(LM):
     # -------------------------------------------------------------------------------------------------- chat, ranks
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """Format a conversation in the checkpoint's template; without a generation prompt its last message continues."""
+        """Format a conversation in the checkpoint's template; without a generation prompt its end stays open."""
         if add_generation_prompt:
             return self.engine.text.render(chat_history)
         last = chat_history[-1] if chat_history else {}

@@ -56,8 +56,7 @@ def run_batch(
         workers: number of engines; one CPU each.
         address: cluster to use (``"auto"``: one on this machine). Default: the one this process is connected to, or
             a new one on this machine, which ends with the run.
-        gpus: GPUs per worker, or a fraction of one. Default: 1 if the cluster has any, unless ``device``
-            is another one.
+        gpus: GPUs per worker, or a fraction of one. Default: 1 if the cluster has any, unless ``device`` is not a GPU.
 
     Raises:
         ArgumentError: the cluster has no room for the workers; or as :func:`sfs_triton.batch.run_batch`.

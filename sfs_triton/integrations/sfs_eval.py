@@ -15,7 +15,7 @@ from .lm_eval_ranks import leave
 
 
 class RefusedError(SfsError):
-    """Options that lm-eval does not support, by its own account."""
+    """Options that lm-eval refuses."""
 
 
 def main() -> None:
@@ -33,13 +33,13 @@ def main() -> None:
 
 
 def _evaluate() -> None:
-    """Do what the command line asks of lm-eval.
+    """Run lm-eval's command line.
 
     Raises:
-        SfsError: what lm-eval refuses before the first answer is decoded: tasks, files and options that are not
-            there or not right. An error that comes later keeps its traceback.
+        SfsError: lm-eval refuses a task, file or option before the first answer is decoded: it is missing or
+            invalid. Later errors keep their traceback.
     """
-    from .lm_eval import DiffusionLM  # noqa: F401, I001  # registers it, or says what to install
+    from .lm_eval import DiffusionLM  # noqa: F401, I001  # registers the model, or names the missing extra
 
     from lm_eval._cli import HarnessCLI
     from lm_eval.utils import setup_logging
@@ -68,7 +68,7 @@ def _evaluate() -> None:
 
 
 def _refuse_output(path: str | None) -> None:
-    """Refuse a place where results cannot be written, which lm-eval would only mention when it has them."""
+    """Refuse an output path that cannot be written; lm-eval would report it only after the evaluation."""
     if path is None:
         return
     place = Path(path).absolute()
@@ -78,7 +78,7 @@ def _refuse_output(path: str | None) -> None:
 
 
 def _written(path: str | None) -> set[Path]:
-    """The files of results where lm-eval writes them."""
+    """Return the result files in lm-eval's output folder."""
     if path is None:
         return set()
     place = Path(path)
@@ -88,10 +88,10 @@ def _written(path: str | None) -> set[Path]:
 
 
 def _check_written(path: str | None, files: set[Path]) -> None:
-    """Remove what was written in part, of which lm-eval says only that it could not be saved.
+    """Remove partially written result files, for which lm-eval only logs that they could not be saved.
 
     Raises:
-        RefusedError: there was such a file, or there is none at all.
+        RefusedError: there was a partial file, or no file was written.
     """
     torn = [file for file in sorted(files) if not _is_whole(file)]
     for file in torn:
@@ -111,7 +111,7 @@ def _is_whole(file: Path) -> bool:
 
 
 def _broken(folder: str | None) -> Iterator[str]:
-    """Return the faults of task files in a folder, which lm-eval ignores in silence."""
+    """Yield the faults of task files in a folder, which lm-eval silently ignores."""
     from lm_eval.tasks._yaml_loader import load_yaml
     from yaml import YAMLError
 

@@ -1,8 +1,8 @@
 """transformers: engines on the weights of a loaded model, ``generate(custom_generate=...)``, and registered classes.
 
 Importing this module registers the classes of :mod:`.transformers_models`, so that ``AutoModelForMaskedLM`` and the
-other automatic classes load LLaDA, iLLaDA and Dream checkpoints without code from a checkpoint. Those need version 5;
-the rest works with version 4 too, which is where the checkpoints' own code runs.
+other automatic classes load LLaDA, iLLaDA and Dream checkpoints without remote code. The classes need version 5;
+the rest also works with version 4, which the checkpoints' own code needs.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ except ImportError as error:
 
 __all__ = ["Drafts", "MaskedDiffusionOutput", "TokenizerCodec", "accelerate", "custom_generate"]
 
-HONOURED = {  # settings of a GenerationConfig that custom_generate reads, or that change nothing about its result
+HONOURED = {  # settings of a GenerationConfig that custom_generate reads, or that do not affect its result
     *("max_length", "max_new_tokens", "do_sample", "temperature", "top_p", "top_k"),
     *("bos_token_id", "eos_token_id", "pad_token_id"),
     *("use_cache", "return_dict_in_generate", "disable_compile", "transformers_version"),
@@ -46,7 +46,7 @@ INSTEAD = {
     "guidance_scale": "sampler.cfg_scale (guidance_scale - 1) guides by a masked prompt",
     "num_return_sequences": "repeat the prompt, each row draws its own noise",
 }
-IGNORED = {"attention_mask", "logits_to_keep", "past_key_values", "position_ids", "use_cache"}  # or read by name
+IGNORED = {"attention_mask", "logits_to_keep", "past_key_values", "position_ids", "use_cache"}  # or read separately
 WARPERS = {TemperatureLogitsWarper: "temperature", TopKLogitsWarper: "top_k", TopPLogitsWarper: "top_p"}
 
 if int(transformers.__version__.split(".")[0]) >= 5:
@@ -60,8 +60,8 @@ class MaskedDiffusionOutput(ModelOutput):
     """Output of :func:`custom_generate`.
 
     ``sequences [B, L + n]`` hold the prompts as given, then the responses up to and including their end-of-text or
-    what completes a stop string, then padding. ``tokens_per_forward [B]`` are response tokens for each step, those
-    behind a stop string among them; ``nfe [B]`` are the steps.
+    the token that completes a stop string, then padding. ``tokens_per_forward [B]``: response tokens per step,
+    including those after a stop string; ``nfe [B]``: steps.
     """
 
     sequences: torch.Tensor | None = None
@@ -70,7 +70,7 @@ class MaskedDiffusionOutput(ModelOutput):
 
 
 class Drafts:
-    """Lets a streamer of transformers follow a generation: ``on_step=Drafts(streamer)``.
+    """Adapter of a transformers streamer to a generation: ``on_step=Drafts(streamer)``.
 
     It gets the prompt (``put``), the response's canvas after each step (``put_draft``, if it has one), and at the end
     the response (``put``, ``end``). With :meth:`Engine.stream`, call :meth:`begin`, then this with each frame, then
@@ -86,7 +86,7 @@ class Drafts:
         self._streamer, self._starts = streamer, None
 
     def begin(self, prompts: torch.Tensor, starts: Sequence[int] | None = None) -> None:
-        """Show prompts ``[B, L]``. ``starts``: where the canvases' responses begin, if some prompts are padded."""
+        """Show prompts ``[B, L]``. ``starts``: first response position of each canvas, if some prompts are padded."""
         self._starts = [prompts.shape[1]] * len(prompts) if starts is None else list(starts)
         self._streamer.put(prompts.cpu())
 
@@ -99,7 +99,7 @@ class Drafts:
             self._streamer.put_draft(torch.tensor(rows))
 
     def end(self, response: torch.Tensor) -> None:
-        """Show responses ``[B, n]`` for good."""
+        """Show the final responses ``[B, n]``."""
         self._streamer.put(response.cpu())
         self._streamer.end()
 
@@ -123,20 +123,20 @@ def custom_generate(
     """For ``hf_model.generate(..., custom_generate=sfs_triton.custom_generate, sampler=...)``.
 
     Args:
-        model: what :func:`accelerate` takes, which is called with it unless it was before.
+        model: a model for :func:`accelerate`, which is called unless it was before.
         input_ids: prompts ``[B, L]``, padded on the left where ``attention_mask`` is 0.
-        generation_config: its ``max_new_tokens`` or ``max_length`` says how long responses are; with ``do_sample`` its
-            ``temperature``, ``top_p`` and ``top_k`` replace the sampler's. What it asks for beyond that is refused.
+        generation_config: its ``max_new_tokens`` or ``max_length`` sets the response length; with ``do_sample`` its
+            ``temperature``, ``top_p`` and ``top_k`` replace the sampler's. Other non-default settings are refused.
         sampler, cache, seed, on_step: as for :meth:`Engine.generate`; ``on_step`` may be a :class:`Drafts`.
-        gen_length: response positions, instead of the configuration's; one number, or one a prompt.
-        stop_strings: cut each response behind the token that completes the first of these. All positions are decoded.
-        tokenizer: to look for them; default: the one that :func:`accelerate` had. ``generate`` keeps its own
-            ``tokenizer=`` from a ``custom_generate`` (but for the classes of this package).
+        gen_length: response positions, instead of the configuration's; one number, or one per prompt.
+        stop_strings: cut each response after the token that completes the first of these. All positions are decoded.
+        tokenizer: finds them; default: the one given to :func:`accelerate`. ``generate`` does not pass its own
+            ``tokenizer=`` to a ``custom_generate`` (except in the classes of this package).
 
     Raises:
         ArgumentError: names the argument or setting and its value.
     """
-    if isinstance(cache, Cache):  # which generate makes of itself
+    if isinstance(cache, Cache):  # created by generate
         _refuse_past("cache", cache)
         cache = "none"
     settings = GenerationConfig() if generation_config is None else generation_config
@@ -160,14 +160,14 @@ def custom_generate(
 
 
 def _refuse_settings(model: nn.Module, settings: GenerationConfig) -> None:
-    """Refuse what a configuration asks for and would not get. A checkpoint's own additions are passed over."""
+    """Refuse non-default settings that would have no effect. A checkpoint's own additions are ignored."""
     usual = GenerationConfig().to_dict()
-    if hasattr(settings, "_get_default_generation_params"):  # transformers 5 fills them in when it generates
+    if hasattr(settings, "_get_default_generation_params"):  # transformers 5 fills them in at generation
         usual |= settings._get_default_generation_params()
     own = getattr(model, "generation_config", None)
     own = {} if own is None else own.to_dict()
     asked = settings.to_dict()
-    for name in sorted(asked, key=lambda name: name == "min_length"):  # which transformers derives from min_new_tokens
+    for name in sorted(asked, key=lambda name: name == "min_length"):  # derived from min_new_tokens
         value = asked[name]
         if name in HONOURED or name.startswith("_") or value is None or value == usual.get(name):
             continue
@@ -180,7 +180,7 @@ def _refuse_settings(model: nn.Module, settings: GenerationConfig) -> None:
 def _refuse_processors(
     settings: GenerationConfig, processors: Iterable[Any] | None, criteria: Iterable[Any] | None
 ) -> None:
-    """Refuse logits processors and stopping criteria but for those that ``generate`` makes of the configuration."""
+    """Refuse logits processors and stopping criteria except those that ``generate`` derives from ``settings``."""
     for processor in processors or ():
         setting = WARPERS.get(type(processor))
         mine = settings.do_sample and setting and getattr(processor, setting) == getattr(settings, setting)
@@ -194,7 +194,7 @@ def _refuse_processors(
 
 
 def _sampling(sampler: Sampler | None, settings: GenerationConfig) -> Sampler | None:
-    """The sampler, with the configuration's temperature, top-p and top-k where it samples."""
+    """Return the sampler; with ``do_sample``, with the configuration's temperature, top-p and top-k."""
     if not settings.do_sample:
         return sampler
     base = SlowFast() if sampler is None else sampler
@@ -215,7 +215,7 @@ def _refuse_past(name: str, past: Any) -> None:
 
 
 def _prompts(input_ids: torch.Tensor, model_kwargs: Mapping[str, Any]) -> list[list[int]]:
-    """Token ids of each row, without what pads it on the left."""
+    """Return the token ids of each prompt, without its left padding."""
     for name, value in model_kwargs.items():
         require(name in IGNORED or value is None, f"{name}={value!r} is not supported")
     _refuse_past("past_key_values", model_kwargs.get("past_key_values"))
@@ -237,13 +237,13 @@ def _prompts(input_ids: torch.Tensor, model_kwargs: Mapping[str, Any]) -> list[l
 
 
 def _ends(settings: GenerationConfig) -> set[int]:
-    """The configuration's ends of text."""
+    """Return the configuration's end-of-text ids."""
     ids = settings.eos_token_id
     return set() if ids is None else set(torch.as_tensor(ids).flatten().tolist())
 
 
 class Stops:
-    """Texts that end a response, and the tokenizer that finds them in its tokens."""
+    """Stop strings, and the tokenizer that finds them in a response's tokens."""
 
     def __init__(self, strings: str | Sequence[str], codec: TextCodec | None):
         fine = isinstance(strings, (str, list, tuple))
@@ -259,7 +259,7 @@ class Stops:
         self._decode = codec.tokenizer.decode
 
     def cut(self, tokens: list[int]) -> list[int]:
-        """The tokens up to and including the one that completes the first of the texts; all of them if none is there.
+        """Return the tokens up to and including the one that completes the first stop string, or all tokens.
 
         Special tokens count as text.
         """

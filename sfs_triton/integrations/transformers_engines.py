@@ -1,11 +1,11 @@
-"""Engines on the weights of models that are loaded already: :func:`accelerate`. Imports nothing of transformers."""
+"""Engines on the weights of loaded models: :func:`accelerate`. Does not import transformers."""
 
 from __future__ import annotations
 
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
-from reprlib import repr  # of what may be as long as a vocabulary
+from reprlib import repr  # values may be as long as a vocabulary
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +22,7 @@ from ..text.codec import TextCodec, check_unicode
 
 
 class _Known(NamedTuple):
-    """An engine on a model's weights, and where those were then."""
+    """An engine on a model's weights, and the weights' addresses at its creation."""
 
     engine: Engine
     places: tuple[int, ...]
@@ -35,20 +35,20 @@ _LOCK = threading.RLock()
 
 
 def accelerate(hf_model: nn.Module, impl: str | None = None, loop: str | None = None, tokenizer: Any = None) -> Engine:
-    """An :class:`Engine` on the weights of a loaded LLaDA, iLLaDA or Dream model: its remote-code class, or ours.
+    """Create an :class:`Engine` on the weights of a loaded LLaDA, iLLaDA or Dream model, remote-code or ours.
 
-    No weight exists twice. The engine wants q, k, v of a layer in one tensor, and gate and up in another; those are
-    laid out anew, one at a time, and the model's own parameters then lie in them. So model and engine go on reading
-    the same memory, and training changes it for both. ``hf_model.to(...)`` parts the two again.
+    No weight is stored twice. The engine needs q, k, v of a layer in one tensor, and gate and up in another; those are
+    copied, one at a time, and the model's own parameters become views of them. So model and engine read
+    the same memory, and training changes it for both. ``hf_model.to(...)`` separates the two again.
 
     Args:
         hf_model: the model itself, on one device, without adapters, not quantised.
-        impl, loop: as for :func:`sfs_triton.load`. :func:`custom_generate` uses this engine from then on.
+        impl, loop: as for :func:`sfs_triton.load`. :func:`custom_generate` then uses this engine.
         tokenizer: a tokenizer of transformers, or a :class:`TextCodec`; without it, prompts are token ids.
 
     Raises:
-        ArgumentError: what ``hf_model`` is cannot be used as it is.
-        CheckpointError: its configuration or parameters are not those of the family; names class and key.
+        ArgumentError: ``hf_model`` is not supported in its present form.
+        CheckpointError: its configuration or parameters do not match the family; names class and key.
     """
     _refuse_wrapped(hf_model)
     codec = as_codec(tokenizer)
@@ -60,7 +60,7 @@ def accelerate(hf_model: nn.Module, impl: str | None = None, loop: str | None = 
         names = LLADA_NAMES if llada else LLAMA_NAMES
         parameters = _parameters(hf_model, spec, names)
         device = parameters[names["embedding"]].device
-        implementation(impl, device)  # refused before anything is laid out anew
+        implementation(impl, device)  # refuse before any weight is copied
         check_loop(loop, device)
         known = _ENGINES.get(hf_model)
         if known is not None and known.places == _places(hf_model):
@@ -68,14 +68,14 @@ def accelerate(hf_model: nn.Module, impl: str | None = None, loop: str | None = 
         else:
             weights = _share(parameters, spec, names)
             if device.type == "cuda":
-                torch.cuda.empty_cache()  # of what q, k, v and gate, up lay in: nothing else has such sizes
+                torch.cuda.empty_cache()  # memory of the unfused weights: no other tensor has these sizes
         engine = Engine(Transformer(spec, weights, impl), codec, loop)
         _ENGINES[hf_model] = _Known(engine, _places(hf_model), impl, loop)
     return engine
 
 
 def engine_of(model: nn.Module) -> Engine:
-    """The model's engine; a new one where its parameters have moved since."""
+    """Return the model's engine; create a new one if its parameters have moved."""
     with _LOCK:
         known = _ENGINES.get(model)
         if known is None:
@@ -90,7 +90,7 @@ def _places(model: nn.Module) -> tuple[int, ...]:
 
 
 def _refuse_wrapped(model: Any) -> None:
-    """Refuse what is no plain model."""
+    """Refuse anything but a plain model."""
     name = type(model).__name__
     require(isinstance(model, nn.Module), f"hf_model={repr(model)} is no torch module")
     require(
@@ -119,7 +119,7 @@ def _spec(model: nn.Module) -> ModelSpec:
 
 
 def _parameters(model: nn.Module, spec: ModelSpec, names: Mapping[str, str]) -> dict[str, nn.Parameter]:
-    """The model's parameters by the names of a checkpoint, all that there must be and no others."""
+    """Return the model's parameters by checkpoint name; refuse missing and additional ones."""
     kind, wanted = type(model).__name__, expected_shapes(spec, names)
     present = dict(model.named_parameters(remove_duplicate=False))
     if spec.tied_head and (head := present.pop(names["head"], None)) is not None:
@@ -151,7 +151,7 @@ def _parameters(model: nn.Module, spec: ModelSpec, names: Mapping[str, str]) -> 
 
 
 def _share(parameters: Mapping[str, nn.Parameter], spec: ModelSpec, names: Mapping[str, str]) -> Weights:
-    """Weights in the memory of the parameters, some of which are moved to where the fused ones lie."""
+    """Return weights that share the parameters' memory; parameters of fused weights are moved into these."""
 
     def layer(index: int) -> LayerWeights:
         at = names["layer"].format(layer=index)
@@ -180,10 +180,10 @@ def _share(parameters: Mapping[str, nn.Parameter], spec: ModelSpec, names: Mappi
 
 
 def _fuse(parts: Sequence[nn.Parameter]) -> torch.Tensor:
-    """All parts in one tensor, along their first dimension; from then on they lie in its memory.
+    """Concatenate the parts along their first dimension; they become views of the result.
 
-    Each keeps a storage of its own, which begins at its first element: of several tensors in one storage, what saves a
-    model makes copies, or drops all but one.
+    Each keeps its own storage, which starts at its first element: for several tensors in one storage, functions
+    that save a model write copies, or drop all but one.
     """
     if len(parts) == 1:
         parts[0].data = whole = parts[0].data.contiguous()
@@ -195,12 +195,12 @@ def _fuse(parts: Sequence[nn.Parameter]) -> torch.Tensor:
 
 
 def as_codec(tokenizer: Any) -> TextCodec | None:
-    """A codec for a tokenizer of transformers; a codec, or None, as it is."""
+    """Return a codec for a transformers tokenizer; a codec or None is returned unchanged."""
     return tokenizer if tokenizer is None or isinstance(tokenizer, TextCodec) else TokenizerCodec(tokenizer)
 
 
 class TokenizerCodec(TextCodec):
-    """A tokenizer of transformers, fast or not, as a :class:`TextCodec`."""
+    """A :class:`TextCodec` of a transformers tokenizer, fast or slow."""
 
     def __init__(self, tokenizer: Any):
         fine = all(callable(getattr(tokenizer, n, None)) for n in ("encode", "decode", "apply_chat_template"))
@@ -223,5 +223,5 @@ class TokenizerCodec(TextCodec):
     def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
         try:
             return self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # whatever a stranger's template does wrong
+        except Exception as error:  # a template can raise anything
             raise ArgumentError(f"the tokenizer's chat template refused messages={messages!r}: {error}") from None

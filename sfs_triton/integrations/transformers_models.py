@@ -1,4 +1,4 @@
-"""LLaDA, iLLaDA and Dream as transformers knows models: plain modules under the checkpoints' own tensor names."""
+"""transformers classes of LLaDA, iLLaDA and Dream: plain modules under the checkpoints' own tensor names."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from ..ops.dispatch import rope_tables
 from ..ops.torch.norm import rms_norm
 
 ROPE_KEYS = ("rope_parameters", "rope_scaling", "rope_theta")
-STANDARD_NAMES = {  # what transformers asks a configuration for, and what LLaDA's config.json calls it
+STANDARD_NAMES = {  # transformers' configuration names, and those of LLaDA's config.json
     "hidden_size": "d_model",
     "intermediate_size": "mlp_hidden_size",
     "max_position_embeddings": "max_sequence_length",
@@ -44,15 +44,15 @@ STANDARD_NAMES = {  # what transformers asks a configuration for, and what LLaDA
 
 
 class MaskedDiffusionConfig(PreTrainedConfig):
-    """A checkpoint's ``config.json`` as it is: no key gets a default or another name, so it can be written back.
+    """A checkpoint's unchanged ``config.json``: no key is renamed or gets a default, so it can be written back.
 
-    Where the file has LLaDA's own keys, the usual ones (``hidden_size``, ...) read and write those.
+    If the file has LLaDA's own keys, the standard ones (``hidden_size``, ...) read and write those.
     """
 
     def __post_init__(self, **kwargs: Any) -> None:
         rope = {key: kwargs.pop(key) for key in ROPE_KEYS if key in kwargs}
         super().__post_init__(**kwargs)
-        self.__dict__.update(rope)  # past the base class, which would rewrite them in a vocabulary of its own
+        self.__dict__.update(rope)  # bypasses the base class, which would rename them
 
     def __getattr__(self, name: str) -> Any:
         present = self.__dict__
@@ -90,7 +90,7 @@ class RMSNorm(nn.Module):
 
 
 def _place(root: nn.Module, name: str, module: nn.Module) -> None:
-    """Put ``module`` where its weight has the name ``name``, or ``name`` + ``.weight``."""
+    """Register ``module`` under ``root`` so that its weight is named ``name``, or ``name`` + ``.weight``."""
     *path, last = name.removesuffix(".weight").split(".")
     for part in path:
         if not hasattr(root, part):
@@ -100,13 +100,13 @@ def _place(root: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding of ``x [B, H, L, D]`` by float32 tables ``[L, D / 2]``."""
+    """Apply the rotary embedding to ``x [B, H, L, D]``, from float32 tables ``[L, D / 2]``."""
     low, high = (x if x.dtype == torch.float64 else x.float()).chunk(2, -1)
     return torch.cat((low * cos - high * sin, high * cos + low * sin), -1).to(x.dtype)
 
 
 class MaskedDiffusionLayer(GradientCheckpointingLayer):
-    """One layer: ``[B, L, d]`` to ``[B, L, d]``."""
+    """One transformer layer: ``[B, L, d]`` to ``[B, L, d]``."""
 
     def __init__(self, spec: ModelSpec, names: Mapping[str, str]):
         super().__init__()
@@ -142,7 +142,7 @@ class MaskedDiffusionModel(PreTrainedModel, GenerationMixin):
     """A bidirectional masked-diffusion model of the family, for training and for :func:`sfs_triton.accelerate`.
 
     Raises:
-        CheckpointError, UnsupportedConfigError: the configuration lacks a key, or asks for what is not computed here.
+        CheckpointError, UnsupportedConfigError: the configuration lacks a key, or needs an unsupported feature.
     """
 
     base_model_prefix = "model"
@@ -179,7 +179,7 @@ class MaskedDiffusionModel(PreTrainedModel, GenerationMixin):
         _place(self, self.names["head"], new_embeddings)
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
-        """As the base class has it; LLaDA counts its rows under a second key."""
+        """Resize as the base class does, and update LLaDA's second size key."""
         embedding = super().resize_token_embeddings(*args, **kwargs)
         if "embedding_size" in self.config.__dict__:
             self.config.embedding_size = embedding.num_embeddings
@@ -188,13 +188,13 @@ class MaskedDiffusionModel(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
-        """Return whether ``generate`` makes a K/V cache, for which ``forward`` has no use. Since 5.24 it is passed on
-        as ``cache``, which is a policy's name here."""
+        """Return False: ``generate`` must not make a K/V cache, which ``forward`` does not use. Since 5.24 it is passed
+        as ``cache``, here the name of a cache policy."""
         return False
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
-        """As the base class has it. Dream's ``generation_config.json`` sets the temperature to 0, which is the default
-        by another name, and which some versions of transformers refuse to write."""
+        """Save as the base class does. Dream's ``generation_config.json`` sets the temperature to 0, which means
+        the default here, and which some versions of transformers refuse to write."""
         if self.generation_config.temperature == 0:
             self.generation_config.temperature = None
         return super().save_pretrained(*args, **kwargs)
@@ -207,12 +207,12 @@ class MaskedDiffusionModel(PreTrainedModel, GenerationMixin):
         labels: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
     ) -> MaskedLMOutput:
-        """Logits ``[B, L, V]`` as the checkpoint's own code gives them: Dream's row ``i`` is about position ``i + 1``.
+        """Return logits ``[B, L, V]`` as the checkpoint's own code does: Dream's row ``i`` predicts position ``i + 1``.
 
         Args:
             input_ids: ``[B, L]``, with mask ids where tokens are to be predicted; or ``inputs_embeds [B, L, d]``.
-            attention_mask: ``[B, L]``, 0 where no position may look; or boolean ``[B, 1, L, L]``.
-            labels: ``[B, L]``, the token at each position, -100 where none is to be learned; Dream's rows are shifted
+            attention_mask: ``[B, L]``, 0 at positions that are not attended to; or boolean ``[B, 1, L, L]``.
+            labels: ``[B, L]``, the token at each position, -100 to ignore a position; Dream's rows are shifted
                 to match. The loss is the mean cross entropy, without the weights by mask ratio of diffusion training.
         """
         require((input_ids is None) != (inputs_embeds is None), "give either input_ids or inputs_embeds")
@@ -240,8 +240,8 @@ class MaskedDiffusionModel(PreTrainedModel, GenerationMixin):
         tokenizer: Any = None,
         **kwargs: Any,
     ) -> Any:
-        """``GenerationMixin.generate``, with :func:`sfs_triton.custom_generate` unless another one is given."""
-        from .transformers import Drafts, custom_generate  # which imports this module
+        """Call ``GenerationMixin.generate``, by default with :func:`sfs_triton.custom_generate`."""
+        from .transformers import Drafts, custom_generate  # imports this module
 
         if kwargs.setdefault("custom_generate", custom_generate) is not custom_generate:
             if tokenizer is not None:
@@ -258,7 +258,7 @@ class MaskedDiffusionModel(PreTrainedModel, GenerationMixin):
         own = self.generation_config.stop_strings
         require(own is None, f"model.generation_config.stop_strings={own!r}: give them to generate instead")
         stops = getattr(generation_config, "stop_strings", None)
-        if stops is not None:  # for which generate would want a tokenizer that it keeps to itself
+        if stops is not None:  # generate would need a tokenizer, and not pass it on
             generation_config = copy(generation_config)
             generation_config.stop_strings = None
             if kwargs.get("stop_strings") is None:
@@ -279,7 +279,7 @@ class DreamModel(MaskedDiffusionModel):
 
 
 def register() -> None:
-    """Have transformers' automatic classes find those above: the ones that LLaDA's own files name, and masked LM."""
+    """Register the classes with transformers' automatic classes: those named in LLaDA's files, and masked LM."""
     for model in (LLaDAModelLM, ILLaDAModelLM, DreamModel):
         config = model.config_class
         AutoConfig.register(config.model_type, config, exist_ok=True)

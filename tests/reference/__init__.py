@@ -1,7 +1,7 @@
-"""Slow, obvious samplers of one row: the oracle that the fast implementation is tested against.
+"""Oracle: slow, simple samplers of one sequence, against which the fast implementation is tested.
 
-Written from the descriptions alone and sharing no code with the operations they check. Nothing outside the tests
-imports this package.
+They follow the published descriptions and share no code with the operations they check. Only tests import this
+package.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ __all__ = ["Logits", "Look", "Noise", "ReferenceRun", "Step", "decode", "logits_
 
 
 def logits_of(model: Any, canvas: list[int], cfg_scale: float = 0.0) -> Logits:
-    """A model as :func:`decode` takes it: ``model.logits`` of the ids ``[1, n]``, shifted and guided.
+    """Return a model's ``logits_fn`` for :func:`decode`: ``model.logits`` of the ids ``[1, n]``, shifted and guided.
 
-    Shifted models predict the next position, so position ``i`` has row ``i - 1``, and row 0 stands twice (Dream 6).
-    Guidance adds ``cfg_scale * (c - u)``, where ``u`` sees all that ``canvas`` gives as masks (LLaDA 9).
+    Shifted models predict the next position, so position ``i`` takes row ``i - 1``, and row 0 is used twice (Dream 6).
+    Guidance adds ``cfg_scale * (c - u)``, where for ``u`` the given tokens of ``canvas`` are masked (LLaDA 9).
     """
     mask_id = model.spec.mask_id
 
@@ -51,12 +51,12 @@ def decode(
     noise: Noise | None = None,
     seed: int = 0,
 ) -> ReferenceRun:
-    """Decode the masks of ``canvas`` from ``start`` on with any sampler.
+    """Decode the undecided positions of ``canvas`` from ``start`` on with any sampler.
 
     Args:
         logits_fn: logits ``[n, V]`` for the first ``n`` ids of the canvas, see :func:`logits_of`.
         noise: Gumbel noise ``[n, V]`` for a step and a number of positions; needed at temperatures above 0.
-        seed: of the random positions of ``FixedSteps(metric="origin")``.
+        seed: seed of the random positions of ``FixedSteps(metric="origin")``.
     """
     if isinstance(sampler, SlowFast):
         return slowfast.decode(logits_fn, canvas, start, sampler, mask_id, eos_id, noise)

@@ -1,7 +1,7 @@
-"""Samplers that decode block by block, one row at a time, without caches: Fast-dLLM's threshold and fixed schedules.
+"""Oracle of samplers that decode block by block, without caches: Fast-dLLM's threshold and fixed schedules.
 
 Rules cited as "Fast-dLLM 1" are in the README of the recorded cases; the schedules are LLaDA's ``generate`` and
-Dream's ``_sample`` as DESIGN, section 4, names them.
+Dream's ``_sample``; see ``docs/samplers.md``.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ Choice = Callable[[dict[int, float], int], list[int]]  # scores by position, ste
 
 
 def blocks_of(start: int, stop: int, block_length: int | None) -> list[tuple[int, int]]:
-    """``[start, stop)`` cut into blocks, or in one piece."""
+    """Cut ``[start, stop)`` into blocks; one block if ``block_length`` is None."""
     size = block_length or stop - start
     return [(begin, min(begin + size, stop)) for begin in range(start, stop, size)]
 
 
 def take_step(row: Row, block: int, k: int, end: int, begin: int, draw: dict, choice: Choice) -> int:
-    """One forward of the whole canvas and one fill inside a block; how many positions it filled."""
+    """Forward the whole canvas and commit positions of one block. Return the number of committed positions."""
     masked = row.masked(begin, end)
     length = row.limit
     seen = row.look(length, masked, **draw)
@@ -36,7 +36,7 @@ def take_step(row: Row, block: int, k: int, end: int, begin: int, draw: dict, ch
 
 
 def highest(scores: dict[int, float], count: int) -> list[int]:
-    """The ``count`` best positions, the leftmost of equals first."""
+    """Return the ``count`` positions with the highest scores; of equal scores the leftmost first."""
     rest, found = dict(scores), []
     for _ in range(min(count, len(scores))):
         found += best(rest)
@@ -45,9 +45,9 @@ def highest(scores: dict[int, float], count: int) -> list[int]:
 
 
 def decode_threshold(row: Row, sampler: Threshold) -> None:
-    """Fast-dLLM 1: the best position of the block whatever its score, and all others that reach the threshold.
+    """Decode by threshold (Fast-dLLM 1): per step the block's best position, and all that reach the threshold.
 
-    With ``steps``, at most ``gen_length / steps`` positions a step plus what earlier steps left over (Fast-dLLM 5).
+    With ``steps``, at most ``gen_length / steps`` positions per step plus the unused allowance (Fast-dLLM 5).
     """
     response = len(row.canvas) - row.start
     if sampler.steps is not None and response % sampler.steps:
@@ -70,24 +70,24 @@ def decode_threshold(row: Row, sampler: Threshold) -> None:
 
 
 def even_counts(masked: int, steps: int) -> list[int]:
-    """LLaDA: as many positions each step, the first steps taking one more where it does not come out even."""
+    """Return LLaDA's counts: equal numbers of positions per step, the first steps taking one of the remainder each."""
     return [masked // steps + (1 if step < masked % steps else 0) for step in range(steps)]
 
 
 def time_shares(steps: int, eps: float) -> list[float]:
-    """Dream: times fall evenly from 1 to ``eps``; a step commits ``1 - next / now`` of what is left, in float32."""
+    """Return Dream's share of undecided positions per step: ``1 - next / now``, linear times 1 to ``eps``, float32."""
     times = torch.linspace(1, eps, steps + 1)
     return [(1 - times[step + 1] / times[step]).item() for step in range(steps)]
 
 
 def decode_fixed(row: Row, sampler: FixedSteps, seed: int) -> None:
-    """A scheduled count of positions a step. ``steps`` are shared out among the blocks; none means one position each.
+    """Commit a scheduled count per step. ``steps`` are divided among the blocks; None: one position per step.
 
-    A block that has masks runs all its steps, even where there are more steps than masks, as LLaDA's and Dream's own
+    A block that has masks runs all its steps, even if there are more steps than masks, as LLaDA's and Dream's own
     loops do; only ``eos_stop`` ends it early.
 
-    Dream's ``origin`` commits each position with the step's share as its probability, from a uniform number for each
-    masked position, drawn anew every step.
+    Dream's ``origin`` commits each position with the step's share as its probability, from one uniform number per
+    masked position and step.
     """
     parts = blocks_of(row.start, len(row.canvas), sampler.block_length)
     steps = max(1, (sampler.steps or len(row.canvas) - row.start) // len(parts))
@@ -131,7 +131,7 @@ def decode(
     noise: Noise | None = None,
     seed: int = 0,
 ) -> ReferenceRun:
-    """Decode one row block by block; ``seed`` is of the random positions of ``metric="origin"``."""
+    """Decode one sequence block by block; ``seed`` is for the random positions of ``metric="origin"``."""
     row = Row(logits_fn, canvas, start, mask_id, eos_id, sampler.eos_stop, noise)
     if isinstance(sampler, Threshold):
         decode_threshold(row, sampler)

@@ -1,9 +1,9 @@
-"""From logits to a chosen token and its score, as the descriptions say it and nothing more.
+"""Oracle of the head: a chosen token and its score from logits, as published.
 
-DESIGN, section 3 ("Confidence kernel contract"): the score of a position is the softmax probability of the token chosen
-there, from untempered logits; ties go to the lowest token id; noise is added as Gumbel-max. Dream's own samplers score
-after temperature, top-k and top-p (``tempered``) and know the gap between the two largest probabilities (``margin``)
-and the negative entropy (``entropy``) as scores.
+``docs/architecture.md``, "Confidence": the score of a position is the softmax probability of the token chosen there,
+from untempered logits; ties go to the lowest token id; noise is added as Gumbel-max. Dream's own samplers score
+after temperature, top-k and top-p (``tempered``), and support as scores the gap between the two largest probabilities
+(``margin``) and the negative entropy (``entropy``).
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ class Look(NamedTuple):
 
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
-    """``logits [V]`` with what is smaller than the ``k``-th largest at minus infinity."""
+    """Return ``logits [V]`` with values below the ``k``-th largest set to minus infinity."""
     smallest_kept = sorted(logits.tolist(), reverse=True)[:k][-1]
     return torch.where(logits >= smallest_kept, logits, float("-inf"))
 
 
 def keep_top_p(logits: Tensor, p: float) -> Tensor:
-    """``logits [V]`` without the tokens that are preceded, in order of probability, by more than ``p`` of the mass.
+    """Remove the tokens of ``logits [V]`` preceded, in order of probability, by more than ``p`` of the mass.
 
-    The most likely token always stays. Equal probabilities count in order of token id.
+    The most likely token is always kept. Equal probabilities are ordered by token id.
     """
     probability = logits.softmax(-1).tolist()
     kept = torch.full_like(logits, float("-inf"))
@@ -43,14 +43,14 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
 
 
 def score(logits: Tensor, token: int, metric: str) -> float:
-    """How sure one row of ``logits [V]`` is of ``token``."""
+    """Return the score of ``token`` in ``logits [V]`` by the metric confidence, margin or entropy."""
     probability = logits.softmax(-1)
     if metric == "confidence":
         return probability[token].item()
     if metric == "margin":
         first, second = sorted(probability.tolist(), reverse=True)[:2]
         return first - second
-    if metric == "entropy":  # Dream's sampler adds 1e-10 before it takes the logarithm
+    if metric == "entropy":  # Dream's sampler adds 1e-10 before the logarithm
         return (probability * torch.log(probability + 1e-10)).sum().item()
     raise ValueError(f"metric={metric!r}")
 
@@ -72,7 +72,7 @@ def look(
     chosen = Look([], [])
     for index, row in enumerate(logits.float()):
         drawn = row / temperature if tempered and temperature > 0 else row
-        if top_p is not None and top_p < 1:  # the nucleus first, as in Dream's sampler
+        if top_p is not None and top_p < 1:  # top-p first, as in Dream's sampler
             drawn = keep_top_p(drawn, top_p)
         if top_k is not None:
             drawn = keep_top_k(drawn, top_k)

@@ -1,9 +1,9 @@
-"""SlowFast Sampling of one row, written for reading.
+"""Oracle of SlowFast Sampling for one sequence, written for readability.
 
-Where the rules come from: the paper (arXiv 2506.10848) and DESIGN, section 4, for the paper's preset; for the two
-reference presets, the numbered behaviour in the README of the recorded cases ("LLaDA 3" is the third rule of its
+Sources of the rules: the paper (arXiv 2506.10848) and ``docs/samplers.md`` for the paper's preset; for the two
+reference presets, the numbered rules in the README of the recorded cases ("LLaDA 3" is the third rule of its
 section "SlowFast, LLaDA"). Positions called ``s``, ``e`` and the estimates count from the start of the block, which
-is the start of the response where there are no blocks; all others from the start of the canvas.
+is the start of the response if there are no blocks; all others from the start of the canvas.
 """
 
 from __future__ import annotations
@@ -20,30 +20,30 @@ from torch import Tensor
 from sfs_triton.decoding.samplers import SlowFast
 from tests.reference.confidence import Look, look
 
-Logits = Callable[[list[int]], Tensor]  # token ids of the (shortened) canvas -> logits [n, V], shifted if need be
+Logits = Callable[[list[int]], Tensor]  # token ids of the (shortened) canvas -> logits [n, V], shifted if necessary
 Noise = Callable[[int, int], Tensor]  # step, positions to cover -> Gumbel noise [n, V]
 
 
 class Step(NamedTuple):
-    """What one step did, in the order of the recorded traces."""
+    """Step output, with the fields in the order of the recorded traces."""
 
-    phase: str  # "S" slow, "F" fast, "B" for samplers that only have blocks
+    phase: str  # "S" slow, "F" fast, "B" for samplers with blocks only
     block: int
     cycle: int
     k: int
-    forwarded: int  # positions of the response that went through the model
+    forwarded: int  # response positions forwarded
     s: int
     estimate: int | None
     history: list[int] | None
     spread: float | None
     determined: bool
     e: int | None
-    filled: list[int]  # from the start of the response
+    filled: list[int]  # positions from the start of the response
 
 
 class ReferenceRun(NamedTuple):
-    """A decoded row. ``margin`` is how close any decision came to falling the other way: below about 1e-5, another
-    order of summation in the model may decide differently."""
+    """A decoded sequence. ``margin``: smallest distance of any decision from its alternative; below about 1e-5,
+    another order of summation in the model may decide differently."""
 
     tokens: list[int]
     nfe: int
@@ -53,7 +53,7 @@ class ReferenceRun(NamedTuple):
 
 @dataclass
 class Row:
-    """A canvas being decoded, and what every sampler does with it."""
+    """A sequence: its canvas, trace, and the operations common to all samplers."""
 
     logits_fn: Logits
     canvas: list[int]
@@ -68,27 +68,27 @@ class Row:
     def __post_init__(self) -> None:
         self.canvas = list(self.canvas)
         self.given = {p for p, token in enumerate(self.canvas) if token != self.mask_id}
-        self.limit = len(self.canvas)  # one past the last position that is decoded at all
+        self.limit = len(self.canvas)  # one past the last position to decode
 
     @property
     def nfe(self) -> int:
         return len(self.trace)
 
     def masked(self, first: int, last: int) -> list[int]:
-        """The undecided positions in ``[first, last)``."""
+        """Return the undecided positions in ``[first, last)``."""
         return [p for p in range(first, min(last, self.limit)) if self.canvas[p] == self.mask_id]
 
     def look(self, length: int, positions: list[int], **draw) -> dict[int, tuple[int, float]]:
-        """Run the model on the first ``length`` positions; token and score at each of ``positions``."""
+        """Run the model on the first ``length`` positions; return token and score at each of ``positions``."""
         logits = self.logits_fn(self.canvas[:length])
         noise = None if self.noise is None or not positions else self.noise(self.nfe, length)[positions]
         found: Look = look(logits[positions], noise=noise, **draw) if positions else Look([], [])
         return dict(zip(positions, zip(found.tokens, found.scores, strict=True), strict=True))
 
     def fill(self, chosen: dict[int, int]) -> None:
-        """Commit tokens. With ``eos_stop``, what follows the leftmost committed end-of-text becomes that too.
+        """Commit tokens. With ``eos_stop``, positions after the leftmost committed end-of-text become end-of-text.
 
-        Not so tokens that were given, which only a canvas to be filled in has there.
+        Given tokens, which only an infilling canvas has there, are kept.
         """
         for position, token in chosen.items():
             self.canvas[position] = token
@@ -109,32 +109,32 @@ class Row:
 
 
 def passes(score: float, tau: float, strict: bool) -> bool:
-    """Whether a score exceeds (or reaches) a threshold, which is rounded to float32 as the score is."""
+    """Compare a score with a threshold rounded to float32, as the score is: above it (``strict``) or at least equal."""
     rounded = torch.tensor(tau, dtype=torch.float32).item()
     return score > rounded if strict else score >= rounded
 
 
 def best(scores: dict[int, float]) -> list[int]:
-    """The position with the highest score; the leftmost of equals; nothing out of nothing."""
+    """Return the position with the highest score, the leftmost of equals; [] without scores."""
     return [min(scores, key=lambda position: (-scores[position], position))] if scores else []
 
 
 def all_over(scores: dict[int, float], tau: float | None, at_least: int, strict: bool) -> list[int]:
-    """All positions over the threshold if there are ``at_least`` so many, else none."""
+    """Return the positions over the threshold if there are at least ``at_least``, else []."""
     over = [p for p, score in scores.items() if tau is not None and passes(score, tau, strict)]
     return over if len(over) >= at_least else []
 
 
 def choose(scores: dict[int, float], tau: float | None, at_least: int, strict: bool) -> list[int]:
-    """All positions over the threshold if there are ``at_least`` so many, else the best (LLaDA 4 and 5, Dream 5).
+    """Return the positions over the threshold if there are ``at_least``, else the best (LLaDA 4 and 5, Dream 5).
 
-    Without a threshold only the best: the paper's slow stage.
+    Without a threshold, return the best only: the paper's slow stage.
     """
     return all_over(scores, tau, at_least, strict) or best(scores)
 
 
 def spread_of(history: list[int], kind: str) -> float:
-    """Population variance or standard deviation, or the unbiased variance, which is 0 for one value (Dream 3)."""
+    """Return population variance or standard deviation, or unbiased variance, 0 for one value (Dream 3)."""
     if kind == "unbiased":
         return float(statistics.variance(history)) if len(history) > 1 else 0.0
     variance = float(statistics.pvariance(history))
@@ -142,7 +142,7 @@ def spread_of(history: list[int], kind: str) -> float:
 
 
 def is_stable(history: list[int], sampler: SlowFast) -> bool:
-    """Compare the spread with its limit; a standard deviation by squares, so that no rounded root decides."""
+    """Compare the spread with its limit; a standard deviation by squares, so that no rounding of a root decides."""
     deviation, limit = sampler.spread == "std", sampler.spread_limit
     spread = spread_of(history, "variance" if deviation else sampler.spread)
     if deviation:
@@ -151,13 +151,13 @@ def is_stable(history: list[int], sampler: SlowFast) -> bool:
 
 
 def mean_of(history: list[int], rounding: str) -> int:
-    """The mean horizon: truncated (LLaDA 3, paper), or rounded half to even and then at least 1 (Dream 3)."""
+    """Return the mean horizon: truncated (LLaDA 3, paper), or rounded half to even and at least 1 (Dream 3)."""
     mean = statistics.mean(history)
     return max(1, round(mean)) if rounding == "even" else int(mean)
 
 
 class Horizon:
-    """The candidate horizons of one slow stage and what follows from them."""
+    """Candidate horizons of one slow stage, their spread, and the span's end."""
 
     def __init__(self, sampler: SlowFast):
         self.sampler = sampler
@@ -168,7 +168,7 @@ class Horizon:
         self.determined = False
 
     def add(self, estimate: int) -> None:
-        """LLaDA 3: a sliding window, judged once full. Dream 3: a ring of zeros, judged from the first step on."""
+        """Add a horizon. LLaDA 3: sliding window, tested once full. Dream 3: ring of zeros, tested from step one."""
         window = self.sampler.window
         if self.sampler.zero_history:
             self.history[self.seen % window] = estimate
@@ -182,25 +182,25 @@ class Horizon:
         self.e = estimate if self.determined else mean_of(self.history, self.sampler.rounding)
 
     def final(self) -> int:
-        """The horizon the cycle goes with; the mean of what there is if the window never filled (LLaDA 3)."""
+        """Return the span's end; the mean of the horizons so far if the window was never full (LLaDA 3)."""
         return mean_of(self.history, self.sampler.rounding) if self.e is None else self.e
 
 
 def slow_stage(row: Row, sampler: SlowFast, block: int, cycle: int, begin: int, end: int, s: int) -> Horizon:
-    """Cautious steps over ``[s, end of block)`` that also estimate how far positions are predictable."""
+    """Run exploratory steps over ``[s, end of block)``, and estimate the candidate horizon."""
     horizon = Horizon(sampler)
     for k in range(sampler.k_max):
         masked = row.masked(begin + s, end)
-        if not masked and sampler.slow_end != "fixed":  # LLaDA 1 goes on all the same; Dream 4 and the paper do not
+        if not masked and sampler.slow_end != "fixed":  # LLaDA 1 continues; Dream 4 and the paper stop
             break
-        if sampler.eos_stop and not row.masked(begin + s, row.limit):  # nothing is worth another forward
+        if sampler.eos_stop and not row.masked(begin + s, row.limit):  # nothing is left to decode
             break
         length = row.limit
         seen = row.look(length, masked, **draw_of(sampler))
         scores = {p: score for p, (_, score) in seen.items()}
         estimate, became_stable = None, False
-        if not horizon.determined:  # LLaDA 2: the furthest masked position that is sure enough, before this step's fill
-            able = [p for p in masked if sampler.eos_horizon or seen[p][0] != row.eos_id]  # ours: no end as horizon
+        if not horizon.determined:  # LLaDA 2: the furthest masked position with confidence, before this step's fill
+            able = [p for p in masked if sampler.eos_horizon or seen[p][0] != row.eos_id]  # ours: never end-of-text
             sure = [p + 1 - begin for p in able if passes(scores[p], sampler.tau_min, sampler.strict)]
             estimate = max(sure, default=s + 1)
             horizon.add(estimate)
@@ -210,7 +210,7 @@ def slow_stage(row: Row, sampler: SlowFast, block: int, cycle: int, begin: int, 
             row.note_margin(list(scores.values()), sampler.tau_min)
         row.note_margin(list(scores.values()), *([] if sampler.tau_slow is None else [sampler.tau_slow]))
         chosen = choose(scores, sampler.tau_slow, sampler.min_parallel_slow, sampler.strict)
-        if became_stable and sampler.share_stable:  # ours: the first fast fill, from logits that are there already
+        if became_stable and sampler.share_stable:  # ours: the first fast fill, from the same logits
             span = {p: score for p, score in scores.items() if p < begin + horizon.e}
             row.note_margin(list(span.values()), sampler.tau_high)
             chosen = sorted({*chosen, *all_over(span, sampler.tau_high, sampler.min_parallel, sampler.strict)})
@@ -238,7 +238,7 @@ def slow_stage(row: Row, sampler: SlowFast, block: int, cycle: int, begin: int, 
 
 
 def fast_stage(row: Row, sampler: SlowFast, block: int, cycle: int, begin: int, s: int, e: int) -> None:
-    """Fill ``[s, e)`` in parallel. The first step sees the whole canvas, the others nothing beyond ``e`` (LLaDA 5)."""
+    """Fill ``[s, e)`` in parallel. The first step forwards the whole canvas, later ones end at ``e`` (LLaDA 5)."""
     k = 0
     while masked := row.masked(begin + s, begin + e):
         length = row.limit if k == 0 else min(row.limit, begin + e)
@@ -253,12 +253,12 @@ def fast_stage(row: Row, sampler: SlowFast, block: int, cycle: int, begin: int, 
             )
         )
         if row.nfe > sampler.step_cap(len(row.canvas)):
-            raise RuntimeError("the model keeps predicting the mask itself")  # LLaDA 11: the reference never returns
+            raise RuntimeError("the model keeps predicting the mask itself")  # LLaDA 11: the reference does not return
         k += 1
 
 
 def draw_of(sampler: SlowFast) -> dict:
-    """Scores are of untempered logits (DESIGN, section 3)."""
+    """Return the arguments of token choice; scores are untempered (``docs/architecture.md``, "Confidence")."""
     return {"temperature": sampler.temperature, "top_k": sampler.top_k, "top_p": sampler.top_p}
 
 
@@ -271,7 +271,7 @@ def decode(
     eos_id: int,
     noise: Noise | None = None,
 ) -> ReferenceRun:
-    """Decode one row: cycles of a slow and a fast stage, in each block from its start, until nothing is masked."""
+    """Decode one sequence: per block, cycles of a slow and a fast stage until nothing is masked."""
     row = Row(logits_fn, canvas, start, mask_id, eos_id, sampler.eos_stop, noise)
     block_length = sampler.block_length or len(canvas) - start
     for block, begin in enumerate(range(start, len(canvas), block_length)):
