@@ -199,7 +199,7 @@ def slow_stage(row: Row, sampler: SlowFast, block: int, cycle: int, begin: int, 
         seen = row.look(length, masked, **draw_of(sampler))
         scores = {p: score for p, (_, score) in seen.items()}
         estimate, became_stable = None, False
-        if not horizon.determined:  # LLaDA 2: the furthest masked position with confidence, before this step's fill
+        if not horizon.determined:  # LLaDA 2: the furthest masked position that passes, before this fill
             able = [p for p in masked if sampler.eos_horizon or seen[p][0] != row.eos_id]  # ours: never end-of-text
             sure = [p + 1 - begin for p in able if passes(scores[p], sampler.tau_min, sampler.strict)]
             estimate = max(sure, default=s + 1)
