@@ -25,7 +25,7 @@ MODELS = ("llada-mha", "llada-gqa", "dream-gqa", "dream-r7")
 
 
 # Files whose tests on plain torch are marked quick: the decode core, and the package as a whole.
-QUICK = ("checkpoints", "generate", "ops", "package", "params", "reference")
+QUICK = ("checkpoints", "generate", "ops", "package", "params")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
