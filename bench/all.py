@@ -34,7 +34,7 @@ PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider", f"--benchmark-json={{o
 
 
 class Job(NamedTuple):
-    """What is started, after the interpreter; ``{out}`` is the folder of the results."""
+    """Command line of a benchmark, without the interpreter; ``{out}`` is the folder of the results."""
 
     name: str
     does: str
@@ -68,7 +68,7 @@ JOBS = (
 
 
 def folder_name(about: dict) -> str:
-    """Of a machine, in the form of a GPU's."""
+    """Format a machine's name as GPU folder names are formatted."""
     return re.sub(r"[^a-z0-9]+", "-", f"{about['cpu']} {about['cores']} cores".lower()).strip("-")
 
 

@@ -50,7 +50,7 @@ def _weighed(accuracy: float, best: float) -> float:
 
 
 def resamples(n: int, times: int = 1000, seed: int = 0) -> np.ndarray:
-    """How often each of ``n`` problems is drawn, with replacement, in each of ``times`` samples: ``[times, n]``."""
+    """Draw bootstrap counts of ``n`` problems, with replacement, for each of ``times`` samples: ``[times, n]``."""
     rng = random.Random(f"resamples-{seed}")  # whose draws, unlike numpy's, stay the same from version to version
     drawn = (rng.choices(range(n), k=n) for _ in range(times))
     return np.stack([np.bincount(sample, minlength=n) for sample in drawn])

@@ -1,10 +1,10 @@
-"""What a step must cost at given ceilings, and which cache policy wins. A prediction: nothing is timed.
+"""Predict the cost of a step at given ceilings, and the fastest cache policy. Nothing is timed.
 
     python -m bench.cost_model --geometry llada-8b --policy region --capacity 128 --prompt 1100 --response 1024
     python -m bench.cost_model --slow 3 --fast 2 --tokens 20 --refresh-cycles 8 --batch 1 --json out.json
     python -m bench.cost_model --write-doc          the tables of docs/cost-model.md
 
-:mod:`bench.step_count` says what a step launches; here that becomes time.
+:mod:`bench.step_count` counts a step's launches; this module converts them to time.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ DOC = Path(__file__).resolve().parent.parent / "docs" / "cost-model.md"
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What a machine reaches at most, and where these numbers are from."""
+    """Peak rates of a machine, and the source of these numbers."""
 
     bytes_per_second: float
     flops_per_second: float  # of matrix products in bfloat16
@@ -81,7 +81,7 @@ CEILINGS = {
 
 @dataclass(frozen=True)
 class Cycle:
-    """What cycles of slow and fast steps are like, on average."""
+    """Average cycle of slow and fast steps."""
 
     slow: float = 3
     fast: float = 2
@@ -108,7 +108,7 @@ class Forecast(NamedTuple):
 
 
 def shares(setting: Setting, name: str, cycle: Cycle) -> dict[Kind, float]:
-    """How many steps of each kind a generation has. Every policy is taken to need the same number of steps."""
+    """Count the steps of each kind per generation. Every policy is assumed to need the same number of steps."""
     period, cycles = kinds(setting, name), setting.response / cycle.tokens
     steps = cycles * (cycle.slow + cycle.fast)
     if name == "refresh":
@@ -125,7 +125,7 @@ def shares(setting: Setting, name: str, cycle: Cycle) -> dict[Kind, float]:
 
 
 def forecast(setting: Setting, impl: str, cycle: Cycle, ceilings: Ceilings) -> list[Forecast]:
-    """Vanilla decoding, one token a step and one row after the other, and all policies, the fastest first."""
+    """Predict vanilla decoding (one token per step, one sequence at a time) and all policies, the fastest first."""
     tokens = setting.response * setting.batch
     vanilla = tokens * ceilings.seconds(count_vanilla(setting))
     found = []
@@ -200,7 +200,7 @@ DESIGN_REGION = {8: 13, 20: 45, 64: 75, 128: 136}  # tokens a cycle: speed-up, w
 
 
 def _design_table(ceilings: Ceilings) -> str:
-    """How many steps a cycle may have for the design's speed-ups, if steps cost what they do here."""
+    """Tabulate the steps per cycle that the design's speed-ups allow, at the predicted cost per step."""
     rows = []
     for tokens, speedup in DESIGN_REGION.items():
         setting, cells = Setting(span_cap=max(64, tokens)), []
@@ -231,7 +231,7 @@ def _batch_table(ceilings: Ceilings) -> str:
 
 
 def doc_tables() -> dict[str, str]:
-    """What the document has of this: at llada-8b, a prompt of 1,100 and a response of 1,024."""
+    """Render the tables of the document: llada-8b, a prompt of 1,100 and a response of 1,024."""
     ceilings, setting = CEILINGS["h200"], Setting()
     steps = [
         (f"region {kind.name}, {impl}", steps_of(setting, impl, "region").count(kind))
@@ -260,7 +260,7 @@ def rendered(text: str, tables: dict[str, str]) -> str:
 
 
 def minor(version: str) -> str:
-    """Which of torch's releases: what an operation is made of may differ between them."""
+    """Return torch's minor release: the kernels of an operation may differ between releases."""
     return ".".join(version.split(".")[:2])
 
 

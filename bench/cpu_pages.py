@@ -1,4 +1,4 @@
-"""What ``bench/all.py`` has measured on CPUs, as Markdown: for the page of benchmarks and for the README."""
+"""Render the CPU results of ``bench/all.py`` as Markdown: for the page of benchmarks and for the README."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 
 def where(about: Line) -> str:
-    """A machine in words."""
+    """Describe a machine in words."""
     machine = about["machine"]
     return f"{machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}"
 
 
 def rows_table(record: Line) -> str:
-    """The rows of a throughput record."""
+    """Render the rows of a throughput record."""
     batches = len({row["batch"] for row in record["rows"]}) > 1
     head = ["by", "sampler", "cache", *(["batch"] if batches else [])]
     head += ["tokens/s", "speed-up", "NFE", "tokens per forward", "ms/step", "full forwards", "rows forwarded", "right"]
@@ -64,7 +64,7 @@ def _cells(row: Line, batches: bool) -> list[str]:
 
 
 def about_rows(record: Line) -> str:
-    """What a throughput record is of, in a sentence."""
+    """Describe a throughput record in a sentence."""
     lengths = record["prompt_tokens"]
     return (
         f"{record['model']}, {record['problems']} problems ({record['prompts']}), prompts of {min(lengths)} to "

@@ -1,4 +1,4 @@
-"""Where the same seed stops giving the same tokens: answers of the embedded model, compared with what they are alone.
+"""Measure where one seed stops giving the same tokens: answers of the embedded model, compared with solo runs.
 
     python -m bench.determinism                 # writes a record below bench/results/
     python -m bench.determinism --prompts 4 --out determinism.json
@@ -63,7 +63,7 @@ class Decoded:
 
 
 def compare(name: str, rows: Sequence[Generation], wanted: Sequence[Generation]) -> dict:
-    """How many answers are the same token by token, and decided at the same steps."""
+    """Count the answers that are equal token by token, and those decided at the same steps."""
     pairs = list(zip(rows, wanted, strict=True))
     tokens = sum(row.canvas == other.canvas for row, other in pairs)
     steps = sum(row.canvas == other.canvas and row.commit_step == other.commit_step for row, other in pairs)

@@ -46,7 +46,7 @@ def _commit() -> str | None:
 
 
 def machine(device: torch.device) -> dict:
-    """What ran the benchmark: processor, cores, GPU if used, versions and commit."""
+    """Describe the machine of a benchmark: processor, cores, GPU if used, versions and commit."""
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {
         "cpu": _cpu_name(),

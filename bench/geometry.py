@@ -83,7 +83,7 @@ def randomise(out: torch.Tensor, part: str, layer: int | None, seed: int) -> Non
 
 
 def parameters(spec: ModelSpec) -> int:
-    """How many weights a checkpoint of the spec holds."""
+    """Count the weights of a checkpoint of the spec."""
     return sum(math.prod(shape) for _, shape in layout(spec).values())
 
 

@@ -22,7 +22,7 @@ __all__ = ["AUTOREGRESSIVE", "About", "BASELINES", "Baseline", "Decoded", "Plain
 
 @dataclass(frozen=True, kw_only=True)
 class About:
-    """What a baseline is (paper, code that it mirrors), and every optimisation that it has or lacks."""
+    """Description of a baseline: paper, mirrored code, and the optimisations it has or lacks."""
 
     name: str
     what: str

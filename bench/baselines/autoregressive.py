@@ -42,7 +42,7 @@ TOY = Geometry(2, 64, 4, 2, 128, 256, 512)
 
 
 class Generated(NamedTuple):
-    """Tokens, the first of which prefill gives, and the seconds that prefill and each of the others took."""
+    """Generated tokens (the first comes from prefill), and the seconds of prefill and of each later token."""
 
     tokens: list[int]
     prefill_seconds: float
@@ -135,7 +135,7 @@ class Decoder:
             self.step = self._step
 
     def _seconds(self, act: Callable[[], None]) -> float:
-        """How long ``act`` takes, the device's work included."""
+        """Time ``act``, including the device's work."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         began = time.perf_counter()

@@ -19,7 +19,7 @@ from .model import Decoded, Forwards, PlainModel, Rows
 
 
 class FeatureForwards(Forwards):
-    """Forwards that compute only what is due. Rows are counted where a layer computes them in full."""
+    """Forwards that compute only positions due for refresh. Positions count where a layer computes them in full."""
 
     def __init__(self, model: PlainModel, prompt: list[int], gen_length: int, sampler: Sampler, cache: RefreshCache):
         super().__init__(model, prompt, gen_length, sampler)
@@ -77,7 +77,7 @@ def decode(
     sampler: SlowFast | FixedSteps,
     cache: RefreshCache | None = None,
 ) -> Decoded:
-    """Decode one row, with the published intervals and ratio unless ``cache`` has others."""
+    """Decode one sequence, with the published intervals and ratio unless ``cache`` has others."""
     inner = vanilla if isinstance(sampler, FixedSteps) else slowfast
     inner.check(sampler, gen_length)
     return inner.run(FeatureForwards(model, prompt, gen_length, sampler, cache or RefreshCache()), sampler)

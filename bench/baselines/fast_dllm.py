@@ -56,7 +56,7 @@ def run(forwards: Forwards, sampler: Threshold | FixedSteps, cache: str) -> Deco
 
 
 def check(model: PlainModel, sampler: Threshold | FixedSteps, gen_length: int, cache: str) -> None:
-    """Refuse what is not in the repository's samplers for LLaDA."""
+    """Refuse options that the repository's samplers for LLaDA lack."""
     if cache not in CACHES:
         raise ValueError(f"cache={cache!r} is not one of {CACHES}")
     if cache != "none" and model.spec.shifted:
@@ -73,6 +73,6 @@ def check(model: PlainModel, sampler: Threshold | FixedSteps, gen_length: int, c
 def decode(
     model: PlainModel, prompt: list[int], gen_length: int, sampler: Threshold | FixedSteps, cache: str = "none"
 ) -> Decoded:
-    """Decode one row."""
+    """Decode one sequence."""
     check(model, sampler, gen_length, cache)
     return run(Forwards(model, prompt, gen_length, sampler), sampler, cache)

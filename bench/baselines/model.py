@@ -65,7 +65,7 @@ class PlainModel:
         return KVStore(*(torch.empty(shape, device=self.device, dtype=self.dtype) for _ in range(2)))
 
     def reach(self, length: int) -> None:
-        """Have float32 rotary tables ``[length, D]`` or longer; they double as they grow."""
+        """Extend the float32 rotary tables to ``[length, D]`` or more; they grow by doubling."""
         if length <= len(self._cos):
             return
         length = max(length, 2 * len(self._cos))
@@ -83,12 +83,12 @@ class PlainModel:
         return self._rotate(q, rows), self._rotate(k, rows), v
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: LayerWeights) -> torch.Tensor:
-        """What attention of ``q [1, H, n, D]`` to ``k`` and ``v [1, Hkv, L, D]`` adds to its rows, ``[1, n, d]``."""
+        """Return the output of attention of ``q [1, H, n, D]`` to ``k`` and ``v [1, Hkv, L, D]`` adds to its rows, ``[1, n, d]``."""
         mixed = F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1])
         return F.linear(mixed.transpose(1, 2).flatten(2), layer.out)
 
     def mlp(self, x: torch.Tensor, layer: LayerWeights) -> torch.Tensor:
-        """What the MLP, its norm included, adds to ``x [1, n, d]``."""
+        """Return the residual update of the MLP, its norm included, for ``x [1, n, d]``."""
         gate, up = F.linear(self.norm(x, layer.mlp_norm), layer.gate_up).chunk(2, -1)
         return F.linear(F.silu(gate) * up, layer.down)
 
@@ -138,7 +138,7 @@ class Forwards:
         return self.model(tokens, first, store)
 
     def count(self, rows: int) -> None:
-        """Note a forward of so many rows."""
+        """Count a forward of ``rows`` positions."""
         if self.nfe == self.most:
             raise RuntimeError(f"not finished after {self.nfe} forwards: the model keeps predicting the mask itself")
         self.nfe += 1
@@ -146,7 +146,7 @@ class Forwards:
         self.rows_forwarded += rows
 
     def masked(self, first: int, last: int) -> bool:
-        """Whether anything in ``[first, last)`` is undecided. Reads the device."""
+        """Return True if any position in ``[first, last)`` is undecided. Reads the device."""
         return bool((self.canvas[first:last] == self.spec.mask_id).any())
 
     def decoded(self) -> Decoded:

@@ -27,7 +27,7 @@ def look(forwards: Forwards, length: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def passes(confidence: torch.Tensor, tau: float, sampler: SlowFast) -> torch.Tensor:
-    """Where the threshold is exceeded or, if not ``strict``, reached; compared in the confidence's dtype."""
+    """Return a mask of where the threshold is exceeded or, if not ``strict``, reached; compared in the confidence's dtype."""
     return confidence > tau if sampler.strict else confidence >= tau
 
 
@@ -59,9 +59,9 @@ def is_stable(window: list[int], sampler: SlowFast) -> bool:
 
 
 def slow_stage(forwards: Forwards, sampler: SlowFast, begin: int, s: int, end: int) -> int:
-    """Cautious steps over ``[s, end)`` of the block from ``begin``; where the fast stage is to end.
+    """Run slow-stage steps over ``[s, end)`` of the block that starts at ``begin``; return the fast stage's end.
 
-    A step's horizon is one past the last undecided position that is over ``tau_min``, from the block's begin.
+    A step's horizon is one past the last undecided position that is over ``tau_min``, from the block's start.
     """
     canvas = forwards.canvas
     window = deque([0] * sampler.window if sampler.zero_history else [], maxlen=sampler.window)
@@ -93,7 +93,7 @@ def fast_stage(forwards: Forwards, sampler: SlowFast, s: int, e: int) -> None:
 
 
 def run(forwards: Forwards, sampler: SlowFast) -> Decoded:
-    """Decode the canvas of ``forwards``: cycles, in each block from its begin, until nothing there is masked."""
+    """Decode the canvas of ``forwards``: per block, run cycles from its start until no position is masked."""
     start, length = forwards.start, len(forwards.canvas)
     block = sampler.block_length or length - start
     for begin in range(start, length, block):
@@ -112,6 +112,6 @@ def check(sampler: SlowFast, gen_length: int) -> None:
 
 @torch.inference_mode()
 def decode(model: PlainModel, prompt: list[int], gen_length: int, sampler: SlowFast) -> Decoded:
-    """Decode one row."""
+    """Decode one sequence."""
     check(sampler, gen_length)
     return run(Forwards(model, prompt, gen_length, sampler), sampler)

@@ -28,7 +28,7 @@ def step(model: PlainModel | Forwards, canvas: torch.Tensor, first: int, last: i
 
 
 def even_counts(masked: int, steps: int) -> list[int]:
-    """How many of ``masked`` positions each step fills: equally many, the first steps taking what is left over."""
+    """Divide ``masked`` positions evenly among the steps; the first steps take the remainder."""
     base, extra = divmod(masked, steps)
     return [base + (index < extra) for index in range(steps)]
 
@@ -46,12 +46,12 @@ def run(forwards: Forwards, sampler: FixedSteps) -> Decoded:
 
 
 def check(sampler: FixedSteps, gen_length: int) -> None:
-    """Refuse what is not LLaDA's: Dream's metrics and its time schedule are not written out here."""
+    """Refuse options other than LLaDA's: Dream's metrics and its time schedule are not written out here."""
     check_sampler(sampler, (FixedSteps,), gen_length, metric="confidence")
 
 
 @torch.inference_mode()
 def decode(model: PlainModel, prompt: list[int], gen_length: int, sampler: FixedSteps) -> Decoded:
-    """Decode one row."""
+    """Decode one sequence."""
     check(sampler, gen_length)
     return run(Forwards(model, prompt, gen_length, sampler), sampler)

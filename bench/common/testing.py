@@ -1,4 +1,4 @@
-"""What tests and benchmarks share: an error budget, poisoned outputs, guard bands, a watch for reads by the host, a
+"""Helpers shared by tests and benchmarks: an error budget, poisoned outputs, guard bands, a watch for reads by the host, a
 brisker interpreter."""
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def _refusal(name: str) -> Callable[..., None]:
 
 @contextmanager
 def no_host_reads() -> Iterator[None]:
-    """Raises AssertionError where torch, called within, makes the host read a value, or wait for the device.
+    """Raise AssertionError where torch, called within, makes the host read a value, or wait for the device.
 
     On a CPU, where a read costs nothing and shows nowhere, it finds what would be a synchronisation on a GPU: values
     taken out of tensors, sizes that depend on values, and copies from another device. Making tensors of what the host
@@ -183,7 +183,7 @@ def guarded_loads() -> Iterator[None]:
 def brisk_interpreter(*, overflow_checks: bool = True) -> Iterator[None]:
     """Triton's interpreter, which patches its language anew at every launch and every nested call, patched once.
 
-    That is a quarter of its time; its checks of integer overflow are a sixth. Nor does numpy warn of what is computed
+    Patching takes a quarter of the interpreter's time; its checks of integer overflow are a sixth. Numpy warnings are off for values computed
     in lanes that a mask discards. Results stay the same. Reaches into parts of triton (3.6 to 3.9) that are its own
     business, so it is for tests only. Does nothing where kernels are compiled.
     """

@@ -1,4 +1,4 @@
-"""Whether a worked solution agrees with itself: what parallel decoding breaks in a model that cannot do the sums."""
+"""Check a worked solution for self-consistency, which parallel decoding breaks in a model that cannot do the sums."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ _BOXES = "The boxes hold "  # such an equation is of given numbers alone, and th
 
 
 def carried(problem: Problem, answer: str) -> bool:
-    """Whether ``answer`` carries its numbers through a word problem, be the sums right or wrong.
+    """Return True if ``answer`` carries its numbers through a word problem, be the sums right or wrong.
 
     It must have the equations of the reference answer, in order, with the same operators and the same given numbers;
-    what an equation takes from an earlier one, and the number after ``####``, must be the number that stands there.
-    The text around the equations is not looked at.
+    operands taken from an earlier equation, and the number after ``####``, must equal that equation's result.
+    The text around the equations is ignored.
     """
     wanted, found = list(_EQUATION.finditer(problem.answer)), list(_EQUATION.finditer(answer))
     if len(wanted) != len(found):

@@ -1,6 +1,6 @@
 """Accuracy of a checkpoint on held-out problems: ``python -m bench.embedded.evaluate CHECKPOINT [--limit 500]``.
 
-Prints one JSON line a task: correct answers with a 95% interval, steps, and tokens a step.
+Prints one JSON line per task: correct answers with a 95% interval, steps, and tokens per step.
 """
 
 from __future__ import annotations

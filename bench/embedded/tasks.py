@@ -37,7 +37,7 @@ class Problem:
 
     @property
     def held_out(self) -> bool:
-        """Whether this problem belongs to the test part."""
+        """Return True if this problem belongs to the test split."""
         if self.kind == "drill":
             return False
         digest = hashlib.sha256(f"{self.kind}\0{self.key}".encode()).digest()
@@ -144,7 +144,7 @@ LOSS = ("loses", "sells", "drops", "breaks", "eats")
 
 
 def _event(rng: random.Random, who: str, thing: str, have: int) -> tuple[str, str, int]:
-    """One event: its sentence in the question, its worked step, and what is left after it."""
+    """Return an event: its sentence in the question, its worked step, and the amount left after it."""
     kinds = ["gain"] + ["loss"] * (have > 1) + ["give"] * (have > 1) + ["double"] * (have < 60)
     kinds += ["half"] * (have % 2 == 0 and have > 2) + ["boxes"] * (have < 120)
     kind = rng.choice(kinds)
@@ -287,7 +287,7 @@ def _countdown_correct(question: str, answer: str) -> bool:
 
 
 def correct(problem: Problem, answer: str) -> bool:
-    """Whether ``answer`` solves ``problem``: exact match, right final number, or a valid chain of equations."""
+    """Return True if ``answer`` solves ``problem``: exact match, right final number, or a valid chain of equations."""
     if problem.kind == "countdown":
         return _countdown_correct(problem.question, answer)
     if problem.kind == "words":

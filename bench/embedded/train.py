@@ -241,7 +241,7 @@ class Run:
         os.replace(partial, self.folder / "state.pt")
 
     def identity(self) -> dict:
-        """What a saved state must agree on with the run that takes it up."""
+        """Return the settings in which a saved state and the run that resumes it must agree."""
         return {"config": self.config, "seed": self.seed, "tokenizer": self.tokenizer.to_str()}
 
     def resume(self) -> None:

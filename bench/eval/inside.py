@@ -1,7 +1,7 @@
 """Runs in a process of its own, started by :mod:`bench.eval.sandbox`: confines itself, then runs one program.
 
 Reads ``{"program", "nonce", "seconds", "memory", "file", "root"}`` as JSON from stdin. Answers on stdout with one line
-once it is confined, and with another when the program has come to its end; each begins with the nonce, so that a
+once it is confined, and with another when the program has ended; each starts with the nonce, so that a
 program that ends the process early has not passed.
 """
 

@@ -1,4 +1,4 @@
-"""What plain cuBLAS and SDPA reach under plain CUDA graphs, with nothing of this package in them: the baseline to beat.
+"""Baseline to beat: plain cuBLAS and SDPA under plain CUDA graphs, without any code of this package.
 
 A step forwards C rows of LLaDA-8B's sizes against 2,124 cached keys, with random weights in bfloat16; a full step all
 of them. Beside the whole, its products and its attention alone, and the ceilings that the design assumes: how fast a
@@ -37,7 +37,7 @@ BACKENDS = {
 
 
 class Plain:
-    """A transformer in a few lines of torch: rows of a canvas against cached keys and values, then logits of some."""
+    """A minimal torch transformer: positions of a canvas against cached keys and values, then logits of some."""
 
     def __init__(self, spec: ModelSpec, weights: Weights, length: int):
         self.spec, self.weights, self.length = spec, weights.plain("the baseline"), length
@@ -107,7 +107,7 @@ class Bench:
 
     @torch.inference_mode()
     def vanilla(self) -> dict[str, Any]:
-        """As the official script has it: the softmax of all logits. Also launched one by one."""
+        """Time the official script's step: the softmax of all logits. Also launched one by one."""
         work = functools.partial(self.model.step, self.length, self.length, True)
         replayed = clock.spread(clock.seconds(clock.graph_of(work, self.device), self.device))
         launched = clock.spread(clock.seconds(work, self.device, samples=5), "launched_ms")
@@ -115,14 +115,14 @@ class Bench:
 
     @torch.inference_mode()
     def profile(self, rows: int) -> dict[str, Any]:
-        """Which kernels torch takes for a step, and where their time goes."""
+        """List the kernels that torch launches for a step, with their times."""
         work = functools.partial(self.model.step, rows, min(rows, HEAD_ROWS))
         work()
         return {"rows": rows, **trace.summary(trace.profiled(work))}
 
     @torch.inference_mode()
     def products(self, rows: int) -> dict[str, Any]:
-        """Each product of a step alone, of all layers one after another, so that weights come from memory."""
+        """Time each product of a step alone, of all layers one after another, so that weights come from memory."""
         values: dict[str, Any] = {"rows": rows}
         for name in PRODUCTS:
             weights = [getattr(layer, name) for layer in self.model.weights.layers] if name != "head" else []

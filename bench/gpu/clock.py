@@ -35,8 +35,8 @@ def graph_of(work: Work, device: torch.device) -> Work:
 def hold(device: torch.device) -> None:
     """Capture something outside of inference mode, and keep it.
 
-    The first graph alive makes what torch keeps for random numbers of graphs. Made in inference mode, where the engine
-    captures, it refuses captures outside of it in releases that lack the mending of pytorch/pytorch#166792.
+    The first live graph creates torch's random-number state for graphs. Created in inference mode, where the engine
+    captures, it refuses captures outside of it in releases that lack the fix of pytorch/pytorch#166792.
     """
     _HELD.append(graph_of(lambda: torch.zeros(1, device=device), device))
 

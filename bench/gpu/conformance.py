@@ -1,6 +1,6 @@
-"""Recorded cases through the kernels on the GPU: as many as there is time for, spread over every file.
+"""Run recorded cases through the kernels on the GPU: as many as time allows, spread over every file.
 
-``tests/conformance.py`` says what is right; all of its cases in one go is ``tests/conformance.py tests/golden --impl
+``tests/conformance.py`` defines a pass; all of its cases in one go is ``tests/conformance.py tests/golden --impl
 triton``.
 """
 

@@ -93,7 +93,7 @@ class Bench:
         return values
 
     def predicted(self, impl: str, policy: str, kind: Kind) -> dict[str, Any]:
-        """What the cost model says of the step, at the ceilings that the design assumes."""
+        """Predict the step by the cost model, at the ceilings that the design assumes."""
         count = steps_of(self.setting, impl, policy).count(kind)
         return {
             "predicted_ms": 1e3 * PREDICTED.seconds(count),
@@ -166,7 +166,7 @@ class Bench:
 
 
 def _launched(rig: Rig, shape: Shape) -> dict[str, Any]:
-    """The step as the eager loop takes it: by the host's clock, from its start to its letter."""
+    """Time a step of the eager loop by the host's clock, from its start to its output."""
     taken = []
     deadline = time.monotonic() + 1.0
     while len(taken) < 3 or len(taken) < 10 and time.monotonic() < deadline:

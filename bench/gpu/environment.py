@@ -1,4 +1,4 @@
-"""What the machine is: GPU, driver, versions, clocks, and what a loop on the device would need."""
+"""Describe the machine: GPU, driver, versions, clocks, and the features that a loop on the device would need."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ HOST_ATOMICS = 86  # cudaDevAttrHostNativeAtomicSupported
 
 
 def smi() -> dict[str, str]:
-    """What ``nvidia-smi`` says of the first GPU; empty where there is none."""
+    """Query ``nvidia-smi`` for the first GPU; empty if there is none."""
     return next(filter(None, map(_asked, QUERIES)), {})
 
 
@@ -78,7 +78,7 @@ def describe() -> dict[str, Any]:
 
 
 def host_atomics() -> bool | None:
-    """Whether atomics of the device on host memory are the bus' own; None if nobody can say."""
+    """Return True if the bus performs the device's atomics on host memory natively; None if unknown."""
     for name in ("libcudart.so", "libcudart.so.13", "libcudart.so.12"):
         try:
             library, value = ctypes.CDLL(name), ctypes.c_int(0)

@@ -42,7 +42,7 @@ def with_loop(engine: Engine, name: str) -> Engine:
 
 @contextmanager
 def warnings() -> Iterator[list[str]]:
-    """What the package warns of meanwhile: that a loop failed, and another went on."""
+    """Collect the package's warnings inside the block: a loop failed, and another continued."""
     told: list[str] = []
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: told.append(record.getMessage())

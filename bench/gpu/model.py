@@ -103,7 +103,7 @@ class Rig:
         return self.step.state
 
     def control(self, kind: Kind) -> list[int]:
-        """A row's numbers before a step of this kind: the response is decided up to its middle."""
+        """Return a sequence's control values before a step of this kind: the response is decided up to its middle."""
         setting, blocks = self.setting, not self.step.by_stage
         start, end = setting.prompt, setting.prompt + setting.response
         half = self._half()
@@ -124,12 +124,12 @@ class Rig:
         return setting.prompt + setting.response // 2 // setting.block_length * setting.block_length
 
     def shape(self, kind: Kind) -> Shape:
-        """The fixed shape of a step of this kind."""
+        """Return the fixed shape of a step of this kind."""
         return self.step.fixed(self.step.views([self.control(kind)] * self.setting.batch), kind.step)
 
     @torch.inference_mode()
     def put(self, kind: Kind) -> None:
-        """Go to where a step of this kind begins; :meth:`restore` comes back here."""
+        """Set the state to the start of a step of this kind; :meth:`restore` returns to it."""
         state, half = self.state, self._half()
         decided = slice(self.setting.prompt, half)
         state.tokens[:, decided] = torch.tensor(prompt_ids(self.model.spec, half - self.setting.prompt, 1)).to(
@@ -156,11 +156,11 @@ class Rig:
             tensor.copy_(self._fresh[name])
 
     def outcome(self) -> dict[str, list]:
-        """What a step has made of the state."""
+        """Return the state's values after a step."""
         return {"control": self.state.control.tolist(), "tokens": self.state.tokens.tolist()}
 
     def run(self, shape: Shape) -> None:
-        """A step as the eager loop takes one: started, and waited for by its letter."""
+        """Run a step as the eager loop does: start it, and wait for its output."""
         self.step.run([shape])
         self.step.mailbox.posted += 1
         self.wait()
@@ -169,7 +169,7 @@ class Rig:
         self.step.mailbox.wait(self.step.mailbox.posted, LIMIT)
 
     def capture(self, shape: Shape) -> Callable[[], None]:
-        """A replay of a step of this shape, by the replay loop's own capture."""
+        """Capture a step of this shape by the replay loop's own code; return its replay."""
         with torch.inference_mode():
             self.state.done.fill_(1)
             replay = (capture_graph if self.device.type == "cuda" else stand_in)(self.step, shape)
