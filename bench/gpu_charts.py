@@ -14,7 +14,7 @@ TITLES = {"steps": "steps at 8B, replayed", "throughput": "tokens a second and a
 
 
 def names(record: Record, rows: Mapping[str, Line]) -> dict[str, str]:
-    """The pictures that a record has figures for, and their files' names; ``rows`` are those of its throughput."""
+    """List the pictures that a record has figures for, with file names; ``rows`` are its throughput rows."""
     there = {"steps": bool(steps(record)), "throughput": any(row["real"] for row in rows.values())}
     return {name: f"benchmarks-{record.path.parent.name}-{name}.png" for name, fine in there.items() if fine}
 

@@ -1,8 +1,8 @@
-"""Everything there is to find out on a GPU that is at hand for minutes, in one command.
+"""Run every GPU benchmark within a time budget, in one command (for short GPU loans).
 
     python bench/gpu_suite.py                        nine minutes; the record goes under bench/results/
     python bench/gpu_suite.py --minutes 5 --only environment,warm-up,smoke,engine
-    python bench/gpu_suite.py --dry-run              the steps, and how long each may take
+    python bench/gpu_suite.py --dry-run              the steps, with the time limit of each
 
 Every step is a process of its own with a limit, in a group of its own: one that fails, hangs or takes its context with
 it is a line in the record, and the next goes on. Lines are written at once (:mod:`bench.gpu.record`), so that whatever
@@ -82,7 +82,7 @@ class Run:
         return "no time is left" if seconds == 0 else None
 
     def step(self, step: Step, seconds: float) -> None:
-        """Start a step, and again for what is left where it died on the way; then write how it ended."""
+        """Start a step, restart it for its remaining parts if it died, and write its ending."""
         began, deadline, notes = time.monotonic(), time.monotonic() + seconds, []
         status, returncode, output = "ok", None, ""
         for command in step.commands:
@@ -178,7 +178,7 @@ def _counted(lines: dict[str, str]) -> str:
 
 
 def gpu_name() -> str | None:
-    """What the driver calls the first GPU; None if there is none."""
+    """Return the driver's name for the first GPU; None if there is none."""
     try:
         command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader", "-i", "0"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=15)
@@ -217,7 +217,7 @@ def table(log: record.Log, steps: Sequence[Step]) -> str:
 
 
 def _targets(log: record.Log) -> list[str]:
-    """What was measured of the design's targets. A toy measures nothing."""
+    """Report the design targets that were measured. A toy run measures nothing."""
     measured = Record(log.path, log.lines())
     if measured.header.get("toy"):
         return []

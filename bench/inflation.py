@@ -1,4 +1,4 @@
-"""What goes where when the embedded model is written into the shapes of a large one, with the function that it has.
+"""Map the embedded model's weights into the shapes of a large model, with the same function.
 
 The large model computes what the small one does, so a benchmark at its size has a trained model's slow and fast stages,
 and answers that can be checked. With d and D for the two widths and f = sqrt(D / d):
@@ -62,17 +62,17 @@ ALL = slice(None)
 
 
 class Block(NamedTuple):
-    """What stands at some rows (and columns) of a tensor instead of random numbers."""
+    """Values that replace random numbers at some rows (and columns) of a tensor."""
 
     at: tuple[Index, ...]
     value: torch.Tensor | float
 
 
 class Plan:
-    """How the weights of ``source`` go into the tensors of the spec ``big``, in ``dtype``.
+    """Mapping of the weights of ``source`` into the tensors of the spec ``big``, in ``dtype``.
 
     Raises:
-        ArgumentError: they do not fit; says everything that stands against it, with both numbers.
+        ArgumentError: they do not fit; lists every mismatch, with both numbers.
     """
 
     def __init__(self, source: Engine, big: ModelSpec, dtype: torch.dtype, seed: int = 0):
@@ -124,7 +124,7 @@ class Plan:
 
     @property
     def f(self) -> float:
-        """What the residual stream is scaled by."""
+        """Scale of the residual stream."""
         return math.sqrt(self.big.d_model / self.small.d_model)
 
     @property
@@ -159,7 +159,7 @@ class Plan:
 
     @functools.cached_property
     def unused_weight(self) -> float:
-        """What the head's rows of ids that the model does not have read the constant channel with."""
+        """Weight on the constant channel in the head's rows of ids that the model does not have."""
         at = self.constant
         value = float(self.weights.embedding[0, at] * self.weights.norm[at])
         return UNUSED_LOGIT * RMS_HEADROOM * largest_rms(self.source, at) / value
@@ -174,7 +174,7 @@ class Plan:
 
     @property
     def q_rows(self) -> torch.Tensor:
-        """For every row of the model's ``q``, and column of its ``attn_out``, where it is."""
+        """Target index of every row of the model's ``q``, and of every column of its ``attn_out``."""
         own, wide = (spec.n_heads // spec.n_kv_heads for spec in (self.small, self.big))
         head = torch.arange(self.small.n_heads)
         return self._rows(head // own * wide + head % own, self.channels)
@@ -214,7 +214,7 @@ class Plan:
             out[at] = value.to(device=out.device, dtype=out.dtype) if isinstance(value, torch.Tensor) else value
 
     def blocks(self, part: str, layer: int | None) -> Iterator[Block]:
-        """What is not random in a tensor. Blocks do not overlap."""
+        """List the blocks of a tensor that are not random. Blocks do not overlap."""
         if layer is None:
             return getattr(self, f"_{part}")()
         if layer >= self.offset:
@@ -223,7 +223,7 @@ class Plan:
 
     @property
     def zeros(self) -> int:
-        """How many of the weights are zeros that keep the model apart from what is random."""
+        """Count the zero weights that separate the model from the random weights."""
         count = 0
         for place, (_, shape) in layout(self.big).items():
             blank = torch.empty(shape, device="meta")
@@ -300,7 +300,7 @@ class Plan:
             yield from self._written(units, own.down)
 
     def _written(self, columns: Index, weight: torch.Tensor) -> Iterator[Block]:
-        """What layers add to the residual stream."""
+        """Rows of the tensors that layers add to the residual stream."""
         yield Block((self._model, columns), self.f * weight)
         if self.big.tied_head:
             yield Block((self._copy, columns), self.f * COPY * weight)
@@ -340,9 +340,9 @@ def _without(these: torch.Tensor, those: torch.Tensor) -> torch.Tensor:
 
 @functools.lru_cache(maxsize=4)
 def largest_rms(source: Engine, constant: int) -> float:
-    """The largest rms of the residual stream before the final norm, over every canvas of a few generations.
+    """Measure the largest rms of the residual stream before the final norm, over every canvas of a few generations.
 
-    The constant channel itself tells: after the norm it is its value times its gain over the rms.
+    It follows from the constant channel: after the norm that is its value times its gain over the rms.
     """
     model, smallest = source.model, math.inf
     for kind in problems.DIFFICULTY:

@@ -60,7 +60,7 @@ def own_server(model: str, *options: str, environment: Mapping[str, str] | None 
 
 
 def _address(process: subprocess.Popen, log) -> str:
-    """Where the server is, once it takes requests."""
+    """Return the server's address, once it accepts requests."""
     deadline, url = time.monotonic() + _START, None
     while time.monotonic() < deadline and process.poll() is None:
         said = _read(log)
@@ -80,7 +80,7 @@ def _read(log) -> str:
 
 
 def check_loopback(url: str | None) -> str | None:
-    """What is wrong with a URL of which only loopback is loaded; None: nothing."""
+    """Return the reason why a URL is not loaded (only loopback is); None if it is valid."""
     host = urlsplit(url).hostname if url else "127.0.0.1"
     try:
         fine = host == "localhost" or bool(host) and ipaddress.ip_address(host).is_loopback
@@ -110,7 +110,7 @@ def quantiles(values: Sequence[float]) -> dict[str, float] | None:
 
 
 def environment() -> dict[str, str | None]:
-    """What ran it."""
+    """Describe the environment of the run."""
     about = machine(torch.device("cpu"))
     return {
         "machine": f"{about['cpu']}, {about['cores']} cores",

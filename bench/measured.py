@@ -1,4 +1,4 @@
-"""What the measurements on held-out problems share: variants, decoding, records that grow by line, marked pages."""
+"""Helpers shared by measurements on held-out problems: variants, decoding, records that grow by line, marked pages."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def decode(engine: sfs_triton.Engine, variant: Variant, chosen: list[tasks.Probl
 
 
 def count(right: Sequence[bool]) -> dict:
-    """How many of a line's problems are right, with Wilson's interval of their share."""
+    """Count a line's correct answers, with Wilson's interval of their share."""
     low, high = wilson_interval(sum(right), len(right))
     return {"n": len(right), "correct": sum(right), "interval": [round(low, 4), round(high, 4)]}
 
@@ -61,7 +61,7 @@ def read(path: Path, n: int | None = None, **agreed) -> dict:
 
 
 def missing(record: dict, task: str, variants: Sequence[Variant]) -> Iterator[Variant]:
-    """The variants of which the record has no line for the task."""
+    """List the variants for which the record has no line of the task."""
     there = {(line["task"], line["group"], line["label"]) for line in record["lines"]}
     return (v for v in variants if (task, v.group, v.label) not in there)
 
@@ -100,7 +100,7 @@ def marked(text: str, name: str, part: str) -> str:
 
 
 def write_doc(page: Path, name: str, render: Callable[[], str]) -> None:
-    """Replace what is between the page's markers of ``name`` by what ``render`` gives."""
+    """Replace the text between the page's markers of ``name`` by the result of ``render``."""
     try:
         marked(page.read_text(encoding="utf-8"), name, "")  # refused before anything is rendered
         replace_file(page, marked(page.read_text(encoding="utf-8"), name, render()))

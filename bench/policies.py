@@ -1,4 +1,4 @@
-"""What each option of the region cache costs or gains, on the embedded model: accuracy, steps, rows, full forwards.
+"""Measure each option of the region cache on the embedded model: accuracy, steps, rows, full forwards.
 
     python -m bench.policies --limit 200 --json bench/results/policies.json
     python -m bench.policies --json bench/results/policies.json --write-doc docs/caches.md
@@ -24,7 +24,7 @@ from sfs_triton import NoCache, RefreshCache, RegionCache, SlowFast, Threshold
 
 
 def variants() -> list[Variant]:
-    """Each option alone beside the same without it, at three sizes of the row list."""
+    """List each option alone with its counterpart without it, at three sizes of the position list."""
     paper = SlowFast()
     lines = [
         Variant("whole canvas", "none", paper, NoCache()),
@@ -75,7 +75,7 @@ def measure(engine: sfs_triton.Engine, variant: Variant, chosen: list[tasks.Prob
 
 
 def run(limit: int, kinds: list[str], path: Path) -> None:
-    """Measure all variants on all tasks; what is done is kept after every line, and not done again."""
+    """Measure all variants on all tasks; results are saved after every line and not measured again."""
     engine = sfs_triton.load("embedded", "cpu", "float32")
     record = {"machine": machine(engine.model.device), "model": "embedded", "gen_length": GEN_LENGTH, "lines": []}
     if path.exists():

@@ -1,9 +1,9 @@
-"""What float8 weights change, on the embedded model: tokens, right answers, steps, and the choices of one forward.
+"""Measure float8 weights on the embedded model: tokens, right answers, steps, and the choices of one forward.
 
     python -m bench.quantised --limit 100 --json bench/results/quantised.json
     python -m bench.quantised --json bench/results/quantised.json --write-doc docs/quantised.md
 
-The first line measures, with float32 as what the others are compared to; an interrupted run goes on where it stopped.
+The first line measures, with float32 as the reference; an interrupted run resumes where it stopped.
 The second puts its tables, and what :mod:`bench.cost_model` predicts, into a page, between markers.
 """
 
@@ -38,7 +38,7 @@ FORWARD = "one forward"
 
 
 class Numbers(NamedTuple):
-    """What a model's weights are kept and computed in."""
+    """Number formats in which a model's weights are stored and computed."""
 
     label: str
     dtype: str
@@ -149,7 +149,7 @@ class Task:
 
 @torch.inference_mode()
 def times(engines: Sequence[sfs_triton.Engine], problem: tasks.Problem, rounds: int = 30) -> list[float]:
-    """The processor's time for a forward of each, in seconds: the least of some, in turns. Other work is not in it."""
+    """Return CPU seconds per forward of each: the least of several interleaved runs. Other work is excluded."""
     ids = engines[0].text.encode(problem.question) + [engines[0].spec.mask_id] * GEN_LENGTH
     best = [math.inf] * len(engines)
     for _ in range(rounds):
@@ -168,7 +168,7 @@ def weight_bytes(weights: Weights) -> int:
 
 
 def run(limit: int, names: list[str], path: Path) -> None:
-    """Measure what the record lacks; what is done is kept after every line."""
+    """Measure what the record lacks; results are saved after every line."""
     device = engine_of(EXACT).model.device
     record = {"machine": machine(device), "model": "embedded", "gen_length": GEN_LENGTH, "lines": []}
     if path.exists():
@@ -217,7 +217,7 @@ def tables(record: dict) -> str:
 
 
 def costs() -> str:
-    """What the cost model says of the products and the head of a step of LLaDA-8B, by kernels. Nothing is timed."""
+    """Predict the products and the head of a step of LLaDA-8B by the cost model, by kernel. Nothing is timed."""
     head = "| step | rows | weights | GB moved | TFLOP | ms, predicted | measured |"
     pieces = [head, "|---|---|---|---|---|---|---|"]
     for capacity, number in ((32, 1), (64, 1), (128, 1), (128, 0)):

@@ -165,7 +165,7 @@ def generations_section(new: Record, old: Record | None) -> str:
 
 
 def _merged(record: Record | None) -> dict[str, Line]:
-    """Each row of the throughput step: its visits, one a problem, taken together."""
+    """Merge the visits (one per problem) of each row of the throughput step."""
     by_row: dict[str, list[Line]] = {}
     for line in record.of("throughput") if record else ():
         if "row" in line and line.get("ms_per_forward"):
@@ -377,7 +377,7 @@ SECTIONS: dict[str, Callable[[Record, Record | None], str]] = {
 
 
 def render(found: Sequence[Record], cpus: Sequence[CpuRun] = (), root: Path = ROOT) -> str:
-    """The page, from records of GPUs and of CPUs, whose paths are told from ``root``."""
+    """Render the page from records of GPUs and of CPUs, whose paths are given relative to ``root``."""
     by_gpu: dict[str, list[Record]] = {}
     for record in found:
         by_gpu.setdefault(record.header["gpu"], []).append(record)
@@ -408,7 +408,7 @@ def render(found: Sequence[Record], cpus: Sequence[CpuRun] = (), root: Path = RO
 
 
 def pages(results: Path, out: Path, readme: Path) -> dict[Path, str]:
-    """What the page and the README should be, by their paths. A README stays as it is where there is no CPU's run."""
+    """Render the page and the README, by path. A README stays as it is where there is no CPU's run."""
     if not results.is_dir():
         raise ValueError(f"--results {results} is no folder")
     cpus, root = newest(results), results.parent.parent

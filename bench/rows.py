@@ -1,4 +1,4 @@
-"""The rows of the main benchmark: who decodes, by which sampler, with which cache."""
+"""Rows of the main benchmark: implementation, sampler and cache policy."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Row:
 
     @property
     def a_token_a_step(self) -> bool:
-        """Whether the number of steps is known before the first."""
+        """Return True if the number of steps is known before the first."""
         return self.settings is None or isinstance(self.settings, FixedSteps) and self.settings.steps is None
 
 
@@ -58,10 +58,10 @@ def every_row(gen_length: int) -> list[Row]:
 
 
 def chosen(rows: Iterable[Row], wanted: dict[str, Sequence[str] | None]) -> list[Row]:
-    """The rows that have one of the values that each flag wants; None wants all.
+    """Select the rows that match one of the values of each flag; None matches all.
 
     Raises:
-        ValueError: names a value that no row has, or says that nothing is left.
+        ValueError: names a value that no row has, or reports that no row is left.
     """
     rows = list(rows)
     left = rows

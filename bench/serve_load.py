@@ -29,7 +29,7 @@ MAX_CLIENTS, MAX_SECONDS = 256, 600
 
 @dataclass
 class Tally:
-    """What all clients met with."""
+    """Counts of all clients' outcomes."""
 
     seconds: list[float] = field(default_factory=list)
     first: list[float] = field(default_factory=list)  # seconds to the first text of streams

@@ -1,12 +1,12 @@
-"""A long time under mixed requests, and whether the server is then what it was at its begin: ``make soak``.
+"""Run mixed requests for a long time and check that the server's state is unchanged: ``make soak``.
 
     python -m bench.soak --minutes 30      # half an hour; writes a record below bench/results/
     python -m bench.soak --minutes 5 --out soak.json
 
 Starts a server of its own on loopback. Clients ask for chats and completions, whole and streamed, with frames, stop
-strings and gaps to fill in, with several samplers, caches, temperatures and lengths; some leave, some send what is
-refused, some ask for more than the time limit leaves time for. Once a minute all pause: with nothing to do, and with
-the same few lanes open each time, the server's resident memory is compared with what it was. Prints what was found; the
+strings and gaps to fill in, with several samplers, caches, temperatures and lengths; some leave, some send invalid
+requests, some ask for more than the time limit leaves time for. Once a minute all pause: with nothing to do, and with
+the same few lanes open each time, the server's resident memory is compared with what it was. Prints the findings; the
 exit status is 1 if a check failed.
 """
 
@@ -49,7 +49,7 @@ _ENOUGH = 20  # failures that are told of in words
 
 @dataclass
 class Tally:
-    """What all clients met with."""
+    """Counts of all clients' outcomes."""
 
     outcomes: Counter = field(default_factory=Counter)  # by kind and outcome
     failures: list[str] = field(default_factory=list)
@@ -91,7 +91,7 @@ class Soak:
             self.tally.fail(f"{ask.kind} {ask.path} {str(ask.body)[:200]}: {outcome} after {took:.1f} s")
 
     async def _request(self, ask: Ask, rng: random.Random) -> str:
-        """What came of it: a status, or what is told in its place."""
+        """Return the outcome: a status, or a substitute for it."""
         if ask.kind == "state":
             return str((await self.client.get(ask.path)).status_code)
         if ask.kind == "leaves" and not ask.body.get("stream"):
@@ -138,7 +138,7 @@ class Soak:
         return "200"
 
     async def _garbage(self, rng: random.Random) -> str:
-        """What is no request at all, from a client that then hangs up."""
+        """Send bytes that are no request, then disconnect."""
         url = urlsplit(self.options.url)
         reader, writer = await asyncio.open_connection(url.hostname, url.port)
         try:
@@ -202,7 +202,7 @@ class Soak:
         self._go.set()
 
     async def fill(self, rows: int = MAX_BATCH, steps: int = 12) -> int:
-        """So many rows in each of as many lanes as there may be; how many had a slot at the same time."""
+        """Fill as many batches as the limit allows, each with so many sequences; return how many had a slot at once."""
         kinds = [{"sampler": {"kind": "vanilla", "top_k": number}} for number in range(1, MAX_LANES + 1)]
         said = [{"role": "user", "content": "15,44,79,50"}]
         asks = [Ask("whole", CHAT, {"messages": said, "max_tokens": steps, **kind}) for kind in kinds * rows]
@@ -216,7 +216,7 @@ class Soak:
         return most
 
     async def at_rest(self, seconds: float = 30.0) -> dict[str, float]:
-        """What the server counts once nothing runs or waits, or when that has taken too long."""
+        """Return the server's counters once nothing runs or waits, or after a timeout."""
         deadline = time.perf_counter() + seconds
         while True:
             values = await self.look()
@@ -252,7 +252,7 @@ async def _to_the_end(response: httpx.Response) -> str:
 
 
 async def run(server: Server, options: argparse.Namespace) -> dict:
-    """The whole soak; a record without what only the server's end tells."""
+    """Run the whole soak; return a record without the results known only when the server ends."""
     options.url = server.url
     limits = httpx.Limits(max_connections=options.clients + MAX_BATCH * MAX_LANES + 2)
     async with httpx.AsyncClient(base_url=server.url, limits=limits, timeout=120) as client:
@@ -335,7 +335,7 @@ def report(options: argparse.Namespace, tally: Tally, rest: dict[str, float], sl
 
 
 def judge(record: dict) -> dict[str, bool]:
-    """What a soak is to show, and whether it did."""
+    """List the checks of a soak, each with its result."""
     return {
         "memory is flat": record["slope_mib_per_minute"] <= record["slope_bound"],
         "no row is stuck": record["running_at_end"] == record["waiting_at_end"] == 0,

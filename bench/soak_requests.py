@@ -1,4 +1,4 @@
-"""What the clients of a soak ask: answers of every kind, a fixed set that must not change, and what is refused."""
+"""Requests of a soak: answers of every kind, a fixed set that must not change, and invalid requests."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _SHARED = 0.5  # of the requests have the first setting and no noise, so that ro
 
 
 class Ask(NamedTuple):
-    """A request. ``kind`` says what is to come of it."""
+    """A request. ``kind`` is the expected outcome."""
 
     kind: str
     path: str
@@ -124,7 +124,7 @@ _REFUSED: list[tuple[str, Any]] = [
 
 
 def malformed(rng: random.Random) -> Ask:
-    """What is refused with a status from 400 to 499."""
+    """Make a request that is refused with a status from 400 to 499."""
     return Ask("malformed", *rng.choice(_REFUSED))
 
 

@@ -1,6 +1,6 @@
-"""What a step asks of a GPU, counted without one: its kernels, and the bytes and operations of each.
+"""Count the GPU work of a step without a GPU: its kernels, and the bytes and operations of each.
 
-The engine's own :class:`~sfs_triton.runner.step.Step` runs on meta tensors, which hold no data. So what is counted
+The engine's own :class:`~sfs_triton.runner.step.Step` runs on meta tensors, which hold no data. So the count
 cannot drift from the code, and a value that the host reads is an error here.
 """
 
@@ -67,7 +67,7 @@ _PART_OF = {
 
 
 class Kernel(NamedTuple):
-    """A kernel that would be launched: of which part of the step, and what it has to do."""
+    """A kernel that would be launched: its part of the step, and its work."""
 
     part: str
     name: str
@@ -85,7 +85,7 @@ class Tally(NamedTuple):
 
 @dataclass(frozen=True)
 class Count:
-    """Everything that a step launches, and how many tensors it brings over from the host."""
+    """All launches of a step, and the number of tensors that it copies from the host."""
 
     kernels: tuple[Kernel, ...]
     host_copies: int = 0
@@ -126,7 +126,7 @@ class Meter(TorchDispatchMode):
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """What is launched meanwhile belongs to a part of the step, or of the ``"forward"``."""
+        """Attribute launches inside the block to a part of the step, or of the ``"forward"``."""
         outer, self._part = self._part, name
         try:
             yield
@@ -134,7 +134,7 @@ class Meter(TorchDispatchMode):
             self._part = outer
 
     def take(self) -> Count:
-        """What was counted since this was last asked."""
+        """Return the counts since the last call."""
         count = Count(tuple(self._kernels), self._host_copies)
         self._kernels, self._host_copies = [], 0
         return count
@@ -204,7 +204,7 @@ def _inputs(func, args: tuple, kwargs: dict[str, Any]) -> tuple:
 
 
 def _bytes(x: torch.Tensor) -> int:
-    """Of a tensor in memory: what is repeated along an axis is there once."""
+    """Return a tensor's bytes in memory: values repeated along an axis count once."""
     return x.element_size() * math.prod(n for n, stride in zip(x.shape, x.stride(), strict=True) if stride or not n)
 
 
@@ -294,7 +294,7 @@ def spec_of(geometry: str) -> ModelSpec:
 
 @dataclass(frozen=True)
 class Setting:
-    """What is decoded, and how its steps are shaped: ``fixed``, as graphs are captured, or ``tight``, as the eager loop
+    """Decoding setup and step shapes: ``fixed``, as graphs are captured, or ``tight``, as the eager loop
     has them where the host knows how rows stand; then half of the response is decided, and a fast span has ``span``."""
 
     geometry: str = "llada-8b"
@@ -336,7 +336,7 @@ class Kind(NamedTuple):
 
 
 def kinds(setting: Setting, name: str) -> dict[Kind, int]:
-    """The kinds of steps of a policy, and of those that follow from a step's number alone, how many a period has."""
+    """Return a policy's kinds of steps and, for those that follow from the step number alone, the count per period."""
     policy = setting.policy(name)
     if name == "none":
         return {Kind("full", 0, 0, False): 1, Kind("later fast", 1, 1, True): 1}
@@ -401,7 +401,7 @@ class Steps:
         self._step.expect([setting.prompt] * setting.batch, [setting.response] * setting.batch)
 
     def shapes(self, kind: Kind) -> tuple[Shape, ...]:
-        """What the loops would ask of a step of this kind, in the middle of a generation."""
+        """Return the shapes that the loops would use for a step of this kind, in the middle of a generation."""
         step, rows = self._step, self._step.views([self._control(kind)] * self._setting.batch)
         if self._setting.style == "fixed":
             return (step.fixed(rows, kind.step),)
@@ -416,7 +416,7 @@ class Steps:
         return self._done[shapes, slow]
 
     def _control(self, kind: Kind) -> list[int]:
-        """A row as the device posts it: half of the response is decided, from the left."""
+        """Return a sequence's published control values: half of the response is decided, from the left."""
         setting = self._setting
         start, length = setting.prompt, setting.prompt + setting.response
         half = start + setting.response // 2 // setting.block_length * setting.block_length
@@ -443,7 +443,7 @@ def steps_of(setting: Setting, impl: str, name: str) -> Steps:
 
 @cache
 def count_vanilla(setting: Setting) -> Count:
-    """What a step of plain PyTorch launches: all logits of the canvas, the softmax of all, and no cache."""
+    """Count the launches of a step of plain PyTorch: all logits of the canvas, the softmax of all, and no cache."""
     meter = Meter()
     with torch.device(META):
         model = PlainModel(meta_model(spec_of(setting.geometry), "torch", meter))

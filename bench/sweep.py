@@ -94,7 +94,7 @@ def measure(
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Measure what the record lacks; what is done is kept after every line."""
+    """Measure what the record lacks; results are saved after every line."""
     engine = sfs_triton.load(arguments.model, arguments.device, arguments.dtype)
     if engine.text is None:
         raise sfs_triton.ArgumentError(f"--model {arguments.model} has no tokenizer.json, which the problems need")

@@ -1,4 +1,4 @@
-"""What a record of :mod:`bench.sweep` says: tokens a forward, accuracies and areas with intervals, and their tables."""
+"""Summarise a record of :mod:`bench.sweep`: tokens per forward, accuracies and areas with intervals, and tables."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Point:
 
     @property
     def no_loss(self) -> bool:
-        """Whether these problems show no loss against the default."""
+        """Return True if these problems show no loss against the default."""
         return self.lost_interval[0] <= 0
 
 

@@ -1,4 +1,4 @@
-"""What the rows of a benchmark have done so far, and its summary."""
+"""Results of the rows of a benchmark so far, and their summary."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Done(NamedTuple):
 
 
 class Visit(NamedTuple):
-    """What a row did with a batch of prompts. ``pace`` is seconds a step; memory is None where none is counted."""
+    """Result of a row for a batch of prompts. ``pace`` is seconds per step; memory is None where it is not measured."""
 
     done: list[Done]
     seconds: float
@@ -36,7 +36,7 @@ class Visit(NamedTuple):
 
 @dataclass
 class Tally:
-    """A row at one batch size; ``extrapolated`` if only a part of its steps was taken."""
+    """Totals of a row at one batch size; ``extrapolated`` if only a part of its steps was taken."""
 
     row: Row
     batch: int = 1

@@ -1,8 +1,8 @@
 """The eager torch path beside straightforward PyTorch: ``pytest bench/test_speed.py``.
 
-Each pair decodes the same prompts to the same tokens in the same number of steps; the two sides take turns. On the
-embedded model the median of the paired ratios of tokens a second must not fall below 1. On the tiny golden models,
-whose forwards take a millisecond or two, it is noted: there it is mostly what a step costs in Python.
+Each pair decodes the same prompts to the same tokens in the same number of steps; the two sides alternate. On the
+embedded model the median of the paired ratios of tokens per second must not fall below 1. On the tiny golden models,
+whose forwards take a millisecond or two, it is only recorded: there it is mostly the cost of a step in Python.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The main benchmark: vanilla decoding beside the parallel samplers, on problems whose answers can be checked.
+"""Run the main benchmark: vanilla decoding and the parallel samplers, on problems whose answers can be checked.
 
     python bench/throughput.py                                   the embedded model, records task, under three minutes
     python bench/throughput.py --samplers vanilla,slowfast --limit 100 --json run.json
@@ -11,7 +11,7 @@ The line with --geometry runs the embedded model in LLaDA-8B's sizes (``bench/in
 each one. Under torchrun only rows by sfs_triton are run, by all processes together.
 
 Rows by "plain torch" are the baselines of ``bench/baselines``, which decode one prompt at a time. All run in one
-process, and take turns batch by batch. Tokens are response tokens up to and including the end-of-text, counted the same
+process, and alternate batch by batch. Tokens are response tokens up to and including the end-of-text, counted the same
 way for all. Rows marked "~" are extrapolated: only some of their steps were taken.
 """
 
@@ -49,7 +49,7 @@ IMPLS = ("torch", "triton")
 
 
 def select(arguments: argparse.Namespace) -> list[rows.Row]:
-    """The rows that are asked for. In sizes at which vanilla decoding is only sampled, it is the baselines' alone."""
+    """Select the requested rows. In sizes at which vanilla decoding is only sampled, it is the baselines' alone."""
     found = rows.every_row(arguments.gen_length)
     if arguments.sampled_steps:
         found = [row for row in found if row.who != rows.OURS or not isinstance(row.settings, sfs_triton.FixedSteps)]
@@ -72,7 +72,7 @@ def load(arguments: argparse.Namespace) -> sfs_triton.Engine:
 
 
 def measure(bench: Bench, work: Work, chosen: list[rows.Row], batch: int, console: Console) -> list[Tally]:
-    """Every row on every batch of questions, row after row within a batch; what is extrapolated comes last.
+    """Run every row on every batch of questions, row after row within a batch; extrapolated rows come last.
 
     Only sfs_triton decodes several prompts at once.
     """
@@ -95,7 +95,7 @@ def measure(bench: Bench, work: Work, chosen: list[rows.Row], batch: int, consol
 
 
 def vanilla_rate(tallies: list[Tally]) -> float | None:
-    """Tokens a second of one token a step: the baseline's, or if it is not there, sfs_triton's."""
+    """Return tokens per second at one token per step: the baseline's or, without one, sfs_triton's."""
     found = [tally for tally in tallies if tally.row.sampler == "vanilla" and tally.batch == 1]
     return min(found, key=lambda tally: rows.WHO.index(tally.row.who)).rate if found else None
 

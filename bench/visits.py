@@ -1,4 +1,4 @@
-"""How the rows of the main benchmark decode a batch of prompts, and how that is timed."""
+"""Decode and time a batch of prompts by each row of the main benchmark."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Build = Callable[[str | None, str | None], Engine]
 
 
 class Bench:
-    """A model, and everybody who decodes with it.
+    """A model, and all implementations that decode with it.
 
     Args:
         engine: has the weights, which all rows share.
@@ -46,20 +46,20 @@ class Bench:
         self._warm: set[Row] = set()
 
     def lacks(self, row: Row) -> str | None:
-        """Why the model cannot be decoded so."""
+        """Return the reason why a row cannot decode the model."""
         if row.who == PLAIN and row.cache in ("prefix", "dual") and self.engine.spec.shifted:
             return "Fast-dLLM's caches are not written out for models whose logits are shifted"
         return None
 
     def extrapolates(self, row: Row) -> bool:
-        """Whether a visit takes only a part of the row's steps."""
+        """Return True if a visit takes only a part of the row's steps."""
         return row.who == AUTOREGRESSIVE or bool(self._sampled_steps) and row.who == PLAIN and row.a_token_a_step
 
     def visit(self, row: Row, prompts: Sequence[list[int]], like: Done | None = None) -> Visit:
         """Decode prompts, timed from the first call to the last result on the host; before it comes a warm-up.
 
         A GPU's warm-up is of the same prompts, so that no graph is captured meanwhile. ``like`` is how another row has
-        decoded the first prompt: what is extrapolated takes its tokens and, for its canvases, its response.
+        decoded the first prompt: an extrapolated row takes its tokens and, for its canvases, its response.
         """
         device = self.engine.model.device
         _reset_memory(device)
@@ -81,7 +81,7 @@ class Bench:
         return Engine(Transformer(model.spec, model.weights, impl, model.group), self.engine.text, loop)
 
     def _ours(self, row: Row) -> Decode:
-        """An engine of its own, whose tensors and graphs no other row takes from it."""
+        """Build a separate engine, whose tensors and graphs no other row evicts."""
         engine = self._build(row.impl, row.loop)
         options = {"gen_length": self.gen_length, "sampler": row.settings, "cache": row.cache}
         loop = engine.loop

@@ -1,4 +1,4 @@
-"""What a benchmark asks: prompts as token ids and, where known, what a right answer is."""
+"""Prompts of a benchmark as token ids, with the correct answer where known."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Question:
     problem: tasks.Problem | None = None
 
     def right(self, text: str | None) -> bool | None:
-        """Whether ``text`` answers it; None where nobody knows."""
+        """Return True if ``text`` answers it; None if the answer is unknown."""
         return None if self.problem is None else tasks.correct(self.problem, text or "")
 
 
@@ -41,14 +41,14 @@ class Work:
 def read_work(
     engine: Engine, source: str, *, limit: int, seed: int, gen_length: int, prompt_length: int | None = None
 ) -> Work:
-    """``limit`` questions for a model.
+    """Read ``limit`` questions for a model.
 
     Args:
         source: a kind of held-out problem, or a JSONL file of ``{"prompt": ..., "answer": optional}``.
         prompt_length: before each problem come solved ones of its kind, as many as so many tokens have room for.
 
     Raises:
-        ValueError: names what is wrong, and for a file its line.
+        ValueError: names the fault, and for a file its line.
     """
     text = engine.text
     if text is None:
@@ -71,7 +71,7 @@ def read_work(
 
 
 def few_shot(text: TextCodec, problem: tasks.Problem, length: int, rng: random.Random) -> list[int]:
-    """At most ``length`` token ids: solved problems of the training part as earlier turns, then the problem.
+    """Build at most ``length`` token ids: solved training problems as earlier chat turns, then the problem.
 
     Raises:
         ValueError: the problem alone is longer.

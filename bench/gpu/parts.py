@@ -1,4 +1,4 @@
-"""What a step's process does: its parts, one after another, each with a line in the record.
+"""Run the parts of a step's process, one after another, each with a line in the record.
 
 A part that fails does not end the step. Where it leaves the GPU in a state in which nothing after it can be trusted,
 the process ends with ``AGAIN``, and whoever started it starts another for the parts that are left.
@@ -35,12 +35,12 @@ class Incomplete(Exception):
 
 
 def is_toy() -> bool:
-    """Whether the step only has to show that it runs."""
+    """Return True if the step only has to show that it runs."""
     return os.environ.get(TOY) == "1"
 
 
 def device() -> torch.device:
-    """Where the step runs."""
+    """Return the device of the step."""
     return torch.device("cpu") if is_toy() else torch.device("cuda", torch.cuda.current_device())
 
 
@@ -75,7 +75,7 @@ def here() -> Log:
 
 
 def attempt(work: Part) -> tuple[str, dict[str, Any]]:
-    """How a part ended, and what it found."""
+    """Run a part; return its status and its findings."""
     try:
         return "ok", dict(work() or {})
     except Skip as reason:
@@ -91,7 +91,7 @@ def _told(error: BaseException) -> str:
 
 
 def gpu_is_well() -> bool:
-    """Whether the GPU, and torch's idea of it, are as a part found them."""
+    """Return True if the GPU, and torch's state for it, are as they were before a part."""
     if is_toy() or not torch.cuda.is_available():
         return True
     try:

@@ -22,7 +22,7 @@ def _active() -> bool:
 
 
 def _writes() -> bool:
-    """Of pytest-xdist's processes only the one that directs the others."""
+    """Return True in pytest-xdist's controller process only."""
     return _active() and "PYTEST_XDIST_WORKER" not in os.environ
 
 

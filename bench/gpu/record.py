@@ -1,7 +1,7 @@
 """The record of a run on a GPU: JSON lines, each written at once, so that whatever ends a run loses nothing of it.
 
 A line says of which run and step it is, when it was written, and how it ended (:data:`STATUSES`). Most are of one part
-of a step; the last of a step has no part. ``begun`` tells what was under way when nothing came after it.
+of a step; the last of a step has no part. A ``begun`` line with no line after it names the part that was running.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def ended(lines: Iterable[Mapping[str, Any]]) -> dict[str, str]:
-    """How each part among the lines of a step ended, by its name."""
+    """Map each part among the lines of a step, by name, to its ending."""
     return {line["part"]: line["status"] for line in lines if line["part"] and line["status"] != "begun"}
 
 

@@ -81,7 +81,7 @@ def _posts(box: Mailbox, source: torch.Tensor, post: Callable[[], object], warm:
 
 @functools.cache
 def wanted(name: str) -> tuple[list[int], int]:
-    """What the CPU makes of the question."""
+    """Return the CPU's result for the question."""
     engine = sfs_triton.load("embedded", "cpu", "float32")
     done = engine.generate(QUESTION, gen_length=LENGTH, **SETTINGS[name])
     return done.canvas, done.nfe

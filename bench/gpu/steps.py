@@ -24,9 +24,9 @@ class Step:
     """A step of a run.
 
     Args:
-        commands: what it starts, one after another, each after the interpreter.
+        commands: started one after another, each after the interpreter.
         least, most: seconds. It gets what steps after it leave of the time, if they get their least.
-        stall: seconds without a line or a word after which it is taken to hang.
+        stall: seconds without a line or other output after which it counts as hung.
         resumes: started again after it died, it does what is left: its lines say what that is.
         needs: packages without which it is skipped.
     """
@@ -83,12 +83,12 @@ STEPS = _steps()
 
 
 def missing(step: Step) -> list[str]:
-    """The packages that a step needs and this Python does not have."""
+    """List the packages that a step needs and this Python lacks."""
     return [name for name in step.needs if importlib.util.find_spec(name) is None]
 
 
 def allotted(step: Step, later: Sequence[Step], left: float) -> float:
-    """Seconds for a step, of those that are left: what the steps after it do not need at the least, within bounds.
+    """Allot seconds to a step: the remaining time less the least that later steps need, within bounds.
 
     Where time is short, steps get what they need in their order; 0 where that is not half of what this one needs.
     """

@@ -16,8 +16,8 @@ DEAD_WITHIN = 10.0  # a process in the middle of a call into a driver that hangs
 
 
 class Ended(NamedTuple):
-    """How a process ended: ``"exit"``, ``"limit"`` (its time was over) or ``"stall"`` (no sign of life for too long);
-    its exit status, negative for a signal, None where it would not die; and what it printed."""
+    """Ending of a process: ``"exit"``, ``"limit"`` (its time was over) or ``"stall"`` (no sign of life for too long);
+    its exit status, negative for a signal, None if it did not die; and its output."""
 
     how: str
     returncode: int | None

@@ -1,4 +1,4 @@
-"""Whether a generation waits: calls of the host and copies, between its first step and its last and in all of it.
+"""Count a generation's host calls and copies, between its first step and its last and in total, to find waits.
 
 The embedded model in float32, by every loop, with a sampler for each cache policy.
 """

@@ -1,4 +1,4 @@
-"""What the design of the package asks of one H200, in bfloat16 and at LLaDA-8B's sizes, and what records say of it."""
+"""Design targets for one H200, in bfloat16 and at LLaDA-8B's sizes, compared with records."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Record:
 
     @cached_property
     def header(self) -> Line:
-        """What the last run of the file said of itself; empty where the file is a record of something else."""
+        """Return the header of the file's last run; empty if the file is another kind of record."""
         begun = [line for line in self.lines if line.get("step") == "suite" and line["status"] == "begun"]
         return begun[-1] if begun else {}
 
@@ -49,7 +49,7 @@ class Record:
         return self.latest.get((step, part), {})
 
     def of(self, step: str, **wanted: Any) -> list[Line]:
-        """The lines of a step's parts that have these values."""
+        """Select the lines of a step's parts that have these values."""
         found = (line for (name, part), line in self.latest.items() if name == step and part is not None)
         return [line for line in found if all(line.get(key) == value for key, value in wanted.items())]
 
@@ -82,7 +82,7 @@ def records(folder: Path = RESULTS) -> list[Record]:
 
 
 def best_step(record: Record) -> Line:
-    """The fastest replayed step of ``region``'s row list."""
+    """Return the fastest replayed step of ``region``'s position list."""
     timed = [line for line in record.of("engine", policy="region", kind="rows") if line.get("ms")]
     return min(timed, key=lambda line: line["ms"], default={})
 
@@ -118,7 +118,7 @@ def _step_targets(record: Record) -> list[TargetRow]:
 
 
 def _wait_target(record: Record) -> TargetRow:
-    """Of all generations that were counted by the replay loop, the worst."""
+    """Return the worst of all generations that were counted by the replay loop."""
     counted = [line for step in ("sync", "engine") for line in record.of(step, loop="replay") if line.get("decode")]
     value, waits = "", 0
     if counted:
@@ -169,7 +169,7 @@ def _kernel_targets(record: Record) -> list[TargetRow]:
 
 
 def _assumptions(record: Record) -> list[TargetRow]:
-    """What the targets were derived from."""
+    """Compare the assumptions from which the targets were derived."""
     ceilings = record.part("baseline", "ceilings")
     one, many = record.part("baseline", "1 rows").get("ms"), record.part("baseline", "128 rows").get("ms")
     full = record.part("baseline", "full").get("ms")

@@ -1,7 +1,7 @@
-"""Generations at LLaDA-8B's sizes: every row of the main benchmark, a problem at a time, in turn.
+"""Generations at LLaDA-8B's sizes: every row of the main benchmark, one problem at a time, round robin.
 
 With ``bench/inflate.py`` the model is the embedded one in those sizes, so that tokens per forward and answers are real,
-if a small model's. Without it weights are random: then milliseconds a step mean something, and tokens nothing. Whether
+if a small model's. Without it weights are random: then milliseconds per step are meaningful, tokens are not. Whether
 they differ between the two, since the one's activations are mostly zeros, is measured as well.
 """
 
@@ -83,7 +83,7 @@ class Bench:
         return {**values, "prompts": [len(question.prompt) for question in self.work.questions], "response": RESPONSE}
 
     def visit(self, row: rows.Row, number: int) -> dict[str, Any]:
-        """A row with a problem."""
+        """Decode a problem by a row."""
         question, visits = self.work.questions[number], self.visits
         tally = Tally(row, 1, visits.extrapolates(row))
         visit = visits.visit(row, [question.prompt], self._like.get(number))
@@ -116,7 +116,7 @@ class Bench:
 
 
 def every_part() -> dict[str, parts.Part]:
-    """What matters most comes first, and every row has had a problem before any has a second."""
+    """Order the parts: the most important first, and every row's first problem before any row's second."""
     toy = parts.is_toy()
     bench = Bench(toy)
     mine = [row for row in rows.every_row(RESPONSE) if row.sampler in ORDER]

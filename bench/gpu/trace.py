@@ -1,4 +1,4 @@
-"""What a profile tells: the host's calls, the kernels and how long they run, and what is copied or waited for."""
+"""Summarise a profile: the host's calls, the kernels with their times, copies, and waits."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def profiled(work: Callable[[], object]) -> list[Event]:
 
 
 def within(events: Iterable[Event], name: str = SPAN) -> list[Event]:
-    """The events that begin inside the host's span of this name.
+    """Select the events that start inside the host's span of this name.
 
     Raises:
         ValueError: there is not exactly one.
@@ -59,7 +59,7 @@ def within(events: Iterable[Event], name: str = SPAN) -> list[Event]:
 
 
 def family(kernel: str) -> str:
-    """What a kernel is part of, as far as its name tells."""
+    """Classify a kernel by its name."""
     return next((name for name, pattern in FAMILIES.items() if re.search(pattern, kernel)), REST)
 
 
@@ -104,7 +104,7 @@ def waits(events: Iterable[Event]) -> dict[str, int]:
 
 
 def busy_span(events: Iterable[Event]) -> float:
-    """Milliseconds from the begin of the first to the end of the last work on the GPU."""
+    """Return the milliseconds from the start of the first to the end of the last work on the GPU."""
     work = [event for event in events if event.get("cat") in WORK]
     if not work:
         return 0.0

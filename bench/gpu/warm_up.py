@@ -1,8 +1,8 @@
-"""Every kernel compiled and loaded ahead of what is measured, many at a time: the variants that the benchmarks' cases
-and the engine's steps launch at the sizes of 8B models, as recorded from the launchers on tensors without data.
+"""Compile and load every kernel before measurement, in parallel: the variants that the benchmarks' cases and the
+engine's steps launch at the sizes of 8B models, as recorded from the launchers on tensors without data.
 
-Triton keeps what it compiles on disk, where all later processes find it. On a GPU each variant is loaded as well: what
-does not fit there fails here, by name.
+Triton keeps what it compiles on disk, where all later processes find it. On a GPU each variant is loaded as well: one
+that does not fit there fails here, by name.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ MOST_PROCESSES = 16
 
 
 class Job(NamedTuple):
-    """A launch that stands for all that compile to the same: the ``index``-th of what ``source`` launches."""
+    """A launch that represents all launches with the same variant: the ``index``-th of the launches of ``source``."""
 
     source: str
     index: int
@@ -46,7 +46,7 @@ class Job(NamedTuple):
 
 
 class Launches(step_count.Meter):
-    """Keeps the launches of a step, where its parent counts them."""
+    """Record the launches of a step; the parent class only counts them."""
 
     def __init__(self):
         super().__init__()
@@ -63,7 +63,7 @@ class Launches(step_count.Meter):
 
 
 def engine_launches() -> Iterator[tuple[str, Launch]]:
-    """What the engine's steps launch, by policy."""
+    """Record the launches of the engine's steps, by policy."""
     setting = Setting()
     for name in NAMES:
         with mock.patch.object(step_count, "Meter", Launches):
@@ -76,14 +76,14 @@ def engine_launches() -> Iterator[tuple[str, Launch]]:
 
 @functools.cache
 def launches(source: str, toy: bool) -> list[tuple[str, Launch]]:
-    """What an operation's cases launch, or the engine's steps, each with a name."""
+    """Record the launches of an operation's cases, or of the engine's steps, each with a name."""
     if source == ENGINE:
         return list(engine_launches())
     return list(launches_of(importlib.import_module(f"bench.kernels.test_{source}").cases(toy=toy)))
 
 
 def variant(launch: Launch) -> tuple:
-    """What Triton compiles a launch by: equal for launches that share a variant, as far as arguments tell."""
+    """Return the compilation key of a launch: equal for launches whose arguments select one variant."""
     parameters = {p.name: p for p in launch.kernel.params}
     kinds = ((name, _kind(value, parameters.get(name))) for name, value in launch.arguments.items())
     return launch.kernel.__module__, launch.kernel.__name__, *kinds

@@ -1,4 +1,4 @@
-"""What is measured and compiled ahead of time: every kernel at the shapes of the models it is made for."""
+"""Cases that are measured and compiled ahead of time: every kernel at the shapes of the models it is made for."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ RECORDS: list[dict[str, Any]] = []  # of this session, for the summary at its en
 
 
 def implementations(case: Case, *, toy: bool) -> list[str]:
-    """Names of what is compared: compiling the twin only on a GPU."""
+    """Name the implementations to compare; the twin is compiled only on a GPU."""
     return ["triton", "torch", *([] if toy else ["compile"]), *case.libraries]
 
 
@@ -106,7 +106,7 @@ def _wider(x: torch.Tensor) -> torch.Tensor:
 
 
 def truth_of(case: Case, arguments: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """What the twin makes of ``arguments`` in float32, or in float64 where nothing is narrower; by :func:`leaves`."""
+    """Run the twin on ``arguments`` in float32, or in float64 where nothing is narrower; by :func:`leaves`."""
     narrow = {x.dtype for x in leaves(arguments).values()} & {torch.float16, torch.bfloat16} or {torch.float32}
     wide = with_tensors(arguments, lambda x: _wider(x) if x.dtype in narrow else x.clone())
     return leaves({"result": case.twin(**wide), **wide})

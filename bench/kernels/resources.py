@@ -1,4 +1,4 @@
-"""What the compiler makes of every shipped kernel, without a GPU: ``python -m bench.kernels.resources [--write]``.
+"""Report the compiled resources of shipped kernels, without a GPU: ``python -m bench.kernels.resources [--write]``.
 
 Launchers are called on meta tensors at the shapes of :mod:`bench.kernels`, their launches are recorded, and each
 distinct variant is compiled by triton's own path for sm_80, sm_90 and sm_100. Registers, stack (a spill) and shared
@@ -92,7 +92,7 @@ def _usage(compiled) -> dict[str, int]:
 
 
 def faults(usage: dict[str, int], target: int) -> list[str]:
-    """Why a variant cannot ship for a target; empty if it can."""
+    """List the reasons why a variant cannot ship for a target; empty if it can."""
     found = []
     if usage["stack"]:
         found.append(f"spills: {usage['stack']} B of stack")
@@ -104,7 +104,7 @@ def faults(usage: dict[str, int], target: int) -> list[str]:
 
 
 def differences(table: dict[str, dict], compiled: dict[str, dict]) -> list[str]:
-    """Where a table of variants and what the compiler makes of them differ, a line each."""
+    """List the differences between a table of variants and their compilation, one line each."""
     lines = [f"{name} is not in the table" for name in sorted(compiled.keys() - table.keys())]
     lines += [f"{name} is in the table and nowhere else" for name in sorted(table.keys() - compiled.keys())]
     for name in sorted(table.keys() & compiled.keys()):

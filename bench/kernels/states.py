@@ -12,7 +12,7 @@ from sfs_triton.runner.state import DecodeState
 def decode_state(
     sampler: Sampler, *, batch: int, prompt: int, response: int, device: torch.device, trace: bool = False
 ) -> DecodeState:
-    """A state whose rows have half of their response decided, at random places, and scores everywhere."""
+    """Make a state whose sequences have half of their response decided, at random positions, and scores everywhere."""
     generator = torch.Generator().manual_seed(0)
     mask_id, eos_id = 1, 2
     state = DecodeState.allocate(

@@ -10,7 +10,7 @@ import torch
 
 
 def _parts(value: Any) -> dict[Any, Any] | None:
-    """What ``value`` holds, by key; None if it is no container. Of a dataclass, what it is made from."""
+    """Return the items of ``value`` by key; None if it is no container. For a dataclass, its constructor fields."""
     if isinstance(value, dict):
         return value
     if isinstance(value, (list, tuple)):

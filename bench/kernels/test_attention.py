@@ -1,4 +1,4 @@
-"""Attention of a step's rows over a cache: kernel, torch's SDPA and, where installed, FlashInfer."""
+"""Attention of a step's positions over a cache: kernel, torch's SDPA and, where installed, FlashInfer."""
 
 from __future__ import annotations
 

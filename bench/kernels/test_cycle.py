@@ -1,4 +1,4 @@
-"""The slow/fast cycle machine: one launch a step for all rows of a batch."""
+"""The slow/fast cycle machine: one launch per step for all sequences of a batch."""
 
 from __future__ import annotations
 

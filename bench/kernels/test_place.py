@@ -1,4 +1,4 @@
-"""Choices of listed rows put at their positions of the canvas."""
+"""Scatter of the choices of listed positions into the canvas."""
 
 from __future__ import annotations
 

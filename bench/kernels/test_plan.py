@@ -1,4 +1,4 @@
-"""Where a step looks, and the row list it forwards."""
+"""Candidate positions of a step, and the position list that it forwards."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a step posts for its host. The rings are on the device here: this times the launches, not the bus."""
+"""Step outputs published for the host. The rings are on the device here: this times the launches, not the bus."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _build(device: torch.device, *, shapes: Shapes, depth: int) -> dict:
 
 
 def _shapes(batch: int, length: int) -> dict[str, Shapes]:
-    """What a host paces itself by, what it draws a canvas from, and all that a trace tells."""
+    """Sizes of the output that paces the host, of the output that draws a canvas, and of a full trace."""
     control = ((batch, len(CONTROL)), torch.int64)
     canvas, flags, scores = (((batch, length), dtype) for dtype in (torch.int64, torch.bool, torch.float32))
     return {

@@ -1,4 +1,4 @@
-"""Which contiguous rows a step forwards and which keys they attend to."""
+"""Ranges of contiguous positions that a step forwards, and of the keys they attend to."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .states import decode_state
 
 
 def _build(device: torch.device, *, capacity: int | None, to_span_end: bool, block: str | None, **sizes: int) -> dict:
-    """All rows in the second step of a fast stage whose span is half of the response."""
+    """Put all sequences in the second step of a fast stage whose span is half of the response."""
     state = decode_state(SlowFast(), device=device, **sizes)
     for name, value in {"phase": FAST, "k": 1, "e": sizes["prompt"] + sizes["response"] // 2}.items():
         state.control[:, COLUMN[name]] = value

@@ -1,4 +1,4 @@
-"""How long a call takes: GPU time from CUDA events around graph replays, or the wall clock where there is no GPU.
+"""Time a call: GPU time from CUDA events around graph replays, or the wall clock where there is no GPU.
 
 A replay holds many launches, each on tensors of its own, so neither launch overhead nor what an earlier launch left in
 the L2 cache is measured. A sample is the mean over one replay. Calls that wait for the GPU cannot be captured: they are
@@ -30,7 +30,7 @@ L2_SIZES = 16  # so many times the L2 cache is read to empty it; that takes long
 
 
 class Ceilings(NamedTuple):
-    """What the GPU reaches at most, measured."""
+    """Measured peak rates of the GPU."""
 
     bytes_per_second: float
     flops_per_second: float
@@ -104,7 +104,7 @@ def wall_clock(function: Callable[..., Any], arguments: dict[str, Any], changed:
 
 
 def _seconds(work: Callable[[], Any]) -> float:
-    """GPU time of what ``work`` enqueues."""
+    """Return the GPU time of the work that ``work`` enqueues."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
     work()
