@@ -63,7 +63,7 @@ class Decoded:
 
 
 def compare(name: str, rows: Sequence[Generation], wanted: Sequence[Generation]) -> dict:
-    """Count the answers that are equal token by token, and those decided at the same steps."""
+    """Count the answers that are equal token by token, and how many of these were decided at the same steps."""
     pairs = list(zip(rows, wanted, strict=True))
     tokens = sum(row.canvas == other.canvas for row, other in pairs)
     steps = sum(row.canvas == other.canvas and row.commit_step == other.commit_step for row, other in pairs)

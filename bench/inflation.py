@@ -237,7 +237,7 @@ class Plan:
 
     @property
     def _copy(self) -> slice:
-        """With a tied head: residual channels of head rows, and where layers write a second time."""
+        """Residual channels of a tied head's rows, to which layers write a second time."""
         return slice(self.small.d_model, 2 * self.small.d_model)
 
     @property
@@ -300,7 +300,7 @@ class Plan:
             yield from self._written(units, own.down)
 
     def _written(self, columns: Index, weight: torch.Tensor) -> Iterator[Block]:
-        """Rows of the tensors that layers add to the residual stream."""
+        """Yield the blocks of a weight that writes to the residual stream."""
         yield Block((self._model, columns), self.f * weight)
         if self.big.tied_head:
             yield Block((self._copy, columns), self.f * COPY * weight)

@@ -138,7 +138,7 @@ class Soak:
         return "200"
 
     async def _garbage(self, rng: random.Random) -> str:
-        """Send bytes that are no request, then disconnect."""
+        """Send bytes that are no request, then disconnect; return the outcome."""
         url = urlsplit(self.options.url)
         reader, writer = await asyncio.open_connection(url.hostname, url.port)
         try:

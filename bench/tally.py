@@ -50,7 +50,7 @@ class Tally:
 
     @property
     def rate(self) -> float:
-        """Tokens a second, the median over batches, so that a hiccup of the machine does not show."""
+        """Tokens per second, the median over batches, so that a hiccup of the machine does not show."""
         return statistics.median(_rates(self.visits))
 
     def summary(self, vanilla_rate: float | None) -> dict:

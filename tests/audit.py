@@ -43,7 +43,7 @@ REVIEWED: dict[str, dict[str, str]] = {
 
 
 class Findings(NamedTuple):
-    """What bandit says that nobody has looked at, and what has been looked at that it does not say any more."""
+    """Findings of bandit that were not reviewed, and reviewed findings that it no longer reports."""
 
     new: list[str]
     gone: list[str]
@@ -100,7 +100,7 @@ def pip_audit() -> Known:
 
 
 def known(packages: list[dict[str, Any]]) -> Known:
-    """What pip-audit's list of packages says."""
+    """Return the vulnerabilities in pip-audit's list of packages."""
     asked = [package for package in packages if "skip_reason" not in package]
     vulnerable = [
         f"{package['name']} {package['version']}: {one['id']}, mended in {', '.join(one['fix_versions']) or 'none yet'}"

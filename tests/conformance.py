@@ -1,9 +1,9 @@
 """Check every recorded case of a golden directory: ``python tests/conformance.py DIR [--impl torch|triton]``.
 
 Output tokens, the number of steps and, for SlowFast, the whole per-step trace must equal the recording exactly. Prints
-one line a system, then ``N passed, M failed``; exits 1 on any failure. An unknown kind of case is a failure.
+one line per system, then ``N passed, M failed``; exits 1 on any failure. An unknown kind of case is a failure.
 
-What counts as right, by kind of record (``golden/README.md`` has the reasons):
+A correct result, by kind of record (``golden/README.md`` has the reasons):
 
 * a stable record: its tokens, NFE and trace;
 * a batch: ``batch1_rows``, the rows run one by one, since the references mix up the rows of a batch;
@@ -44,7 +44,7 @@ ROUNDINGS = 64  # logits of a small model may differ by so many units of roundin
 
 @dataclass(frozen=True)
 class Setup:
-    """How a recorded case is run here."""
+    """Setup of a recorded case: the arguments of its run."""
 
     system: str
     sampler: Sampler
@@ -216,7 +216,7 @@ def _check_batch(engine: sfs_triton.Engine, case: dict, setup: Setup) -> str | N
 
 
 def _check_finished(engine: sfs_triton.Engine, case: dict, setup: Setup) -> str | None:
-    """The reference cannot say what is right: the canvas must be finished within the sampler's bounds."""
+    """Check a case without a correct recording: the canvas must be finished within the sampler's bounds."""
     done = engine.generate(case["prompt"], gen_length=setup.gen_length, sampler=setup.sampler, cache=setup.cache)
     for index, row in enumerate(done):
         if engine.spec.mask_id in row.response:
@@ -227,7 +227,7 @@ def _check_finished(engine: sfs_triton.Engine, case: dict, setup: Setup) -> str 
 
 
 def check(engine: sfs_triton.Engine, case: dict, setup: Setup) -> str | None:
-    """Run one case; None if it is right, else what is wrong."""
+    """Run one case; return None if it is correct, else the difference."""
     ill_posed = isinstance(setup.cache, RefreshCache) and setup.cache.ratio > 0
     if len(case["prompt"]) > 1 and "batch1_rows" in case:
         return _check_batch(engine, case, setup)

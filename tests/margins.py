@@ -1,4 +1,4 @@
-"""How far results may be apart that differ in the order of summation only, and how near a decision came to a tie."""
+"""Tolerances for results that differ only in summation order, and the margin of a decision from a tie."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ _ENGINES: dict[tuple, Engine] = {}
 
 
 class Failed(NamedTuple):
-    """What a rank raised."""
+    """Exception raised by a rank."""
 
     kind: str
     text: str
@@ -49,7 +49,7 @@ class World:
             self._pipes.append(mine)
 
     def run(self, work: Callable, *arguments: Any, limit: float = 90.0, **options: Any) -> list[Any]:
-        """What ``work(*arguments, **options)`` gives on each rank, or how it :class:`Failed`; None of one that died."""
+        """Run ``work(*arguments, **options)`` on each rank; return results or :class:`Failed`, None for a rank that died."""
         for pipe in self._pipes:
             pipe.send((work, arguments, options))
         deadline, results = time.monotonic() + limit, []
@@ -158,7 +158,7 @@ def after(model: str | Path, **options: Any) -> Any:
 
 
 class Counting(parallel.Group):
-    """A group that counts what this rank tells the others: bytes by the kind of call, and the widest row gathered."""
+    """A group that counts what this rank sends: bytes by kind of call, and the widest row gathered."""
 
     def __init__(self, group: parallel.Group):
         self._group, self.rank, self.size = group, group.rank, group.size
@@ -191,7 +191,7 @@ def traffic(model: str | Path, **options: Any) -> tuple[sfs_triton.Generation, l
 
 
 def parts(model: str | Path) -> dict[str, Any]:
-    """What a rank has read and keeps of a model."""
+    """Return the parts of a model that a rank has read and keeps."""
     read: dict[str, int] = {}
     whole = weights.TensorReader.read
 
@@ -254,7 +254,7 @@ def evaluate(prompts: list[str], together: int) -> tuple[list[str], int, int] | 
 
 
 def short_of_memory(model: str | Path, **options: Any) -> list:
-    """A generation on a model of which the last rank has room for one row at a time, and the others for all."""
+    """Generate on a model for which the last rank has memory for one sequence at a time, and the others for all."""
     allocate, last = Lane._allocate, torch.distributed.get_world_size() - 1
 
     def refuse(self, *given):

@@ -1,4 +1,4 @@
-"""The baselines of the benchmarks: equal to the recordings of what they mirror, in tokens and in forwards."""
+"""The benchmarks' baselines equal the recordings of the code that they mirror, in tokens and in forwards."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _decoder(method: str, setup: Setup) -> Callable[..., Decoded]:
 
 
 def _cases(golden: Path, family: str, method: str, every: int) -> Iterator[tuple[str, dict, Setup]]:
-    """Every so many of a family's recorded cases of one row that the baselines have written out."""
+    """Sample a family's recorded single-sequence cases among those that the baselines implement."""
     for path in sorted((golden / "cases").glob(f"*.{family}.jsonl")):
         cases = [json.loads(line) for line in path.read_text().splitlines()]
         fit = [c for c in cases if c["method"] == method and "error" not in c and len(c["prompt"]) == 1]

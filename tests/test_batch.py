@@ -1,4 +1,4 @@
-"""Files of prompts, answered in this process: what is written, what is refused, and how a run goes on after a stop."""
+"""Files of prompts, answered in this process: output, refusals, and resumption after a stop."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def prompts(count: int) -> list[dict]:
 
 
 def write(path: Path, rows: list) -> Path:
-    """JSON lines; a row that is bytes is a line as it stands."""
+    """Write JSON lines; bytes are written as a raw line."""
     path.write_bytes(b"".join((r if isinstance(r, bytes) else json.dumps(r).encode()) + b"\n" for r in rows))
     return path
 
@@ -303,7 +303,7 @@ def test_a_model_that_cannot_be_had_leaves_nothing_in_the_way(source, tmp_path, 
 
 
 class Stopping:
-    """Answers so many chunks and then fails; notes the lines of what it answered."""
+    """Engine that answers so many chunks and then fails; it records the lines it answered."""
 
     def __init__(self, engine: sfs_triton.Engine, chunks: int = 10**9, settings: BatchSettings = SHORT):
         self.answers, self.chunks, self.lines = in_process(settings, engine), chunks, []
@@ -450,7 +450,7 @@ def check_full(caught, tmp_path: Path, kept: int, reason: int) -> None:
 
 @pytest.mark.parametrize(("call", "kept"), [(1, 0), (3, 0), (5, 3), (9, 8)])
 def test_a_full_disk(source, tmp_path, whole, run, monkeypatch, call, kept):
-    """The system tells of it as late as when a file is synced: run.json, a part, or the output. Folders are, too."""
+    """The system may report it only when a file is synced: run.json, a part, or the output. Folders are, too."""
     calls, fsync = [], os.fsync
 
     def full(handle: int) -> None:

@@ -1,4 +1,4 @@
-"""A batch is its rows: what a row gives depends on no other row, on no order, and on nothing that is not its own."""
+"""Batch independence: a sequence's result depends on no other sequence, on no order, and on no foreign memory."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ROWS, STEPS = 3, 90  # most rows of a batch, and most steps that it may take her
 
 
 def _recorded() -> list[tuple[str, Setup, dict]]:
-    """Stable cases of one row, with their models."""
+    """Load stable single-sequence cases, with their models."""
     cases = []
     for path in sorted((GOLDEN / "cases").glob("*.jsonl")):
         for case in map(json.loads, path.read_text().splitlines()):
@@ -34,7 +34,7 @@ def _recorded() -> list[tuple[str, Setup, dict]]:
 
 
 def _batches() -> list:
-    """Of each method the cases that make the most uneven batch: in response lengths, else in steps, and in prompts."""
+    """Pick, per method, the cases that make the most uneven batch: in response lengths, else in steps, and in prompts."""
     kinds, best = defaultdict(list), {}
     for model, setup, case in _recorded():
         if case["nfe"] <= STEPS:
@@ -85,7 +85,7 @@ def test_batches_are_uneven():
 @pytest.mark.parametrize(("sampler", "policy"), SOME_PAIRS)
 @pytest.mark.parametrize("loop", ["tight", "fixed"])
 def test_rows_do_not_know_of_each_other(engines, sampler, policy, loop):
-    """Neither of how many there are, nor of their order, nor of what the others are."""
+    """Results depend neither on the number of sequences, nor on their order, nor on their contents."""
     sampler = sampler.replace(temperature=0.5, eos_stop=True)
     options = {"sampler": sampler, "cache": policy, "trace": True}
     rows = list(zip(RAGGED["prompts"], RAGGED["gen_length"], RAGGED["seed"], strict=True))
@@ -106,13 +106,13 @@ UNREADABLE = 489  # a token that no test has in a canvas
 
 
 def _poison_rest(state) -> None:
-    """Positions beyond the rows' ends hold a token that the model cannot read."""
+    """Fill positions beyond the sequences' ends with a token that the model cannot read."""
     beyond = state.position >= state.end[:, None]
     state.tokens.masked_fill_(beyond, UNREADABLE)
 
 
 def _poison_caches(step: Step, fresh: int | None = None) -> None:
-    """With NaN: what no row of the model may ever use, and all of a slot whose row has just come."""
+    """Fill with NaN the entries that no sequence may use, and the whole slot of a new sequence."""
     state = step.state
     beyond = state.position >= state.end[:, None]
     if fresh is not None:
@@ -128,7 +128,7 @@ def _poison_caches(step: Step, fresh: int | None = None) -> None:
 
 
 def _poison_buffers(step: Step) -> None:
-    """What each step fills before it reads it."""
+    """Poison buffers that each step fills before it reads them."""
     state = step.state
     for tensor in (step._lists, step._count, step._key_range):
         tensor.fill_(-0x55555556)
@@ -142,7 +142,7 @@ def _poison_buffers(step: Step) -> None:
 
 @pytest.fixture
 def poisoned(monkeypatch):
-    """Poison where a row joins, and again before each step."""
+    """Poison when a sequence joins, and again before each step."""
     join, run = Step.join, Step.run
 
     def join_poisoned(step, slot, *given, **named):
@@ -185,7 +185,7 @@ def test_poison_has_no_effect(engines, wary, poisoned, monkeypatch, model, sampl
 @pytest.mark.parametrize(("sampler", "policy"), SOME_PAIRS)
 @pytest.mark.parametrize("loop", ["tight", "replay"])
 def test_poison_has_no_effect_on_rows_that_join_later(engines, wary, poisoned, monkeypatch, sampler, policy, loop):
-    """Nor does what a slot's last row has left."""
+    """Leftovers of a slot's previous sequence have no effect either."""
     init = Lane.__init__
 
     def narrow(lane, model, kind, slots, *given):

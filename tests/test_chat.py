@@ -408,7 +408,7 @@ def test_a_failed_save_leaves_the_old_file(chat, tmp_path, monkeypatch):
 
 
 class Keyboard(io.TextIOWrapper):
-    """What somebody types, who pays attention to no echo."""
+    """Scripted keyboard input that ignores the echo."""
 
     def __init__(self, text: str):
         super().__init__(io.BytesIO(text.encode("utf-8", "surrogateescape")), encoding="utf-8")
@@ -483,7 +483,7 @@ def test_json_says_what_generate_says(embedded):
 
 
 def test_input_that_no_context_has_room_for(chat, monkeypatch):
-    """It is refused before it is encoded, and what comes after it is still heard."""
+    """It is refused before it is encoded, and later input is still read."""
     encoded = []
     monkeypatch.setattr(type(chat.engine.text), "encode", lambda codec, text: encoded.append(len(text)) or [0])
     with pytest.raises(ArgumentError, match=r"the message has 40,000 characters, over 32,768: .* 512 positions"):
@@ -522,7 +522,7 @@ class Typist:
 
 
 def test_the_session_of_the_docs(embedded, monkeypatch, tmp_path):
-    """What docs/chat.md shows is typed again: all comes out the same, speeds left out."""
+    """Typing the session of docs/chat.md again gives the same output, speeds left out."""
     (shown,) = re.findall(r"```console\n\$ sfs chat\n(.*?)```", (ROOT / "docs" / "chat.md").read_text(), re.DOTALL)
     screen, stopped = Screen(), int(re.search(r"stopped after step (\d+)", shown)[1])
     lines = [line[2:] + "\n" for line in re.findall(r"^> .+$", shown, re.MULTILINE)]
@@ -598,7 +598,7 @@ def test_a_terminal_shows_text_as_it_settles(chat, monkeypatch, capsys):
 
 
 def test_interrupts_keep_the_session(chat, monkeypatch, capsys):
-    """An interrupt from within a frame callback, and a signal, which is heard at the end of its step."""
+    """An interrupt from within a frame callback, and a signal, which takes effect at the end of its step."""
     render = pytest.importorskip("sfs_triton.view.canvas")
     hits = []
 

@@ -60,7 +60,7 @@ def test_a_fixed_step_takes_nothing_from_the_host(impl, name, kind):
 
 
 def test_products_of_a_region_step_by_hand():
-    """All rows in 31 layers; in the last one queries and all that follows attention only where the head looks."""
+    """All positions in 31 layers; in the last, queries and everything after attention only for the head's positions."""
     spec, rows, looked_at = spec_of("llada-8b"), 128, 64
     d, after = spec.d_model, spec.d_model**2 + 3 * spec.d_model * spec.mlp
     each = 3 * d * d + after
@@ -114,7 +114,7 @@ OPERATIONS = {
 
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_bytes_of_operations(name):
-    """Of a float32 ``[3, 8]``, 96 bytes."""
+    """A float32 ``[3, 8]`` has 96 bytes."""
     run, moved = OPERATIONS[name]
     assert [kernel.bytes for kernel in _metered(run, 3, 8).kernels] == moved
 

@@ -45,9 +45,9 @@ def engine_of(name: str, eos_id: int | None = None, impl: str = "torch") -> sfs_
 
 
 def half_of(*sets: Sequence) -> list:
-    """All combinations, of which every other one is marked slow: everything of each set is in some that are not.
+    """List all combinations, every other one marked slow; each element of each set is in some unmarked one.
 
-    For what Triton's interpreter runs, which is a hundred times slower than torch.
+    For cases run by Triton's interpreter, which is a hundred times slower than torch.
     """
     found = []
     for at in itertools.product(*(range(len(one)) for one in sets)):
@@ -78,7 +78,7 @@ def same_spread(mine: float | None, other: float | None) -> bool:
 
 
 def difference(step: StepTrace, wanted: Step) -> str | None:
-    """What of a step of the engine is not as the oracle has it."""
+    """Return the differences of an engine's step from the oracle's."""
     phase = {"slow": "S", "fast": "F", "block": "B"}[step.phase]
     mine = Step(
         phase,
@@ -191,7 +191,7 @@ OPTIONS = {
 
 
 def token_at_the_horizon(engine: sfs_triton.Engine, canvas: list[int], start: int, sampler: SlowFast) -> int:
-    """What the model says at the furthest candidate of the first step."""
+    """Return the model's token at the furthest candidate of the first step."""
     place = start + reference(engine, canvas, start, sampler).trace[0].estimate - 1
     return logits_of(engine.model, canvas)(canvas)[place].argmax().item()
 
@@ -257,7 +257,7 @@ def test_random_block_samplers(make, seed: int, name: str):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("changes", [{}, {"top_k": 5}, {"top_p": 0.7}], ids=["plain", "top_k", "top_p"])
 def test_noise(changes: dict, name: str):
-    """Drawn tokens: the same noise through both. It is keyed by row seed, token, position and step."""
+    """Drawn tokens: the same noise through both. It is keyed by sequence seed, token, position and step."""
     rng = random.Random(f"noise/{name}")
     samplers = [
         SlowFast(),
@@ -311,7 +311,7 @@ def test_infilling(seed: int, name: str):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("seed", range(10))
 def test_rows_of_a_batch_are_the_rows_alone(seed: int, name: str):
-    """Different prompt and response lengths, so that rows are in different stages at any one step."""
+    """Different prompt and response lengths put sequences in different stages at any one step."""
     rng = random.Random(f"batch/{name}/{seed}")
     sampler = [random_slowfast, random_slowfast, random_threshold, random_fixed, random_slowfast][seed % 5](rng)
     if isinstance(sampler, Threshold):

@@ -38,7 +38,7 @@ WAYS = {
 
 
 def told(rows: list[Generation]) -> list[list[int]]:
-    """What must be the same: tokens, and the step at which each was decided."""
+    """Return the values that must be equal: tokens, and the step at which each was decided."""
     return [part for row in rows for part in (row.canvas, row.commit_step, row.forward_lengths)]
 
 

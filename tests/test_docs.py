@@ -61,7 +61,7 @@ def check_make(words: list[str]) -> None:
 
 
 def check_extras(words: list[str]) -> None:
-    """What stands in brackets are extras of this package."""
+    """Check that names in brackets are extras of this package."""
     source = (ROOT / "setup.py").read_text()
     for extras in re.findall(r"\[([^\]]*)\]", " ".join(words)):
         for extra in extras.split(","):
@@ -79,7 +79,7 @@ class Parsed(Exception):
 
 
 def check_ranks(words: list[str]) -> None:
-    """As :func:`check_sfs`, of what torchrun is to start."""
+    """Apply :func:`check_sfs` to the command that torchrun starts."""
     check_sfs(["sfs", *words[words.index("sfs_triton.cli") + 1 :]])
 
 
@@ -154,7 +154,7 @@ ALLOWED = [
 
 
 class Block(NamedTuple):
-    """A fenced code block. ``expected`` is the ``text`` block right below it, of which nothing else is asked."""
+    """A fenced code block. ``expected`` is the ``text`` block right below it, which is checked for nothing else."""
 
     language: str
     source: str
@@ -307,7 +307,7 @@ class Reader:
         return done.stdout
 
     def elsewhere(self, command: str) -> bool:
-        """Whether the README repeats a command that stands on a page under docs/."""
+        """Return True if the README repeats a command from a page under docs/."""
         return self.name == "README.md" and any(bare(command) in shell_commands(page) for page in DOCS)
 
     def skip(self, where: str, command: str) -> None:
@@ -388,7 +388,7 @@ MARKDOWN = [*PAGES, *(ROOT / name for name in OTHERS)]
 
 
 def slug(heading: str) -> str:
-    """What a heading is called in a link."""
+    """Return the anchor of a heading."""
     return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
 
 
@@ -454,7 +454,7 @@ def test_the_readme_and_the_site_list_every_page():
 
 
 def test_files_that_pages_name_are_there():
-    """Of the pages that walk through the code: whatever looks like a path of this repository is one."""
+    """On the pages that walk through the code, everything that looks like a path of this repository is one."""
     for name in ("adding-a-model.md", "adding-a-sampler.md", "kernels.md"):
         for path in re.findall(r"`((?:[\w-]+/)+[\w.-]*)`", (ROOT / "docs" / name).read_text()):
             assert (ROOT / path).exists(), f"{name}: {path}"

@@ -1,4 +1,4 @@
-"""What goes wrong in a generation: rows that break, no memory, loops that fail, checkpoints that change."""
+"""Faults in a generation: sequences that break, no memory, loops that fail, checkpoints that change."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def _own(engine: Engine, loop="tight", **changes) -> Engine:
 
 
 def _break_row(engine: Engine, row: int, step: int) -> None:
-    """Have the model say NaN wherever it looks in this row at this step."""
+    """Make the model return NaN at every position of this sequence at this step."""
     place = engine.model.ops.place
 
     def spoiled(state, *given, **named):
@@ -80,7 +80,7 @@ def test_a_row_of_nan_is_named_and_the_others_finish(engines, sampler, policy, l
 
 @pytest.mark.parametrize("loop", LOOPS)
 def test_nan_in_one_canvas_stays_there(engines, loop):
-    """From the weights on: a token that the model cannot read appears in one row."""
+    """Put a token that the model cannot read into one sequence."""
     weights = engines["llada-mha"].model.weights
     spoiled = replace(weights, embedding=weights.embedding.clone())
     spoiled.embedding[77] = torch.nan
@@ -113,7 +113,7 @@ def test_a_row_at_its_step_cap_is_named_and_the_others_finish(engines, monkeypat
 
 
 def test_every_row_is_named_or_finished(engines, monkeypatch):
-    """Also where rows break in different ways."""
+    """Sequences break in different ways."""
     engine = _own(engines["llada-mha"])
     _break_row(engine, row=1, step=3)
     step_cap = SlowFast.step_cap
@@ -135,7 +135,7 @@ def test_all_rows_break(engines):
 
 @pytest.mark.parametrize("loop", LOOPS)
 def test_nan_in_one_layer_breaks_every_row_by_name(engines, loop):
-    """All rows read the same weights. What is mended is whole again: nothing of it stays in a cache."""
+    """All sequences read the same weights. Restored weights work again: no NaN stays in a cache."""
     weights = engines["llada-mha"].model.weights
     layers = list(weights.layers)
     layers[-1] = replace(layers[-1], down=layers[-1].down.clone())
@@ -209,7 +209,7 @@ def test_caches_that_no_one_uses_make_room(engines, monkeypatch):
 
 
 def _crowded(most: int, at: int = 2):
-    """A step's ``run`` that finds no memory for more rows than that, once one of them is at step ``at``."""
+    """Make a step's ``run`` fail for want of memory with more sequences than that, once one is at step ``at``."""
     run = Step.run
 
     def crowded(step, *given, **named):
@@ -224,7 +224,7 @@ def _crowded(most: int, at: int = 2):
 @pytest.mark.parametrize("most", [1, 2])
 @pytest.mark.parametrize("loop", ["tight", "fixed", "replay"])
 def test_no_memory_for_a_step_takes_fewer_rows_at_a_time(engines, monkeypatch, caplog, loop, most):
-    """They begin again, and nobody is told of a step twice."""
+    """Sequences start again, and no step is reported twice."""
     engine, frames = engine_with(engines["llada-mha"], loop), []
     wanted = engine_with(engines["llada-mha"]).generate(**RAGGED, cache="region", trace=True)
     monkeypatch.setattr(Step, "run", _crowded(most))
@@ -463,7 +463,7 @@ def test_a_file_that_is_gone_before_it_is_read_is_named(checkpoint, name):
 
 @pytest.mark.parametrize("how", [Path.unlink, lambda path: os.replace(_garbage(path), path)], ids=["gone", "replaced"])
 def test_a_file_that_is_open_is_read_to_its_end(checkpoint, engines, monkeypatch, how):
-    """Whoever deletes it or puts another in its place does not reach what is being read."""
+    """Deleting or replacing the file does not affect the open one."""
     check = weights._check
 
     def change(*given):

@@ -47,7 +47,7 @@ def _figure() -> Figure:
 
 
 def _condensed(path: Path) -> None:
-    """What ``make bench-all`` keeps of a job, whose own file is there in full."""
+    """Return the result that ``make bench-all`` keeps of a job, whose own file is complete."""
     raw = path.with_name("raw.json")
     test = {"name": "t" * LARGE, "stats": {"median": 1.0}, "extra_info": {}}
     with little_room(resource.RLIM_INFINITY):

@@ -214,7 +214,7 @@ def test_trivial_refresh_equals_no_cache(engines, sampler):
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_early_stop(engines, sampler):
-    """The whole tail after the first end-of-text is end-of-text, in no more steps and fewer rows than without."""
+    """The whole tail after the first end-of-text is end-of-text, in no more steps and fewer forwarded positions than without."""
     engine = engines["llada-mha"]
     stopped = full = rows_stopped = rows_full = 0
     for start in range(0, 60, 6):
@@ -345,7 +345,7 @@ def test_tensors_are_token_ids(engines):
     ids=["threshold-1", "fixed-1", "four-steps", "fixed", "fixed-4", "threshold-eos", "fixed-eos"],
 )
 def test_shifted_models_finish_with_block_caches(golden, sampler, cache):
-    """Also where a block is one row, where the first token of a block ends the text, and where it was given."""
+    """Cases include blocks of one position, blocks whose first token ends the text, and given first tokens."""
     engine = sfs_triton.load(golden / "models" / "dream-gqa", "cpu")
     engine.model.weights.head[496] += 0.05
     for prompt in (PROMPT, PROMPT[::-1], [7] * 5):

@@ -32,7 +32,7 @@ def log(tmp_path: Path) -> record.Log:
 
 @pytest.fixture
 def inside(log, monkeypatch):
-    """As if this process were that of a step."""
+    """Set this process up as a step's process."""
     values = {record.RECORD: str(log.path), record.RUN: log.run, record.STEP: "step", record.TOY: "1"}
     for name, value in (values | {record.DEADLINE: str(time.time() + 60)}).items():
         monkeypatch.setenv(name, value)
@@ -400,7 +400,7 @@ def test_tests_are_lines(tmp_path, workers):
 
 @pytest.mark.slow
 def test_every_step_runs_as_a_toy(tmp_path):
-    """That is, all of the suite's own code which asks nothing of CUDA."""
+    """Covers all of the suite's own code that needs no CUDA."""
     out = tmp_path / "toy.jsonl"
     done = subprocess.run(
         [sys.executable, ROOT / "bench" / "gpu_suite.py", "--toy", "--minutes", "9", "--out", out],

@@ -95,7 +95,7 @@ def _plan(embedded, name, dtype=torch.float32):
 
 
 def _masked(logits, canvas, mask_id=5):
-    """The rows of masked positions, and the ids that the model has."""
+    """Select the logits of masked positions, for the ids that the model has."""
     return logits[canvas == mask_id][:, :MODEL_IDS]
 
 
@@ -106,7 +106,7 @@ def _masked(logits, canvas, mask_id=5):
     ("name", "bound"), [("toy-512", 1e-10), ("toy-768", 1e-10), ("toy-1024", 1e-10), ("toy-tied", 2e-5)]
 )
 def test_logits_in_float64(embedded, double, canvas, name, bound):
-    """Where rounding is out of the way they are equal; the tied head's copy adds 2^-24 to mean squares."""
+    """Without rounding they are equal; the tied head's copy adds 2^-24 to mean squares."""
     logits = inflate.inflate(embedded, name, "cpu", torch.float64).model.logits(canvas)
     torch.testing.assert_close(_masked(logits, canvas), _masked(double.logits(canvas), canvas), atol=bound, rtol=0)
 

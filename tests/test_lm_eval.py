@@ -341,7 +341,7 @@ def test_console_script(monkeypatch, capsys):
 
 
 def _executes(monkeypatch, error):
-    """Have lm-eval fail where it would do what its command line says."""
+    """Make lm-eval fail where it would execute its command line."""
 
     def fail(self, asked):
         raise error
@@ -366,7 +366,7 @@ def test_errors_while_decoding_keep_their_traceback(monkeypatch, capsys, model):
 
 @pytest.fixture(scope="module")
 def refused(tmp_path_factory):
-    """What ``sfs-eval`` says to wrong options, all in one process."""
+    """Return ``sfs-eval``'s messages for invalid options, all in one process."""
     folder = tmp_path_factory.mktemp("broken")
     (folder / "broken.yaml").write_text("task: broken\n  bad: [\n")
     (folder / "list.yaml").write_text("- 1\n")

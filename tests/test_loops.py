@@ -96,7 +96,7 @@ def test_loops_agree_on_infilling(engines, model, sampler, policy):
 @pytest.mark.parametrize("name", ["paper", "threshold", "origin"])
 @pytest.mark.parametrize("model", ["llada-mha", "dream-gqa"])
 def test_loops_agree_on_partial_refreshes(engines, monkeypatch, model, name, ratio):
-    """Once it is not rounding that decides which of the rows that did not move are refreshed."""
+    """Loops agree once rounding no longer decides which of the unchanged positions are refreshed."""
 
     def likeness(a, b, dim):
         close = cosine_similarity(a.double(), b.double(), dim=dim)
@@ -117,7 +117,7 @@ def test_loops_agree_on_partial_refreshes(engines, monkeypatch, model, name, rat
     ("sampler", "policy"), [*SOME_PAIRS, pytest.param(SAMPLERS["origin"], POLICIES["refresh"], id="origin-refresh")]
 )
 def test_a_used_session_gives_what_a_new_one_gives(engines, sampler, policy, loop):
-    """Of two requests of one kind, whose prompts, seeds and prompt lengths differ."""
+    """Two requests with one batch key, whose prompts, seeds and prompt lengths differ."""
     sampler = sampler.replace(cfg_scale=0.3)
     same = {"sampler": sampler, "cache": policy, "gen_length": [24, 8, 32], "trace": True}
     first = {"prompts": [[7] * 11, PROMPTS[2], PROMPTS[0][:3]], "seed": 11}
@@ -256,7 +256,7 @@ def test_tables_live_as_long_as_what_was_captured_with_them(golden):
 )
 @pytest.mark.parametrize("after", [1, 5])
 def test_mail_that_does_not_come(engines, monkeypatch, loop, after):
-    """ends the generation within the limit of a step, and leaves the engine as it was."""
+    """A missing step output ends the generation within the limit of a step, and leaves the engine as it was."""
     engine = engine_with(engines["llada-mha"], loop())
     post, posted = Mailbox.post, 0
 

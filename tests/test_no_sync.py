@@ -1,4 +1,4 @@
-"""The host never waits for the device within a generation: nothing of a step depends on a value that it would read."""
+"""The host never waits for the device within a generation: no step depends on a value that the host would read."""
 
 from __future__ import annotations
 
@@ -248,7 +248,7 @@ def meta_step(engines, monkeypatch):
 
 @pytest.mark.parametrize(("sampler", "policy"), EVERY_PAIR)
 def test_steps_run_without_values(meta_step, sampler, policy):
-    """On tensors that have none: whoever asked for one would be told so. And on nothing else."""
+    """Steps run on tensors without data, where reading a value raises an error, and on no others."""
     step = meta_step(sampler.replace(temperature=0.5, eos_stop=True), policy)
     shapes = step.fixed_shapes()
     assert {shape.members for shape in shapes} == {1, 2, None} and all(shape.aimed for shape in shapes)

@@ -82,7 +82,7 @@ class Visit:
         page.on("dialog", lambda dialog: (self.problems.append("a dialog: " + dialog.message), dialog.dismiss()))
 
     def set(self, name: str, value: str | bool) -> None:
-        """Change a control by its name, side A's if there are two; what is folded away is opened."""
+        """Change a control by its name, side A's if there are two; folded sections are opened."""
         control = self.find(f"[name={name}]").first
         control.evaluate("e => { const fold = e.closest('details'); if (fold) fold.open = true; }")
         if isinstance(value, bool):
@@ -570,7 +570,7 @@ def test_nothing_comes_from_elsewhere():
 
 
 def test_the_policy_holds(visit):
-    """That there are no violations means something only if they are seen."""
+    """The absence of violations is meaningful only if violations are detected."""
     visit.page.evaluate("""() => {
       const script = document.createElement("script");
       try { script.textContent = "window.ran = true"; } catch { window.refused = true; }

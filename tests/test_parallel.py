@@ -1,4 +1,4 @@
-"""Several processes that share one model decode as one process does, tell each other little, and never hang."""
+"""Several processes that share one model decode as one process does, exchange little data, and never hang."""
 
 from __future__ import annotations
 
@@ -287,7 +287,7 @@ def _cosine(a: torch.Tensor, b: torch.Tensor, group: parallel.Group) -> torch.Te
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_likeness_of_values_that_are_shared(size):
-    """Which rows dLLM-Cache recomputes is decided by it, so all ranks must have the same bits."""
+    """It decides which positions dLLM-Cache recomputes, so all ranks must have the same bits."""
     a, b = torch.randn(2, 2, 5, 16, generator=torch.Generator().manual_seed(3))
     b[0, 1], b[1, 2] = a[0, 1], 0.0
     barrier, slots = threading.Barrier(size), [None] * size

@@ -51,7 +51,7 @@ def wait_for(condition, what: str):
 
 
 def descendants(pid: int, name: str = "") -> list[psutil.Process]:
-    """Processes below a process, of those whose command line begins with ``name``."""
+    """Processes below a process, of those whose command line starts with ``name``."""
     found = []
     for process in psutil.Process(pid).children(recursive=True):
         try:
@@ -63,7 +63,7 @@ def descendants(pid: int, name: str = "") -> list[psutil.Process]:
 
 
 def ended(process: psutil.Process) -> bool:
-    """Whether a process is at its end; an orphan stays as a zombie where no init collects it."""
+    """Return True if a process has ended; an orphan stays as a zombie where no init collects it."""
     try:
         return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:

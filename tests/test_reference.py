@@ -31,7 +31,7 @@ def engine_of(name: str) -> sfs_triton.Engine:
 
 
 def recorded(family: str) -> list:
-    """A few stable single rows of every setting of every model, all but the first of each marked slow."""
+    """Pick a few stable single sequences of every setting of every model, all but the first of each marked slow."""
     cases, seen = [], Counter()
     for path in sorted((GOLDEN / "cases").glob(f"*.{family}.jsonl")):
         model = path.name.split(".")[0]

@@ -193,7 +193,7 @@ def test_what_does_not_go_together_is_refused(engine):
 
 
 def test_a_capped_window_over_a_mean_of_zeros_is_refused(engine):
-    """A cycle could begin again before what it has decided, and never see a mask."""
+    """A cycle could restart before its decided positions, and never see a mask."""
     sampler = SlowFast(zero_history=True, k_max=2, window=3, slow_end="filled")
     with pytest.raises(ArgumentError, match="span_cap=4 does not go with zero_history=True"):
         engine.generate([5, 6, 7], gen_length=24, sampler=sampler, cache=RegionCache(span_cap=4))

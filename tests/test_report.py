@@ -56,7 +56,7 @@ def _lines(date: str = "2027-01-02 10:00", *, factor: float = 1.0, toy: bool = F
 
 
 def _visit(ms: float) -> dict:
-    """A problem by a row of the throughput step."""
+    """Make a visit of one problem by a row of the throughput step."""
     tally = Tally(Row("sfs_triton", "slowfast", "paper", SlowFast(), "region", "triton", "replay"))
     tally.add(Visit([Done(92, 4, 1, 500)], 4e-3 * ms, 1e-3 * ms, 20 * 2**30), [True])
     return {"row": tally.row.name, "weights": "the embedded model, inflated", **tally.summary(None)}
@@ -76,7 +76,7 @@ def _write(folder: Path, name: str, lines: list[tuple]) -> Path:
 
 
 def _row(text: str, begin: str) -> list[str]:
-    """The cells of the first row of a table that begins so."""
+    """Return the cells of the first row of a table that starts so."""
     line = next(line for line in text.splitlines() if line.startswith(f"| {begin}"))
     return [cell.strip() for cell in line.strip("|").split("|")]
 
@@ -211,7 +211,7 @@ def test_the_command(tmp_path, capsys):
 
 @pytest.mark.parametrize("values", [{}, {"ms": None}])
 def test_lines_that_lack_what_was_to_be_measured(tmp_path, values):
-    """As a step that was cut off leaves them."""
+    """A step that was cut off leaves such lines."""
     lines = [(step, status, part, {} if step == "baseline" else given) for step, status, part, given in _lines()]
     lines.append(("engine", "hung", "triton, none, full", values))
     lines.append(("engine", "crashed", "triton, region, rows", values))

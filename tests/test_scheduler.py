@@ -42,7 +42,7 @@ def rows_of(engine: Engine, given, sampler=None, policy="none", trace=False, fra
 
 
 def alone(engine: Engine, row: Row):
-    """What the row gets with nobody beside it."""
+    """Return the result of the sequence decoded alone."""
     kind = row.kind
     request = Request([row.canvas], [row.start], row.sampler, kind.policy, [row.seed], kind.trace)
     with engine_with(engine)._run(request) as run:
@@ -191,7 +191,7 @@ def test_nothing_is_captured_while_rows_come_and_go(engines, policy):
 
 
 def test_those_that_run_go_on_while_another_joins(engines):
-    """A newcomer's first forward is a turn of its own, in a round in which all others step as well."""
+    """A newcomer's first forward is a plan of its own, in a round in which all others step as well."""
     engine = engine_with(engines["llada-mha"], "fixed")
     given = asked(random.Random(2), 3, engine.spec.mask_id, longest=24)
     rows = rows_of(engine, [(*row[:2], 0) for row in given], VANILLA.replace(block_length=8), POLICIES["region"])
@@ -251,7 +251,7 @@ def test_lanes_take_turns(engines):
 
 @pytest.mark.parametrize("most", [1, 2])
 def test_no_kind_starves(engines, most):
-    """Under rows of other kinds that never cease to come, a row of a new kind is through after a bounded wait."""
+    """Under a steady load of other batch keys, a sequence with a new one finishes after a bounded wait."""
     engine, rng = engine_with(engines["llada-mha"]), random.Random(6)
     crowd = [SlowFast(), SlowFast(k_max=7)][:most]
     scheduler = scheduler_of(engine, slots=2, most=most)
@@ -357,7 +357,7 @@ def test_lanes_are_made_for_rows_alike(engines, length, start, policy, room):
 
 
 def test_rows_that_are_watched_share_a_lane_with_others(engines):
-    """A lane posts what one of its rows needs; rows that did not ask for it get no trace."""
+    """A batch publishes the data that one of its sequences needs; sequences that did not ask for it get no trace."""
     engine, rng = engine_with(engines["llada-mha"]), random.Random(16)
     given = asked(rng, 3, engine.spec.mask_id, 16)
     plain, other = rows_of(engine, given[:2])
@@ -443,7 +443,7 @@ def test_a_list_with_a_broken_row_still_gives_the_others(engines):
 
 
 def test_rows_that_ran_begin_again_where_a_loop_fails(engines):
-    """And those that came later join the loop below it; none tells a step twice."""
+    """Later sequences join the fallback loop; none reports a step twice."""
 
     class Failing(EagerLoop):
         def run(self, step):

@@ -1,4 +1,4 @@
-"""What the code may not do, whatever it is given: unpickle, evaluate, run a shell, or run code of a checkpoint."""
+"""Forbidden operations, whatever the input: unpickle, evaluate, run a shell, or run code of a checkpoint."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ class Gate:
 
     @property
     def held(self) -> bool:
-        """Whether a step has been taken, and nothing goes on until :meth:`let`."""
+        """Return True if a step has run and the engine is held until :meth:`let`."""
         return self._held
 
     def close(self) -> None:
@@ -240,7 +240,7 @@ def test_samplers_and_caches_by_request_whole_and_streamed(server, embedded, sam
 
 
 def test_a_stream_is_text_in_order(server, embedded):
-    """Piece by piece, each of which is a part that was decided from the left."""
+    """Every piece is a part that was decided from the left."""
     wanted = embedded.generate(SUMS, gen_length=32, trace=True)
     chunks = list(server.client().chat.completions.create(**chat(), stream=True))
     pieces = [chunk.choices[0].delta.content for chunk in chunks if chunk.choices[0].delta.content]
@@ -474,7 +474,7 @@ def test_the_time_limit_holds_in_the_queue(embedded):
 
 
 def sent_by(monkeypatch, stalls: bool) -> tuple[list[bytes], list]:
-    """What a stream sends to a client that reads, or does not, while the engine is silent; and who was given up."""
+    """Return the data sent to a client that reads, or does not, while the engine is silent; and the dropped streams."""
     monkeypatch.setattr(sse, "_STALLED", 0.05)
     monkeypatch.setattr(sse, "_QUIET", 0.02)
     sent, given_up = [], []
@@ -539,7 +539,7 @@ def test_names_of_other_sites_are_not_served(embedded):
 
 
 def test_forms_of_other_sites_are_not_read(server):
-    """What a page of another origin can send without asking is refused."""
+    """Requests that a page of another origin can send without a preflight are refused."""
     for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x"):
         answer = httpx.post(
             server.url + "/v1/chat/completions", content=json.dumps(chat()), headers={"Content-Type": kind}

@@ -1,4 +1,4 @@
-"""What goes wrong beneath a server: its engine's thread, its weights, its memory, its loop, its process."""
+"""Faults beneath a server: its engine's thread, its weights, its memory, its loop, its process."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def text_of(response: httpx.Response) -> str:
 
 @pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt])
 def test_a_dead_engine_thread_keeps_nobody_waiting(embedded, monkeypatch, caplog, kind):
-    """By what is no Exception: the thread is over. Whoever runs or waits is told so, and so is whoever comes."""
+    """A BaseException ends the thread. Running, waiting and later requests all get an error."""
 
     def killed(*given, **named):
         raise kind("killed")
@@ -80,7 +80,7 @@ def test_a_dead_engine_thread_keeps_nobody_waiting(embedded, monkeypatch, caplog
 
 
 def test_an_answer_that_cannot_be_told_of_fails_alone(embedded, monkeypatch):
-    """What is wrong between the engine and a client, and not in the engine."""
+    """The fault is between the engine and a client, not in the engine."""
     see = Follower.see
 
     def broken(follower, row):
@@ -106,7 +106,7 @@ def spoiled(engine: Engine, **changes) -> Engine:
 
 
 def test_weights_of_nan_in_one_layer(embedded):
-    """Every row reads them, so every row fails, each with an answer of its own. The server lives on."""
+    """Every sequence reads them, so every one fails, each with its own error. The server continues."""
     layers = list(embedded.model.weights.layers)
     down = layers[1].down.clone()
     down[5, 7] = torch.nan
@@ -145,7 +145,7 @@ def test_weights_of_nan_that_one_prompt_reads(embedded):
 
 @pytest.mark.parametrize("at", [1, 3])
 def test_rows_that_begin_again_for_want_of_memory_tell_nothing_twice(embedded, monkeypatch, at):
-    """Streams with frames and noise, whose lane has no room for a later step with more than one row."""
+    """Streams with frames and noise, in a batch without memory for a later step with more than one sequence."""
     run, failed = Step.run, []
 
     def crowded(step, *given, **named):
@@ -186,7 +186,7 @@ def test_rows_that_begin_again_for_want_of_memory_tell_nothing_twice(embedded, m
 
 @pytest.mark.parametrize("at", [None, 0, 5])
 def test_a_loop_that_fails_is_replaced_under_its_requests(embedded, at, caplog):
-    """When it prepares or in the middle of an answer, and nobody notices."""
+    """It fails in preparation or in the middle of an answer; clients see no difference."""
     engine = engine_with(embedded, Failing(at))
     wanted = [embedded.generate(SUMS, gen_length=8, sampler=SlowFast(temperature=0.7), seed=s).text for s in (1, 2, 3)]
     with serving(engine, max_batch=2) as server, ThreadPoolExecutor(4) as pool:

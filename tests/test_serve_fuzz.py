@@ -1,4 +1,4 @@
-"""Schemathesis against the server's own OpenAPI document: nothing fails inside, and what is refused has a shape."""
+"""Schemathesis against the server's own OpenAPI document: nothing fails inside, and every refusal has the documented form."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_the_document_has_these_routes(document):
 
 
 def settled(examples: int) -> settings:
-    """The same examples in every run, so that it tells of the code alone."""
+    """Use the same examples in every run, so that a failure depends on the code alone."""
     return settings(
         max_examples=examples,
         deadline=None,

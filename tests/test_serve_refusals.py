@@ -1,4 +1,4 @@
-"""What the server says of requests that it does not take: in its own terms, with the field at fault in ``param``."""
+"""Refusals of the server: in its own terms, with the field at fault in ``param``."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def test_bodies_that_are_encoded(server):
 
 
 def test_who_sends_too_much_is_told_so(server):
-    """And not cut off in the middle of sending, whatever comes how slowly. Who asks first is told at once."""
+    """The client is not cut off while sending, however slowly; one that sends ``Expect`` is refused at once."""
     head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     part = b"10000\r\n" + b"a" * 0x10000 + b"\r\n"
     for body in (
@@ -210,7 +210,7 @@ def test_an_answer_may_have_been_empty(server, embedded):
 @pytest.mark.parametrize("before", ["", [], BEFORE])
 @pytest.mark.parametrize("length", [5, 32, None])
 def test_gaps_of_any_length_anywhere(server, embedded, sampler, mine, before, length):
-    """Blocks count from the canvas' begin, as the engine has it; a prompt may be empty where there is a suffix."""
+    """Blocks count from the canvas' start, as in the engine; a prompt may be empty where there is a suffix."""
     ids = embedded.text.encode(before) if before else []
     size = length or ServeSettings().default_tokens
     wanted = embedded.infill(ids + [embedded.spec.mask_id] * size + embedded.text.encode(AFTER), sampler=mine)

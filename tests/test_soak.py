@@ -1,4 +1,4 @@
-"""The soak: what it asks, what it makes of what it finds, and a short one."""
+"""The soak: its requests, its verdicts, and a short run."""
 
 from __future__ import annotations
 

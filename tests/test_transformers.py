@@ -287,7 +287,7 @@ def test_each_parameter_is_read_by_the_engine_and_written_by_it(name):
 
 
 def test_each_parameter_can_be_saved_by_itself(tmp_path):
-    """To what saves tensors, those in one storage are copies of each other, or views of something larger."""
+    """Savers treat tensors in one storage as copies of each other, or as views of something larger."""
     model = _load("llada-gqa")
     sfs_triton.accelerate(model)
     state = model.state_dict()
@@ -638,7 +638,7 @@ def test_noise_comes_from_the_seed_and_the_configuration(engines, models):
 
 
 def _cut_behind(tokenizer, tokens, stop):
-    """What a response is cut to, by joining its tokens one after another."""
+    """Return the cut response, by joining its tokens one after another."""
     for n in range(1, len(tokens) + 1):
         if stop in tokenizer.decode(tokens[:n]):
             return tokens[:n]
@@ -741,7 +741,7 @@ def test_inference_mode_leaves_a_model_that_can_be_trained():
 
 
 def test_settings_of_dreams_own_sampler(models):
-    """What a checkpoint brings along is passed over, what a caller sets is not."""
+    """Settings of the checkpoint are ignored, settings of the caller are not."""
     model, ids = copy.copy(models["dream-gqa"]), torch.tensor([[1, 2, 3]])
     model.generation_config = GenerationConfig(alg="entropy", steps=512, eos_token_id=496, pad_token_id=496)
     assert _generate(model, ids, max_new_tokens=4).sequences.shape == (1, 7)

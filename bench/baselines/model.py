@@ -83,12 +83,12 @@ class PlainModel:
         return self._rotate(q, rows), self._rotate(k, rows), v
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: LayerWeights) -> torch.Tensor:
-        """Return the output of attention of ``q [1, H, n, D]`` to ``k`` and ``v [1, Hkv, L, D]`` adds to its rows, ``[1, n, d]``."""
+        """Return the residual update ``[1, n, d]`` of attention of ``q [1, H, n, D]`` to ``k`` and ``v [1, Hkv, L, D]``."""
         mixed = F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1])
         return F.linear(mixed.transpose(1, 2).flatten(2), layer.out)
 
     def mlp(self, x: torch.Tensor, layer: LayerWeights) -> torch.Tensor:
-        """Return the residual update of the MLP, its norm included, for ``x [1, n, d]``."""
+        """Return the residual update of the MLP, norm included, for ``x [1, n, d]``."""
         gate, up = F.linear(self.norm(x, layer.mlp_norm), layer.gate_up).chunk(2, -1)
         return F.linear(F.silu(gate) * up, layer.down)
 

@@ -27,7 +27,7 @@ def look(forwards: Forwards, length: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def passes(confidence: torch.Tensor, tau: float, sampler: SlowFast) -> torch.Tensor:
-    """Return a mask of where the threshold is exceeded or, if not ``strict``, reached; compared in the confidence's dtype."""
+    """Mark where the threshold is exceeded or, if not ``strict``, reached; compared in the confidence's dtype."""
     return confidence > tau if sampler.strict else confidence >= tau
 
 

@@ -1,5 +1,5 @@
-"""Helpers shared by tests and benchmarks: an error budget, poisoned outputs, guard bands, a watch for reads by the host, a
-brisker interpreter."""
+"""Helpers shared by tests and benchmarks: an error budget, poisoned outputs, guard bands, a watch for reads by the host,
+a faster interpreter."""
 
 from __future__ import annotations
 
@@ -183,8 +183,8 @@ def guarded_loads() -> Iterator[None]:
 def brisk_interpreter(*, overflow_checks: bool = True) -> Iterator[None]:
     """Triton's interpreter, which patches its language anew at every launch and every nested call, patched once.
 
-    Patching takes a quarter of the interpreter's time; its checks of integer overflow are a sixth. Numpy warnings are off for values computed
-    in lanes that a mask discards. Results stay the same. Reaches into parts of triton (3.6 to 3.9) that are its own
+    Patching takes a quarter of the interpreter's time; its checks of integer overflow take a sixth. Numpy warnings are
+    off for values computed in elements that a mask discards. Results stay the same. Reaches into parts of triton (3.6 to 3.9) that are its own
     business, so it is for tests only. Does nothing where kernels are compiled.
     """
     import triton

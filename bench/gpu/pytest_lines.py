@@ -22,7 +22,7 @@ def _active() -> bool:
 
 
 def _writes() -> bool:
-    """Return True in pytest-xdist's controller process only."""
+    """Return True if active, except in pytest-xdist's workers."""
     return _active() and "PYTEST_XDIST_WORKER" not in os.environ
 
 

@@ -118,7 +118,7 @@ def _step_targets(record: Record) -> list[TargetRow]:
 
 
 def _wait_target(record: Record) -> TargetRow:
-    """Return the worst of all generations that were counted by the replay loop."""
+    """Report the worst of all generations that were counted by the replay loop."""
     counted = [line for step in ("sync", "engine") for line in record.of(step, loop="replay") if line.get("decode")]
     value, waits = "", 0
     if counted:

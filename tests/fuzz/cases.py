@@ -64,13 +64,13 @@ class Case:
     seeds: list[int]
 
     def canvas(self, row: int) -> tuple[list[int], int]:
-        """A row's canvas, and where it is decoded from."""
+        """Return a sequence's canvas, and the position from which it is decoded."""
         if self.lengths is None:
             return self.prompts[row], 0
         return self.prompts[row] + [self.model.spec.mask_id] * self.lengths[row], len(self.prompts[row])
 
     def run(self, engine: Engine, rows: list[int] | None = None, **options: Any) -> list[Generation | str]:
-        """The outcome of each of ``rows`` (default: all), in one batch."""
+        """Return the outcome of each of ``rows`` (default: all), in one batch."""
         rows = list(range(len(self.prompts))) if rows is None else rows
         prompts = [self.prompts[row] for row in rows]
         common = {"sampler": self.sampler, "cache": self.policy, "seed": [self.seeds[row] for row in rows], **options}
@@ -81,7 +81,7 @@ class Case:
 
 
 def outcomes(call: Callable[[], list[Generation]], rows: int) -> list[Generation | str]:
-    """What a call gives for each row: its generation, or the kind of fault that ended it."""
+    """Return the result of a call per sequence: its generation, or the kind of fault that ended it."""
     try:
         return call()
     except RowFault as fault:
@@ -100,7 +100,7 @@ def assert_outcomes(mine: list[Generation | str], wanted: list[Generation | str]
 
 
 def weights_of(made: Made, device: str = "cpu") -> Weights:
-    """Every part of the transformer matters: projections keep the scale of what they are given.
+    """Make weights with which every part of the transformer matters: projections keep the scale of their inputs.
 
     Where the mask is not to be predicted, the first hidden dimension is the same positive number for every token, no
     layer writes to it, and the mask's row of the head is a large negative multiple of it.
@@ -259,7 +259,7 @@ def cases(
     made: st.SearchStrategy | None = None,
     settled: bool = False,
 ) -> Case:
-    """Calls of at most ``rows`` rows and ``longest`` decoded positions each.
+    """Draw calls of at most ``rows`` sequences and ``longest`` decoded positions each.
 
     ``settled`` cases are those that the oracle knows: it refuses quotas that do not come out even, and no model may
     predict the mask.
@@ -298,7 +298,7 @@ def _punched(draw: st.DrawFn, prompt: list[int], mask_id: int, keep_first: bool,
 
 
 def with_eos_that_is_said(case: Case) -> Case:
-    """The same, but end-of-text is what the first row commits first: else random models hardly ever say it."""
+    """Make the first sequence commit end-of-text first: random models hardly ever predict it."""
     (row,) = case.run(case.model.engine(), [0])
     if isinstance(row, str):
         return case

@@ -1,4 +1,4 @@
-"""How many cases are drawn, and the record of them.
+"""Number of cases drawn, and their record.
 
 Without anything set each property draws the same few dozen cases in every run: they are part of the test suite.
 

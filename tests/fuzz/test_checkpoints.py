@@ -341,7 +341,7 @@ PIECES = [
 
 
 def test_templates(fuzz):
-    """End in time, and never show what is outside: what comes back is text or a documented error."""
+    """Templates end in time and expose nothing outside: the result is text or a documented error."""
     renderer, seen = Renderer(seconds=0.5), Counter()
     variables = {"messages": [{"role": "user", "content": "hello"}], "add_generation_prompt": True, "bos_token": "<s>"}
 
@@ -362,7 +362,7 @@ def test_templates(fuzz):
 
 
 def test_other_files_are_not_read(folder):
-    """What could say how to generate, or bring code, may hold anything."""
+    """Files that could set generation options or bring code may hold anything."""
     _fill(folder, "llada-gqa")
     for name in ("generation_config.json", "modeling_llada.py", "adapter_config.json", "special_tokens_map.json"):
         (folder / name).write_bytes(b"\xff{[" + b"raise SystemExit" * 100)
@@ -370,7 +370,7 @@ def test_other_files_are_not_read(folder):
 
 
 def test_the_limits_limit():
-    """That these tests can fail."""
+    """Show that these tests can fail."""
     assert confined(lambda: None) == "done"
     assert "MemoryError" in confined(lambda: bytearray(2**32))
     assert "memory" in confined(lambda: torch.zeros(2**31))

@@ -80,7 +80,7 @@ OTHER_DIALS = {
 
 @st.composite
 def comings(draw: st.DrawFn) -> dict:
-    """When rows come and which of them go early, and where they find room."""
+    """Arrival steps of sequences, those dropped early, and the number of slots."""
     times = st.lists(st.integers(0, 5), min_size=5, max_size=5)
     return {
         "slots": draw(st.integers(1, 3)),
@@ -95,7 +95,7 @@ def comings(draw: st.DrawFn) -> dict:
 
 
 def _other_rows(case: Case, when: dict) -> Case:
-    """The same rows, decoded otherwise: in a lane of their own, or with other numbers in the same."""
+    """Draw the same sequences with other parameters: in a batch of their own, or with other values in the same batch."""
     if when["others"] == "kind":
         return replace(case, sampler=Threshold(tau=0.3, block_length=None), policy=NoCache())
     if when["others"] == "same":
@@ -118,7 +118,7 @@ def _rows(case: Case) -> list[Row]:
 
 
 def _come_and_go(scheduler: Scheduler, rows: list[Row], when: dict) -> None:
-    """Submit the rows, drop some, and step to the end."""
+    """Submit the sequences, drop some, and step to the end."""
     taken, leaving = 0, {rows[index]: at for index, at in when["leaves"].items() if index < len(rows)}
 
     def step() -> None:
@@ -138,7 +138,7 @@ def _come_and_go(scheduler: Scheduler, rows: list[Row], when: dict) -> None:
 
 
 def test_rows_that_come_and_go_are_the_rows_alone(fuzz):
-    """In a scheduler with fewer slots than rows, beside rows with other settings, some of which are dropped."""
+    """Use fewer slots than sequences, beside sequences with other parameters, some of which are dropped."""
 
     def check(drawn: tuple[Case, dict]) -> None:
         case, when = drawn
@@ -213,7 +213,7 @@ def test_once_more_in_a_stream_and_in_the_background(fuzz):
 
 
 def test_every_answer_is_whole(fuzz):
-    """What must hold of any generation, whatever it was computed by."""
+    """Check the invariants of any generation, whatever computed it."""
 
     def check(case: Case) -> None:
         spec = case.model.spec

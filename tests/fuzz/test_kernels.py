@@ -19,7 +19,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 @pytest.mark.parametrize("loop", ["tight", "fixed", "replay"])
 def test_kernels_are_torch(fuzz, loop):
-    """With rows that go along in one launch (fixed, replay) and with rows that go alone (tight)."""
+    """Forward sequences in one launch (fixed, replay) and alone (tight)."""
     shapes = models(head_dims=HEAD_DIMS)
 
     def check(case: Case) -> None:

@@ -125,7 +125,7 @@ def test_scale_and_leading_batch_rows(guards, dtype):
 
 
 def test_large_scores(guards, dtype):
-    """Scores of some hundreds: float32 keeps four digits of what stands in the exponent."""
+    """Scores of some hundreds: float32 keeps four digits of the exponent's argument."""
     q, k, v = inputs(guards, dtype, 1, 4, 1, 1, 32, 100)
     check(guards, q * 40, k, v, scale=1.0, config=AttentionConfig(16, 16, 4, 4, 1), tolerance=2e-4)
 

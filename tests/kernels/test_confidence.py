@@ -28,7 +28,7 @@ def random(*shape: int, dtype: torch.dtype, seed: int = 0, scale: float = 3.0) -
 
 
 def noise_of(n_rows: int, device: torch.device | str = "cpu", seed: int = 0) -> dict[str, torch.Tensor]:
-    """Keys of the noise, and temperatures: every row has its own."""
+    """Make noise keys and temperatures, different for every sequence."""
     generator = torch.Generator().manual_seed(seed)
     most = {"seed": 2**63 - 1, "position": 4096, "step": 1024}
     keys = {name: torch.randint(0, most[name], (n_rows,), generator=generator) for name in KEYS}

@@ -25,7 +25,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def make(n_tokens: int, n_columns: int, batch: int, length: int, n: int, *, dtype=torch.float32, kind=torch.int64):
-    """A table, a canvas, and positions of which about a third are idle."""
+    """Make a table, a canvas, and positions of which about a third are idle."""
     generator = torch.Generator().manual_seed(n_tokens + length)
     table = torch.randn(n_tokens, n_columns, generator=generator).to(dtype)
     tokens = torch.randint(n_tokens, (batch, length), generator=generator, dtype=kind)
@@ -116,7 +116,7 @@ def test_embedding_in_tiles_of_a_gpu_and_of_the_interpreter(guards, n_columns, n
 
 
 def test_embedding_configuration():
-    """A row a program where rows are wide; on one processor, a program for all."""
+    """One row per program where rows are wide; on one processor, one program for all."""
     for n_rows in (1, 128, 2124):
         assert embedding_config(n_rows, 4096, 132) == embedding_config(n_rows, 3584, 132) == EmbeddingConfig(1, 4096, 8)
     assert embedding_config(2124, 64, 132) == EmbeddingConfig(32, 64, 4)
@@ -150,7 +150,7 @@ def test_compact_keeps_the_first(guards, n, capacity):
 
 
 def test_compact_of_two_million_flags(guards):
-    """As one list, and as 256."""
+    """Compact them as one list, and as 256."""
     flag = flags(256, 8192, 0.01)
     assert_compact(guards, flag.view(1, -1), 50_000)
     assert_compact(guards, flag, 128)

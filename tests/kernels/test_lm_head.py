@@ -40,7 +40,7 @@ def codes(n_columns: int, n_features: int, seed: int = 1) -> tuple[torch.Tensor,
 
 
 def noise_of(n_rows: int, device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
-    """Keys of the noise, and temperatures: every row has its own."""
+    """Make noise keys and temperatures, different for every sequence."""
     generator = torch.Generator().manual_seed(n_rows)
     most = {"seed": 2**63 - 1, "position": 4096, "step": 1024}
     keys = {name: torch.randint(0, most[name], (n_rows,), generator=generator) for name in KEYS}

@@ -35,7 +35,7 @@ def make(guards: Guards, batch: int, length: int) -> DecodeState:
 
 
 def random_list(rng: random.Random, n_canvas: int, length: int, batch: int, listed: int, mode: str) -> dict:
-    """A list of ``batch`` rows whose live slots have different positions, and choices for its slots or for some."""
+    """Make a list of ``batch`` rows whose live slots have different positions, and choices for all or some slots."""
     target = [rng.sample(range(length), min(listed, length)) for _ in range(batch)]
     target = [[place if rng.random() < 0.7 else -1 for place in row] + [-1] * (listed - len(row)) for row in target]
     which = None
@@ -117,7 +117,7 @@ def test_entries_of_several_programs(monkeypatch, mode, size):
 
 
 def test_an_idle_entry_reads_no_slot():
-    """What lies before the list would be a position."""
+    """The value before the list would be a position."""
     guards = Guards(DEVICE)
     lines = torch.tensor([[3, 3, 3], [4, 5, -1]], dtype=torch.int32, device=DEVICE)
     which = torch.tensor([-1, 1], dtype=torch.int32, device=DEVICE)

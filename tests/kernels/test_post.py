@@ -1,4 +1,4 @@
-"""The mailbox: the kernels and their torch twin against a list of what was posted."""
+"""The host ring: the kernels and their torch twin against a list of the published outputs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Contiguous rows and their keys: the kernel and its torch twin against a loop over rows."""
+"""Ranges of positions and keys: the kernel and its torch twin against a loop over sequences."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def as_state(control: torch.Tensor) -> SimpleNamespace:
 
 
 def make(guards: Guards, numbers: list[dict[str, int]]) -> SimpleNamespace:
-    """A state with these numbers a row; all others must not matter."""
+    """Make a state with these control values per sequence; no others may matter."""
     control = guards.empty(len(numbers), len(CONTROL), dtype=torch.int64)
     for row, values in enumerate(numbers):
         for name, value in values.items():
@@ -35,7 +35,7 @@ def make(guards: Guards, numbers: list[dict[str, int]]) -> SimpleNamespace:
 
 
 def by_hand(numbers: dict[str, int], capacity: int | None, to_span_end: bool, block: str | None) -> tuple:
-    """Rows, count and key range of one canvas row, as the twin's docstring says."""
+    """Compute positions, count and key range of one sequence, as the twin's docstring defines them."""
     n = SimpleNamespace(**numbers)
     if n.done:
         return [-1] * (capacity or 0), 0, [0, 0, 0, 0]

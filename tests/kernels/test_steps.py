@@ -124,7 +124,7 @@ def random_state(rng: random.Random, rules: CycleRules | BlockRules, batch: int,
 
 
 def look_and_score(rng: random.Random, state: DecodeState, rules: CycleRules | BlockRules, faults: bool) -> None:
-    """Fill in what a model would have said; of what a row list may leave out, something is."""
+    """Fill in random model outputs; leave out some of the positions that a position list may omit."""
     batch, length = state.masked.shape
     torch_impl.look(state, by_stage=isinstance(rules, CycleRules), span_cap=getattr(rules, "span_cap", None))
     ahead = getattr(rules, "look_ahead", 0)
@@ -301,7 +301,7 @@ IMPLEMENTATIONS = pytest.mark.parametrize("ops", [torch_impl, triton_impl], ids=
 
 
 def _fast_row(score: dict[int, float], rules: CycleRules, sampler: Sampler = PAPER, **control: int) -> DecodeState:
-    """Twelve positions of which the last ten are decoded, about to decide the last one of the span ``[2, 5)``. What
+    """Make twelve positions of which the last ten are decoded, about to decide the last one of the span ``[2, 5)``. What
     the model says at a position is that position."""
     rows = [[1, 1, 7, 7] + [MASK] * 8]
     state = DecodeState.allocate(
