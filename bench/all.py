@@ -84,7 +84,7 @@ def start(job: Job, out: Path) -> dict:
 
 
 def condense(raw: Path, to: Path) -> None:
-    """Keep of pytest-benchmark's file the figures: a median in seconds a test, and what the test noted."""
+    """Keep the figures of pytest-benchmark's file: the median in seconds per test, and the test's notes."""
     if not raw.exists():
         return
     found = json.loads(raw.read_text(encoding="utf-8"))["benchmarks"]

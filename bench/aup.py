@@ -13,7 +13,7 @@ DROP = 5.0  # percent that a counted point may be below the first one
 
 
 def curve(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Points ``(tokens a forward, accuracy in percent)`` by ascending tokens; of equal ones the most accurate stays."""
+    """Points ``(tokens per forward, accuracy in percent)`` by ascending tokens; of equal ones the most accurate stays."""
     best: dict[float, float] = {}
     for pace, accuracy in points:
         best[pace] = max(accuracy, best.get(pace, 0.0))
@@ -26,10 +26,10 @@ def cut(points: Sequence[tuple[float, float]]) -> float:
 
 
 def aup(points: Sequence[tuple[float, float]], best: float) -> float:
-    """The weighted area under accuracy against tokens a forward.
+    """Compute the weighted area under accuracy against tokens per forward.
 
     Args:
-        points: ``(tokens a forward, accuracy in percent)`` of one method's settings, in any order.
+        points: ``(tokens per forward, accuracy in percent)`` of one method's settings, in any order.
         best: the best accuracy of all methods on the task, in percent.
 
     Left of the slowest point the area is ``tokens * accuracy``, right of it that of the trapezoids between the points

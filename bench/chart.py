@@ -32,7 +32,7 @@ def save(figure: Figure, path: Path) -> Path:
 
 
 def draw_throughput(record: dict, path: Path) -> Path:
-    """Tokens a second as bars and, where answers were checked, accuracy against them beside it."""
+    """Draw tokens per second as bars and, where answers were checked, accuracy against them beside it."""
     rows = record["rows"]
     checked = [row for row in rows if row["accuracy"] is not None]
     figure = Figure(figsize=(13 if checked else 7.5, max(3.2, 0.36 * len(rows) + 1.6)), layout="constrained")

@@ -11,7 +11,7 @@ Line = dict[str, Any]
 
 
 class CpuRun(NamedTuple):
-    """A folder ``bench/results/<machine>/<date>-<commit>`` and what ``run.json`` in it says."""
+    """A folder ``bench/results/<machine>/<date>-<commit>`` and the contents of its ``run.json``."""
 
     folder: Path
     about: Line

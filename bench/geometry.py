@@ -57,7 +57,7 @@ Fill = Callable[[torch.Tensor, str, int | None], None]  # write a part of a laye
 
 
 def layout(spec: ModelSpec) -> dict[tuple[str, int | None], tuple[str, tuple[int, ...]]]:
-    """For every part of every layer (None: of the model) its tensor's name in a checkpoint, and its shape."""
+    """Map every part of every layer (None: of the model) to its tensor's name in a checkpoint, and its shape."""
     names = LLADA_NAMES if spec.family == "llada" else LLAMA_NAMES
     found = {(part, None): names[part] for part in ("embedding", "norm", "head")}
     for layer in range(spec.n_layers):

@@ -1,4 +1,4 @@
-"""Pictures of a GPU's record: steps beside their prediction, and tokens a second."""
+"""Pictures of a GPU's record: steps beside their prediction, and tokens per second."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def draw(record: Record, rows: Mapping[str, Line], folder: Path) -> list[Path]:
 
 
 def _draw_steps(lines: Sequence[Line], gpu: str, path: Path) -> Path:
-    """A bar for each step, in milliseconds with what 60 of 100 samples lie within, and a mark where it should end."""
+    """Draw a bar per step in milliseconds, the range of 60 of 100 samples, and a mark at the prediction."""
     figure = Figure(figsize=(9, 0.34 * len(lines) + 1.4), layout="constrained")
     axis = figure.subplots()
     for place, line in enumerate(lines):

@@ -5,8 +5,8 @@
     python bench/gpu_suite.py --dry-run              the steps, with the time limit of each
 
 Every step is a process of its own with a limit, in a group of its own: one that fails, hangs or takes its context with
-it is a line in the record, and the next goes on. Lines are written at once (:mod:`bench.gpu.record`), so that whatever
-ends the run loses nothing. The exit status is 1 if a step failed. Without a GPU every step that needs one is skipped,
+it is a line in the record, and the next goes on. Lines are written at once (:mod:`bench.gpu.record`), so that an
+interrupted run loses nothing. The exit status is 1 if a step failed. Without a GPU every step that needs one is skipped,
 with a line that says so; ``--toy`` then shows that steps run, at sizes that mean nothing.
 """
 
@@ -198,7 +198,7 @@ def checked_out() -> str:
 
 
 def default_path(gpu: str | None, commit: str) -> Path:
-    """``bench/results/<gpu>/<date>-<commit>.jsonl``; where there is no GPU, a file that is nobody's record."""
+    """``bench/results/<gpu>/<date>-<commit>.jsonl``; without a GPU, a file outside the records."""
     name = f"{time.strftime('%Y-%m-%d')}-{commit}.jsonl"
     if gpu is None:
         return Path(tempfile.mkdtemp(prefix="gpu-suite-")) / name

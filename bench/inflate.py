@@ -4,7 +4,7 @@
     engine = inflate(sfs_triton.load("embedded", "cpu", "float32"), "llada-8b")     in a GPU's memory, without a file
 
 The large model computes what the small one does, so a benchmark at its size has a trained model's slow and fast stages,
-and answers that can be checked. :mod:`bench.inflation` says what goes where, and why ``dream-7b`` is left out:
+and answers that can be checked. :mod:`bench.inflation` defines the mapping, and says why ``dream-7b`` is left out:
 :func:`dense` has its shapes with random weights, for times alone.
 """
 
@@ -57,7 +57,7 @@ def inflate(
     impl: str | None = None,
     loop: str | None = None,
 ) -> Engine:
-    """An engine of the given shapes that does what ``source`` does, made in ``device``'s memory.
+    """Build an engine of the given shapes that computes the function of ``source``, in ``device``'s memory.
 
     Args:
         source: the embedded model, as :func:`sfs_triton.load` gives it.
@@ -87,7 +87,7 @@ def dense(
     impl: str | None = None,
     loop: str | None = None,
 ) -> Engine:
-    """As :func:`inflate`, for any geometry, but with all weights random: for the cost of a step without any zeros."""
+    """Build an engine as :func:`inflate` does, for any geometry, but with all weights random: for the cost of a step without any zeros."""
     spec = geometry_spec(geometry, source.spec)
     device, dtype = _where(device, dtype, impl, loop)
     _check_memory(spec, device, dtype)

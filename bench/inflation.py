@@ -89,7 +89,7 @@ class Plan:
         return self.big.tied_head or self.big.vocab_size > self.small.vocab_size
 
     def _conditions(self) -> Iterator[tuple[bool, str]]:
-        """Everything that must hold, and what to say where it does not."""
+        """List all conditions, each with the message for its violation."""
         small, big = self.small, self.big
         for name in ("n_layers", "d_model", "n_heads", "n_kv_heads", "mlp", "vocab_size"):
             mine, room = getattr(small, name), getattr(big, name)
@@ -168,7 +168,7 @@ class Plan:
 
     @property
     def channels(self) -> torch.Tensor:
-        """For every channel of a head of the model its channel in a wider head: rotary pair i is pair k i."""
+        """Target channel in a wider head of every channel of a head: rotary pair i is pair k i."""
         pairs = torch.arange(self.small.head_dim // 2) * (self.big.head_dim // self.small.head_dim)
         return torch.cat((pairs, self.big.head_dim // 2 + pairs))
 

@@ -113,7 +113,7 @@ class Bench:
         return decode
 
     def _told(self, decoded: Decoded) -> Done:
-        """With its tokens counted, and its text read, as sfs_triton does."""
+        """Count the tokens and decode the text as sfs_triton does."""
         eos, response = self.engine.spec.eos_id, decoded.response
         tokens = response[: response.index(eos) + 1] if eos in response else response
         text = self.engine.text and self.engine.text.decode(tokens)

@@ -1,4 +1,4 @@
-"""Every sampler with every cache policy that it goes with, the loops that step them, and what counts as the same."""
+"""Every sampler with every cache policy that it goes with, the loops that step them, and the criterion of equality."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ SOME_PAIRS = [
 
 
 def stand_in(step: Step, shape: Shape) -> Callable[[], None]:
-    """For a graph on a GPU: warms up as capturing one does, and replays by running the step."""
+    """Replace a graph on a GPU: warm up as a capture does, and replay by running the step."""
     step.run([shape])
     step.mailbox.posted += 1
     return lambda: step.run([shape])
@@ -109,7 +109,7 @@ def engine_with(engine: Engine, loop: Loop | str = "tight") -> Engine:
 
 
 def assert_same(mine: Sequence[Generation] | Generation, wanted: Sequence[Generation] | Generation) -> None:
-    """Equal but for the time it took; confidences to what another order of summation may change."""
+    """Compare all but the time taken; confidences to the tolerance of another order of summation."""
     if isinstance(wanted, Generation):
         mine, wanted = [mine], [wanted]
     for index, (row, other) in enumerate(zip(mine, wanted, strict=True)):

@@ -44,7 +44,7 @@ ROUNDINGS = 64  # logits of a small model may differ by so many units of roundin
 
 @dataclass(frozen=True)
 class Setup:
-    """Setup of a recorded case: the arguments of its run."""
+    """Settings of a recorded case's run."""
 
     system: str
     sampler: Sampler
@@ -149,7 +149,7 @@ def recorded_margin(case: dict) -> float:
 
 
 def logits_tolerance(wanted: torch.Tensor, roundings: int = ROUNDINGS) -> float:
-    """Return what another order of summation may change in float32 logits of the size of ``wanted``."""
+    """Return the change that another order of summation may cause in float32 logits of the size of ``wanted``."""
     return roundings * torch.finfo(torch.float32).eps * wanted.abs().max().item()
 
 

@@ -1,4 +1,4 @@
-"""Processes that share a model over gloo on this machine, and what tests have them do."""
+"""Processes that share a model over gloo on this machine, and their work in tests."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class World:
             self._pipes.append(mine)
 
     def run(self, work: Callable, *arguments: Any, limit: float = 90.0, **options: Any) -> list[Any]:
-        """Run ``work(*arguments, **options)`` on each rank; return results or :class:`Failed`, None for a rank that died."""
+        """Run ``work(*arguments, **options)`` on each rank: its result or :class:`Failed`, None if it died."""
         for pipe in self._pipes:
             pipe.send((work, arguments, options))
         deadline, results = time.monotonic() + limit, []
@@ -182,7 +182,7 @@ class Counting(parallel.Group):
 
 
 def traffic(model: str | Path, **options: Any) -> tuple[sfs_triton.Generation, list[tuple[int, ...]], dict[str, int]]:
-    """A generation, and what went to other ranks for it: shapes that were gathered, and bytes."""
+    """Run a generation and count its traffic to other ranks: shapes that were gathered, and bytes."""
     shared = engine(model).model
     counting = Counting(shared.group)
     model = type(shared)(shared.spec, shared.weights, "torch", counting)

@@ -34,7 +34,7 @@ def _recorded() -> list[tuple[str, Setup, dict]]:
 
 
 def _batches() -> list:
-    """Pick, per method, the cases that make the most uneven batch: in response lengths, else in steps, and in prompts."""
+    """Pick, per method, the most uneven batch of cases: in response lengths, else in steps, and in prompts."""
     kinds, best = defaultdict(list), {}
     for model, setup, case in _recorded():
         if case["nfe"] <= STEPS:
@@ -60,7 +60,7 @@ BATCHES = _batches()
 
 @pytest.mark.parametrize(("model", "rows"), BATCHES)
 def test_recorded_rows_in_one_batch(engines, model, rows):
-    """In float32 each gives what the reference gave for it alone."""
+    """In float32 each sequence gives the reference's result for it alone."""
     setup = rows[0][0]
     options = {
         "prompts": [case["prompt"][0] for _, case in rows],

@@ -128,7 +128,7 @@ def test_examples_are_none_of_the_problems(engine):
 
 
 def test_a_sampled_visit_costs_its_steps_times_all(engine, monkeypatch):
-    """By a clock that ticks once a reading."""
+    """Use a clock that ticks once per reading."""
     big = inflate(engine, "toy-512", "cpu", "float32")
     bench, ticks = Bench(big, 32, sampled_steps=4), iter(range(1000))
     canvases = []

@@ -1,4 +1,4 @@
-"""The chat: its history and settings, what each command does and refuses, and its faces in a terminal and in a pipe."""
+"""The chat: history, settings, the effect and refusals of each command, and its output in a terminal and in a pipe."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command line: what it prints where, what it refuses, and what the live view and the picture show."""
+"""The command line: its output streams, its refusals, the live view and the picture."""
 
 from __future__ import annotations
 

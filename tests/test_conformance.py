@@ -21,7 +21,7 @@ def _run(*arguments: str | Path) -> subprocess.CompletedProcess:
 
 @pytest.fixture
 def checked(monkeypatch, capsys):
-    """The same in this process: what it returns, and what it writes to stdout and stderr."""
+    """Run the check in this process; return its status, stdout and stderr."""
 
     def run(*arguments: str | Path) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])

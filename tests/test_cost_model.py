@@ -1,4 +1,4 @@
-"""The cost model: what it counts, what it makes of it, and that its document says what the code now does."""
+"""The cost model: its counts, its predictions, and that its document is current."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The same seed gives the same tokens: in another process, on other threads, in any company, by any loop, at any face.
+"""The same seed gives the same tokens: in another process, on other threads, in any batch, by any loop, through any front end.
 
 Rows that join and leave a batch are in tests/test_scheduler.py, orders of a batch in tests/test_batches.py, and
 all samplers and caches on all loops in tests/test_loops.py. docs/reliability.md says where it ends.
@@ -97,7 +97,7 @@ def test_another_process_with_other_threads(wanted, threads):
 
 @pytest.mark.slow
 def test_another_dtype_repeats_itself():
-    """bfloat16 need not give what float32 gives, but again what it gave."""
+    """bfloat16 need not equal float32, but repeats its own result."""
     names = ("noise", "noise-region")
     assert elsewhere("bfloat16", 1, 1, names) == elsewhere("bfloat16", 2, 2, names)
 

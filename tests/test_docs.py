@@ -1,9 +1,9 @@
 """Every code block of the documentation is run, or is listed below with the reason why not; every link leads somewhere.
 
 A page is followed from top to bottom, in a folder that looks like a checkout: Python blocks in one namespace, shell
-blocks (``bash`` or no language) as they stand. A ``text`` block right below a block that was run is what it says, or
-how it fails; ``...`` in it stands for anything. Other ``text`` blocks are pictures of something. In ``console`` blocks,
-transcripts, only the options of what is typed are checked.
+blocks (``bash`` or no language) as they stand. A ``text`` block right below a block that was run is its output, or
+its error; ``...`` in it stands for anything. Other ``text`` blocks are pictures of something. In ``console`` blocks,
+transcripts, only the options of the typed commands are checked.
 """
 
 from __future__ import annotations
@@ -234,7 +234,7 @@ def says(text: str, expected: str) -> bool:
 
 
 class Reader:
-    """Somebody who does what a page says, in a folder that looks like a checkout."""
+    """Follow the instructions of a page, in a folder that looks like a checkout."""
 
     def __init__(self, page: Path, folder: Path, stack: ExitStack):
         self.page, self.folder, self.stack = page, folder, stack
@@ -324,7 +324,7 @@ class Reader:
         return mine | {"PATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 
     def serve(self, command: str) -> None:
-        """Start a page's server on a free port, for what follows on the page."""
+        """Start a page's server on a free port, for the rest of the page."""
         words = shlex.split(re.sub(r"--port \d+", "--port 0", command), comments=True)
         process = subprocess.Popen(
             words, cwd=self.folder, env=self.environment(), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True

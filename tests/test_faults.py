@@ -503,7 +503,7 @@ else:
 
 
 def test_a_file_that_is_cut_as_it_is_read_gives_no_engine(checkpoint):
-    """It is mapped into memory, and the system ends whoever reads where there is nothing any more."""
+    """The file is mapped into memory, and the system kills a process that reads beyond its new end."""
     command = [sys.executable, "-c", CUT, str(checkpoint)]
     size = (checkpoint / "model.safetensors").stat().st_size
     whole = subprocess.run([*command, str(size)], capture_output=True, text=True, timeout=120)

@@ -47,7 +47,7 @@ def _figure() -> Figure:
 
 
 def _condensed(path: Path) -> None:
-    """Return the result that ``make bench-all`` keeps of a job, whose own file is complete."""
+    """Write the condensed results of a job, as ``make bench-all`` does; the raw file is complete."""
     raw = path.with_name("raw.json")
     test = {"name": "t" * LARGE, "stats": {"median": 1.0}, "extra_info": {}}
     with little_room(resource.RLIM_INFINITY):
@@ -116,7 +116,7 @@ main()
 
 
 def test_scores_that_cannot_be_written_are_an_error(tmp_path):
-    """lm-eval itself says in its log that it could not save them, and leaves what it had written."""
+    """lm-eval itself logs that it could not save them, and leaves the partial file."""
     pytest.importorskip("lm_eval")
     tasks = str(ROOT / "bench" / "eval" / "tasks")
     options = ["--model", "sfs_triton", "--model_args", "pretrained=embedded,dtype=float32", "--tasks", "sfs_records"]

@@ -214,7 +214,7 @@ def test_trivial_refresh_equals_no_cache(engines, sampler):
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_early_stop(engines, sampler):
-    """The whole tail after the first end-of-text is end-of-text, in no more steps and fewer forwarded positions than without."""
+    """The whole tail after the first end-of-text is end-of-text, with no more steps and fewer positions forwarded."""
     engine = engines["llada-mha"]
     stopped = full = rows_stopped = rows_full = 0
     for start in range(0, 60, 6):

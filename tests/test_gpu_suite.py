@@ -1,4 +1,4 @@
-"""The suite for a GPU: its driver with steps that fail in every way, and what its steps do at toy sizes on a CPU."""
+"""The suite for a GPU: its driver with steps that fail in every way, and its steps at toy sizes on a CPU."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def test_an_end(tmp_path):
 
 @pytest.mark.parametrize(("limit", "stall", "how"), [(0.7, 9, "limit"), (9, 0.7, "stall")])
 def test_limits(tmp_path, limit, stall, how):
-    """Also for what a process has started, and for one that does not want to end."""
+    """Limits also apply to child processes, and to a process that ignores SIGTERM."""
     code = """
 import signal, subprocess, sys, time
 signal.signal(signal.SIGTERM, signal.SIG_IGN)

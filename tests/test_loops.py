@@ -1,4 +1,4 @@
-"""All loops give the same tokens, number of steps and trace, whatever they run on before, beside and after."""
+"""All loops give the same tokens, number of steps and trace, whatever else runs before, beside and after."""
 
 from __future__ import annotations
 

@@ -197,7 +197,7 @@ class NoMail:
 
 
 class Nowhere(TorchDispatchMode):
-    """Refuses whatever is made in the host's memory, from where a GPU could have it only by a copy that waits."""
+    """Refuse tensors made in host memory, from which a GPU could read only by a blocking copy."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
@@ -378,7 +378,7 @@ def test_a_wait_between_steps_is_counted(on_gpu, tmp_path):
 @pytest.mark.gpu
 @pytest.mark.parametrize("options", ON_GPU)
 def test_steps_on_a_gpu_may_not_wait(on_gpu, monkeypatch, options):
-    """By torch's own watch, and by ours."""
+    """Checked by torch's own sync debugging, and by this package's."""
     run = Step.run
 
     def watched(step, shapes, **named):

@@ -1,4 +1,4 @@
-"""The package as a package: what it exports, what it imports, and what it does not need."""
+"""The package: its exports, its imports, and its optional dependencies."""
 
 from __future__ import annotations
 

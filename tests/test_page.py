@@ -1,4 +1,4 @@
-"""The page at /, in a real browser: what it sends, what it draws, what it refuses to run, and who can use it."""
+"""The page at /, in a real browser: its requests, its drawing, its content policy, and its accessibility."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def server(embedded) -> Iterator[Running]:
 
 
 class Visit:
-    """The page in a tab, and what a person does with it."""
+    """The page in a tab, and a person's actions on it."""
 
     def __init__(self, page: Page):
         self.page, self.find = page, page.locator

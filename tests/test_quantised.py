@@ -1,4 +1,4 @@
-"""Weights in float8: how they are made and refused, that they mean what they say, and that everything runs on them."""
+"""Weights in float8: conversion, refusals, correct values, and that everything runs on them."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def fp8(request) -> Engine:
 
 @pytest.fixture(scope="module")
 def same_values(fp8) -> Engine:
-    """An engine that computes with plain matrices what the other one computes with codes."""
+    """Build an engine that computes with plain matrices the values that the other computes with codes."""
     return Engine(Transformer(fp8.spec, multiplied_out(fp8.model.weights)))
 
 

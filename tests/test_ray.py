@@ -190,7 +190,7 @@ def test_processes_listen_on_loopback_only(cluster):
 
 @pytest.mark.slow
 def test_a_driver_is_killed_and_the_run_goes_on(source, whole, tmp_path, embedded):
-    """Its workers end with it, and what they had finished stays."""
+    """Its workers end with it, and their finished work stays."""
     out, parts = tmp_path / "out.jsonl", tmp_path / "out.jsonl.parts"
     options = ["--workers", "2", "--batch", "2", "--gen-length", str(SETTINGS.gen_length), "--device", "cpu"]
     options += ["--sampler", "vanilla", "--temperature", "0.7"]

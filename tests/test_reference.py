@@ -1,4 +1,4 @@
-"""The oracle equals what the reference implementations were recorded to do, and the paper on examples done by hand."""
+"""The oracle equals the recordings of the reference implementations, and the paper on examples done by hand."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def same_step(mine: Step, wanted: list) -> bool:
 
 
 def filled_at(trace: list[Step], length: int) -> list[int]:
-    """For each position of the response the step that filled it."""
+    """Map each position of the response to the step that filled it."""
     found = {position: index for index, step in enumerate(trace) for position in step.filled}
     return [found.get(position, -1) for position in range(length)]
 
@@ -108,7 +108,7 @@ def test_equals_the_recorded_single_steps(model: str, entry: dict):
 
 
 def sure(*confidences: float):
-    """A model whose most likely token at position ``i`` is ``i % 8``, with the given confidence, whatever it sees."""
+    """A model whose most likely token at position ``i`` is ``i % 8``, with the given confidence, for any input."""
     rows = []
     for position, confidence in enumerate(confidences):
         probability = torch.full((10,), (1 - confidence) / 9)

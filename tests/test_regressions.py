@@ -26,7 +26,7 @@ def _replace(pattern: dict, content: str) -> dict:
 
 
 def test_a_tokenizer_that_panics_is_an_error(tmp_path):
-    """Its library's panics are no Exception, and went past everyone who caught that."""
+    """Its library's panics do not derive from Exception, so handlers of Exception missed them."""
     split = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
     codec = _codec(tmp_path, pre_tokenizer=split)
     with pytest.raises(ArgumentError, match="tokenizer fails on text='aaa.*retry-limit"):

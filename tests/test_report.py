@@ -1,4 +1,4 @@
-"""The page of benchmarks: what it makes of records, and that the one in the repository is current."""
+"""The page of benchmarks: its rendering of records, and that the one in the repository is current."""
 
 from __future__ import annotations
 
@@ -173,7 +173,7 @@ def test_ratios_to_what_others_measured_are_marked(tmp_path):
 
 
 def test_later_lines_count(tmp_path):
-    """A record may be of several runs: what one did again counts, what it left out does not."""
+    """A record may hold several runs: repeated parts replace earlier ones, omitted parts do not."""
     path = _write(tmp_path, "2027-01-02-abc1234.jsonl", _lines())
     about = {"policy": "region", "kind": "rows", "impl": "triton", "rows": 128}
     again = {**about, "ms": 3.0, "predicted_ms": 4.5, "predicted_kernels": 345}

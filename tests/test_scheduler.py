@@ -1,4 +1,4 @@
-"""Rows that come and go while others run: each gets what it would get alone, nothing is captured anew, none starves."""
+"""Sequences join and leave while others run: each gets its solo result, nothing is recaptured, none starves."""
 
 from __future__ import annotations
 

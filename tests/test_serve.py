@@ -1,4 +1,4 @@
-"""The server: what OpenAI's client gets from it, what it refuses, who is decoded together, and how it ends."""
+"""The server: results for OpenAI's client, refusals, batching, and shutdown."""
 
 from __future__ import annotations
 

@@ -121,7 +121,7 @@ def test_weights_of_nan_in_one_layer(embedded):
 
 
 def test_weights_of_nan_that_one_prompt_reads(embedded):
-    """The embedding of one token: whoever shares the batch gets what there is without it."""
+    """NaN in the embedding of one token: sequences that share the batch get their usual result."""
     others = {text: embedded.generate(text, gen_length=32, sampler=FixedSteps()) for text in (SUMS, STORY)}
     seen = {token for row in others.values() for token in row.canvas}
     (bad, *_) = [token for token in embedded.text.encode(TABLE) if token not in seen]
@@ -208,7 +208,7 @@ def test_a_loop_that_fails_is_replaced_under_its_requests(embedded, at, caplog):
 
 
 class Crowd:
-    """Clients that ask again and again, each request on a connection of its own, and what came of each."""
+    """Clients that send requests repeatedly, each on a connection of its own, and the outcomes."""
 
     def __init__(self, url: str, clients: int):
         self.url, self.done = url, []  # (when it was sent, what came of it)
@@ -281,7 +281,7 @@ def outcome_of(response: httpx.Response) -> str:
 
 @pytest.mark.parametrize("grace", ["30", "0.05"])
 def test_a_signal_under_load_leaves_no_one_without_an_answer(grace):
-    """SIGTERM to ``sfs serve``: what had come is answered, or refused in shape where the grace is too short for it."""
+    """SIGTERM to ``sfs serve``: received requests are answered, or refused in the documented form where the grace is too short."""
     command = [sys.executable, "-m", "sfs_triton.cli", "serve", "--port", "0", "--device", "cpu", "--dtype", "float32"]
     command += ["--max-batch", "2", "--max-lanes", "2", "--grace", grace]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

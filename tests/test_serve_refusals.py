@@ -177,7 +177,7 @@ def test_who_sends_too_much_is_told_so(server):
 
 
 def test_pages_of_other_origins_get_nothing(server):
-    """As docs/serving.md has it: no preflight is granted, and nothing that comes back may be read."""
+    """As documented in docs/serving.md: no preflight is granted, and no response may be read."""
     asked = {"Origin": "http://127.0.0.1:9", "Access-Control-Request-Method": "POST"}
     for path in (CHAT, COMPLETIONS):
         answer = httpx.options(server.url + path, headers={**asked, "Access-Control-Request-Headers": "content-type"})

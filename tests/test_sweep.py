@@ -1,4 +1,4 @@
-"""Accuracy under parallelism: the area, its intervals, and the sweep run small; and what the two measurements share."""
+"""Accuracy under parallelism: the area, its intervals, and a small sweep; and the helpers that the two measurements share."""
 
 from __future__ import annotations
 

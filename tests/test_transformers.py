@@ -338,7 +338,7 @@ class _Block(nn.Module):
 
 
 class _RemoteConfig:
-    """Keys as attributes, nothing else: what a checkpoint's own code has need not come from transformers."""
+    """Keys as attributes, nothing else: the config of a checkpoint's own code need not derive from transformers."""
 
     def __init__(self, **keys):
         self.__dict__.update(keys)
@@ -638,7 +638,7 @@ def test_noise_comes_from_the_seed_and_the_configuration(engines, models):
 
 
 def _cut_behind(tokenizer, tokens, stop):
-    """Return the cut response, by joining its tokens one after another."""
+    """Cut ``tokens`` behind the one that completes ``stop``, by decoding ever longer prefixes."""
     for n in range(1, len(tokens) + 1):
         if stop in tokenizer.decode(tokens[:n]):
             return tokens[:n]

@@ -34,7 +34,7 @@ class About:
 class Baseline(About):
     """One that decodes a masked canvas: ``decode(model, prompt, gen_length, sampler)``.
 
-    ``decode`` raises a ValueError that names what of the sampler is not written out.
+    ``decode`` raises a ValueError that names the sampler's option that is not implemented.
     """
 
     decode: Callable[..., Decoded]

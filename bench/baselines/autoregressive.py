@@ -1,6 +1,6 @@
 """An autoregressive model at LLaMA-3-8B's sizes, greedy, at batch 1: transformers' LlamaForCausalLM and static cache.
 
-Weights are random, so that what is measured is time and the tokens mean nothing. On CUDA the decode step is replayed
+Weights are random, so only the times are meaningful, not the tokens. On CUDA the decode step is replayed
 from a CUDA graph, where one can be captured; :attr:`Generated.captured` says whether it was. Needs transformers 5.
 """
 
@@ -111,7 +111,7 @@ class Decoder:
         self.position.add_(1)
 
     def _tokens(self, n: int) -> list[int]:
-        """The first tokens after a fixed prompt, by whatever is the step now."""
+        """Return the first tokens after a fixed prompt, by the current step function."""
         self.prefill([1, 2, 3])
         found = []
         for _ in range(n):
@@ -149,7 +149,7 @@ class Decoder:
         """``n`` greedy tokens. No end-of-text ends it early.
 
         Raises:
-            ValueError: names what does not fit.
+            ValueError: names the argument that does not fit.
         """
         if n < 1:
             raise ValueError(f"n={n!r} is not positive")

@@ -1,6 +1,6 @@
 """Fast-dLLM's samplers for LLaDA (arXiv 2505.22618, NVlabs/Fast-dLLM): without a cache, with its prefix or dual cache.
 
-As the repository has it at the commit of the recorded cases: a float64 softmax over the logits of all forwarded
+As in the repository at the commit of the recorded cases: a float64 softmax over the logits of all forwarded
 positions; with a cache, a block takes a forward of the whole canvas, which fills positions too, and then at least one
 more, of the block and all that follows it (prefix) or of the block alone (dual).
 """

@@ -83,7 +83,7 @@ class PlainModel:
         return self._rotate(q, rows), self._rotate(k, rows), v
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: LayerWeights) -> torch.Tensor:
-        """Return the residual update ``[1, n, d]`` of attention of ``q [1, H, n, D]`` to ``k`` and ``v [1, Hkv, L, D]``."""
+        """Return the residual update ``[1, n, d]``: ``q [1, H, n, D]`` attends to ``k`` and ``v [1, Hkv, L, D]``."""
         mixed = F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1])
         return F.linear(mixed.transpose(1, 2).flatten(2), layer.out)
 
@@ -158,7 +158,7 @@ WRITTEN_OUT = {"temperature": 0.0, "top_p": None, "top_k": None, "cfg_scale": 0.
 
 
 def check_sampler(sampler: Sampler, kinds: tuple[type, ...], gen_length: int, **only: object) -> None:
-    """Refuse what a baseline does not have: other samplers, and settings other than ``only`` and ``WRITTEN_OUT``.
+    """Refuse samplers that a baseline lacks, and settings other than ``only`` and ``WRITTEN_OUT``.
 
     Raises:
         ValueError: names the sampler, or the setting and its value.

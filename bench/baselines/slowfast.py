@@ -106,7 +106,7 @@ def run(forwards: Forwards, sampler: SlowFast) -> Decoded:
 
 
 def check(sampler: SlowFast, gen_length: int) -> None:
-    """Refuse what none of the paper and the references has."""
+    """Refuse options that neither the paper nor the references have."""
     check_sampler(sampler, (SlowFast,), gen_length, share_stable=False, eos_horizon=True)
 
 

@@ -1,5 +1,5 @@
-"""Helpers shared by tests and benchmarks: an error budget, poisoned outputs, guard bands, a watch for reads by the host,
-a faster interpreter."""
+"""Helpers shared by tests and benchmarks: an error budget, poisoned outputs, guard bands, a check for host reads, a
+faster interpreter."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _BAND = 1024  # bytes on each side, and so that what lies between stays aligned
 
 
 def poison(dtype: torch.dtype) -> float | int:
-    """A value that spoils whatever reads it: NaN, or an integer far outside every tensor."""
+    """Return a value that spoils every result computed from it: NaN, or an integer far outside every tensor."""
     if dtype.is_floating_point:
         return float("nan")
     return {torch.bool: 1, torch.uint8: 0xAB, torch.int8: -0x55}.get(dtype, -0x55555556)
@@ -181,11 +181,11 @@ def guarded_loads() -> Iterator[None]:
 
 @contextmanager
 def brisk_interpreter(*, overflow_checks: bool = True) -> Iterator[None]:
-    """Triton's interpreter, which patches its language anew at every launch and every nested call, patched once.
+    """Patch Triton's language for the interpreter once, instead of at every launch and every nested call.
 
     Patching takes a quarter of the interpreter's time; its checks of integer overflow take a sixth. Numpy warnings are
-    off for values computed in elements that a mask discards. Results stay the same. Reaches into parts of triton (3.6 to 3.9) that are its own
-    business, so it is for tests only. Does nothing where kernels are compiled.
+    off for values computed in elements that a mask discards. Results stay the same. Patches private parts of triton
+    (3.6 to 3.9), so it is for tests only. Does nothing where kernels are compiled.
     """
     import triton
 

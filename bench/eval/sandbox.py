@@ -24,7 +24,7 @@ START = 20.0  # seconds that a loaded machine may take to start Python
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of one program: seconds (of wall time; CPU time gets one more), bytes of address space, bytes of a file."""
+    """Limits of one program: seconds (wall time; CPU time gets one more), bytes of address space, bytes of a file."""
 
     seconds: float = 3.0
     memory: int = 1 << 30

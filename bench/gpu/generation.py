@@ -1,4 +1,4 @@
-"""Whole generations: what they cost on the host, what they launch, and whether anything in them waits."""
+"""Whole generations: their host cost, their launches, and their waits."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def profile(engine: Engine, prompts: list, **options: Any) -> dict[str, Any]:
     """Counts of one generation, after another has warmed up, and the time of a third without a profiler.
 
     Raises:
-        Incomplete: its loop failed on the way, or results differ; with what was found.
+        Incomplete: its loop failed on the way, or results differ; with the findings.
     """
     with warnings() as told:
         first = engine.generate(prompts, **options)

@@ -26,7 +26,7 @@ TOY_IDS = {"mask_id": 499, "eos_id": 498, "pad_id": 498, "max_length": 256}
 
 
 def sizes(toy: bool) -> tuple[ModelSpec, Setting, torch.dtype]:
-    """The model, what it decodes and in what numbers."""
+    """Sizes of the model and of its decoding, and the number format."""
     spec = spec_of("llada-8b")
     if toy:
         return replace(spec, **TOY_SIZES, **TOY_IDS), TOY_SETTING, torch.float32
@@ -67,7 +67,7 @@ def prompt_ids(spec: ModelSpec, length: int, seed: int = 0) -> list[int]:
 
 
 def stand_in(step: Step, shape: Shape) -> Callable[[], None]:
-    """For a captured graph, where there is no GPU."""
+    """Replace a captured graph where there is no GPU."""
     step.run([shape])
     step.mailbox.posted += 1
     return lambda: step.run([shape])

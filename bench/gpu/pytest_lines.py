@@ -1,6 +1,6 @@
 """A plugin for pytest: a line of a run's record for each test as soon as it has ended, and none of them twice.
 
-``pytest -p bench.gpu.pytest_lines``. A benchmark's line has what it measured.
+``pytest -p bench.gpu.pytest_lines``. A benchmark's line has its measurements.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def _writes() -> bool:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what this run's record has already."""
+    """Leave out the tests that this run's record has already."""
     if not _active():
         return
     over = ended(here().lines(os.environ[STEP]))
@@ -48,7 +48,7 @@ def pytest_runtest_logstart(nodeid: str) -> None:
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
-    """Hand what a benchmark has found from the process that ran it to the one that writes lines."""
+    """Pass a benchmark's findings from the process that ran it to the one that writes lines."""
     report = (yield).get_result()
     benchmark = getattr(item, "funcargs", {}).get("benchmark")
     if report.when == "call" and getattr(benchmark, "extra_info", None):

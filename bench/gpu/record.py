@@ -1,4 +1,4 @@
-"""The record of a run on a GPU: JSON lines, each written at once, so that whatever ends a run loses nothing of it.
+"""The record of a run on a GPU: JSON lines, each written at once, so that an interrupted run loses nothing.
 
 A line says of which run and step it is, when it was written, and how it ended (:data:`STATUSES`). Most are of one part
 of a step; the last of a step has no part. A ``begun`` line with no line after it names the part that was running.
@@ -77,7 +77,7 @@ def ended(lines: Iterable[Mapping[str, Any]]) -> dict[str, str]:
 
 
 def under_way(lines: Iterable[Mapping[str, Any]]) -> list[str]:
-    """The parts that began and did not end."""
+    """List the parts that started and did not end."""
     lines = list(lines)
     over = ended(lines)
     begun = (line["part"] for line in lines if line["part"] and line["status"] == "begun")

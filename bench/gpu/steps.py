@@ -1,4 +1,4 @@
-"""The steps of a run, in their order: what each starts, and how long it may take."""
+"""Steps of a run, in order: the commands and the time limit of each."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ class Record:
 
 
 class TargetRow(NamedTuple):
-    """A target, what was measured of it (empty: nothing), and measured over target, where both are numbers."""
+    """A target, its measurement (empty: none), and measured over target, where both are numbers."""
 
     quantity: str
     target: str
@@ -93,7 +93,7 @@ def kernel(record: Record, operation: str, case: str, implementation: str = "tri
 
 
 def target_rows(record: Record) -> list[TargetRow]:
-    """Every target of the design, and what it assumes of the machine."""
+    """List every target of the design, and its assumptions about the machine."""
     return [*_step_targets(record), _wait_target(record), *_kernel_targets(record), *_assumptions(record)]
 
 
@@ -203,7 +203,7 @@ def _assumptions(record: Record) -> list[TargetRow]:
 
 
 def gaps(record: Record, number: int = 3) -> list[str]:
-    """The targets that were missed by most, each with what the profile of the step shows."""
+    """List the targets that were missed by most, each with the profile of its step."""
     missed = [row for row in target_rows(record) if row.ratio and row.ratio > 1 and "assumed" not in row.quantity]
     lines = []
     for row in sorted(missed, key=lambda row: -row.ratio)[:number]:

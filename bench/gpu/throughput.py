@@ -32,7 +32,7 @@ ORDER = ("slowfast", "threshold", "vanilla", "autoregressive")
 
 
 class Bench:
-    """The model, inflated or of random weights, and what it is asked."""
+    """The model, inflated or with random weights, and its prompts."""
 
     def __init__(self, toy: bool):
         self.toy, self.device = toy, parts.device()
@@ -42,7 +42,7 @@ class Bench:
 
     @functools.cached_property
     def model(self) -> tuple[Engine, str]:
-        """An engine, and what its weights are. Whatever is wrong with inflation is no reason to measure nothing."""
+        """Return an engine and a description of its weights. If inflation fails, fall back to random weights."""
         try:
             small = sfs_triton.load("embedded", "cpu", "float32")
             geometry = "toy-512" if self.toy else "llada-8b"

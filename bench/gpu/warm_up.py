@@ -110,7 +110,7 @@ def jobs_of(source: str, toy: bool) -> dict[tuple, Job]:
 
 
 def in_order(found: Iterable[dict[tuple, Job]]) -> list[Job]:
-    """A job a variant; what a run needs first, and what takes longest, before the rest."""
+    """Order one job per variant: those that a run needs first, then those that take longest, then the rest."""
     every: dict[tuple, Job] = {}
     for part in found:
         every = part | every

@@ -1,4 +1,4 @@
-"""Random tiny models, and everything that can be asked of them: what the properties of this folder are tried on.
+"""Random tiny models and calls, on which the properties of this folder are tested.
 
 Weights are float32 and random, and confidences stay away from 1, so that two candidates are exactly equal with
 probability zero: whatever makes two ways of computing one thing differ is a bug until it is understood.
@@ -298,7 +298,7 @@ def _punched(draw: st.DrawFn, prompt: list[int], mask_id: int, keep_first: bool,
 
 
 def with_eos_that_is_said(case: Case) -> Case:
-    """Make the first sequence commit end-of-text first: random models hardly ever predict it."""
+    """Make the token that the first sequence commits first end-of-text: random models hardly ever predict it."""
     (row,) = case.run(case.model.engine(), [0])
     if isinstance(row, str):
         return case

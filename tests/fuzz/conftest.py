@@ -75,7 +75,7 @@ def fuzz(record_property) -> Fuzz:
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Collects what the tests recorded, wherever they ran."""
+    """Collect the tests' records from all workers."""
     told = dict(report.user_properties)
     if report.when == "call" and "fuzz_cases" in told:
         name = report.nodeid.split("::", 1)[1].removeprefix("test_")

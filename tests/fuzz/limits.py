@@ -15,7 +15,7 @@ SECONDS, ROOM = 20, 2**30  # what a hostile file of some kilobytes may cost
 
 
 def confined(call: Callable[[], object], seconds: int = SECONDS, room: int = ROOM) -> str:
-    """``"done"``, or the name of a documented error; of anything else what it was.
+    """``"done"``, or the name of a documented error; else a description of the outcome.
 
     The copy has ``room`` bytes of address space more than it has now.
     """

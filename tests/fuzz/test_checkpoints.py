@@ -1,4 +1,4 @@
-"""Checkpoints of strangers: whatever is in their files, reading them ends soon, with an engine or a documented error.
+"""Untrusted checkpoints: reading any file contents ends soon, with an engine or a documented error.
 
 Every case runs in a process of its own that has 20 seconds and a gigabyte.
 """

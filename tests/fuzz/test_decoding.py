@@ -95,7 +95,7 @@ def comings(draw: st.DrawFn) -> dict:
 
 
 def _other_rows(case: Case, when: dict) -> Case:
-    """Draw the same sequences with other parameters: in a batch of their own, or with other values in the same batch."""
+    """Return the same sequences with other parameters, which need a batch of their own or can share one."""
     if when["others"] == "kind":
         return replace(case, sampler=Threshold(tau=0.3, block_length=None), policy=NoCache())
     if when["others"] == "same":
@@ -194,7 +194,7 @@ def _streamed(engine: Engine, case: Case) -> list[Generation | str]:
 
 
 def test_once_more_in_a_stream_and_in_the_background(fuzz):
-    """One engine, again and again: what a generation leaves behind changes nothing, with any policy."""
+    """Reuse one engine: leftovers of a generation change nothing, with any policy."""
     any_ratio = st.builds(RefreshCache, st.integers(1, 5), st.integers(1, 5), st.floats(0, 1))
 
     def check(case: Case) -> None:

@@ -151,7 +151,7 @@ def test_places_that_kernels_can_reach():
 
 @pytest.mark.gpu
 def test_a_host_hears_the_bell_and_finds_what_was_posted():
-    """By reading memory alone, while a graph of posts is replayed; a slot is whole once the bell says so."""
+    """The host only reads memory while a graph of posts is replayed; a slot is complete once its number shows it."""
     sources = [torch.zeros(n, dtype=torch.int64, device="cuda") for n in (50, 100_000)]
     rings = [torch.zeros((64, len(source)), dtype=torch.int64, pin_memory=True) for source in sources]
     tick, bell = torch.zeros(1, dtype=torch.int64, device="cuda"), torch.zeros(1, dtype=torch.int64, pin_memory=True)
