@@ -13,7 +13,7 @@ DROP = 5.0  # percent that a counted point may be below the first one
 
 
 def curve(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Points ``(tokens per forward, accuracy in percent)`` by ascending tokens; of equal ones the most accurate stays."""
+    """Sort points ``(tokens per forward, accuracy in percent)`` by tokens; of equal ones keep the most accurate."""
     best: dict[float, float] = {}
     for pace, accuracy in points:
         best[pace] = max(accuracy, best.get(pace, 0.0))
@@ -21,7 +21,7 @@ def curve(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def cut(points: Sequence[tuple[float, float]]) -> float:
-    """The accuracy in percent below which a point does not count: :data:`DROP` under that of the slowest."""
+    """Return the accuracy in percent below which a point does not count: :data:`DROP` under that of the slowest."""
     return curve(points)[0][1] - DROP
 
 

@@ -54,7 +54,7 @@ class Ceilings:
     source: str
 
     def part_seconds(self, part: Tally) -> float:
-        """All its work at the roofline, and what its launches add."""
+        """Return the time of a part: its work at the roofline, plus its launches."""
         floor = Cost(part.bytes, part.flops).floor(self.bytes_per_second, self.flops_per_second)
         return floor + part.launches * self.seconds_per_launch
 
@@ -141,7 +141,7 @@ def forecast(setting: Setting, impl: str, cycle: Cycle, ceilings: Ceilings) -> l
 
 
 def table(head: str, rows: Iterable[Iterable[Any]]) -> str:
-    """In Markdown; ``head`` names the columns, between bars."""
+    """Render a Markdown table; ``head`` names the columns, between bars."""
     lines = [head, "|" + "---|" * (head.count("|") - 1)]
     return "\n".join([*lines, *("| " + " | ".join(map(str, row)) + " |" for row in rows)])
 
@@ -195,7 +195,7 @@ def _winner_table(ceilings: Ceilings) -> str:
     return table(f"| slow | fast | tokens | cycles a refresh | ops | {names} | wins | measured |", rows)
 
 
-DESIGN_VANILLA = 0.055  # seconds a step
+DESIGN_VANILLA = 0.055  # seconds per step
 DESIGN_REGION = {8: 13, 20: 45, 64: 75, 128: 136}  # tokens a cycle: speed-up, with a full refresh every 8 cycles
 
 

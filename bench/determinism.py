@@ -72,7 +72,7 @@ def compare(name: str, rows: Sequence[Generation], wanted: Sequence[Generation])
 
 
 def fixed(engine: Engine) -> Engine:
-    """The same model, stepped with the fixed sizes of a captured loop."""
+    """Build an engine of the same model, stepped with the fixed sizes of a captured loop."""
     other = Engine(engine.model, engine.text)
     other._loops.loop = EagerLoop(tight=False)
     return other

@@ -6,7 +6,7 @@
 
 Every step is a process of its own with a limit, in a group of its own: one that fails, hangs or takes its context with
 it is a line in the record, and the next goes on. Lines are written at once (:mod:`bench.gpu.record`), so that an
-interrupted run loses nothing. The exit status is 1 if a step failed. Without a GPU every step that needs one is skipped,
+interrupted run loses nothing. The exit status is 1 if a step failed. Without a GPU steps that need one are skipped,
 with a line that says so; ``--toy`` then shows that steps run, at sizes that mean nothing.
 """
 

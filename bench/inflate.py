@@ -87,7 +87,7 @@ def dense(
     impl: str | None = None,
     loop: str | None = None,
 ) -> Engine:
-    """Build an engine as :func:`inflate` does, for any geometry, but with all weights random: for the cost of a step without any zeros."""
+    """Build an engine as :func:`inflate` does, for any geometry, but with random weights throughout."""
     spec = geometry_spec(geometry, source.spec)
     device, dtype = _where(device, dtype, impl, loop)
     _check_memory(spec, device, dtype)

@@ -181,7 +181,7 @@ class Plan:
 
     @property
     def kv_rows(self) -> torch.Tensor:
-        """The same for ``k`` and ``v``."""
+        """Target index of every row of the model's ``k`` and ``v``."""
         return self._rows(torch.arange(self.small.n_kv_heads), self.channels)
 
     @property

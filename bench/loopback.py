@@ -26,7 +26,7 @@ from bench.figures import machine
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = ("Ann", "Bob", "Kim", "Leo", "Mia", "Tom")
 RESIDENT = "process_resident_memory_bytes"
-_START, _STOP = 120.0, 60.0  # seconds that a server may take to begin and to end
+_START, _STOP = 120.0, 60.0  # seconds that a server may take to start and to stop
 _SHARES = (("p50", 0.5), ("p90", 0.9), ("p99", 0.99), ("max", 1.0))
 
 

@@ -12,7 +12,7 @@ from bench.embedded import problems, tasks
 from bench.figures import wilson_interval
 from sfs_triton.decoding.caching import CachePolicy
 
-GEN_LENGTH, BATCH, SEED = 128, 16, 1  # a row of a batch decodes as it would alone
+GEN_LENGTH, BATCH, SEED = 128, 16, 1  # a sequence of a batch decodes as it would alone
 
 
 class Variant(NamedTuple):

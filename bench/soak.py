@@ -38,13 +38,13 @@ RECORDS = ROOT / "bench" / "results" / "amd-epyc-2-cores"
 MAX_BATCH, MAX_LANES, TIME_LIMIT = 8, 4, 15.0
 SLOPE_BOUND = 0.5  # MiB a minute: a kilobyte or two for each request, less than its canvas and its text take
 WARM_UP = 1 / 3  # of the time, after which memory must be flat
-# What is freed goes back to the system at once, so that what is resident is what is held.
+# Freed memory returns to the system at once, so that resident memory is held memory.
 _MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "131072"}
 _GAUGES = ("sfs_running_rows", "sfs_waiting_requests")
 _LOOK = 10.0  # seconds between two looks at the memory under load
 _REST = 60.0  # and between two at rest
 _NO_HTTP = "WARNING:  Invalid HTTP request received."  # which the log says of garbage
-_ENOUGH = 20  # failures that are told of in words
+_ENOUGH = 20  # failures that are printed in full
 
 
 @dataclass
@@ -70,7 +70,7 @@ class Soak:
 
     def __init__(self, client: httpx.AsyncClient, options: argparse.Namespace):
         self.client, self.options, self.tally = client, options, Tally()
-        self.first: dict[int, dict] = {}  # what a fixed request was answered with, at the begin
+        self.first: dict[int, dict] = {}  # first answer to each fixed request
         self.began = time.perf_counter()
         self._go, self._busy = asyncio.Event(), 0
         self._go.set()
@@ -186,7 +186,7 @@ class Soak:
             await asyncio.sleep(_LOOK)
 
     async def pause(self, end: float) -> None:
-        """Once a minute, have everyone wait until nothing runs, and look at the memory."""
+        """Once per minute, pause all clients until nothing runs, and measure the memory."""
         while time.perf_counter() + _REST < end:
             await asyncio.sleep(_REST)
             await self.rest()
@@ -197,7 +197,7 @@ class Soak:
         while self._busy:
             await asyncio.sleep(0.02)
         await self.at_rest()
-        await self.fill(1, 8)  # which closes other lanes, that have caches of all sizes
+        await self.fill(1, 8)  # which closes other batches, with caches of all sizes
         self.tally.rested.append(await self.resident())
         self._go.set()
 

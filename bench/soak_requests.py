@@ -29,7 +29,7 @@ SETTINGS: list[tuple[Any, Any]] = [
 STORY = "Ann has 12 apples. Ann buys 7 more apples. Then Ann loses 4 apples. How many apples does Ann have?"
 _LENGTHS = (16, 32, 48, 64, 96, 160)
 _TEMPERATURES = (0, 0, 0, 0.4, 1.0)
-_SHARED = 0.5  # of the requests have the first setting and no noise, so that rows share lanes
+_SHARED = 0.5  # of the requests have the first setting and no noise, so that sequences share batches
 
 
 class Ask(NamedTuple):

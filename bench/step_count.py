@@ -106,9 +106,9 @@ def _tally(kernels: Iterable[Kernel]) -> Tally:
 
 _NO_KERNEL = {"empty", "new_empty", "empty_like", "empty_strided", "_unsafe_view", "_reshape_alias"}
 _FROM_HOST = {"detach_", "lift_fresh"}  # what torch.tensor ends with, once it has copied
-_TAKES = {"embedding", "index", "gather", "index_select"}  # of their first tensor they read what they return
-_PUTS = {"index_put_", "_index_put_impl_", "index_copy_", "scatter_"}  # and these write what they are given
-_OVERWRITES = {"copy_", "fill_", "zero_"}  # without reading what was there
+_TAKES = {"embedding", "index", "gather", "index_select"}  # these read as much of their first tensor as they return
+_PUTS = {"index_put_", "_index_put_impl_", "index_copy_", "scatter_"}  # and these write their source tensor
+_OVERWRITES = {"copy_", "fill_", "zero_"}  # without reading the old values
 
 
 class Meter(TorchDispatchMode):
@@ -264,14 +264,14 @@ def launch_name(launch: Launch) -> str:
 
 
 def launch_cost(launch: Launch) -> Cost:
-    """By the kernel's own cost function; where it has none, each tensor among its arguments once."""
+    """Count by the kernel's own cost function; without one, count each tensor among its arguments once."""
     cost = COSTS.get(launch_name(launch))
     if cost is not None:
         return cost(launch.arguments, launch.grid)
     return Cost(sum(_bytes(x) for x in launch.arguments.values() if isinstance(x, torch.Tensor)), 0)
 
 
-# --------------------------------------------------------------------------------------------------- what is counted
+# ---------------------------------------------------------------------------------------------------------- counting
 
 _LLADA = {"family": "llada", "n_layers": 32, "max_length": 4096, "rope_theta": 5e5, "norm_eps": 1e-5}
 _ILLADA = {**_LLADA, "family": "illada", "tied_head": True, "mask_id": 5, "eos_id": 2, "pad_id": 1}

@@ -27,7 +27,7 @@ def _look(method: Method) -> tuple[str, str, float]:
 
 
 def draw_accuracy(found: list[Summary], path: Path) -> Path:
-    """One panel a task, one line a method; hollow points are below the method's cut and do not count for its area."""
+    """Draw one panel per task, one line per method; hollow points lie below the method's cut, outside its area."""
     figure = Figure(figsize=(6.4 * len(found), 5.8), layout="constrained")
     lines = {}
     for axis, summary in zip(figure.subplots(1, len(found), squeeze=False)[0], found, strict=True):
@@ -77,7 +77,7 @@ def _line(axis, method: Method):
 
 
 def draw_aup(found: list[Summary], path: Path) -> Path:
-    """One panel a task, one bar a method, with 95% intervals."""
+    """Draw one panel per task, one bar per method, with 95% intervals."""
     names = list(dict.fromkeys(method.name for summary in found for method in summary.swept))
     figure = Figure(figsize=(6.4 * len(found), 0.42 * len(names) + 1.4), layout="constrained")
     panels = figure.subplots(1, len(found), squeeze=False, sharey=True)[0]

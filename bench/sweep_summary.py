@@ -9,7 +9,7 @@ import numpy as np
 from bench import aup
 
 ALONE = "one change to paper"  # settings that are no sweep: they have no area
-DEFAULT = ("SlowFast paper", "tau_high 0.85")  # what the other settings are compared with
+DEFAULT = ("SlowFast paper", "tau_high 0.85")  # the setting with which the others are compared
 SWEPT = 3  # fewest settings whose area a picture shows
 
 

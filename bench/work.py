@@ -34,7 +34,7 @@ class Work:
     questions: list[Question]
 
     def unanswered(self) -> Work:
-        """The same prompts for a model that knows nothing."""
+        """Return the same prompts without answers, for a model with random weights."""
         return Work(self.name, [Question(question.prompt) for question in self.questions])
 
 

@@ -16,7 +16,7 @@ if not torch.cuda.is_available():
 
 import sfs_triton  # noqa: E402
 
-# The same examples in every run, so that it tells of the code alone. HYPOTHESIS_PROFILE=default draws others.
+# The same examples in every run, so that a failure depends on the code alone. HYPOTHESIS_PROFILE=default draws others.
 settings.register_profile("fixed", derandomize=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 

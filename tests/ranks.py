@@ -97,7 +97,7 @@ def _serve(rank: int, size: int, store: Path, pipe: Connection, patience: float)
     parallel.close()
 
 
-# ------------------------------------------------------------------------------------------------- what ranks can do
+# ----------------------------------------------------------------------------------------------------- work of ranks
 
 
 def engine(model: str | Path, impl: str | None = None, quantised: str | None = None) -> Engine:

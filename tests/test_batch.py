@@ -59,7 +59,7 @@ def source(tmp_path) -> Path:
     return write(tmp_path / "in.jsonl", prompts(8))
 
 
-# ------------------------------------------------------------------------------------------------------- what comes out
+# --------------------------------------------------------------------------------------------------------------- output
 
 
 @pytest.mark.parametrize("batch", [1, 3, 8])
@@ -193,7 +193,7 @@ def test_a_row_with_nan_alone_gets_an_error(embedded):
     assert first["text"] == third["text"] == embedded.generate("15,44,79,50", gen_length=16).text
 
 
-# ------------------------------------------------------------------------------- what is refused before anything starts
+# -------------------------------------------------------------------------------------------- refusals before the start
 
 
 def never(chunks):

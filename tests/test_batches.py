@@ -100,7 +100,7 @@ def test_rows_do_not_know_of_each_other(engines, sampler, policy, loop):
         assert_same(run(order), [alone[index] for index in order])
 
 
-# ------------------------------------------------------------------------------------------- what must not be looked at
+# -------------------------------------------------------------------------------------- positions that must not be read
 
 UNREADABLE = 489  # a token that no test has in a canvas
 

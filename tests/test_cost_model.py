@@ -51,7 +51,7 @@ def test_a_document_without_a_place_for_a_table():
 
 @pytest.mark.parametrize(("impl", "name", "kind"), STEPS, ids=_id)
 def test_a_fixed_step_takes_nothing_from_the_host(impl, name, kind):
-    """Nor does it read anything there: meta tensors have no values."""
+    """A fixed step reads nothing on the host either: meta tensors have no values."""
     step = steps_of(SETTING, impl, name).count(kind)
     assert step.host_copies == 0
     assert sum(part.launches for part in step.parts.values()) == step.total.launches

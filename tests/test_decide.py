@@ -275,7 +275,7 @@ def test_noise(changes: dict, name: str):
     ("make", "seed", "name"), half_of([random_slowfast, random_threshold, random_fixed], range(3), NAMES)
 )
 def test_kernels(make, seed: int, name: str):
-    """The same through the Triton kernels: with an early end, with noise, with guidance."""
+    """Decide through the Triton kernels: with an early end, with noise, with guidance."""
     rng = random.Random(f"kernels/{make.__name__}/{name}/{seed}")
     eos_id = common_token(name) if seed == 0 else None
     changes = [{"eos_stop": True}, {"temperature": 0.8}, {"cfg_scale": 0.5}][seed]

@@ -1,4 +1,4 @@
-"""The same seed gives the same tokens: in another process, on other threads, in any batch, by any loop, through any front end.
+"""The same seed gives the same tokens: in another process, with other threads, in any batch, loop and front end.
 
 Rows that join and leave a batch are in tests/test_scheduler.py, orders of a batch in tests/test_batches.py, and
 all samplers and caches on all loops in tests/test_loops.py. docs/reliability.md says where it ends.
@@ -104,7 +104,7 @@ def test_another_dtype_repeats_itself():
 
 @pytest.mark.parametrize("loop", LOOPS)
 def test_loops_on_a_trained_model(embedded, wanted, loop):
-    """One prompt at a time, with what each loop's steps are like."""
+    """Decode one prompt at a time, with each loop's step shapes."""
     engine = engine_with(embedded, loop)
     for name in ("noise", "noise-region", "random-positions"):
         sampler, cache = WAYS[name]

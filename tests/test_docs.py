@@ -122,7 +122,7 @@ def _module(words: list[str]) -> tuple[str, list[str]]:
 class Allowed(NamedTuple):
     """Commands that are only checked."""
 
-    command: str  # a regular expression, matched from the command's begin
+    command: str  # a regular expression, matched from the command's start
     why: str
     check: Callable[[list[str]], None]
 

@@ -454,7 +454,7 @@ for name, value, alike in (
 
 
 def test_every_launch_of_the_engine_is_warmed_up():
-    """By some job, which finds it again; and launches that compile to other code are other jobs."""
+    """Every launch has a job that finds it again; launches that compile to different code are different jobs."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     command = [sys.executable, "-c", COMPILED]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
@@ -467,11 +467,11 @@ def test_jobs_come_in_order():
     assert [each.name for each in ordered] == ["lm_head:1", "post:1", "attention:dream-7b"]
 
 
-# ------------------------------------------------------------------------------------------------- what CUDA is asked
+# ------------------------------------------------------------------------------------------------------- CUDA queries
 
 
 def test_a_graph_is_captured_on_the_stream_that_it_was_warmed_up_on():
-    """With the arguments that this torch has, and outside of inference mode, whose tensors captures must not leave."""
+    """Capture uses the arguments of this torch, outside of inference mode, whose tensors captures must not leave."""
     modes, done = [], []
     with (
         mock.patch("torch.cuda.Stream", autospec=True) as stream,
@@ -566,7 +566,7 @@ def toy() -> engine.Bench:
 
 
 def test_steps_start_from_the_same_place(toy):
-    """And end at the same, replayed or not."""
+    """Steps end in the same state, replayed or not."""
     kind = next(kind for kind in step_count.kinds(toy.setting, "none") if kind.fast)
     rig = toy.rig("torch", "none")
     rig.put(kind)

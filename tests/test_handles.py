@@ -484,7 +484,7 @@ def _wide_floats():
 )
 @pytest.mark.parametrize(("name", "policy"), [("origin", "none"), ("paper", "region"), ("threshold", "dual")])
 def test_what_the_caller_has_set_does_not_matter(engine, settings, name, policy):
-    """Neither to the generation nor to the next one on its session."""
+    """The caller's settings affect neither the generation nor the next one on its session."""
     options = {**RAGGED, "sampler": SAMPLERS[name], "cache": policy}
     wanted = engine_with(engine, "fixed").generate(**options)
     engine = engine_with(engine, "fixed")

@@ -208,7 +208,7 @@ def test_a_model_with_grouped_queries(engines, name):
     assert_logits_close(large.model.logits(ids), small.model.logits(ids))
 
 
-# ------------------------------------------------------------------------------------- what breaks it, so must be there
+# ------------------------------------------------------------------------------------------------------ necessary parts
 
 NONE = torch.arange(0)
 MUTATIONS = {
@@ -251,7 +251,7 @@ def test_each_scale_of_a_tied_head_is_needed(embedded, double, canvas, monkeypat
     assert not (_masked(logits, canvas) - _masked(double.logits(canvas), canvas)).abs().max() < 1e-2
 
 
-# ------------------------------------------------------------------------------------------------------ what is in them
+# -------------------------------------------------------------------------------------------------- checkpoint contents
 
 
 @pytest.mark.parametrize("name", ["toy-768", "toy-tied"])
@@ -328,7 +328,7 @@ def test_llada_8b_has_its_published_size(embedded):
     assert (spec.vocab_size, spec.rope_theta, spec.norm_eps, spec.tied_head) == (126464, 500000.0, 1e-5, False)
 
 
-# ---------------------------------------------------------------------------------------------------------- what is not
+# --------------------------------------------------------------------------------------------------------- absent parts
 
 
 @pytest.mark.parametrize(
@@ -411,7 +411,7 @@ def loaded_once(embedded, monkeypatch):
 
 @pytest.mark.parametrize("name", ["toy-512", "toy-tied"])
 def test_through_files(loaded_once, embedded, grown, short, tmp_path, monkeypatch, name):
-    """In several shards; the same weights as in memory, bit for bit."""
+    """Files in several shards give the same weights as in memory, bit for bit."""
     monkeypatch.setattr(inflate, "shards", lambda spec, dtype, cut=inflate.shards: cut(spec, dtype, 10**7))
     (tmp_path / "out").mkdir()
     inflate.write(tmp_path / "out", name, torch.float32)

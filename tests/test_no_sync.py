@@ -287,7 +287,7 @@ ON_GPU = [
 
 
 def waits(events: list[dict]) -> Counter:
-    """From a profiler's trace: calls that wait for the device, and copies to or from the host, while decoding."""
+    """List, from a profiler's trace, calls that wait for the device and copies to or from the host while decoding."""
     (span,) = (event for event in events if event.get("cat") == "user_annotation" and event["name"] == "decode")
     within = (event for event in events if span["ts"] <= event.get("ts", -1) < span["ts"] + span["dur"])
     return Counter(

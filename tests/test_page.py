@@ -393,7 +393,7 @@ def test_compare(visit, order):
 
 
 def check_times(visit: Visit, *sides: list[dict]) -> None:
-    """By time, a place shows what each side had at that time."""
+    """With the time axis, a position shows each side's state at that time."""
     visit.find("#scale select").select_option("time")
     times = sorted({0, *(frame["seconds"] for frames in sides for frame in frames)})
     assert visit.find("#slider").get_attribute("max") == str(len(times) - 1)
@@ -480,7 +480,7 @@ def test_bad_numbers_are_not_sent(visit):
         visit.set(name, "")
 
 
-# -------------------------------------------------------------------------------------------------- what goes wrong
+# ----------------------------------------------------------------------------------------------------------- errors
 
 REFUSED = "Failed to load resource"  # what the browser says of every answer that is an error
 
@@ -604,7 +604,7 @@ def test_api_key(browser, embedded):
         visit.problems.clear()
 
 
-# --------------------------------------------------------------------------------------------------- who can use it
+# ---------------------------------------------------------------------------------------------------- accessibility
 
 
 def test_phone(browser, server):

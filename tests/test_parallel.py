@@ -228,7 +228,7 @@ def test_a_vocabulary_that_does_not_divide():
     assert Vocabulary(group, 10).start == 0
 
 
-# ------------------------------------------------------------------------------------------------ what crosses the wire
+# -------------------------------------------------------------------------------------------------------------- traffic
 
 
 NUMBERS = {
@@ -366,7 +366,7 @@ def test_a_rank_that_fails_ends_the_others_wait(tmp_path, models, how, patience)
 
 
 def test_what_one_rank_has_no_memory_for_none_has(two, models):
-    options = {"prompts": PROMPTS, "gen_length": [9, 7]}  # a lane that no other test has left behind
+    options = {"prompts": PROMPTS, "gen_length": [9, 7]}  # a batch that no other test has left behind
     wanted = sfs_triton.load(models["llada-mha"], "cpu", "float32").generate(**options)
     for got in two.run(ranks.short_of_memory, models["llada-mha"], **options):
         assert_same(got, wanted)

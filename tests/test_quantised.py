@@ -120,7 +120,7 @@ def test_a_tied_head_becomes_a_matrix_of_its_own(tied):
 
 
 class Rank(Group):
-    """One of two, as far as loading asks: it never talks to the other."""
+    """One rank of two, as far as loading needs; it never communicates with the other."""
 
     size = 2
 

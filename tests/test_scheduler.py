@@ -64,7 +64,7 @@ def run_out(scheduler: Scheduler, most: int = 10_000) -> int:
     raise AssertionError("it does not end")
 
 
-# ------------------------------------------------------------------------------------------------- who shares the batch
+# ------------------------------------------------------------------------------------------------------ sharing a batch
 
 
 @pytest.mark.parametrize("loop", LOOPS)
@@ -101,7 +101,7 @@ def test_noise_and_schedules_are_a_rows_own(engines, name, loop):
     assert_same([row.result(engine.spec, None) for row in rows], [alone(engine, row) for row in rows])
 
 
-OWN: dict[str, tuple[Sampler, list[dict]]] = {  # what rows of a lane may differ in
+OWN: dict[str, tuple[Sampler, list[dict]]] = {  # parameters in which sequences of a batch may differ
     "slowfast": (SlowFast(), [{"tau_min": 0.4, "tau_high": 0.5}, {"tau_slow": 0.6, "name": "my"}, {"tau_high": 0.99}]),
     "shared": (SlowFast.preset("fast"), [{"tau_high": 0.3}, {"tau_slow": None}, {"tau_min": 0.0, "tau_high": 0.0}]),
     "threshold": (Threshold(block_length=8), [{"tau": 0.2}, {"tau": 1.0}, {"tau": 0.0}]),
@@ -293,7 +293,7 @@ def test_what_needs_no_new_lane_goes_on_while_another_waits_for_one(engines):
     scheduler.step(), scheduler.step()
     (late,) = rows_of(engine, asked(rng, 1, engine.spec.mask_id, 8), three)
     scheduler.submit(late)
-    scheduler.step()  # the lane with one row is to close
+    scheduler.step()  # the batch with one sequence closes
     (other,) = rows_of(engine, asked(rng, 1, engine.spec.mask_id, 8), two)
     scheduler.submit(other)
     while not late.over:

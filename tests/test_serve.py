@@ -216,7 +216,7 @@ CHOICES = [
 
 
 def as_settings(sampler, cache):
-    """The same for the engine."""
+    """Return the same parameters for the engine."""
     from sfs_triton.decoding.caching import cache_policy
 
     options = dict(sampler) if isinstance(sampler, dict) else {"kind": sampler}
@@ -513,7 +513,7 @@ def test_a_silent_stream_is_kept_open(monkeypatch):
     assert sent == [None, b"data: x\n\n", b": still there\n\n", b": still there\n\n", b"data: x\n\n", b""]
 
 
-# ------------------------------------------------------------------------------------------------------ who may ask
+# ----------------------------------------------------------------------------------------------------------- access
 
 
 def test_an_api_key_is_asked_for(embedded):
@@ -759,7 +759,7 @@ def test_default_length_follows_the_context(embedded):
         assert used.status_code == 200, used.text
 
 
-# ----------------------------------------------------------------------------------------------- what goes wrong inside
+# ------------------------------------------------------------------------------------------------------ internal errors
 
 
 def test_a_row_that_breaks_fails_alone(embedded):

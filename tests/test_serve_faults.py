@@ -281,7 +281,7 @@ def outcome_of(response: httpx.Response) -> str:
 
 @pytest.mark.parametrize("grace", ["30", "0.05"])
 def test_a_signal_under_load_leaves_no_one_without_an_answer(grace):
-    """SIGTERM to ``sfs serve``: received requests are answered, or refused in the documented form where the grace is too short."""
+    """SIGTERM to ``sfs serve``: requests are answered, or refused in the documented form if the grace is too short."""
     command = [sys.executable, "-m", "sfs_triton.cli", "serve", "--port", "0", "--device", "cpu", "--dtype", "float32"]
     command += ["--max-batch", "2", "--max-lanes", "2", "--grace", grace]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

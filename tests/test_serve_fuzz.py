@@ -1,4 +1,4 @@
-"""Schemathesis against the server's own OpenAPI document: nothing fails inside, and refusals have the documented form."""
+"""Schemathesis against the server's OpenAPI document: nothing fails inside, and refusals have the documented form."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ def options(server: Running, **changes) -> argparse.Namespace:
     return argparse.Namespace(**{**given, **changes})
 
 
-# ------------------------------------------------------------------------------------------------------ what it asks
+# ---------------------------------------------------------------------------------------------------------- requests
 
 
 def test_every_setting_is_answered(server):
@@ -64,7 +64,7 @@ def test_requests_are_mixed():
     assert len({body["temperature"] for body in bodies}) > 2 and len({body["max_tokens"] for body in bodies}) > 6
 
 
-# ------------------------------------------------------------------------------------------- what it makes of figures
+# ----------------------------------------------------------------------------------------------------------- verdicts
 
 
 def test_a_slope_is_that_of_the_samples_after_the_warm_up():

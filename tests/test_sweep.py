@@ -1,4 +1,4 @@
-"""Accuracy under parallelism: the area, its intervals, and a small sweep; and the helpers that the two measurements share."""
+"""Accuracy under parallelism: the area, its intervals, a small sweep, and helpers that both measurements share."""
 
 from __future__ import annotations
 
@@ -267,7 +267,7 @@ def committed() -> dict:
 
 
 def test_the_record_has_every_setting(committed):
-    """And, of the settings that take long, some: in the order of the tables."""
+    """The record has some of the slow settings as well, in the order of the tables."""
     every, wanted = ([(v.group, v.label) for v in sweep.variants(most)] for most in (128, 32))
     assert len(set(every)) == len(every)
     for task in sweep.TASKS:

@@ -32,7 +32,7 @@ class About:
 
 @dataclass(frozen=True, kw_only=True)
 class Baseline(About):
-    """One that decodes a masked canvas: ``decode(model, prompt, gen_length, sampler)``.
+    """Decoder of a masked canvas: ``decode(model, prompt, gen_length, sampler)``.
 
     ``decode`` raises a ValueError that names the sampler's option that is not implemented.
     """

@@ -14,7 +14,7 @@ from .model import Decoded, Forwards, PlainModel, check_sampler
 
 
 def step(model: PlainModel | Forwards, canvas: torch.Tensor, first: int, last: int, count: int) -> None:
-    """One forward of ``canvas [L]``, which fills its ``count`` most confident masked positions in ``[first, last)``.
+    """Run one forward of ``canvas [L]`` and fill its ``count`` most confident masked positions in ``[first, last)``.
 
     Reads nothing back to the host.
     """

@@ -28,7 +28,7 @@ COUNTDOWN_FILE = Path(__file__).with_name("countdown3.jsonl")
 
 @dataclass(frozen=True)
 class Problem:
-    """One question with a reference answer. ``key`` identifies the problem whatever its wording."""
+    """Question with a reference answer. ``key`` identifies the problem whatever its wording."""
 
     kind: str
     question: str

@@ -97,7 +97,7 @@ def main() -> None:
     nonce = order["nonce"]
     answer = os.dup(1)
     nothing = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nothing, 1)  # what the program prints is nobody's business
+    os.dup2(nothing, 1)  # the program's output is discarded
     version = landlock(order["root"])
     limit(order["seconds"], order["memory"], order["file"])
     watch(order["root"])

@@ -18,7 +18,7 @@ from bench.figures import machine
 from . import parts
 
 PACKAGES = ("triton", "numpy", "transformers", "safetensors", "tokenizers", "pytest", "flashinfer")
-QUERIES = (  # drivers differ in what they know: the first that is answered
+QUERIES = (  # drivers support different fields: the first query that succeeds
     "name,driver_version,pstate,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.draw,power.limit,"
     "temperature.gpu,memory.used,memory.total,mig.mode.current,ecc.mode.current,clocks_event_reasons.active",
     "name,driver_version,clocks.sm,clocks.mem,power.draw,temperature.gpu,memory.used,memory.total",

@@ -1,7 +1,7 @@
 """Run the parts of a step's process, one after another, each with a line in the record.
 
-A part that fails does not end the step. Where it leaves the GPU in a state in which nothing after it can be trusted,
-the process ends with ``AGAIN``, and whoever started it starts another for the parts that are left.
+A part that fails does not end the step. Where it leaves the GPU in a state in which no later result can be trusted,
+the process ends with ``AGAIN``, and its parent starts another for the parts that are left.
 """
 
 from __future__ import annotations

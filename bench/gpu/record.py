@@ -21,7 +21,7 @@ BAD = ("failed", "crashed", "hung")
 TAIL = 3000  # characters of an output that are kept
 AGAIN = 75  # exit status of a step's process: the parts that are left need another
 
-# How a step's process learns what it belongs to.
+# Environment variables that pass the run and the step to a step's process.
 RECORD, RUN, STEP, DEADLINE, TOY = (f"SFS_GPU_{name}" for name in ("RECORD", "RUN", "STEP", "DEADLINE", "TOY"))
 
 

@@ -1,6 +1,6 @@
-"""One shape of every kernel against its twin, the mailbox in pinned memory, and the embedded model by every loop.
+"""One shape of every kernel against its twin, the host ring in pinned memory, and the embedded model by every loop.
 
-What fails here would spoil everything after it, so it is tried first and small.
+A failure here would spoil all later steps, so these run first and small.
 """
 
 from __future__ import annotations

@@ -94,7 +94,7 @@ class Bench:
         return {"row": row.name, "problem": number, "weights": weights, **tally.summary(None)}
 
     def zeros(self) -> dict[str, Any]:
-        """The same steps with the model's weights and with dense random ones, in milliseconds."""
+        """Time the same steps with the model's weights and with dense random ones, in milliseconds."""
         engine, weights = self.model
         if engine.text is None:
             raise parts.Skip(weights)

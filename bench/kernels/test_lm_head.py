@@ -27,7 +27,7 @@ def _build(
     noise: bool,
     float8: bool,
 ) -> dict:
-    """One logit of each row stands out, as a trained model's do: else roundings of bfloat16 decide which token wins."""
+    """Make one logit per row dominate, as in a trained model: else bfloat16 rounding decides which token wins."""
     draw = {}
     if noise:
         draw = {name: torch.arange(n_rows, device=device) for name in ("seed", "position", "step")}

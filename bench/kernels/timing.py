@@ -120,7 +120,7 @@ def _cache_buffer(device: torch.device) -> torch.Tensor:
 
 
 def _empty_l2(device: torch.device) -> None:
-    """By reading: lines that a write leaves dirty would have to be written back on the next kernel's time."""
+    """Evict the L2 cache by reading: dirty lines left by a write would be written back on the next kernel's time."""
     _cache_buffer(device).sum()
 
 

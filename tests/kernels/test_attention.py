@@ -113,7 +113,7 @@ def test_keys_are_those_in_either_range(guards, dtype, ranges, splits, block):
 
 @pytest.mark.parametrize("count", [[0, 0], [1, 9], [8, 17], [16, 0]])
 def test_rows_beyond_count_are_left_alone(guards, dtype, count):
-    """Also where a tile ends: 8 queries of two heads fill one."""
+    """Counts include a tile's end: 8 queries of two heads fill one."""
     q, k, v = inputs(guards, dtype, 2, 17, 2, 1, 32, 50)
     check(guards, q, k, v, count=count, config=AttentionConfig(16, 16, 2, 4, 1))
 

@@ -155,7 +155,7 @@ def block_size(size: int | None) -> Iterator[None]:
 
 
 def copied(state: DecodeState, guards: Guards | None = None) -> DecodeState:
-    """The same state elsewhere: on the tests' device, its tensors between guard bands if there are any."""
+    """Copy a state to the tests' device, its tensors between guard bands if there are any."""
     place = guards.copy if guards else lambda x: x.to(DEVICE, copy=True)
     given = {field.name: getattr(state, field.name) for field in dataclasses.fields(state) if field.init}
     tensors = {name: place(value) for name, value in given.items() if isinstance(value, torch.Tensor)}
@@ -301,8 +301,10 @@ IMPLEMENTATIONS = pytest.mark.parametrize("ops", [torch_impl, triton_impl], ids=
 
 
 def _fast_row(score: dict[int, float], rules: CycleRules, sampler: Sampler = PAPER, **control: int) -> DecodeState:
-    """Make twelve positions of which the last ten are decoded, about to decide the last one of the span ``[2, 5)``. What
-    the model says at a position is that position."""
+    """Make twelve positions of which the last ten are decoded, about to decide the last one of the span ``[2, 5)``.
+
+    The model's token at a position is that position.
+    """
     rows = [[1, 1, 7, 7] + [MASK] * 8]
     state = DecodeState.allocate(
         rows, [2], mask_id=MASK, eos_id=EOS, window=2, block_length=rules.block_length,
