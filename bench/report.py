@@ -264,7 +264,7 @@ def checks_section(new: Record, old: Record | None) -> str:
 
 
 class Published(NamedTuple):
-    """A figure as its authors give it, and milliseconds a forward where they follow from it."""
+    """A published figure, with milliseconds per forward where they follow from it."""
 
     what: str
     figure: str
@@ -291,7 +291,7 @@ PUBLISHED = (
 
 
 def published_section(record: Record | None) -> str:
-    """Only milliseconds a forward compare engines, since tokens a forward depend on the text and the model."""
+    """Compare by milliseconds per forward, since tokens per forward depend on the text and the model."""
     step = best_step(record) if record else {}
     ours = step.get("ms")
     rows = [

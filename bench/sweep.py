@@ -1,9 +1,9 @@
-"""Accuracy under parallelism: how many tokens a forward each sampler commits, and what that costs in right answers.
+"""Accuracy under parallelism: tokens per forward of each sampler, and their cost in correct answers.
 
     python -m bench.sweep --limit 500 --json bench/results/sweep.json
     python -m bench.sweep --json bench/results/sweep.json --write-doc docs/settings.md
 
-The first line measures: an interrupted run goes on where it stopped. The second puts tables into a page, between its
+The first line measures: an interrupted run resumes where it stopped. The second puts tables into a page, between its
 markers, and pictures beside it.
 """
 

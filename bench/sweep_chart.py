@@ -1,4 +1,4 @@
-"""Pictures of a sweep: accuracy against tokens a forward, and the areas."""
+"""Pictures of a sweep: accuracy against tokens per forward, and the areas."""
 
 from __future__ import annotations
 

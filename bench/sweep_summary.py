@@ -15,7 +15,7 @@ SWEPT = 3  # fewest settings whose area a picture shows
 
 @dataclass(frozen=True)
 class Point:
-    """A setting. ``pace`` is tokens a forward; accuracies are percents; intervals are of 95%.
+    """A setting. ``pace`` is tokens per forward; accuracies are percents; intervals are of 95%.
 
     ``lost`` is by how much its accuracy is below the default's on the same problems, with its interval. ``paces`` and
     ``accuracies`` are by resample.
@@ -56,7 +56,7 @@ class Method:
 
     @property
     def fastest(self) -> Point | None:
-        """The setting of most tokens a forward that shows no loss against the default."""
+        """Return the setting with the most tokens per forward that shows no loss against the default."""
         return max((p for p in self.points if p.no_loss), key=lambda p: p.pace, default=None)
 
 

@@ -208,7 +208,7 @@ def test_a_model_with_grouped_queries(engines, name):
     assert_logits_close(large.model.logits(ids), small.model.logits(ids))
 
 
-# ------------------------------------------------------------------------------------------------------ necessary parts
+# -------------------------------------------------------------------------------------------------- required conditions
 
 NONE = torch.arange(0)
 MUTATIONS = {
@@ -251,7 +251,7 @@ def test_each_scale_of_a_tied_head_is_needed(embedded, double, canvas, monkeypat
     assert not (_masked(logits, canvas) - _masked(double.logits(canvas), canvas)).abs().max() < 1e-2
 
 
-# -------------------------------------------------------------------------------------------------- checkpoint contents
+# -------------------------------------------------------------------------------------------------- zeros and weights
 
 
 @pytest.mark.parametrize("name", ["toy-768", "toy-tied"])
@@ -328,7 +328,7 @@ def test_llada_8b_has_its_published_size(embedded):
     assert (spec.vocab_size, spec.rope_theta, spec.norm_eps, spec.tied_head) == (126464, 500000.0, 1e-5, False)
 
 
-# --------------------------------------------------------------------------------------------------------- absent parts
+# ------------------------------------------------------------------------------------------------------------- refusals
 
 
 @pytest.mark.parametrize(
