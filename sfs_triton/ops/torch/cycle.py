@@ -18,8 +18,8 @@ from .plan import stage_range
 
 @dataclass(frozen=True)
 class CycleRules:
-    """Parameters in which the paper and the reference implementations differ; ``SlowFast`` sets them. Thresholds are per
-    sequence (``state.tau_min``, ``tau_slow`` and ``tau``)."""
+    """Parameters in which the paper and the reference implementations differ; ``SlowFast`` sets them. Thresholds are
+    per sequence (``state.tau_min``, ``tau_slow`` and ``tau``)."""
 
     k_max: int
     window: int
@@ -112,7 +112,7 @@ def _fill(state, scores: torch.Tensor, rules: CycleRules) -> torch.Tensor:
 
 
 def _shared_fill(state, scores: torch.Tensor, stable: torch.Tensor, rules: CycleRules) -> torch.Tensor:
-    """Mark the positions that the fast stage would commit in the spans of ``stable`` rows, without its fallback (best one).
+    """Mark the positions that the fast stage would commit in the spans of ``stable`` rows, without its fall-back.
 
     Positions undecided before this step count, so those that the slow fill takes are among the ``min_parallel``.
     """
@@ -184,11 +184,11 @@ def enter_block(state, entering: torch.Tensor, position: torch.Tensor, block_len
 
 
 def decide(state, rules: CycleRules, *, slow: bool = True) -> None:
-    """One step of the cycle machine on ``state``, whose ``token`` and ``score`` hold what the model said where ``plan``
-    looked. A host that knows that no row is in its slow stage may say so: nothing is estimated then.
+    """Take one step of the cycle machine on ``state``, whose ``token`` and ``score`` hold the model's choices at the
+    candidates. ``slow=False``: no row is in its slow stage, so no horizon is estimated.
 
     With ``look_ahead``, rows in their fast stage also have choices at positions from ``e`` on, and ``score`` is -inf
-    wherever nothing was looked at; NaN is no candidate there.
+    wherever there is none; NaN is no candidate there.
     """
     scores = inside_scores(state)
     mark_faults(state, scores)
