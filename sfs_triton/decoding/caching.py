@@ -57,7 +57,7 @@ class Shape(NamedTuple):
 
     ``kind`` is the source of the positions: ``"same"``, ``[first, first + size)`` of every canvas, with all keys before
     ``keys``; ``"prefix"``, the first ``size`` of each canvas, of which the device sets the number in use; ``"list"``, a
-    list of ``size`` that holds one contiguous range; ``"plan"``, a planned list of ``size``. ``targets`` is the capacity
+    list of ``size`` that holds one contiguous range; ``"plan"``, a planned list of ``size``. ``targets`` is the room
     for positions to decide; ``ragged``: canvases differ in their keys. ``members`` are the slots to forward: a tuple of
     them, the number of leading ones in the order that ``Step.aim`` sets, or None for all. With ``aimed`` only the
     canvases that ``Step.aim`` selects take the step; all others keep their state.
@@ -172,7 +172,7 @@ class NoCache(CachePolicy):
 
 @dataclass(frozen=True)
 class PrefixCache(CachePolicy):
-    """Fast-dLLM's prefix cache: a block starts with one full forward; later steps forward the block and all after it."""
+    """Fast-dLLM's prefix cache: one full forward starts a block; its other steps forward the block and all after it."""
 
     name = "prefix"
     by_block = True

@@ -384,7 +384,7 @@ class FixedSteps(Sampler):
         )
 
     def block_steps(self, length: int) -> int:
-        """Return the steps per block of a response of ``length``: a share of ``steps``, rounded down, at least one."""
+        """Return the steps per block for ``length`` response positions: a share of ``steps``, rounded down, at least 1."""
         blocks = -(-length // (self.block_length or length))
         return max(1, (self.steps or length) // blocks)
 

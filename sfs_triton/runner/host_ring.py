@@ -35,7 +35,7 @@ class Mailbox:
         self.posted = 0
 
     def post(self) -> None:
-        """Queue a copy of the tensors, in stream order. The caller that launches or replays it must count ``posted``."""
+        """Queue a copy of the tensors, in stream order. The caller that launches or replays it counts ``posted``."""
         self._post(self._sources, self._rings, self._tick, self._bell)
 
     def read(self, number: int, limit: float) -> dict[str, numpy.ndarray]:

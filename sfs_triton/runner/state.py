@@ -97,7 +97,7 @@ class DecodeState:
         device: torch.device,
         trace: bool,
     ) -> DecodeState:
-        """Return a state for canvases ``rows`` (token ids, undecided positions hold ``mask_id``), decoded from ``starts``.
+        """Return a state of canvases ``rows`` (token ids; undecided ones are ``mask_id``), decoded from ``starts`` on.
 
         ``caps`` are step limits per sequence; one that needs more ends with a fault. ``dials`` are the per-sequence
         parameters of the sampler.

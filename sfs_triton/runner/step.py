@@ -108,7 +108,7 @@ class Step:
         self._since[slot] = self.mailbox.posted + 1
 
     def hear(self, number: int, limit: float) -> dict[str, numpy.ndarray]:
-        """Wait at most ``limit`` seconds for output ``number`` in the host ring; update :attr:`control`, return the output.
+        """Wait at most ``limit`` seconds for output ``number`` in the host ring, update :attr:`control`, and return it.
 
         The only host read of running sequences; finished ones are read from the outbox of their slot.
         """

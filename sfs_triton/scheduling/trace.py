@@ -15,8 +15,8 @@ from ..runner import Report
 
 @dataclass(frozen=True)
 class StepTrace:
-    """One step of one sequence. Positions and lengths count from the first decoded position, ``s``, ``e``, ``e_cand`` and
-    ``history`` from the block's start; samplers without stages have phase ``"block"``."""
+    """One step of one sequence. Positions and lengths count from the first decoded position; ``s``, ``e``, ``e_cand``
+    and ``history`` from the start of the block; samplers without stages have phase ``"block"``."""
 
     step: int
     phase: str  # "slow", "fast" or "block"
