@@ -1,7 +1,7 @@
 """Launch of kernels: one function that can also record what it would have launched.
 
-A recorded launch holds the arguments that the launcher really built, so that a compiler test or a cost model looks at
-what runs and not at a list kept by hand. Launchers accept tensors on the meta device while recording.
+A recorded launch holds the arguments that the launcher built, so that a compiler test or a cost model sees the real
+launch and not a list kept by hand. Launchers accept tensors on the meta device while recording.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The output projection and what is decided from it, with no logits in memory: from hidden states to tokens."""
+"""Output projection with token choice, from hidden states to tokens, without logits in memory."""
 
 from __future__ import annotations
 
@@ -264,7 +264,7 @@ def _checked_rows(
     rows: torch.Tensor | None,
     count: torch.Tensor | None,
 ) -> int:
-    """Check the operands; how many rows there are to compute at the most."""
+    """Check the operands; return the most rows to compute."""
     check_tensor("hidden", hidden, dtype=FLOATS, shape=[None, None])
     like = {"shape": [None, hidden.shape[1]], "device": hidden.device}
     if scale is None:

@@ -216,7 +216,7 @@ def look(
     span_cap: int | None = None,
     config: ScanConfig | None = None,
 ) -> None:
-    """Mark in ``inside`` the undecided positions at which the step of each running row looks.
+    """Mark in ``inside`` the candidates of the step of each running row.
 
     Args:
         masked, inside: bool ``[B, L]``; ``inside`` is overwritten.
@@ -262,7 +262,7 @@ def plan(
     stale: bool = True,
     config: ScanConfig | None = None,
 ) -> None:
-    """The row list of a step for ``B`` canvas rows, and where it looks. Rows that are done list nothing.
+    """Plan the list of positions of a step for ``B`` canvases, and its candidates. Rows that are done list nothing.
 
     Args:
         masked, control, by_stage, span_cap: as for :func:`look`.

@@ -384,12 +384,12 @@ class FixedSteps(Sampler):
         )
 
     def block_steps(self, length: int) -> int:
-        """Return the steps per block for ``length`` response positions: a share of ``steps``, rounded down, at least 1."""
+        """Return the steps per block for ``length`` response positions: part of ``steps``, rounded down, at least 1."""
         blocks = -(-length // (self.block_length or length))
         return max(1, (self.steps or length) // blocks)
 
     def shares(self, length: int) -> list[float]:
-        """Return, per step of a block, the share of undecided positions that Dream's time schedule commits (float32)."""
+        """Return the share of undecided positions that Dream's time schedule commits per step of a block (float32)."""
         times = torch.linspace(1, self.eps, self.block_steps(length) + 1, dtype=torch.float32)
         return (1 - times[1:] / times[:-1]).tolist()
 

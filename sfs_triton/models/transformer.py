@@ -224,7 +224,7 @@ class Transformer:
         moved: torch.Tensor,
         due: Features,
     ) -> torch.Tensor:
-        """List the ``moved [b]`` response rows whose fresh values differ most from the stored ones, then -1; store them."""
+        """List the ``moved [b]`` response rows whose values changed most, then -1. Stores all fresh response values."""
         own = slice(due.shortest, h.shape[1])
         fresh = self._project(h[:, own], layer, slice(self.local.q_width + self.local.kv_width, None))
         here = at_response[:, own]
@@ -234,7 +234,7 @@ class Transformer:
         return torch.where(self._position[: rows.shape[1]] < moved[:, None], rows, -1).int()
 
     def _likeness(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        """Cosine similarity along the last axis, which is shared among the ranks; of equal bits on all of them."""
+        """Cosine similarity along the last axis, which is split over the ranks; equal bits on all of them."""
         if self.group.size == 1:
             return F.cosine_similarity(a, b, dim=-1)
         a, b = a.float(), b.float()

@@ -1,4 +1,4 @@
-"""The output projection, and what is decided from it, in plain torch."""
+"""Output projection with token choice, in plain torch."""
 
 from __future__ import annotations
 
