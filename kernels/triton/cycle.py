@@ -84,7 +84,7 @@ def _scan(
     EOS_HORIZON: tl.constexpr,
     BLOCK_L: tl.constexpr,
 ):
-    """Over the positions looked at: the highest candidate for the horizon (-1: none), how many reach ``tau``, the
+    """Scan the candidates: the highest one that can set the horizon (-1: none), how many reach ``tau``, the
     lowest with the largest score, and whether a score is NaN."""
     furthest = tl.full([BLOCK_L], -1, tl.int32)
     high = tl.zeros([BLOCK_L], tl.int32)
@@ -161,7 +161,7 @@ def _horizon(
 
 @triton.jit
 def _count_high(score_ptr, inside_ptr, first, stop, tau, STRICT: tl.constexpr, BLOCK_L: tl.constexpr):
-    """Count the positions of ``[first, stop)`` that are looked at and reach ``tau``."""
+    """Count the candidates in ``[first, stop)`` that reach ``tau``."""
     high = tl.zeros([BLOCK_L], tl.int32)
     for begin in range(first, stop, BLOCK_L):
         place = begin + tl.arange(0, BLOCK_L)
@@ -186,7 +186,7 @@ def _fill(
     SHARE_STABLE: tl.constexpr,
     BLOCK_L: tl.constexpr,
 ):
-    """Mark what this step commits: everything looked at that reaches ``tau``, or only the best position; with
+    """Mark the positions to commit: every candidate that reaches ``tau``, or only the best position; with
     SHARE_STABLE also what reaches ``tau_shared`` before ``shared_stop``."""
     for begin in range(0, length, BLOCK_L):
         place = begin + tl.arange(0, BLOCK_L)
@@ -242,7 +242,7 @@ def _stage_end(
     HAS_MAX_CYCLES: tl.constexpr,
     EOS_STOP: tl.constexpr,
 ):
-    """Find what ends with this step, from where masks are left: whether the row goes on to its fast stage; whether its
+    """Derive the end of stages from the masks left: whether the row moves to its fast stage; whether its
     cycle, its block and the row itself are over; and the first undecided position of the block that comes next."""
     slow_over = k >= k_max
     if SLOW_END != "fixed":
@@ -494,7 +494,7 @@ def decide(
 
     The other arguments are the rules, as documented by the twin, ``sfs_triton/ops/torch/cycle.py``. Of equal
     scores the lowest position is best. A NaN score ends its row with a fault and commits nothing; in a look-ahead,
-    where ``score`` must be -inf wherever nothing was looked at, it is no candidate.
+    where ``score`` must be -inf at all other positions, it is no candidate.
     """
     canvas = {"token": (token, torch.int64), "score": (score, torch.float32), "inside": (inside, torch.bool),
               "tokens": (tokens, torch.int64), "masked": (masked, torch.bool), "dirty": (dirty, torch.bool),

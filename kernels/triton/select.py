@@ -60,7 +60,7 @@ def _load_keys(score_ptr, inside_ptr, place, length):
 
 @triton.jit
 def _scan(score_ptr, inside_ptr, length, BLOCK_L: tl.constexpr):
-    """Over the positions looked at: how many, the lowest, the lowest with the largest score, whether one is NaN."""
+    """Scan the candidates: their number, the lowest, the lowest with the largest score, whether one is NaN."""
     left = tl.zeros([BLOCK_L], tl.int32)
     bad = tl.zeros([BLOCK_L], tl.int32)
     lowest = tl.zeros([BLOCK_L], tl.int32) + length
@@ -83,7 +83,7 @@ def _scan(score_ptr, inside_ptr, length, BLOCK_L: tl.constexpr):
 
 @triton.jit
 def _count_above(score_ptr, inside_ptr, length, bound, BLOCK_L: tl.constexpr):
-    """Count the positions looked at whose key exceeds ``bound``."""
+    """Count the candidates whose key exceeds ``bound``."""
     total = tl.zeros([BLOCK_L], tl.int32)
     for begin in range(0, length, BLOCK_L):
         key, inside = _load_keys(score_ptr, inside_ptr, begin + tl.arange(0, BLOCK_L), length)
@@ -144,7 +144,7 @@ def _fill_over(score_ptr, inside_ptr, fill_ptr, length, tau, best, BLOCK_L: tl.c
 
 @triton.jit
 def _fill_at_random(uniform_ptr, inside_ptr, fill_ptr, length, n_uniform, drawn, share, BLOCK_L: tl.constexpr):
-    """Mark each position looked at with probability ``share``, by the row's numbers from place ``drawn`` on."""
+    """Mark each candidate with probability ``share``, by the row's uniform numbers from index ``drawn`` on."""
     for begin in range(0, length, BLOCK_L):
         place = begin + tl.arange(0, BLOCK_L)
         inside = tl.load(inside_ptr + place, mask=place < length, other=0) != 0
@@ -386,7 +386,7 @@ def decide(
         n_uniform=uniform.shape[1],
         n_shares=shares.shape[1],
         eos_id=eos_id,
-        paced_steps=min(paced_steps or 0, MAX_LENGTH),  # one position a step; sums fit 32 bits
+        paced_steps=min(paced_steps or 0, MAX_LENGTH),  # one position per step; sums fit 32 bits
         block_length=min(block_length or 0, MAX_LENGTH + 1),  # of which a canvas has one
         HAS_TAU=by_threshold,
         IS_PACED=by_threshold and paced_steps is not None,

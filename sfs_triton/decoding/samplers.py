@@ -52,7 +52,7 @@ class Sampler:
 
     Args:
         temperature: 0 takes the most likely token; above, Gumbel noise keyed by row seed, token, position and step.
-        top_p, top_k: limit what can be drawn.
+        top_p, top_k: limits of the tokens that can be drawn.
         cfg_scale: classifier-free guidance, ``c + cfg_scale * (c - u)``, with the given positions masked in ``u``.
         eos_stop: stop at the leftmost committed end-of-text; later positions become end-of-text and are not computed.
     """
@@ -124,13 +124,13 @@ class SlowFast(Sampler):
         tau_slow: the same in the slow stage; None unmasks only the best position there. No confidence exceeds 1, so
             a threshold above it is never reached: without candidates the horizon is ``s + 1``, and without positions
             over ``tau_high`` a step fills the best one.
-        k_max, window: most slow steps of a cycle; how many horizons the stability test looks at.
+        k_max, window: most slow steps per cycle; number of horizons in the stability test.
         spread, spread_limit, inclusive: the stability test, ``spread < limit`` (or ``<=``).
         strict: whether thresholds must be exceeded or reached.
         slow_end: the slow stage ends at stability, after exactly ``k_max`` steps, or after ``k_max`` or when full.
         rounding: of the mean horizon that is used where stability is not reached.
         zero_history: the window starts filled with zeros.
-        min_parallel, min_parallel_slow: take all positions over the threshold only if there are so many.
+        min_parallel, min_parallel_slow: least number of positions over the threshold for taking them all.
         block_length, max_cycles: semi-autoregressive blocks, and the most cycles spent on one.
         share_stable: the step that becomes stable, the last of its slow stage, also commits what the fast stage would
             take from the same logits: of the positions undecided before the step in ``[s, e)`` all over ``tau_high``,
@@ -210,7 +210,7 @@ class SlowFast(Sampler):
             opening: for the block machine; not used here.
             look_ahead: how many positions beyond the span fast steps score, to start the next cycle's history.
             partial: row lists may leave out positions that a step would decide.
-            span_cap: with ``partial``: slow steps look at no more than so many positions.
+            span_cap: with ``partial``: most candidates of a slow step.
         """
         _check_integer("look_ahead", look_ahead, 0)
         require(
@@ -293,8 +293,8 @@ PRESETS = {
 class Threshold(Sampler):
     """Confidence-aware parallel decoding (Fast-dLLM), block by block: the best position and all that reach ``tau``.
 
-    A ``tau`` above 1 is never reached: one position a step.
-    ``steps`` sets a quota: at most ``gen_length / steps`` positions a step plus what earlier steps left over, as
+    A ``tau`` above 1 is never reached: one position per step.
+    ``steps`` sets a quota: at most ``gen_length / steps`` positions per step plus the unused quota of earlier steps, as
     Fast-dLLM's sampler for Dream has it.
     """
 
@@ -340,7 +340,7 @@ class FixedSteps(Sampler):
     """A fixed number of steps, each committing a scheduled count of positions: LLaDA's and Dream's own samplers.
 
     ``metric="confidence"`` is LLaDA's low-confidence remasking (counts spread evenly over the steps of each block;
-    one position a step where ``steps`` is None). Dream's are ``maskgit_plus``, ``topk_margin``, ``entropy`` and
+    one position per step where ``steps`` is None). Dream's are ``maskgit_plus``, ``topk_margin``, ``entropy`` and
     ``origin`` (positions at random): counts follow its time schedule with ``eps``, and tokens and scores are taken
     after temperature, top-p and top-k.
     """

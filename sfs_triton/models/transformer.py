@@ -182,11 +182,11 @@ class Transformer:
     # ---------------------------------------------------------------------------------------- dLLM-Cache features
 
     def _forward_features(self, x: torch.Tensor, scope: Scope, cache: FeatureCache) -> torch.Tensor:
-        """Hidden states ``[b, stop, d]`` before the final norm, recomputing only what ``scope.features`` asks for.
+        """Hidden states ``[b, stop, d]`` before the final norm, recomputing only rows that ``scope.features`` selects.
 
         Prompt rows are recomputed or not as a whole. Response rows are, too, or else the share of them whose value
         vectors moved most. All other rows add the attention and MLP outputs they had when last computed to their
-        present embeddings. A forward that is shorter than the canvas rewrites the front of what is kept.
+        present embeddings. A forward that is shorter than the canvas rewrites the front of the store.
         """
         due, stop = scope.features, x.shape[1]
         place = self._position[:stop]

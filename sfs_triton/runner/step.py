@@ -54,7 +54,7 @@ class Step:
         self._rules = sampler.rules(policy.opening(model.spec.shifted), **policy.rules)
         self._decide = model.ops.decide_cycle if self.by_stage else model.ops.decide_block
         self._allocate()
-        # graphs of steps share what they allocate: one runs at a time, and none leaves anything there for another
+        # graphs share a memory pool: one runs at a time, and none keeps data there for another
         self.pool = torch.cuda.graph_pool_handle() if state.tokens.device.type == "cuda" else None
         sources = {"control": state.control}
         if frames:
@@ -84,7 +84,7 @@ class Step:
         self._key_range = torch.empty((batch, 4), dtype=torch.int32, device=device)
         self._aimed = torch.arange(batch, device=device)
         self._parked = torch.zeros(batch, dtype=torch.bool, device=device)
-        self._aim = (tuple(range(batch)), frozenset())  # what those two hold
+        self._aim = (tuple(range(batch)), frozenset())  # present values of those two
         model.reach(length)
 
     # ------------------------------------------------------------------------------------------ join and leave
@@ -108,7 +108,7 @@ class Step:
         self._since[slot] = self.mailbox.posted + 1
 
     def hear(self, number: int, limit: float) -> dict[str, numpy.ndarray]:
-        """Wait at most ``limit`` seconds for output ``number`` in the host ring, update :attr:`control`, and return it.
+        """Read output ``number`` of the host ring, waiting at most ``limit`` seconds, and update :attr:`control` by it.
 
         The only host read of running sequences; finished ones are read from the outbox of their slot.
         """

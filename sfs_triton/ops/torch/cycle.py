@@ -1,7 +1,7 @@
 """The slow/fast cycle machine of SlowFast Sampling (arXiv 2506.10848), for all rows of a batch at once.
 
 ``decide`` is one step: estimate the candidate horizon, test its stability, choose and commit positions, and move on to
-the fast stage, the next cycle or the next block. It reads and writes tensors of a ``DecodeState`` and never looks at
+the fast stage, the next cycle or the next block. It reads and writes tensors of a ``DecodeState`` and never reads
 their values on the host.
 """
 
@@ -38,7 +38,7 @@ class CycleRules:
     share_stable: bool = False  # the step that becomes stable also fills [s, e) as the fast stage would
     eos_horizon: bool = True  # end-of-text can be a candidate
     look_ahead: int = 0  # so many positions beyond e, scored in fast steps, start the next cycle's history
-    partial: bool = False  # row lists may leave out what a step would decide; a row of which they leave all out waits
+    partial: bool = False  # a list may lack positions that a step would decide; a row whose list has none waits
     span_cap: int | None = None  # with partial: as the row lists have it
 
 

@@ -86,7 +86,7 @@ def _store_live(
     """``cache[row, position] = fresh`` for each pair but for idle rows, without a host read of their number.
 
     An idle row repeats what the first live row of its batch row stores. In a batch row without any, position 0 is
-    rewritten with what it holds.
+    rewritten with its own values.
     """
     live = position >= 0
     each, itself = (torch.arange(size, device=position.device) for size in position.shape)

@@ -20,7 +20,7 @@ class BlockRules:
 
     block_length: int | None
     by_threshold: bool = False
-    paced_steps: int | None = None  # with a threshold: at most length / paced_steps positions a step, and what was left
+    paced_steps: int | None = None  # with a threshold: at most length / paced_steps positions per step, plus the carry
     schedule: str = "even"  # "even": counts spread over the block's steps; "timesteps": shares of what is left
     at_random: bool = False  # positions are drawn with the schedule's shares, not ranked (Dream's "origin")
     opening: str = "normal"  # "repeat": a block takes at least two forwards; "first": and the first of them commits
