@@ -86,9 +86,8 @@ class ReplayLoop:
             queued.clear()  # do not wait for a failed device: this step is not used again
             raise
         finally:
-            mailbox.wait(
-                max((number for number, *_ in queued), default=0), self._step_limit
-            )  # leave no replay in flight
+            last_queued = max((number for number, *_ in queued), default=0)
+            mailbox.wait(last_queued, self._step_limit)  # leave no replay in flight
 
 
 def capture_graph(step: Step, shape: Shape) -> Callable[[], None]:
