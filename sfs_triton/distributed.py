@@ -1,7 +1,7 @@
-"""Processes that share one model: each has a part of every matrix, and all take the same steps on the same rows.
+"""Tensor parallelism: each process holds a part of every matrix, and all take the same steps on the same sequences.
 
-A :class:`Group` is what models need of ``torch.distributed``. One that is alone does nothing. :func:`join` makes the
-group that ``torchrun`` has started.
+A :class:`Group` is the interface of models to ``torch.distributed``; a group of one does nothing. :func:`join` builds
+the group from the processes that ``torchrun`` has started.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ _DEFAULT_PATIENCE = 600.0
 
 
 def share(total: int, rank: int, size: int) -> tuple[int, int]:
-    """The part ``[start, stop)`` of ``total`` things that one of ``size`` ranks has; parts differ by one at most."""
+    """Return the part ``[start, stop)`` of ``total`` items of one of ``size`` ranks; parts differ by one at most."""
     return total * rank // size, total * (rank + 1) // size
 
 
 class Group:
-    """This process and those it shares a model with; here, none. ``rank`` counts from 0 to ``size - 1``."""
+    """Process group of one; base class of larger ones. ``rank`` counts from 0 to ``size - 1``."""
 
     rank, size = 0, 1
 
     def share(self, total: int) -> tuple[int, int]:
-        """The part ``[start, stop)`` of ``total`` things that this rank has."""
+        """Return the part ``[start, stop)`` of ``total`` items of this rank."""
         return share(total, self.rank, self.size)
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
@@ -47,19 +47,19 @@ class Group:
         return x
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
-        """The ranks' ``x``, all of one shape, ``[size, *x.shape]``."""
+        """Gather the ranks' ``x``, all of one shape, as ``[size, *x.shape]``."""
         return x[None]
 
     def exchange(self, text: str) -> list[str]:
-        """A text of every rank. Waits for all of them."""
+        """Exchange one text per rank. Waits for all ranks."""
         return [text]
 
     def leave(self, why: str) -> None:
-        """Have no more to do with the others, who are told by their next call. Nothing else can be asked after it."""
+        """Leave the group. Other ranks raise ``RankFailure`` at their next call; this object is unusable afterwards."""
 
     @contextmanager
     def generation(self, request: Callable[[], str]) -> Iterator[None]:
-        """For the time of one generation; ``request`` tells it from others, and all ranks must have the same.
+        """Hold the group for one generation, identified by ``request``, which must be equal on all ranks.
 
         Raises:
             ArgumentError: the ranks have different requests, or this thread is at another generation.
@@ -69,10 +69,10 @@ class Group:
     # ------------------------------------------------------------------------------------------- made of the above
 
     def first(self, make: Callable[[], str]) -> str:
-        """Return the result of ``make`` on rank 0; it is called on no other.
+        """Return the result of ``make`` on rank 0; other ranks do not call it.
 
         Raises:
-            RankFailure: it failed there, on all ranks but rank 0.
+            RankFailure: it failed; raised on all ranks but rank 0, which raises its own error.
         """
         made = ""
         with self.together("rank 0's part"):
@@ -90,7 +90,7 @@ class Group:
         try:
             yield
         except RankFailure:
-            raise  # the others cannot be told
+            raise  # the others cannot be reached
         except Exception as error:
             mine = error
         told = self.exchange("" if mine is None else f"{type(mine).__name__}: {mine}")
@@ -126,8 +126,8 @@ class ProcessGroup(Group):
     """Ranks of ``torch.distributed``.
 
     Args:
-        device: the group whose backend takes tensors on the model's device.
-        host: the group for tensors on the CPU; None: ``device`` takes those.
+        device: group whose backend handles tensors on the model's device.
+        host: group for tensors on the CPU; None: ``device`` handles those.
     """
 
     def __init__(self, device: distributed.ProcessGroup, host: distributed.ProcessGroup | None = None):
@@ -160,7 +160,7 @@ class ProcessGroup(Group):
         _OPEN.remove(self)
         groups, self._device, self._host = {self._device, self._host}, None, None
         for group in groups if joined() else ():
-            distributed.destroy_process_group(group)  # which closes connections, and so wakes those who wait
+            distributed.destroy_process_group(group)  # closes connections, which wakes waiting ranks
 
     @contextmanager
     def generation(self, request: Callable[[], str]) -> Iterator[None]:
@@ -168,13 +168,13 @@ class ProcessGroup(Group):
             self._thread != threading.get_ident(),
             f"a generation with tensor_parallel={self.size} cannot begin inside another: finish or close that first",
         )
-        with self._busy:  # threads take turns, in the same order on all ranks or it is found here
+        with self._busy:  # one thread at a time; a different order on other ranks is detected here
             self.agree("requests", request())
             self._thread = threading.get_ident()
             try:
                 yield
             except RowFault:
-                raise  # which is the same on all ranks
+                raise  # the same error on all ranks
             except BaseException as error:
                 self.leave(f"a generation ended with {type(error).__name__}: {error}")
                 raise
@@ -204,18 +204,18 @@ _OPEN: list[ProcessGroup] = []
 
 
 class Vocabulary(NamedTuple):
-    """The ids of all ranks, of which each has a part."""
+    """Vocabulary split over the ranks."""
 
     group: Group
     size: int
 
     @property
     def start(self) -> int:
-        """The first id of this rank's part."""
+        """First id of this rank's part."""
         return self.group.share(self.size)[0]
 
     def gather(self, logits: torch.Tensor) -> torch.Tensor:
-        """Logits of all ids ``[..., V]`` from those of the ranks' parts. Many bytes: V a row."""
+        """Gather logits of all ids, ``[..., V]``, from the ranks' parts. Expensive: V values per row."""
         shares = [share(self.size, rank, self.group.size) for rank in range(self.group.size)]
         most = max(stop - start for start, stop in shares)
         parts = self.group.all_gather(F.pad(logits, (0, most - logits.shape[-1])))
@@ -223,14 +223,14 @@ class Vocabulary(NamedTuple):
 
 
 def world() -> tuple[int, int]:
-    """This process among those that ``torchrun`` or another launcher has started, and how many they are."""
+    """Return the rank of this process among those that a launcher such as ``torchrun`` started, and their number."""
     if joined():
         return distributed.get_rank(), distributed.get_world_size()
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def joined() -> bool:
-    """True once ranks have met: from then on, a failure on one becomes known to all."""
+    """True once the ranks have connected: from then on, a failure on one is reported on all."""
     return distributed.is_available() and distributed.is_initialized()
 
 
@@ -243,7 +243,7 @@ def check_size(size: object) -> None:
 
 
 def check_started(size: int) -> None:
-    """Refuse unless this process was started with just as many others as one model is to be shared by.
+    """Refuse unless the launcher started exactly as many processes as share one model.
 
     Raises:
         ArgumentError: says how many there are.
@@ -258,7 +258,7 @@ def check_started(size: int) -> None:
 
 
 def own_device(device: str | torch.device | None) -> str | torch.device | None:
-    """This process's own GPU of its machine, where a GPU is meant and none is named by number."""
+    """Return this process's own GPU of its machine if the device is a GPU without a number."""
     meant = device is None or str(device) == "cuda"
     return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if meant and torch.cuda.is_available() else device
 
@@ -270,17 +270,17 @@ def join(
     replicas: bool = False,
     patience: timedelta | None = None,
 ) -> Group:
-    """The group of ``size`` ranks that this process is in: those it was started with, or that many of them.
+    """Join the group of ``size`` ranks that this process belongs to: all started ones, or ``size`` of them.
 
     Args:
-        size: 1 gives a group that is alone, whatever was started.
+        size: 1 gives a group of one, however many processes were started.
         device: of the model's tensors; default: a GPU if there is one. Ranks talk by NCCL on GPUs, else by gloo.
-        replicas: let there be more processes than one group has; neighbours are in one group then.
-        patience: how long a rank waits for the others; default: what the environment says, or ten minutes.
+        replicas: allow more processes than one group has; consecutive ranks then form a group.
+        patience: time that a rank waits for the others; default: from the environment, or ten minutes.
 
     Raises:
         ArgumentError: ``size`` is no such number, or processes were not started for it.
-        RankFailure: the others have not come in time.
+        RankFailure: the others have not connected in time.
     """
     check_size(size)
     if size == 1:
@@ -297,9 +297,9 @@ def join(
     try:
         if not distributed.is_initialized():
             distributed.init_process_group("gloo", timeout=patience)
-            atexit.register(close)  # threads of gloo's that outlive the interpreter abort the process
+            atexit.register(close)  # gloo threads that outlive the interpreter abort the process
         mine: list[distributed.ProcessGroup] = []
-        for begin in range(0, there, size):  # groups are made by everyone in the same order, members or not
+        for begin in range(0, there, size):  # all processes create all groups in the same order
             ranks = list(range(begin, begin + size))
             made = [distributed.new_group(ranks, backend="gloo", timeout=patience)]
             if on_gpus:
@@ -313,7 +313,7 @@ def join(
 
 
 def close() -> None:
-    """End every group of this process, as is done when it exits."""
+    """Close every group of this process; also runs at exit."""
     for group in list(_OPEN):
         group.leave("it has been closed")
     if joined():

@@ -1,4 +1,4 @@
-"""Load a checkpoint, generate with it."""
+"""Load a checkpoint and generate with it."""
 
 from __future__ import annotations
 
@@ -46,17 +46,17 @@ def load(
     weights: str | None = None,
     tensor_parallel: int | Group = 1,
 ) -> Engine:
-    """An :class:`Engine` for a checkpoint folder, a hub id, or ``"embedded"`` (the small model in this package).
+    """Load a checkpoint folder, a hub id, or ``"embedded"`` (the small model in this package) as an :class:`Engine`.
 
     Args:
-        path_or_hub_id: a folder with ``config.json`` and safetensors, or a hub id (``GSAI-ML/LLaDA-8B-Instruct``), if
-            need be of one revision (``GSAI-ML/LLaDA-8B-Instruct@08b83a6``: a branch, tag or commit).
+        path_or_hub_id: a folder with ``config.json`` and safetensors, or a hub id (``GSAI-ML/LLaDA-8B-Instruct``),
+            optionally at a revision (``GSAI-ML/LLaDA-8B-Instruct@08b83a6``: a branch, tag or commit).
         device: default: a GPU if there is one.
         dtype: default: bfloat16 on a GPU, float32 on a CPU.
         impl: ``"torch"`` or ``"triton"`` for all operations; default: torch.
         loop: ``"eager"`` or ``"replay"`` (captured CUDA graphs); default: eager.
-        weights: ``"fp8"`` keeps matrices as float8 with a scale a row, decoded in every product; the rest, and what is
-            computed, stays in ``dtype``. Default: all in ``dtype``.
+        weights: ``"fp8"`` keeps matrices as float8 with a scale per row, decoded in every product; all other tensors
+            and activations stay in ``dtype``. Default: all in ``dtype``.
         tensor_parallel: processes that share the model, started by ``torchrun --nproc-per-node N``; each loads its part
             only, and all must then make the same calls. Or the group that :func:`sfs_triton.distributed.join` gave.
 
@@ -83,7 +83,7 @@ def _load(
     group: Group,
 ) -> Engine:
     device = _device(device if group.size == 1 else own_device(device))
-    implementation(impl, device)  # refused before gigabytes are read
+    implementation(impl, device)  # fail before gigabytes are read
     check_loop(loop, device)
     if dtype is None:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -96,7 +96,7 @@ def _load(
     require(named, f"path_or_hub_id={path_or_hub_id!r} is neither a folder nor a hub id")
     folder = _folder(path_or_hub_id)
     spec = read_spec(read_json(folder / "config.json"))
-    spec.shard(group.size)  # refused before anything is read
+    spec.shard(group.size)  # fail before anything is read
     loaded = load_weights(folder, spec, device, dtype, group, quantised=weights == "fp8")
     return Engine(Transformer(spec, loaded, impl, group), TextCodec.from_folder(folder), loop)
 
@@ -114,7 +114,7 @@ def _folder(path_or_hub_id: str | Path) -> Path:
 def _device(device: str | torch.device | None) -> torch.device:
     try:
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.zeros(1, device=device)  # a name may be well-formed and still mean a device that is not there
+        torch.zeros(1, device=device)  # a well-formed name may mean an absent device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ArgumentError(f"device={str(device)!r} cannot be used: {str(error).splitlines()[0]}") from None
     require(device.type != "meta", f"device={str(device)!r} cannot be used: it computes nothing")
@@ -122,7 +122,7 @@ def _device(device: str | torch.device | None) -> torch.device:
 
 
 def _download(hub_id: str) -> Path:
-    """A local copy of a hub repository: JSON, text and safetensors files only."""
+    """Download a hub repository: JSON, text and safetensors files only."""
     from huggingface_hub import snapshot_download
 
     name, at, revision = hub_id.partition("@")
@@ -138,12 +138,12 @@ def _download(hub_id: str) -> Path:
 
 
 class Engine:
-    """A loaded model with its text codec. Generations may run at the same time, in threads or one inside another."""
+    """A loaded model with its text codec. Generations may run concurrently, in threads or nested."""
 
     def __init__(self, model: Transformer, text: TextCodec | None = None, loop: str | None = None):
         self.model, self.text = model, text
         if model.group.size > 1:
-            # another loop's ranks would each queue as many steps as their own clocks allow
+            # with another loop each rank could queue a different number of steps, depending on timing
             require(loop in (None, "eager"), f"loop={loop!r} does not go with tensor_parallel={model.group.size}")
             loop = "eager"
         self._loops = LoopChoice(loop, model.device)
@@ -157,7 +157,7 @@ class Engine:
 
     @property
     def loop(self) -> str:
-        """The name of the loop that steps generations."""
+        """Name of the loop that runs generations."""
         return self._loops.loop.name
 
     def generate(
@@ -172,23 +172,23 @@ class Engine:
         trace: bool = False,
         on_step: Callable[[Frame], None] | None = None,
     ) -> Generation | list[Generation]:
-        """Answer one prompt (returns a :class:`Generation`) or a list of prompts (returns a list of them).
+        """Generate for one prompt (returns a :class:`Generation`) or a list of prompts (returns a list of them).
 
         Args:
             prompts: text, token ids (a list or a tensor), or chat messages; or a list of those. Text becomes a user
                 turn in the checkpoint's chat template if it has one, unless ``raw``.
-            gen_length: response positions; one number, or one a prompt.
+            gen_length: response positions; one number, or one per prompt.
             sampler: a sampler, or its name (``"slowfast"``, ``"threshold"``, ``"fixed"``, ``"vanilla"``); default:
                 ``SlowFast()``, the paper's settings.
             cache: a policy or its name.
-            seed: of the noise, for temperatures above 0; one number (row i then uses ``seed + i``) or one a prompt.
+            seed: of the noise, for temperatures above 0; one number (row i then uses ``seed + i``) or one per prompt.
             trace: keep a :class:`StepTrace` for every step.
             on_step: called with a :class:`Frame` after every step.
 
         Raises:
             ArgumentError: names the argument and its value.
             OutOfDeviceMemory: says how much is needed, and what would fit.
-            NumericalFault: the model produced NaN; names row and step. Its ``finished`` has the other rows.
+            NumericalFault: the model produced NaN; names row and step. ``finished`` has the results of the others.
         """
         options = {"gen_length": gen_length, "sampler": sampler, "cache": cache, "seed": seed, "raw": raw}
         request, single = self.request(prompts, **options, trace=trace, frames=_frames_for(on_step))
@@ -233,10 +233,10 @@ class Engine:
         raw: bool = False,
         trace: bool = False,
     ) -> Stream:
-        """An iterator of a :class:`Frame` a step, which the caller's pace drives; arguments as for :meth:`generate`.
+        """Iterate over one :class:`Frame` per step, computed on demand; arguments as for :meth:`generate`.
 
-        ``Stream.result()`` finishes what is left and gives what :meth:`generate` would have given; a stream that is
-        closed or dropped before its end leaves the engine as it was.
+        ``Stream.result()`` runs the remaining steps and returns the same as :meth:`generate`; a stream that is closed
+        or dropped before its end leaves the engine unchanged.
         """
         options = {"gen_length": gen_length, "sampler": sampler, "cache": cache, "seed": seed, "raw": raw}
         request, single = self.request(prompts, **options, trace=trace, frames=True)
@@ -254,8 +254,8 @@ class Engine:
         trace: bool = False,
         on_step: Callable[[Frame], None] | None = None,
     ) -> Pending:
-        """As :meth:`generate`, but returns a handle at once; ``on_step`` is called in another thread. Arguments are
-        checked before it returns; generations that are pending run one after another."""
+        """Run :meth:`generate` in another thread, which also calls ``on_step``; return a handle at once. Arguments are
+        checked before it returns; pending generations run one after another."""
         options = {"gen_length": gen_length, "sampler": sampler, "cache": cache, "seed": seed, "raw": raw}
         request, single = self.request(prompts, **options, trace=trace, frames=_frames_for(on_step))
         name = f"sfs_triton-{id(self):x}"
@@ -278,7 +278,7 @@ class Engine:
     ) -> tuple[Request, bool]:
         """Return the request that :meth:`generate` would run, and whether it was one prompt, not a list.
 
-        ``frames``: canvases are posted after each step.
+        ``frames``: publish the canvases after each step.
         """
         single = _is_single(prompts)
         rows = [self.encode(p, raw, i) for i, p in enumerate([prompts] if single else prompts)]
@@ -300,14 +300,14 @@ class Engine:
         return request, single
 
     def check_room(self, index: int, given: int, length: int) -> None:
-        """Raise ArgumentError unless ``given`` and ``length`` more positions are within what the model allows."""
+        """Raise ArgumentError if ``given`` and ``length`` more positions exceed the model's limit."""
         require(
             given + length <= self.spec.max_length,
             f"row {index} has {given} + {length} = {given + length} positions, the model allows {self.spec.max_length}",
         )
 
     def encode(self, prompt: Prompt, raw: bool = False, index: int = 0) -> list[int]:
-        """Checked token ids of a prompt; ``index`` is what errors call it."""
+        """Return the checked token ids of a prompt; errors name it by ``index``."""
         if isinstance(prompt, torch.Tensor):
             prompt = prompt.tolist()
         fine = isinstance(prompt, (str, Sequence)) and not isinstance(prompt, (bytes, bytearray))
@@ -335,7 +335,7 @@ class Engine:
         on_step: Callable[[Frame], None] | None,
         halt: threading.Event | None = None,
     ) -> Generation | list[Generation]:
-        """Run a request to its end, or until ``halt`` is set."""
+        """Run a request to completion, or until ``halt`` is set."""
         with self._run(request) as run:
             steps = iter(run.advance, None) if on_step is None else run.frames()
             for step in steps:
@@ -348,7 +348,7 @@ class Engine:
 
     @contextmanager
     def _run(self, request: Request) -> Iterator[Run]:
-        """The request on a scheduler of its own: all rows side by side, as far as there is memory for them."""
+        """Start a request on its own scheduler, with all its sequences in one batch if memory allows."""
         rows = Row.of(request, self.spec.mask_id)
         room = room_for(rows)
         with self.model.group.generation(lambda: repr(request)):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 
 class SfsError(Exception):
-    """Base of every error this package raises on purpose."""
+    """Base class of the package's errors."""
 
 
 class ArgumentError(SfsError, ValueError):
-    """An argument is out of its range or of the wrong kind."""
+    """An argument is out of range or of the wrong type."""
 
 
 class CheckpointError(SfsError):
@@ -16,11 +16,11 @@ class CheckpointError(SfsError):
 
 
 class UnsupportedConfigError(CheckpointError):
-    """The checkpoint's configuration asks for something this package does not compute."""
+    """The checkpoint's configuration needs a computation that this package does not support."""
 
 
 class RowFault(SfsError):
-    """Some rows of a batch could not be finished. ``finished`` has the :class:`Generation` of each other row."""
+    """Some sequences could not be finished. ``finished`` has the :class:`Generation` of each of the others."""
 
     def __init__(self, message: str, finished: dict | None = None):
         super().__init__(message)
@@ -36,7 +36,7 @@ class StepCapExceeded(RowFault, RuntimeError):
 
 
 class LoopTimeout(SfsError, TimeoutError):
-    """The device did not finish a step in the time that is set for it."""
+    """The device did not finish a step within its time limit."""
 
 
 class OutOfDeviceMemory(SfsError, MemoryError):
@@ -44,11 +44,11 @@ class OutOfDeviceMemory(SfsError, MemoryError):
 
 
 class RankFailure(SfsError, RuntimeError):
-    """Another process that shares the model has failed, or this one has left them; says which and why."""
+    """Another process of the group has failed, or this one has left the group; says which and why."""
 
 
 class MissingDependencyError(SfsError, ImportError):
-    """An optional dependency is needed for what was asked; names the extra that brings it."""
+    """An optional dependency is missing; names the extra that installs it."""
 
 
 def require(condition: bool, message: str) -> None:

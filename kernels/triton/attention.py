@@ -39,7 +39,7 @@ def _attend(
 ):
     """Unnormalised values of keys ``[begin, end)``, the rows' largest exponents (of two) and weights.
 
-    Keys are numbered along both ranges: the first ``n_0`` begin at position ``start_0``, the others at ``start_1``.
+    Keys are numbered along both ranges: the first ``n_0`` start at position ``start_0``, the others at ``start_1``.
     ``qk_scale`` makes exponents of two of scores.
     """
     columns = tl.arange(0, q.shape[1])[None, :]
@@ -76,7 +76,7 @@ def _leave(partial_ptr, acc, top, weight):
 
 @triton.jit
 def _merge(partial_ptr, n_used, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Values and weights of ``n_used`` splits, brought to one exponent and added in the order of the splits."""
+    """Rescale values and weights of ``n_used`` splits to one exponent and add them in the order of the splits."""
     SIZE: tl.constexpr = BLOCK_M * (HEAD_DIM + 2)
     rows = tl.arange(0, BLOCK_M)
     columns = tl.arange(0, HEAD_DIM)[None, :]
@@ -96,7 +96,7 @@ def _merge(partial_ptr, n_used, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr):
 
 @triton.jit
 def _store(out, acc, weight, live):
-    """``acc / weight``, or zeros where there was no key."""
+    """Store ``acc / weight``, or zeros for a row without keys."""
     scaled = acc / tl.where(weight == 0, 1.0, weight)[:, None]
     tl.store(out, scaled.to(out.dtype.element_ty), mask=live[:, None])
 
@@ -189,7 +189,7 @@ def _attention_kernel(
             place = (batch * tl.num_programs(1) + kv_head) * n_tiles + tile
             shared = partial_ptr + place * n_splits * (BLOCK_M * (HEAD_DIM + 2))
             _leave(shared + split * (BLOCK_M * (HEAD_DIM + 2)), acc, top, weight)
-            tl.debug_barrier()  # all of this program's threads have stored before one of them says so
+            tl.debug_barrier()  # all threads of this program store before one of them counts the part
             if tl.atomic_add(counters_ptr + place, 1, sem="acq_rel") == n_used - 1:
                 acc, weight = _merge(shared, n_used, HEAD_DIM, BLOCK_M)
                 _store(out, acc, weight, live)
@@ -215,7 +215,7 @@ def attention_config(
     itemsize: int,
     n_multiprocessors: int = 132,
 ) -> AttentionConfig:
-    """Tiles and splits for capacities; how many queries and keys there really are is not known here.
+    """Choose tiles and splits from capacities; the actual numbers of queries and keys are not known here.
 
     Rows are a KV head's queries times its group's heads. The largest tile is taken that leaves a tile for one in five
     SMs: keys are then read once, or seldom more, while a handful of splits fills the GPU. A program of 64 or 128 rows
@@ -223,8 +223,8 @@ def attention_config(
     and most registers); smaller ones, which wait for memory and not for arithmetic, share it in twos.
 
     The number of splits is the one with the shortest longest path, in bytes through an SM: the splits' share of keys
-    and values and their partial results, as often as SMs take turns, then all partial results of a tile for whoever
-    merges them. One processor (the interpreter) takes what it has to do in as few pieces as it can.
+    and values and their partial results, times the waves of programs per SM, then all partial results of a tile for the
+    program that merges them. On one processor (the interpreter) the work is in as few pieces as possible.
     """
     n_rows = n_queries * (n_heads // n_kv_heads)
     if n_multiprocessors == 1:
@@ -351,7 +351,7 @@ def attention(
 
 
 def _check(q, k, v, cache_row, key_range, count, scale) -> float:
-    """Refuse what does not fit; the scale."""
+    """Refuse arguments that do not fit; return the scale."""
     check_tensor("q", q, dtype=FLOATS, shape=[None] * 4)
     batch, n_queries, n_heads, head_dim = q.shape
     refuse_unless(head_dim in HEAD_DIMS, f"q has head_dim {head_dim}, not one of {HEAD_DIMS}")

@@ -1,4 +1,4 @@
-"""Checks of launchers' arguments. Messages name the argument and what it is."""
+"""Checks of launchers' arguments. Messages name the argument and its value."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def check_tensor(
 ) -> None:
     """Refuse anything but a tensor of one of the dtypes, of ``shape`` and on ``device``.
 
-    In ``shape`` None is any size, and ``...`` at its beginning any number of leading dimensions. The last dimension
+    In ``shape`` None is any size, and a leading ``...`` any number of leading dimensions. The last dimension
     must be contiguous; with ``dense`` the whole tensor.
     """
     refuse_unless(isinstance(x, torch.Tensor), f"{name} is a {type(x).__name__}, not a tensor")

@@ -1,8 +1,8 @@
-"""Code of both step machines: the columns of a row's numbers, and the commit of a step.
+"""Code shared by both decide kernels: the control columns of a row, and the commit of a step.
 
-Scalars are loaded by all threads of a program and stored by one, and Triton orders neither. So a machine loads all it
-needs, has a barrier, and stores once at its end; what one thread stores and another loads has a barrier between.
-Numbers are taken in 32 bits, which they all fit, since 64-bit division is a call.
+Scalars are loaded by all threads of a program and stored by one, and Triton orders neither. So a kernel loads all
+scalars, has a barrier, and stores them once at its end; a store and a load by different threads have a barrier between.
+Numbers are loaded as 32 bits, which hold all of them, since 64-bit division is a function call.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .check import check_tensor, refuse_unless
 from .control import COLUMN, CONTROL, DIAL, DIALS
 
 MAX_LENGTH = 2**20
-MAX_REGISTERS = 128  # given no limit, ptxas spills a little for an occupancy that one program a row has no use for
+MAX_REGISTERS = 128  # without a limit ptxas spills for an occupancy that one program per row cannot use
 
 START: tl.constexpr = tl.constexpr(COLUMN["start"])
 END: tl.constexpr = tl.constexpr(COLUMN["end"])
@@ -50,7 +50,7 @@ N_DIALS: tl.constexpr = tl.constexpr(len(DIALS))
 
 @triton.jit
 def row_waits(inside_ptr, masked_ptr, length, first, stop, BLOCK_L: tl.constexpr):
-    """Return whether a row list left out everything undecided in ``[first, stop)``, what the row's stage looks at."""
+    """Return whether the row's list has no undecided position of its stage's range ``[first, stop)``."""
     listed = tl.zeros([BLOCK_L], tl.int32)
     undecided = tl.zeros([BLOCK_L], tl.int32)
     for begin in range(0, length, BLOCK_L):
@@ -124,7 +124,7 @@ def commit_row(
 
 @triton.jit
 def block_at(start, end, following, block_length):
-    """Index, begin and end of the block that holds position ``following``."""
+    """Return index, start and end of the block that holds position ``following``."""
     index = (following - start) // block_length
     begin = start + index * block_length
     return index, begin, tl.minimum(begin + block_length, end)
@@ -148,6 +148,6 @@ class ScanConfig:
 
 
 def scan_config(length: int) -> ScanConfig:
-    """Positions that one turn of a scan takes, and warps: four values a thread, so that several int64 fit registers."""
+    """Choose positions per iteration of a scan, and warps: four values per thread, so several int64 fit registers."""
     block = min(1024, max(16, triton.next_power_of_2(length)))
     return ScanConfig(BLOCK_L=block, num_warps=max(1, min(8, block // 128)))

@@ -1,4 +1,4 @@
-"""From logits to a chosen token and its score, in one read of the logits."""
+"""Chosen token and its score from logits, in one read of the logits."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _LN2 = tl.constexpr(1 / LOG2E)
 
 @triton.jit
 def _part(x, ids, noise, chunk, scale, METRIC: tl.constexpr, HAS_NOISE: tl.constexpr, GROUP: tl.constexpr):
-    """Of a chunk: largest logit, sum, extra (runner-up, or sum of weight times exponent), key, logit and winner.
+    """Reduce a chunk: largest logit, sum, extra (runner-up, or sum of weight times exponent), key, logit and winner.
 
-    Without noise the winner is a group of GROUP columns, which lie in one thread: to look for the column everywhere
-    would cost a quarter of all instructions, and `_finish` can look for it in one group a row.
+    Without noise the winner is a group of GROUP columns, which lie in one thread: a search for the column in every one
+    would cost a quarter of all instructions, and `_finish` searches one group per row.
     """
     if HAS_NOISE:
         top = max_of(x)
@@ -61,7 +61,7 @@ def _store_part(at, winner_at, n_chunks, part, METRIC: tl.constexpr, HAS_NOISE: 
 
 @triton.jit
 def _merged(at, winner_at, n_chunks, scale, METRIC: tl.constexpr, HAS_NOISE: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Of a whole row, what `_part` finds of a chunk. Parts are read past L1: other programs wrote them."""
+    """Merge the chunks of a row into the values of `_part`. Parts are read past L1: other programs wrote them."""
     chunk = tl.arange(0, BLOCK_C)
     there = chunk < n_chunks
     tops = tl.load(at + chunk, mask=there, other=float("-inf"), cache_modifier=".cg")
@@ -101,7 +101,7 @@ def _finish(
     HAS_NOISE: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """Store a row's token and score from what is found of the whole row. In a row of NaN nothing has won."""
+    """Store a row's token and score from its merged values. A row of NaN has no winner."""
     top, total, extra, _, logit, winner = found
     if not HAS_NOISE:
         ids = tl.minimum(winner, n_columns // GROUP) * GROUP + tl.arange(0, GROUP)
@@ -179,12 +179,12 @@ class ConfidenceConfig:
 
 
 def confidence_config(n_columns: int, noise: bool = False) -> ConfidenceConfig:
-    """A chunk a program, by the width of the vocabulary alone: a row's bits must not depend on how many rows there are.
+    """One chunk per program, sized by the vocabulary alone: a row's bits must not depend on the number of rows.
 
-    Loads are in flight only in the first part of a program's short life, so what counts is how many bytes all resident
-    programs hold. 4,096 logits in four warps (32 a thread) take 48 registers a thread: ten programs on a
-    multiprocessor, 80 KB of bf16. With 16 a thread the fixed work (reductions, address arithmetic) weighs twice as
-    much, with 64 registers run short. One row of 126,464 still makes 31 programs. Noise is bound by arithmetic: 16 a
+    Loads are in flight only in the first part of a program's short life, so throughput depends on the bytes that all
+    resident programs hold. 4,096 logits in four warps (32 per thread) take 48 registers per thread: ten programs per
+    multiprocessor, 80 KB of bf16. With 16 per thread the fixed work (reductions, address arithmetic) weighs twice as
+    much, with 64 registers run short. One row of 126,464 still makes 31 programs. Noise is bound by arithmetic: 16 per
     thread, or its registers leave too few warps.
     """
     most = 2048 if noise else 4096
@@ -195,7 +195,7 @@ def confidence_config(n_columns: int, noise: bool = False) -> ConfidenceConfig:
 def _workspace(
     n_rows: int, n_chunks: int, counters: torch.Tensor | None, device: torch.device
 ) -> dict[str, torch.Tensor]:
-    """Scratch memory in which chunks leave their results and count themselves."""
+    """Allocate scratch memory for the results of chunks and the count of finished ones."""
     if counters is None:
         counters = torch.zeros(n_rows, dtype=torch.int32, device=device)
     check_tensor("counters", counters, dtype=torch.int32, shape=[None], device=device)
@@ -280,5 +280,5 @@ def confidence(
 
 
 def confidence_cost(n_rows: int, n_columns: int, itemsize: int) -> Cost:
-    """The logits once, and a token and a score a row. About eight operations a logit, without noise."""
+    """The logits once, and a token and a score per row. About eight operations per logit, without noise."""
     return Cost(bytes=n_rows * (n_columns * itemsize + 8), flops=8 * n_rows * n_columns)

@@ -1,7 +1,7 @@
-"""The numbers that say where each row of a batch stands, and how it is to be decoded: a row of columns a canvas row.
+"""Columns of the control matrix (progress of each sequence) and of the matrix of per-sequence sampling parameters.
 
-They live in one matrix each, so that a host can read or write them all at once and a kernel takes one pointer. Nothing
-here needs triton.
+One matrix each, one row per sequence: a host reads or writes all at once and a kernel takes one pointer. Nothing here
+needs triton.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ CONTROL = (
     "n_history",
     "estimate",
     "block_steps",  # fixed schedules: steps of a block
-    "quota",  # block samplers: what the schedule carries from step to step
+    "quota",  # block samplers: count carried from step to step
     "step",  # forwards done (NFE)
     "cap",  # most steps that the sampler can need
     "masks_left",  # undecided positions
-    "listed",  # rows that the last step forwarded
+    "listed",  # positions that the last step forwarded
     "done",
     "fault",  # 0, or 1 + the step whose logits held NaN, or -1 - the step at which the cap was reached
 )
@@ -34,7 +34,7 @@ COLUMN = {name: index for index, name in enumerate(CONTROL)}
 
 SLOW, FAST = 0, 1  # values of "phase"
 
-# float32: of a row's sampler, what may differ between rows that are decoded side by side
+# float32: per-sequence sampling parameters, which may differ within a batch
 DIALS = (
     "temperature",
     "top_p",

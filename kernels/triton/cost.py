@@ -12,5 +12,5 @@ class Cost(NamedTuple):
     flops: int
 
     def floor(self, bytes_per_second: float, flops_per_second: float) -> float:
-        """Seconds that no implementation can beat at these ceilings."""
+        """Return the least time in seconds at these ceilings."""
         return max(self.bytes / bytes_per_second, self.flops / flops_per_second)

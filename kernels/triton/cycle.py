@@ -1,8 +1,8 @@
-"""The slow/fast cycle machine of SlowFast Sampling (arXiv 2506.10848): one launch a step for all rows of a batch.
+"""The slow/fast cycle machine of SlowFast Sampling (arXiv 2506.10848): one launch per step for all rows of a batch.
 
-A program is a row of the canvas. It scans the scores of the positions that the step looked at, estimates the candidate
-horizon and its stability, chooses and commits positions, and moves its row on to the fast stage, the next cycle, the
-next block or the end. Nothing is read by the host.
+One program per canvas. It scans the scores of the step's candidates, estimates the candidate horizon and its
+stability, selects and commits positions, and moves its row to the fast stage, the next cycle, the next block or the
+end. The host reads nothing.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def _scan(
     EOS_HORIZON: tl.constexpr,
     BLOCK_L: tl.constexpr,
 ):
-    """Over the positions looked at: the highest candidate for the horizon (-1: none), how many reach ``tau``, the
+    """Scan the candidates: the highest one that can set the horizon (-1: none), how many reach ``tau``, the
     lowest with the largest score, and whether a score is NaN."""
     furthest = tl.full([BLOCK_L], -1, tl.int32)
     high = tl.zeros([BLOCK_L], tl.int32)
@@ -161,7 +161,7 @@ def _horizon(
 
 @triton.jit
 def _count_high(score_ptr, inside_ptr, first, stop, tau, STRICT: tl.constexpr, BLOCK_L: tl.constexpr):
-    """Count the positions of ``[first, stop)`` that are looked at and reach ``tau``."""
+    """Count the candidates in ``[first, stop)`` that reach ``tau``."""
     high = tl.zeros([BLOCK_L], tl.int32)
     for begin in range(first, stop, BLOCK_L):
         place = begin + tl.arange(0, BLOCK_L)
@@ -186,7 +186,7 @@ def _fill(
     SHARE_STABLE: tl.constexpr,
     BLOCK_L: tl.constexpr,
 ):
-    """Mark what this step commits: everything looked at that reaches ``tau``, or only the best position; with
+    """Mark the positions to commit: every candidate that reaches ``tau``, or only the best position; with
     SHARE_STABLE also what reaches ``tau_shared`` before ``shared_stop``."""
     for begin in range(0, length, BLOCK_L):
         place = begin + tl.arange(0, BLOCK_L)
@@ -242,7 +242,7 @@ def _stage_end(
     HAS_MAX_CYCLES: tl.constexpr,
     EOS_STOP: tl.constexpr,
 ):
-    """Find what ends with this step, from where masks are left: whether the row goes on to its fast stage; whether its
+    """Derive the end of stages from the masks left: whether the row moves to its fast stage; whether its
     cycle, its block and the row itself are over; and the first undecided position of the block that comes next."""
     slow_over = k >= k_max
     if SLOW_END != "fixed":
@@ -353,7 +353,7 @@ def _decide_kernel(
         token_ptr + at, score_ptr + at, inside_ptr + at, length, eos_id, tau_min, tau, STRICT, EOS_HORIZON, BLOCK_L
     )
     moves = tl.full([], True, tl.int1)
-    if PARTIAL:  # a row that waits looks at nothing, so it fills nothing; its step counts, and that is all
+    if PARTIAL:  # a waiting row has no candidates and commits nothing; only its step counts
         stop = tl.minimum(block_end, s + span_cap) if HAS_SPAN_CAP else block_end
         stop = tl.where(slow, stop, e)
         moves = row_waits(inside_ptr + at, masked_ptr + at, length, s, stop, BLOCK_L) == 0
@@ -408,7 +408,7 @@ def _decide_kernel(
     if HAS_LOOK_AHEAD:  # it starts the history of the next cycle of this block
         seeding = cycle_over & (slow == 0) & (block_over == 0) & (over == 0)
         stop = tl.where(seeding, tl.minimum(e + look_ahead, block_end), 0)
-        tl.debug_barrier()  # the masks that are left are stored before they are loaded
+        tl.debug_barrier()  # remaining masks are stored before they are loaded
         ahead = _horizon_ahead(
             token_ptr + at, score_ptr + at, masked_ptr + at, e, stop, eos_id, tau_min, STRICT, EOS_HORIZON, BLOCK_L
         )
@@ -479,11 +479,11 @@ def decide(
     event: tuple[torch.Tensor, torch.Tensor] | None = None,
     config: ScanConfig | None = None,
 ) -> None:
-    """One step of the cycle machine for ``B`` rows, in place. Rows that are done stay as they are.
+    """Take one step of the cycle machine for ``B`` rows, in place. Rows that are done do not change.
 
     Args:
-        token, score, inside: ``[B, L]`` int64, float32, bool: what the model chose, how sure it is, where to look.
-        tokens, masked, commit_step: ``[B, L]`` int64, bool, int64: the canvas, what is undecided, when it was filled.
+        token, score, inside: ``[B, L]`` int64, float32, bool: chosen tokens, their scores, the candidates.
+        tokens, masked, commit_step: ``[B, L]`` int64, bool, int64: canvas, undecided positions, step of the commit.
         dirty: bool ``[B, L]``; set where a token is committed.
         fill: bool ``[B, L]``, scratch; holds what this step committed.
         history, spread: int64 ``[B, W]`` candidate horizons counted from the block's start; float64 ``[B]``.
@@ -492,9 +492,9 @@ def decide(
         event: int64 tensors like ``control`` and ``history``, to hold them as they are after the horizon was estimated
             and before anything is committed.
 
-    The other arguments are the rules: ``torch_ops/cycle.py`` has their meaning, and is what this equals. Of equal
+    The other arguments are the rules, as documented by the twin, ``sfs_triton/ops/torch/cycle.py``. Of equal
     scores the lowest position is best. A NaN score ends its row with a fault and commits nothing; in a look-ahead,
-    where ``score`` must be -inf wherever nothing was looked at, it is no candidate.
+    where ``score`` must be -inf at all other positions, it is no candidate.
     """
     canvas = {"token": (token, torch.int64), "score": (score, torch.float32), "inside": (inside, torch.bool),
               "tokens": (tokens, torch.int64), "masked": (masked, torch.bool), "dirty": (dirty, torch.bool),

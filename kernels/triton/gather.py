@@ -91,7 +91,7 @@ def _compact_kernel(
     rows_ptr += row * capacity
     tl.store(rows_ptr + slot, start + lane, mask=(flags != 0) & (slot < capacity))
     count = tl.minimum(total, capacity)
-    # what is left of the capacity, in blocks dealt out to the row's programs in turn
+    # the rest of the capacity, in blocks assigned to the row's programs round-robin
     for first in range(start, capacity, n_chunks * BLOCK_N):
         tl.store(rows_ptr + first + lane, -1, mask=(first + lane >= count) & (first + lane < capacity))
     if chunk == 0:
@@ -106,7 +106,7 @@ class EmbeddingConfig:
 
 
 def embedding_config(n_rows: int, n_columns: int, n_multiprocessors: int) -> EmbeddingConfig:
-    """A row a program, or as many short ones as have 2,048 values: two loads of 16 bytes a thread at 16 bits.
+    """One row per program, or short rows of 2,048 values in all: two loads of 16 bytes per thread at 16 bits.
 
     Where there is one processor, programs are as large as is of use.
     """
@@ -186,11 +186,10 @@ class CompactConfig:
 
 
 def compact_config(n: int) -> CompactConfig:
-    """One launch, and a program a row, while a block of 8,192 flags, the longest canvas, holds a row; beyond it, chunks
-    of that size.
+    """One launch and one program per row while a block of 8,192 flags, the longest canvas, holds a row; chunks of that
+    size for longer rows.
 
-    Two million flags in a row are then 256 chunks, about two a multiprocessor, and their counts one load for each
-    program.
+    Two million flags in a row are then 256 chunks, about two per multiprocessor, and their counts one load per program.
     """
     return CompactConfig(BLOCK_N=1024, num_warps=4) if n <= 1024 else CompactConfig(BLOCK_N=8192, num_warps=16)
 
@@ -206,7 +205,7 @@ def compact(
 
     Args:
         flag: ``[B, n]``, bool or uint8 (set where not 0), dense. ``flag.view(1, -1)`` makes one list of all.
-        capacity: how many indices to keep, the first ones; None: as many as a row has flags, or as ``out`` has room.
+        capacity: number of indices to keep, the lowest; None: the number of flags in a row, or the size of ``out``.
         out: ``(rows, count)``, int32 of ``[B, capacity]`` and ``[B]``, dense; allocated if None.
 
     Returns:

@@ -1,7 +1,7 @@
-"""Launch of kernels: one function that can also record what it would have launched.
+"""Launch of kernels: one function, which can record launches instead of running them.
 
-A recorded launch holds the arguments that the launcher really built, so that a compiler test or a cost model looks at
-what runs and not at a list kept by hand. Launchers accept tensors on the meta device while recording.
+A recorded launch holds the arguments that the launcher built, so that a compiler test or a cost model sees the real
+launch and not a list kept by hand. Launchers accept tensors on the meta device while recording.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def multiprocessors(device: torch.device) -> int:
     """Streaming multiprocessors of a GPU.
 
     On the CPU 1, since the interpreter runs programs one after another; on the meta device those of an H200, whose
-    variants are what is compiled ahead of time.
+    variants are compiled ahead of time.
     """
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).multi_processor_count

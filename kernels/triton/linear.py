@@ -80,7 +80,7 @@ def _linear_kernel(
         acc = dot_over(
             x_ptr,
             weight_ptr,
-            tl.minimum(row, rows - 1),  # past the end the last one again: what comes of it is not stored
+            tl.minimum(row, rows - 1),  # past the end the last row is repeated; its result is not stored
             tl.minimum(column, n_out - 1),
             n_in,
             stride_x_row,
@@ -126,7 +126,7 @@ def linear_config(n_rows: int, n_out: int, n_in: int, n_multiprocessors: int, *,
     Every tile reads its rows of x anew, from L2. Narrower weight tiles would fill the GPU more evenly but multiply
     that: at 128 rows of x, tiles of 32 read eight bytes of x for each of weights. So tiles stay wide and K is split
     instead, into as many parts as give the busiest program the fewest bytes: weights and x, the parts that are written
-    and merged, and for each unit 32 KiB, which is what its share of memory bandwidth moves in the microsecond or so
+    and merged, and for each unit 32 KiB, which its share of memory bandwidth moves in the microsecond or so
     that its pipeline takes to fill and drain. A 4,096-wide output has 32 tiles and becomes 128 units for 132
     multiprocessors.
 

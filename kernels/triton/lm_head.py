@@ -1,4 +1,4 @@
-"""The output projection and what is decided from it, with no logits in memory: from hidden states to tokens."""
+"""Output projection with token choice, from hidden states to tokens, without logits in memory."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def _absorb(found, x, first_id, noise, HAS_NOISE: tl.constexpr):
 
 @triton.jit
 def _absorb_slices(found, x, first_id, noise, HAS_NOISE: tl.constexpr, BLOCK_S: tl.constexpr):
-    """`_absorb`, BLOCK_S columns at a time: what is computed of a whole tile at once would not fit into registers."""
+    """`_absorb`, BLOCK_S columns at a time: the intermediates of a whole tile would not fit into registers."""
     if x.shape[1] <= BLOCK_S:
         found = _absorb(found, x, first_id, noise, HAS_NOISE)
     else:
@@ -215,8 +215,8 @@ def lm_head_config(
 ) -> LmHeadConfig:
     """As few row tiles as registers allow, so that weights are read once; and a grid that fills the GPU once.
 
-    Up to 64 rows the weights' stream is the bound: two programs a multiprocessor, each with 48 KB of loads in flight
-    (a multiprocessor needs about 30 KB), and one computes on while the other looks at its tile. Programs share a row
+    Up to 64 rows the weights' stream is the bound: two programs per multiprocessor, each with 48 KB of loads in flight
+    (one needs about 30 KB), and one multiplies while the other reduces its tile. Programs share a row
     tile's columns evenly, to 16 columns, so none waits for the last. Above 64 rows L2 would be the bound: 128 x 128
     reads least of it. The noise's registers allow 64 x 64, a quarter at a time. float32 is there to be right, not fast.
     Four waves of programs where the row tiles do not divide one. One processor (the interpreter) takes all in one tile.
@@ -264,7 +264,7 @@ def _checked_rows(
     rows: torch.Tensor | None,
     count: torch.Tensor | None,
 ) -> int:
-    """Check the operands; how many rows there are to compute at the most."""
+    """Check the operands; return the most rows to compute."""
     check_tensor("hidden", hidden, dtype=FLOATS, shape=[None, None])
     like = {"shape": [None, hidden.shape[1]], "device": hidden.device}
     if scale is None:
@@ -365,9 +365,9 @@ def lm_head(
         weight: ``[V, d]`` in the same dtype, with any row stride; with ``scale`` float8_e4m3fn and dense. Its two codes
             for NaN mean +-480 where the GPU is older than sm_89.
         scale: ``[V]``, float32.
-        rows: int32 or int64 ``[R]``, the rows of ``hidden`` to look at; all, in order, if None. Not checked (but see
+        rows: int32 or int64 ``[R]``, the rows of ``hidden`` to use; all, in order, if None. Not checked (but see
             :func:`check_index`).
-        count: int32 ``[1]``: only so many of the first rows are computed, none if negative, all if more than R.
+        count: int32 ``[1]``: number of leading rows to compute, none if negative, all if more than R.
         temperature: float32 ``[R]``, each above 0 (not checked). None: no noise.
         seed, position, step: int64 ``[R]``, the noise's keys beside the token id; needed with a temperature.
         out: token int32 ``[R]`` and score float32 ``[R]``, dense; allocated if None. From ``count`` on left alone.

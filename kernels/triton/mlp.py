@@ -42,7 +42,7 @@ class SiluMulConfig:
 
 
 def silu_mul_config(n_rows: int, n_columns: int, n_multiprocessors: int) -> SiluMulConfig:
-    """Eight values a thread, in 16 bits one load each of gate and up.
+    """Eight values per thread: in 16 bits, one load each of gate and up.
 
     Wide rows are cut into parts of 1,024 values, so that even one row spreads; short ones share a program of 2,048.
     Where there is one processor, programs are as large as is of use.

@@ -53,7 +53,7 @@ class NormConfig:
 
 
 def norm_config(n_rows: int, n_columns: int, n_multiprocessors: int) -> NormConfig:
-    """Rows are held in registers, 16 values a thread up to 8,192 columns; short ones share a program of 2,048 values.
+    """Rows are held in registers, 16 values per thread up to 8,192 columns; short ones share a program of 2,048.
 
     Where there is one processor, programs are as large as Triton has them.
     """
@@ -77,7 +77,7 @@ def rms_norm(
     Args:
         x: ``[..., d]``, float32, float16 or bfloat16.
         weight: ``[d]`` in a float dtype.
-        residual: like ``x``; becomes ``x + residual`` (in its dtype), and that sum is what is normalised.
+        residual: like ``x``; becomes ``x + residual`` (in its dtype), and that sum is normalised.
         out: like ``x``, dense; allocated if None. May be ``x``.
 
     NaN and infinities go where the equation takes them, and stay in their row.

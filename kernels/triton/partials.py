@@ -81,7 +81,7 @@ def _merge_kernel(
 
 
 class Partials(NamedTuple):
-    """Partials of rows in several shares of the vocabulary, and what says where they lie."""
+    """Partials of rows in several shares of the vocabulary, and the layout of their memory."""
 
     values_ptr: torch.Tensor
     winner_ptr: torch.Tensor
@@ -94,7 +94,7 @@ class Partials(NamedTuple):
 def merge(parts: Partials, *, final: bool, out: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """Into token and score if ``final``, else into one partial.
 
-    A program a row, with all its loads in flight; where there is one processor, a program for all rows.
+    One program per row, with all its loads in flight; on one processor, one program for all rows.
     """
     if parts.n_rows > 0:
         block = triton.next_power_of_2(parts.n_programs)

@@ -20,7 +20,7 @@ _LARGEST_BELOW_ONE = tl.constexpr(1 - 2.0**-24)
 def philox(seed, token, position, step):
     """First output word (uint32) for 64-bit ``seed`` and counter ``(token, position, step, 0)``.
 
-    Counters count modulo 2^32. Shapes broadcast; products that need one row's values only are made once a row.
+    Counters count modulo 2^32. Shapes broadcast; products that need one row's values only are computed once per row.
     """
     key0, key1 = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
     word0, word1, word2 = token.to(tl.uint32), position.to(tl.uint32), step.to(tl.uint32)

@@ -56,7 +56,7 @@ class PlaceConfig:
 
 
 def place_config(n_entries: int) -> PlaceConfig:
-    """Entries and warps of a program: two entries a thread, whose loads depend on each other in three turns."""
+    """Choose entries and warps per program: two entries per thread, with three dependent loads each."""
     block = min(512, max(32, triton.next_power_of_2(n_entries)))
     return PlaceConfig(BLOCK_R=block, num_warps=max(1, block // 64))
 

@@ -34,7 +34,7 @@ from .launch import launch
 
 @triton.jit
 def _window(control_ptr, span_cap, BY_STAGE: tl.constexpr, HAS_SPAN_CAP: tl.constexpr):
-    """The range in which a running row decides: the block, or of its block what the stage looks at."""
+    """Return the range in which a running row decides: the block, or the window of its stage in the block."""
     first = tl.load(control_ptr + (S if BY_STAGE else BLOCK_START)).to(tl.int32)
     stop = tl.load(control_ptr + BLOCK_END).to(tl.int32)
     if BY_STAGE:
@@ -216,14 +216,14 @@ def look(
     span_cap: int | None = None,
     config: ScanConfig | None = None,
 ) -> None:
-    """Mark in ``inside`` the undecided positions at which the step of each running row looks.
+    """Mark in ``inside`` the candidates of the step of each running row.
 
     Args:
         masked, inside: bool ``[B, L]``; ``inside`` is overwritten.
         control: int64 ``[B, n]``, the columns of :data:`~sfs_triton.kernels.control.CONTROL`.
         by_stage: the cycle machine looks from ``s`` to the block's end in its slow stage, to ``e`` in its fast one;
             other samplers look at their block.
-        span_cap: in the slow stage, look at no more than so many positions from ``s`` on.
+        span_cap: most candidates of the slow stage, counted from ``s``.
     """
     batch, length = check_canvas(control, masked=(masked, torch.bool), inside=(inside, torch.bool))
     refuse_unless(span_cap is None or span_cap >= 1, f"span_cap={span_cap} is not positive")
@@ -262,7 +262,7 @@ def plan(
     stale: bool = True,
     config: ScanConfig | None = None,
 ) -> None:
-    """The row list of a step for ``B`` canvas rows, and where it looks. Rows that are done list nothing.
+    """Plan the list of positions of a step for ``B`` canvases, and its candidates. Rows that are done list nothing.
 
     Args:
         masked, control, by_stage, span_cap: as for :func:`look`.

@@ -1,8 +1,8 @@
-"""The mailbox that a host reads without asking the device: copies of tensors in a ring of host memory, and a bell.
+"""Publishing to the host ring: copies of tensors in a ring of pinned host memory, then their number in ``bell``.
 
-A pinned tensor of the CPU has an address that kernels can use. The bell is rung by an atomic exchange that releases at
-system scope, after all copies: those of its own program before a barrier, those of earlier launches in the stream's
-order. So a host that sees ``bell = t`` sees what was posted at tick ``t - 1``, in slot ``(t - 1) % depth``.
+Kernels can address pinned host memory. ``bell`` is stored by an atomic exchange that releases at system scope, after
+all copies: those of its own program before a barrier, those of earlier launches in stream order. So a host that reads
+``bell = t`` sees the copies of tick ``t - 1``, in slot ``(t - 1) % depth``.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .check import check_tensor, refuse_unless
 from .cost import Cost
 from .launch import launch
 
-_WORDS = {1: torch.uint8, 4: torch.int32, 8: torch.int64}  # by itemsize: what is copied is not looked at
+_WORDS = {1: torch.uint8, 4: torch.int32, 8: torch.int64}  # by itemsize: copies are of raw bits
 _DTYPES = (torch.bool, torch.uint8, torch.int32, torch.int64, torch.float32, torch.float64)
 _MAX_ELEMENTS = 2**30
 
@@ -53,7 +53,7 @@ class PostConfig:
 def post_config(n: int, itemsize: int) -> PostConfig:
     """Return the launch for a source of ``n`` elements: 64 bytes per thread at a time.
 
-    Up to 64 KiB the program that rings the bell can copy it: two turns of 32 KiB, which take less than a launch.
+    Up to 64 KiB the program that stores ``bell`` copies it: two iterations of 32 KiB, which take less than a launch.
     """
     with_bell = n * itemsize <= 65536
     block = min(triton.next_power_of_2(max(n, 1)), (32768 if with_bell else 8192) // itemsize)
@@ -70,7 +70,7 @@ def post(
 ) -> None:
     """``ring[tick % depth] = source`` for each source, then ``tick += 1``, then ``bell = tick``.
 
-    One launch a source, and one more for the bell if even the smallest source is large.
+    One launch per source, and one more for ``bell`` if even the smallest source is large.
 
     Args:
         sources: dense tensors of any shapes, of bool, uint8, int32, int64, float32 or float64.
@@ -132,7 +132,7 @@ def _words(x: torch.Tensor) -> torch.Tensor:
 
 
 def _check_place(name: str, x: torch.Tensor, device: torch.device) -> None:
-    """Kernels reach memory of their own device, and of the host where it is pinned."""
+    """Refuse tensors that kernels cannot address: neither on their own device nor in pinned host memory."""
     if x.device == device:
         return
     refuse_unless(device.type == "cuda" and x.device.type == "cpu", f"{name} is on device {str(x.device)!r}")

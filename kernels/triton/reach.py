@@ -64,7 +64,7 @@ class ReachConfig:
 
 
 def reach_config(capacity: int) -> ReachConfig:
-    """Rows of a list that a program writes, and warps: a store of 16 bytes a thread where there are that many."""
+    """Choose list entries per program, and warps: a store of 16 bytes per thread where there are that many."""
     block = min(1024, max(16, triton.next_power_of_2(capacity)))
     return ReachConfig(BLOCK_C=block, num_warps=max(1, block // 128))
 
@@ -90,7 +90,7 @@ def reach(
         count: int32 ``[B]``, overwritten: ``stop - first``, at least 0 and, where there is a list, at most ``C``.
         key_range: int32 ``[B, 4]``, overwritten: ``(0, keys, 0, 0)``.
         to_span_end: in the fast stage, positions and keys end with the span, if that is before the limit.
-        block: with ``"rest"`` positions begin with the block, with ``"own"`` they end with it, too. Keys do not.
+        block: with ``"rest"`` positions start with the block, with ``"own"`` they end with it, too. Keys do not.
     """
     check_tensor("control", control, dtype=torch.int64, shape=[None, len(CONTROL)], dense=True)
     batch, device = len(control), control.device

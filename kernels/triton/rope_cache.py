@@ -132,7 +132,7 @@ class RopeCacheConfig:
 
 
 def rope_cache_config(n_rows: int, n_heads: int, head_dim: int, n_multiprocessors: int) -> RopeCacheConfig:
-    """Heads of 1,024 values a program, 16 values a thread: two vectors of 16 bytes in flight in 16-bit dtypes.
+    """Heads of 1,024 values per program, 16 per thread: two vectors of 16 bytes in flight in 16-bit dtypes.
 
     At D = 128 that is 8 heads, of one row or of neighbours; the 25 programs whose registers fit an SM keep 50 KB in
     flight. Where there is one processor, programs are as large as is of use.
@@ -230,7 +230,7 @@ def rope_cache(
 
 
 def _strides(name: str, x: torch.Tensor | None, axes: tuple[str, ...]) -> dict[str, int]:
-    """Stride arguments of the leading axes; zeros for what is not there."""
+    """Return stride arguments of the leading axes; zeros for an absent tensor."""
     return {f"stride_{name}_{axis}": 0 if x is None else x.stride(i) for i, axis in enumerate(axes)}
 
 

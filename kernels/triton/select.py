@@ -1,7 +1,7 @@
-"""Block-wise selection: confidence thresholds and fixed counts; one launch a step for all rows of a batch.
+"""Block-wise selection: confidence thresholds and fixed counts; one launch per step for all rows of a batch.
 
-A program is a row of the canvas. How many positions to take, the k-th largest score, and the ties at it (the lowest
-positions win) are all found on the device.
+One program per canvas. The number of positions to take, the k-th largest score, and the ties at it (the lowest
+positions win) are computed on the device.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def _load_keys(score_ptr, inside_ptr, place, length):
 
 @triton.jit
 def _scan(score_ptr, inside_ptr, length, BLOCK_L: tl.constexpr):
-    """Over the positions looked at: how many, the lowest, the lowest with the largest score, whether one is NaN."""
+    """Scan the candidates: their number, the lowest, the lowest with the largest score, whether one is NaN."""
     left = tl.zeros([BLOCK_L], tl.int32)
     bad = tl.zeros([BLOCK_L], tl.int32)
     lowest = tl.zeros([BLOCK_L], tl.int32) + length
@@ -83,7 +83,7 @@ def _scan(score_ptr, inside_ptr, length, BLOCK_L: tl.constexpr):
 
 @triton.jit
 def _count_above(score_ptr, inside_ptr, length, bound, BLOCK_L: tl.constexpr):
-    """Count the positions looked at whose key exceeds ``bound``."""
+    """Count the candidates whose key exceeds ``bound``."""
     total = tl.zeros([BLOCK_L], tl.int32)
     for begin in range(0, length, BLOCK_L):
         key, inside = _load_keys(score_ptr, inside_ptr, begin + tl.arange(0, BLOCK_L), length)
@@ -144,7 +144,7 @@ def _fill_over(score_ptr, inside_ptr, fill_ptr, length, tau, best, BLOCK_L: tl.c
 
 @triton.jit
 def _fill_at_random(uniform_ptr, inside_ptr, fill_ptr, length, n_uniform, drawn, share, BLOCK_L: tl.constexpr):
-    """Mark each position looked at with probability ``share``, by the row's numbers from place ``drawn`` on."""
+    """Mark each candidate with probability ``share``, by the row's uniform numbers from index ``drawn`` on."""
     for begin in range(0, length, BLOCK_L):
         place = begin + tl.arange(0, BLOCK_L)
         inside = tl.load(inside_ptr + place, mask=place < length, other=0) != 0
@@ -226,7 +226,7 @@ def _decide_kernel(
     cap = tl.load(control_ptr + CAP).to(tl.int32)
     left, lowest, best, bad = _scan(score_ptr + at, inside_ptr + at, length, BLOCK_L)
     moves = tl.full([], True, tl.int1)
-    if PARTIAL:  # a row that waits looks at nothing, so it fills nothing; its step counts, and that is all
+    if PARTIAL:  # a waiting row has no candidates and commits nothing; only its step counts
         moves = row_waits(inside_ptr + at, masked_ptr + at, length, block_start, block_end, BLOCK_L) == 0
     carried = quota
     tl.debug_barrier()  # all threads have their numbers before one of them stores
@@ -333,19 +333,19 @@ def decide(
     partial: bool,
     config: ScanConfig | None = None,
 ) -> None:
-    """One step of the block machine for ``B`` rows, in place. Rows that are done stay as they are.
+    """Take one step of the block machine for ``B`` rows, in place. Rows that are done do not change.
 
     Args:
-        token, score, inside: ``[B, L]`` int64, float32, bool: what the model chose, how sure it is, where to look.
+        token, score, inside: ``[B, L]`` int64, float32, bool: chosen tokens, their scores, the candidates.
         uniform: float32 ``[B, n]``, each row's stream of uniform numbers; read with ``at_random``.
         shares: float32 ``[B, n]``, each row's schedule; read with ``schedule="timesteps"``.
-        tokens, masked, commit_step: ``[B, L]`` int64, bool, int64: the canvas, what is undecided, when it was filled.
+        tokens, masked, commit_step: ``[B, L]`` int64, bool, int64: canvas, undecided positions, step of the commit.
         dirty: bool ``[B, L]``; set where a token is committed.
         fill: bool ``[B, L]``, scratch; holds what this step committed.
         control: int64 ``[B, n]``, the columns of :data:`~sfs_triton.kernels.control.CONTROL`.
         dials: float32 ``[B, n]``, the columns of :data:`~sfs_triton.kernels.control.DIALS`.
 
-    The other arguments are the rules: ``torch_ops/select.py`` has their meaning, and is what this equals. Of equal
+    The other arguments are the rules, as documented by the twin, ``sfs_triton/ops/torch/select.py``. Of equal
     scores the lowest position is best; 0.0 and -0.0 are equal. A NaN score ends its row with a fault and commits
     nothing.
     """
@@ -386,7 +386,7 @@ def decide(
         n_uniform=uniform.shape[1],
         n_shares=shares.shape[1],
         eos_id=eos_id,
-        paced_steps=min(paced_steps or 0, MAX_LENGTH),  # one position a step; sums fit 32 bits
+        paced_steps=min(paced_steps or 0, MAX_LENGTH),  # one position per step; sums fit 32 bits
         block_length=min(block_length or 0, MAX_LENGTH + 1),  # of which a canvas has one
         HAS_TAU=by_threshold,
         IS_PACED=by_threshold and paced_steps is not None,

@@ -1,4 +1,4 @@
-"""A row of logits in parts: what is found of a part so that parts merge into the softmax of a chosen token.
+"""Partial results of a row of logits, which merge into the softmax of a chosen token.
 
 Of a row ``[columns]`` results are scalars, of a tile ``[rows, columns]`` they are ``[rows, 1]``. Exponents are taken
 to base 2 (``scale`` is log2(e), over the temperature if there is one): ``tl.exp`` of the same costs twice the

@@ -1,9 +1,9 @@
-"""Cache policies: which rows of the canvas a step forwards, and what of them is kept for later steps.
+"""Cache policies: the positions of the canvas that a step forwards, and the tensors it keeps for later steps.
 
-A policy is a frozen description; it never launches anything. Two things follow from it. On the device, ``reach`` or
-``plan`` (:mod:`sfs_triton.ops`) find every canvas' rows from its state. On the host, :meth:`CachePolicy.tight` and
-:meth:`CachePolicy.fixed` say how large a step has to be to hold them: as small as the host's last look at the state
-allows, or one of a few sizes that a graph is captured for.
+A policy is a frozen description; it never launches anything. On the device, ``reach`` or ``plan``
+(:mod:`sfs_triton.ops`) compute the positions of every canvas from its state. On the host, :meth:`CachePolicy.tight` and
+:meth:`CachePolicy.fixed` give the size of the step that holds them: exact, from the state as last read, or one of a few
+padded sizes for which graphs are captured.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ class RowView(NamedTuple):
     fast: bool
     k: int  # steps done in this stage or block
     step: int
-    wanted: int  # at most so many positions are looked at
+    wanted: int  # upper bound of the number of candidates
 
 
 class Span(NamedTuple):
-    """The rows ``[first, stop)`` that a canvas forwards, and the keys ``[0, keys)`` that they see."""
+    """Positions ``[first, stop)`` that a canvas forwards, and the keys ``[0, keys)`` that they attend to."""
 
     first: int
     stop: int
@@ -43,24 +43,24 @@ class Span(NamedTuple):
 
 
 class Canvas(NamedTuple):
-    """Bounds of the sequences that a batch must accept: canvas length, and extremes over the sequences."""
+    """Bounds of the sequences that a batch must accept: canvas length, and min/max over the sequences."""
 
     length: int
     shortest_prompt: int
     longest_prompt: int
-    window: int  # most positions that a step looks at in a row
+    window: int  # most candidates of a step per sequence
     block_length: int | None
 
 
 class Shape(NamedTuple):
-    """Size of a step: all that the host must know to launch it, and the key of a captured graph.
+    """Shape of a step: all that the host must know to launch it, and the key of a captured graph.
 
-    ``kind`` says where the rows come from: ``"same"``, ``[first, first + size)`` of every canvas, with all keys before
-    ``keys``; ``"prefix"``, the canvas' first ``size``, of which each uses as many as the device says; ``"list"``, a
-    list of ``size`` with one contiguous stretch; ``"plan"``, a list of ``size`` that is planned. ``targets`` is the
-    room for rows whose tokens are wanted, ``ragged`` whether canvases differ in their keys. ``members`` are the slots
-    whose canvases go along: these, or the first so many of those that the step is aimed at, or (None) all of them.
-    ``aimed`` says that only canvases that the step is aimed at take it; all others are left as they are.
+    ``kind`` is the source of the positions: ``"same"``, ``[first, first + size)`` of every canvas, with all keys before
+    ``keys``; ``"prefix"``, the first ``size`` of each canvas, of which the device sets the number in use; ``"list"``, a
+    list of ``size`` that holds one contiguous range; ``"plan"``, a planned list of ``size``. ``targets`` is the room
+    for positions to decide; ``ragged``: canvases differ in their keys. ``members`` are the slots to forward: a tuple of
+    them, the number of leading ones in the order that ``Step.aim`` sets, or None for all. With ``aimed`` only the
+    canvases that ``Step.aim`` selects take the step; all others keep their state.
     """
 
     kind: str
@@ -80,11 +80,11 @@ class CachePolicy:
 
     name: ClassVar[str]
     by_block: ClassVar[bool] = False
-    by_prompt: ClassVar[bool] = False  # whether fixed shapes depend on the prompts' lengths
+    by_prompt: ClassVar[bool] = False  # fixed shapes depend on prompt lengths
     store: ClassVar[type | None] = None
     to_span_end: ClassVar[bool] = False
     block: ClassVar[str | None] = None
-    foreseen: ClassVar[bool] = True  # whether a step's fixed shape follows from its number alone
+    foreseen: ClassVar[bool] = True  # the step number alone gives the fixed shape
     period: ClassVar[int] = 1  # of the fixed shapes, in steps
 
     span_cap: ClassVar[int | None] = None
@@ -97,15 +97,15 @@ class CachePolicy:
         return {}
 
     def opening(self, shifted: bool) -> str:
-        """Return how a block starts, for the block machine (``BlockRules.opening``)."""
+        """Return the kind of block start, for the block machine (``BlockRules.opening``)."""
         return "normal"
 
     def extra_steps(self, length: int) -> int:
-        """Most steps of decoding ``length`` positions that cannot decide anything."""
+        """Return the most steps that decide nothing while ``length`` positions are decoded."""
         return 0
 
     def span(self, row: RowView) -> Span:
-        """The host's twin of ``reach``."""
+        """Return the range that a step forwards; the host's twin of ``reach``."""
         if self.block is not None and row.k > 0:
             return Span(
                 row.block_start, row.limit if self.block == "rest" else min(row.block_end, row.limit), row.limit
@@ -123,15 +123,15 @@ class CachePolicy:
         return listed if self.planned(row.step) else span.stop - span.first
 
     def recomputed(self, row: RowView, covered: int) -> int:
-        """Count those that go through the layers."""
+        """Count the positions, of those covered, that go through the layers."""
         return covered
 
     def together(self, rows: Sequence[RowView]) -> list[list[RowView]]:
-        """The rows, in groups that can take a step of tight shapes together."""
+        """Group the sequences that can take a step of exact shapes together."""
         return [list(rows)]
 
     def tight(self, rows: Sequence[RowView], canvas: Canvas) -> list[Shape]:
-        """Shapes that hold just what these rows need: one for all rows whose spans are equal."""
+        """Return exact shapes for these sequences: one per distinct span."""
         groups: dict[Shape, list[RowView]] = {}
         for row in rows:
             first, stop, keys = self.span(row)
@@ -143,14 +143,18 @@ class CachePolicy:
         ]
 
     def fixed(self, canvas: Canvas, step: int, opening: bool) -> Shape:
-        """The size for capture that holds what any row may need at its step of this number. ``opening``: it is at the
-        begin of its block, which is not asked where the shape is ``foreseen``."""
+        """Return the padded shape that holds step number ``step`` of any sequence within the bounds ``canvas``.
+
+        ``opening``: the step is the first of its block; it makes no difference where the shape is ``foreseen``.
+        """
+        # prompt lengths are bounds here: the shortest rounded down and the longest up, so that every sequence fits and
+        # batches of similar prompts share their graphs
         shape = Shape("prefix", 0, canvas.length, canvas.length, canvas.window, ragged=True)
         longest = min(canvas.length, _coarse(canvas.longest_prompt + _COARSE - 1))
         return shape._replace(features=self._features(step, _coarse(canvas.shortest_prompt), longest))
 
     def shapes(self, canvas: Canvas) -> list[Shape]:
-        """Every shape that :meth:`fixed` can give."""
+        """Return every shape that :meth:`fixed` can return."""
         every = (self.fixed(canvas, step, opening) for step in range(self.period) for opening in (True, False))
         return list(dict.fromkeys(every))
 
@@ -160,7 +164,7 @@ class CachePolicy:
 
 @dataclass(frozen=True)
 class NoCache(CachePolicy):
-    """Recompute everything. SlowFast's fast stage, after its first step, forwards nothing beyond the span's end."""
+    """Recompute everything. After its first step, SlowFast's fast stage forwards nothing beyond the span's end."""
 
     name = "none"
     to_span_end = True
@@ -168,7 +172,7 @@ class NoCache(CachePolicy):
 
 @dataclass(frozen=True)
 class PrefixCache(CachePolicy):
-    """Fast-dLLM's prefix cache: one full forward opens a block, then the block and what follows it are forwarded."""
+    """Fast-dLLM's prefix cache: one full forward starts a block; its other steps forward the block and all after it."""
 
     name = "prefix"
     by_block = True
@@ -190,7 +194,7 @@ class PrefixCache(CachePolicy):
 
 @dataclass(frozen=True)
 class DualCache(PrefixCache):
-    """Fast-dLLM's dual cache: as :class:`PrefixCache`, but what follows the block is cached as well."""
+    """Fast-dLLM's dual cache: as :class:`PrefixCache`, but positions after the block are cached as well."""
 
     name = "dual"
     by_prompt = False  # but without a block length
@@ -202,9 +206,9 @@ class DualCache(PrefixCache):
 
 @dataclass(frozen=True)
 class RefreshCache(CachePolicy):
-    """dLLM-Cache: prompt and response are recomputed every ``prompt_interval`` and ``response_interval`` steps.
+    """dLLM-Cache: recompute the prompt every ``prompt_interval`` steps, the response every ``response_interval`` steps.
 
-    Between them, the share ``ratio`` of response positions whose value vectors moved most is recomputed.
+    Steps between recompute the share ``ratio`` of response positions whose value vectors changed most.
     """
 
     prompt_interval: int = 25
@@ -236,18 +240,17 @@ class RefreshCache(CachePolicy):
 
 @dataclass(frozen=True, kw_only=True)
 class RegionCache(CachePolicy):
-    """A step forwards a list of at most ``capacity`` rows of each canvas against cached keys and values of all others.
+    """Region cache: forward at most ``capacity`` positions per canvas against cached keys and values of all others.
 
-    The list holds, in this order of claim: positions that were committed since they were last forwarded; those that the
-    step decides; ``look_ahead`` more beyond the span; and with ``rotate``, in what room is left, those that were not
-    forwarded for longest.
+    The list of positions is filled in this order: dirty positions; those that the step decides; ``look_ahead`` more
+    beyond the span; and with ``rotate``, in the remaining capacity, the positions forwarded longest ago.
 
     Args:
-        capacity: rows of a step.
-        span_cap: in its slow stage, SlowFast looks at no more than so many positions beyond the cycle's begin.
+        capacity: most positions per canvas and step.
+        span_cap: most candidates of a slow step of SlowFast, counted from the start of the cycle.
         look_ahead: positions beyond the span whose confidences seed the next cycle's horizon.
-        refresh_every: forward the whole canvas every so many steps; None: only in the first.
-        rotate: use what room is left for the positions that were not forwarded for longest.
+        refresh_every: interval, in steps, of forwards of the whole canvas; None: only the first step is one.
+        rotate: use the remaining capacity for the positions forwarded longest ago.
     """
 
     capacity: int = 128
@@ -272,7 +275,7 @@ class RegionCache(CachePolicy):
         return {"look_ahead": self.look_ahead, "partial": True, "span_cap": self.span_cap}
 
     def extra_steps(self, length: int) -> int:
-        return -(-length // self.capacity) + 1  # steps whose list is full of positions that were just committed
+        return -(-length // self.capacity) + 1  # steps whose list is full of dirty positions
 
     def planned(self, step: int) -> bool:
         return step > 0 and (self.refresh_every is None or step % self.refresh_every > 0)
@@ -314,7 +317,7 @@ POLICIES = {policy.name: policy for policy in (NoCache, RegionCache, PrefixCache
 
 
 def cache_policy(cache: str | CachePolicy, **options: Any) -> CachePolicy:
-    """A policy by name, or the policy given."""
+    """Return the policy of this name, or the policy given."""
     if isinstance(cache, str):
         require(cache in POLICIES, f"cache={cache!r} is not one of {tuple(POLICIES)}")
         try:

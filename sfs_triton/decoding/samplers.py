@@ -1,4 +1,4 @@
-"""Samplers as frozen, validated settings. Every threshold and every rule of choice lives here and nowhere else."""
+"""Samplers as frozen, validated records. Every threshold and every selection rule is set here and nowhere else."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def _check_choice(name: str, value: Any, allowed: tuple) -> None:
 
 
 class Dials(NamedTuple):
-    """The numbers of a sampler that rows decoded side by side have each their own of. They are on the device, in the
-    columns of the same names."""
+    """Per-sequence sampling parameters. They may differ within a batch and are stored on the device, in the columns of
+    the same names."""
 
     temperature: float
     top_p: float
@@ -52,9 +52,9 @@ class Sampler:
 
     Args:
         temperature: 0 takes the most likely token; above, Gumbel noise keyed by row seed, token, position and step.
-        top_p, top_k: limit what can be drawn.
+        top_p, top_k: limits of the tokens that can be drawn.
         cfg_scale: classifier-free guidance, ``c + cfg_scale * (c - u)``, with the given positions masked in ``u``.
-        eos_stop: stop at the leftmost committed end-of-text; what follows becomes end-of-text and is not computed.
+        eos_stop: stop at the leftmost committed end-of-text; later positions become end-of-text and are not computed.
     """
 
     temperature: float = 0.0
@@ -78,18 +78,18 @@ class Sampler:
             _check_integer("top_k", self.top_k)
 
     def replace(self, **changes: Any) -> Sampler:
-        """A copy with some settings changed."""
+        """Return a copy with some fields changed."""
         unknown = set(changes) - {f.name for f in fields(self)}
         require(not unknown, f"{type(self).__name__} has no setting {sorted(unknown)}")
         return replace(self, **changes)
 
     def draw(self) -> Draw:
-        """Return how tokens are drawn and scored."""
+        """Return the rules for drawing and scoring tokens."""
         return Draw(noise=self.temperature > 0, nucleus=self.has_nucleus, top_k=self.top_k)
 
     @property
     def has_nucleus(self) -> bool:
-        """True if ``top_p`` leaves anything out."""
+        """True if ``top_p`` is below 1."""
         return self.top_p is not None and self.top_p < 1
 
     def form(self) -> Sampler:
@@ -99,14 +99,14 @@ class Sampler:
         return replace(self, temperature=float(self.temperature > 0), top_p=1e-3 if self.has_nucleus else None)
 
     def dials(self) -> Dials:
-        """Return the numbers that each sequence of a batch has for itself."""
+        """Return the per-sequence parameters."""
         return Dials(self.temperature or 1.0, self.top_p if self.has_nucleus else math.inf)
 
     def check_cache(self, policy) -> None:
-        """Refuse a cache policy that this sampler does not go with."""
+        """Refuse a cache policy that does not work with this sampler."""
 
     def check_length(self, length: int) -> None:
-        """Refuse a response length that the block length does not divide."""
+        """Refuse a response length that is not a multiple of the block length."""
         block = getattr(self, "block_length", None)
         require(block is None or length % block == 0, f"gen_length={length} is not a multiple of block_length={block}")
 
@@ -124,13 +124,13 @@ class SlowFast(Sampler):
         tau_slow: the same in the slow stage; None unmasks only the best position there. No confidence exceeds 1, so
             a threshold above it is never reached: without candidates the horizon is ``s + 1``, and without positions
             over ``tau_high`` a step fills the best one.
-        k_max, window: most slow steps of a cycle; how many horizons the stability test looks at.
+        k_max, window: most slow steps per cycle; number of horizons in the stability test.
         spread, spread_limit, inclusive: the stability test, ``spread < limit`` (or ``<=``).
         strict: whether thresholds must be exceeded or reached.
         slow_end: the slow stage ends at stability, after exactly ``k_max`` steps, or after ``k_max`` or when full.
         rounding: of the mean horizon that is used where stability is not reached.
         zero_history: the window starts filled with zeros.
-        min_parallel, min_parallel_slow: take all positions over the threshold only if there are so many.
+        min_parallel, min_parallel_slow: least number of positions over the threshold for taking them all.
         block_length, max_cycles: semi-autoregressive blocks, and the most cycles spent on one.
         share_stable: the step that becomes stable, the last of its slow stage, also commits what the fast stage would
             take from the same logits: of the positions undecided before the step in ``[s, e)`` all over ``tau_high``,
@@ -184,7 +184,7 @@ class SlowFast(Sampler):
 
     @classmethod
     def preset(cls, name: str = "paper", **changes: Any) -> SlowFast:
-        """One of :data:`PRESETS`, with some settings changed."""
+        """Return one of :data:`PRESETS`, with some fields changed."""
         _check_choice("preset", name, tuple(PRESETS))
         return PRESETS[name].replace(**changes)
 
@@ -204,13 +204,13 @@ class SlowFast(Sampler):
     def rules(
         self, opening: str = "normal", *, look_ahead: int = 0, partial: bool = False, span_cap: int | None = None
     ) -> CycleRules:
-        """The settings as the cycle machine takes them; arguments are the cache policy's.
+        """Return the rules of the cycle machine; arguments come from the cache policy.
 
         Args:
-            opening: for the block machine; cycles have none.
+            opening: for the block machine; not used here.
             look_ahead: how many positions beyond the span fast steps score, to start the next cycle's history.
             partial: row lists may leave out positions that a step would decide.
-            span_cap: with ``partial``: slow steps look at no more than so many positions.
+            span_cap: with ``partial``: most candidates of a slow step.
         """
         _check_integer("look_ahead", look_ahead, 0)
         require(
@@ -248,13 +248,14 @@ class SlowFast(Sampler):
         )
 
     def step_cap(self, length: int) -> int:
-        """More steps than decoding ``length`` positions can take: each cycle fills at least one of them."""
+        """Return a step limit for ``length`` positions: each cycle commits at least one of them."""
         return length * (self.k_max + 1) + self.k_max
 
 
 PRESETS = {
     "paper": SlowFast(),
-    "fast": SlowFast(name="fast", tau_high=0.95, tau_slow=0.95, share_stable=True),  # no reference's; docs/settings.md
+    # not a reference's preset: chosen by measurement, docs/settings.md
+    "fast": SlowFast(name="fast", tau_high=0.95, tau_slow=0.95, share_stable=True),
     "llada-reference": SlowFast(
         name="llada-reference",
         tau_min=0.3,
@@ -291,8 +292,8 @@ PRESETS = {
 class Threshold(Sampler):
     """Confidence-aware parallel decoding (Fast-dLLM), block by block: the best position and all that reach ``tau``.
 
-    A ``tau`` above 1 is never reached: one position a step.
-    ``steps`` sets a quota: at most ``gen_length / steps`` positions a step plus what earlier steps left over, as
+    A ``tau`` above 1 is never reached: one position per step.
+    ``steps`` sets a quota: at most ``gen_length / steps`` positions per step plus the unused quota of earlier steps, as
     Fast-dLLM's sampler for Dream has it.
     """
 
@@ -338,7 +339,7 @@ class FixedSteps(Sampler):
     """A fixed number of steps, each committing a scheduled count of positions: LLaDA's and Dream's own samplers.
 
     ``metric="confidence"`` is LLaDA's low-confidence remasking (counts spread evenly over the steps of each block;
-    one position a step where ``steps`` is None). Dream's are ``maskgit_plus``, ``topk_margin``, ``entropy`` and
+    one position per step where ``steps`` is None). Dream's are ``maskgit_plus``, ``topk_margin``, ``entropy`` and
     ``origin`` (positions at random): counts follow its time schedule with ``eps``, and tokens and scores are taken
     after temperature, top-p and top-k.
     """
@@ -382,12 +383,12 @@ class FixedSteps(Sampler):
         )
 
     def block_steps(self, length: int) -> int:
-        """Steps that a block of a response of ``length`` has: its share of ``steps``, rounded down, at least one."""
+        """Return the steps per block for ``length`` response positions: part of ``steps``, rounded down, at least 1."""
         blocks = -(-length // (self.block_length or length))
         return max(1, (self.steps or length) // blocks)
 
     def shares(self, length: int) -> list[float]:
-        """For each step of a block, the share of what is left that Dream's time schedule commits (float32 steps)."""
+        """Return the share of undecided positions that Dream's time schedule commits per step of a block (float32)."""
         times = torch.linspace(1, self.eps, self.block_steps(length) + 1, dtype=torch.float32)
         return (1 - times[1:] / times[:-1]).tolist()
 
@@ -411,7 +412,7 @@ class FixedSteps(Sampler):
         return (self.block_steps(length) + 2) * -(-length // (self.block_length or length)) + 2
 
 
-# What they are called on the command line, in requests and in evaluations; ``vanilla`` is one token a step.
+# Names on the command line, in requests and in evaluations; ``vanilla`` is one token per step.
 SAMPLERS: dict[str, type[Sampler]] = {
     "slowfast": SlowFast,
     "threshold": Threshold,

@@ -21,7 +21,7 @@ class Features(NamedTuple):
     longest: int
 
     def moved(self, length: int) -> int:
-        """Most response rows that are recomputed where responses are not due, of canvases of ``length``."""
+        """Return the most response rows that a step recomputes when responses are not due, for ``length`` positions."""
         return int((length - self.shortest) * self.ratio)
 
 
@@ -29,17 +29,17 @@ class Features(NamedTuple):
 class Scope:
     """Positions of each canvas that one forward covers, and the keys that they attend to.
 
-    What the host knows is ``[first, stop)`` and ``[0, keys)``, the same for all of the batch. The tensors say what it
-    does not: they are read by pointer, and no value of them changes a shape.
+    The host knows ``[first, stop)`` and ``[0, keys)``, which are equal for the whole batch. Values unknown to the host
+    are in tensors that kernels read by pointer; they never change a shape.
 
     Args:
-        first, stop: the rows, where there is no list of them.
+        first, stop: the positions, if there is no list of them.
         keys: one past the last position whose keys may be read.
         rows: int32 ``[b, n]``, a list of rows, -1 idle; their keys and values are stored.
-        count: int32 ``[b]``, how many of the rows are not idle; the others' results are of no use.
+        count: int32 ``[b]``, number of rows that are not idle; results of idle rows are undefined.
         key_range: int32 ``[b, 4]``, two ranges of keys of each canvas; None: ``[0, keys)``.
-        counters: int32 zeros that attention counts its parts with, ``b * n_kv_heads * ceil(n * group / 16)`` of them,
-            and leaves as they were; no two forwards at a time may share them.
+        counters: int32 zeros for attention's counts of finished parts, ``b * n_kv_heads * ceil(n * group / 16)`` of
+            them, left zero; concurrent forwards must not share them.
         batch: int64 ``[b]``, the canvases' rows in the cache; None: all of it.
         store: put the rows' keys and values into the cache, from which those of all other positions are read.
         features: recompute from a :class:`FeatureCache` instead.
@@ -73,7 +73,7 @@ class KVCache:
         return 2 * spec.n_layers * spec.kv_width * length
 
     def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """A layer's keys and values, ``[B, L, Hkv, D]``."""
+        """Return a layer's keys and values, ``[B, L, Hkv, D]``."""
         return self.k[index].transpose(1, 2), self.v[index].transpose(1, 2)
 
 

@@ -1,6 +1,6 @@
 """Model spec from a checkpoint's ``config.json``: dimensions, flags and special token ids.
 
-Two vocabularies of keys are read: LLaDA's own (``d_model``, ``n_heads``, ...) and the Llama/Qwen2 one (``hidden_size``,
+Two sets of key names are read: LLaDA's own (``d_model``, ``n_heads``, ...) and the Llama/Qwen2 one (``hidden_size``,
 ``num_attention_heads``, ...) that Dream and iLLaDA use. Anything that would change the computation and is not supported
 is refused by name, never ignored.
 """
@@ -51,7 +51,7 @@ class ModelSpec:
         return self.n_kv_heads * self.head_dim
 
     def shard(self, size: int) -> ModelSpec:
-        """The part of one of ``size`` ranks: whole key/value heads with their queries, and a part of the MLP.
+        """Return the spec of one of ``size`` ranks: whole key/value heads with their queries, and a part of the MLP.
 
         Raises:
             ArgumentError: ``size`` does not divide them; says which sizes do.
@@ -125,7 +125,7 @@ def _integer(config: Mapping[str, Any], key: str, default: int | None = None, le
 
 
 def _flag(config: Mapping[str, Any], key: str) -> bool:
-    """A boolean that is false where it is absent."""
+    """Read a boolean; an absent key is false."""
     value = config.get(key)
     if value not in (True, False, None) or isinstance(value, (int, float)) and not isinstance(value, bool):
         raise CheckpointError(f"config.json: {key}={value!r} is not true or false")

@@ -17,9 +17,9 @@ from .weights import LayerWeights, Weights
 class Transformer:
     """RMSNorm, rotary attention (MHA or GQA) and SwiGLU over ``spec.n_layers`` layers.
 
-    :meth:`forward` returns normalised hidden states, :meth:`head` turns rows of them into logits: callers combine and
-    select hidden states first, so that no logits are computed that nobody looks at. ``impl`` says what implements the
-    operations, ``"torch"`` or ``"triton"``; None takes the defaults for the weights' device.
+    :meth:`forward` returns normalised hidden states, :meth:`head` maps rows of them to logits: callers combine and
+    select hidden states first, so that no unused logits are computed. ``impl`` selects the implementation of the
+    operations, ``"torch"`` or ``"triton"``; None is the default for the weights' device.
 
     A rank of a ``group`` has the ``weights`` of its part (:func:`~sfs_triton.models.load_weights`), whose sizes are
     ``local``; ``spec`` is the whole model's. Ranks make the same calls; hidden states are whole on each of them.
@@ -43,12 +43,12 @@ class Transformer:
         return self.weights.embedding.dtype
 
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Raw logits ``[B, L, V]`` of token ids ``[B, L]``: nothing cached, nothing shifted."""
+        """Compute raw logits ``[B, L, V]`` of token ids ``[B, L]``, without cache or shift."""
         length = tokens.shape[1]
         return self.head(self.forward(tokens, Scope(0, length, length)))
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits ``[..., V]`` of normalised hidden states ``[..., d]``."""
+        """Compute logits ``[..., V]`` of normalised hidden states ``[..., d]``."""
         logits = self._product(hidden, self.weights.head)
         return logits if self._vocabulary is None else self._vocabulary.gather(logits)
 
@@ -57,7 +57,7 @@ class Transformer:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Token and score ``[T]`` for rows of normalised hidden states ``[T, d]``; options as for :meth:`Ops.choose`.
 
-        Of equal bits on all ranks, since all put the same numbers together: so ranks never decide differently.
+        The bits are equal on all ranks, since all merge the same numbers, so ranks never decide differently.
         """
         return self.ops.choose(hidden, self.weights.head, draw, vocabulary=self._vocabulary, **options)
 
@@ -72,8 +72,8 @@ class Transformer:
 
         Args:
             tokens: ids ``[b, L]`` of the canvases.
-            scope: which rows of the canvases are forwarded, and which keys they attend to.
-            cache: where keys and values (or features) live; needed when ``scope`` stores or recomputes any.
+            scope: positions to forward, and the keys that they attend to.
+            cache: store of keys and values (or features); needed when ``scope`` stores or recomputes any.
             select: int64 ``[b, m]``, numbers of rows in the scope. The last layer's queries and MLP run only there.
         """
         self.reach(scope.keys)
@@ -85,10 +85,10 @@ class Transformer:
             if select is not None:
                 x = x.gather(1, _wide(select, x))
             return self.ops.rms_norm(x, self.weights.norm, self.spec.norm_eps)
-        added = None  # what the last MLP adds to x, once the next norm reads both
+        added = None  # output of the last MLP, added to x by the next norm
         last = len(self.weights.layers) - 1
         for index, layer in enumerate(self.weights.layers):
-            residual = None if added is None else x  # which becomes x + added
+            residual = None if added is None else x  # the norm makes it x + added
             h = self.ops.rms_norm(x if added is None else added, layer.attn_norm, self.spec.norm_eps, residual=residual)
             chosen = select if index == last else None
             attended = self._attend(h, index, layer, scope, cache, chosen)
@@ -128,7 +128,7 @@ class Transformer:
             q, k, v = rotate(*heads, *tables, position, **store)
         else:
             qk, v = self._heads(self._project(h, layer)).split((spec.n_heads + spec.n_kv_heads, spec.n_kv_heads), 2)
-            qk = rotate(qk, None, None, *tables, position)[0]  # queries and keys turn alike, so at once
+            qk = rotate(qk, None, None, *tables, position)[0]  # queries and keys in one call
             q, k = qk.split((spec.n_heads, spec.n_kv_heads), 2)
         ranges = {"key_range": scope.key_range, "counters": scope.counters}
         ranges["count"] = None if select is not None else scope.count
@@ -146,9 +146,9 @@ class Transformer:
         return (self._cos, self._sin), position, {"k_cache": k, "v_cache": v, "cache_row": scope.batch}
 
     def reach(self, length: int) -> None:
-        """Have rotary tables for ``length`` positions; a configuration may promise far more than anyone uses.
+        """Grow the rotary tables to ``length`` positions; the limit in a configuration may be far more than is used.
 
-        Those outgrown are kept: a captured graph may read them still, and another thread may be at it.
+        Old tables are kept: a captured graph or another thread may still read them.
         """
         present = self._cos.shape[0]
         if length > present:
@@ -156,7 +156,7 @@ class Transformer:
             self._outgrown.append((self._cos, self._sin, self._position))
             self._position = torch.arange(length, device=self.device)
             cos, self._sin = rope_tables(length, self.spec.head_dim, self.spec.rope_theta, self.device)
-            self._cos = cos  # last: its length says what there is
+            self._cos = cos  # assigned last: its length is read as the tables' length
 
     def _project(self, h: torch.Tensor, layer: LayerWeights, part: slice | None = None) -> torch.Tensor:
         return self._product(h, layer.qkv, layer.qkv_bias, part)
@@ -172,7 +172,7 @@ class Transformer:
         return self.ops.product(x, matrix, bias, rows)
 
     def _sum(self, x: torch.Tensor, matrix: Matrix) -> torch.Tensor:
-        """``x @ matrix^T`` where each rank has some columns of both."""
+        """``x @ matrix^T`` where each rank holds some columns of both."""
         return self.group.all_reduce(self._product(x, matrix))
 
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
@@ -182,11 +182,11 @@ class Transformer:
     # ---------------------------------------------------------------------------------------- dLLM-Cache features
 
     def _forward_features(self, x: torch.Tensor, scope: Scope, cache: FeatureCache) -> torch.Tensor:
-        """Hidden states ``[b, stop, d]`` before the final norm, recomputing only what ``scope.features`` asks for.
+        """Hidden states ``[b, stop, d]`` before the final norm, recomputing only rows that ``scope.features`` selects.
 
         Prompt rows are recomputed or not as a whole. Response rows are, too, or else the share of them whose value
         vectors moved most. All other rows add the attention and MLP outputs they had when last computed to their
-        present embeddings. A forward that is shorter than the canvas rewrites the front of what is kept.
+        present embeddings. A forward that is shorter than the canvas rewrites the front of the store.
         """
         due, stop = scope.features, x.shape[1]
         place = self._position[:stop]
@@ -196,7 +196,7 @@ class Transformer:
         recompute = at_prompt & due.prompt | at_response & due.response
         width = due.longest * due.prompt + (stop - due.shortest) * due.response
         moved = None if due.response or not due.moved(stop) else ((count - scope.prompt).double() * due.ratio).long()
-        if moved is None and scope.count is None and due.shortest == due.longest:  # all alike, and in one stretch
+        if moved is None and scope.count is None and due.shortest == due.longest:  # equal lengths: one contiguous range
             rows = slice(0 if due.prompt else due.longest, stop if due.response else due.longest * due.prompt)
         else:
             listed, _ = self.ops.compact(recompute, capacity=min(width, stop))
@@ -224,7 +224,7 @@ class Transformer:
         moved: torch.Tensor,
         due: Features,
     ) -> torch.Tensor:
-        """The ``moved [b]`` response rows whose fresh values are least like those kept, then -1. Keeps fresh ones."""
+        """List the ``moved [b]`` response rows whose values changed most, then -1. Stores all fresh response values."""
         own = slice(due.shortest, h.shape[1])
         fresh = self._project(h[:, own], layer, slice(self.local.q_width + self.local.kv_width, None))
         here = at_response[:, own]
@@ -234,7 +234,7 @@ class Transformer:
         return torch.where(self._position[: rows.shape[1]] < moved[:, None], rows, -1).int()
 
     def _likeness(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        """Cosine similarity along the last axis, which is shared among the ranks; of equal bits on all of them."""
+        """Cosine similarity along the last axis, which is split over the ranks; equal bits on all of them."""
         if self.group.size == 1:
             return F.cosine_similarity(a, b, dim=-1)
         a, b = a.float(), b.float()
@@ -272,7 +272,7 @@ class Transformer:
 
 
 class _Listed(NamedTuple):
-    """A list of rows of each canvas: where they are, from where to read, and to where to write."""
+    """A list of rows per canvas: positions, indices to read from, indices to write to."""
 
     place: torch.Tensor  # int32 [b, m], -1 idle
     source: torch.Tensor  # int64; idle rows read the first
@@ -285,7 +285,7 @@ class _Listed(NamedTuple):
 
 
 def _taken(x: torch.Tensor, rows: _Listed | slice) -> torch.Tensor:
-    """The rows of ``x [b, n, width]``, as a copy."""
+    """Return a copy of the rows of ``x [b, n, width]``."""
     return x[:, rows].clone() if isinstance(rows, slice) else x.gather(1, _wide(rows.source, x))
 
 
@@ -298,5 +298,5 @@ def _put(x: torch.Tensor, rows: _Listed | slice, values: torch.Tensor) -> None:
 
 
 def _wide(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """``rows [b, m]`` as an index along the second axis of ``like [b, n, width]``."""
+    """Expand ``rows [b, m]`` to an index along the second axis of ``like [b, n, width]``."""
     return rows[..., None].expand(-1, -1, like.shape[-1])

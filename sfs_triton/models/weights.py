@@ -18,7 +18,7 @@ from ..files import read_json
 from ..ops.dispatch import Matrix, Quantised, quantize
 from .spec import ModelSpec
 
-AT_ONCE = 2**24  # elements of a matrix that are quantised at a time, and so in memory as they are in the file
+AT_ONCE = 2**24  # elements quantised at a time, which bounds the unquantised copy in memory
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 
 LLADA_NAMES = {
@@ -79,7 +79,7 @@ class Weights:
     head: Matrix  # [V, d]
 
     def plain(self, what: str) -> Weights:
-        """These weights, for code that computes with tensors only; ``what`` names it.
+        """Return these weights for code that needs plain tensors; errors call that code ``what``.
 
         Raises:
             ArgumentError: they are quantised.
@@ -89,7 +89,7 @@ class Weights:
 
 
 def _shards(folder: Path) -> dict[str, list[str] | None]:
-    """Files to open, and the tensors the index expects in each (None: whatever is there)."""
+    """Return the files to open, and the tensors that the index expects in each (None: any)."""
     if (folder / SINGLE_FILE).is_file():
         return {SINGLE_FILE: None}
     if not (folder / INDEX_FILE).is_file():
@@ -137,7 +137,7 @@ class TensorReader:
         return tuple(self._files[name].get_slice(name).get_shape())
 
     def read(self, name: str, axis: int | None = None, group: Group = ALONE) -> torch.Tensor:
-        """A whole tensor, or this rank's share of its rows (``axis=0``) or columns (1), of which no more is read."""
+        """Read a tensor, or only this rank's share of its rows (``axis=0``) or columns (1)."""
         if axis is None or group.size == 1:
             tensor = self._files[name].get_tensor(name)
         else:
@@ -147,7 +147,7 @@ class TensorReader:
         return self._floating(name, tensor)
 
     def rows(self, name: str, first: int, last: int) -> torch.Tensor:
-        """Rows ``[first, last)`` of a matrix, of which no more is read."""
+        """Read only rows ``[first, last)`` of a matrix."""
         return self._floating(name, self._files[name].get_slice(name)[first:last])
 
     def _floating(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -161,7 +161,7 @@ def _listed(names: list[str], most: int = 8) -> str:
 
 
 def expected_shapes(spec: ModelSpec, names: Mapping[str, str]) -> dict[str, tuple[int, ...]]:
-    """Every tensor name a checkpoint of this spec must hold, with its shape."""
+    """Return every tensor name that a checkpoint of this spec must hold, with its shape."""
     d, kv, mlp = spec.d_model, spec.kv_width, spec.mlp
     shapes: dict[str, tuple[int, ...]] = {names["embedding"]: (spec.vocab_size, d), names["norm"]: (d,)}
     if not spec.tied_head:
@@ -199,10 +199,10 @@ def _check(reader: TensorReader, spec: ModelSpec, names: Mapping[str, str]) -> N
 
 
 def _quantised(reader: TensorReader, parts: Sequence[str], axis: int, group: Group, device: torch.device) -> Quantised:
-    """Matrices of one width, one below the other, in float8 on ``device``; of each this rank's rows or columns.
+    """Quantise matrices of one width, stacked, to float8 on ``device``; of each this rank's rows or columns.
 
-    They are made of the checkpoint's own numbers, a few rows at a time. A row's scale is that of the whole row,
-    whatever columns a rank keeps, so that ranks have the codes that a process alone would have.
+    The checkpoint's own values are quantised, a few rows at a time. A scale is that of the whole row, whichever columns
+    a rank keeps, so that the codes do not depend on the number of ranks.
 
     Raises:
         CheckpointError: names the tensor that has NaN or infinities.
@@ -239,12 +239,12 @@ def load_weights(
 ) -> Weights:
     """Read and check every tensor, fused and cast, on ``device``.
 
-    With ``quantised``, matrices become float8 codes with a scale a row as they are read, so that no more is in memory
-    than the result and one tensor. The embedding, of which a step looks up some rows, and vectors keep ``dtype``. A
-    tied head becomes a matrix of its own: every step reads all of it.
+    With ``quantised``, matrices become float8 codes with a scale per row as they are read, so that memory holds the
+    result and one tensor at most. The embedding, of which a step reads few rows, and vectors keep ``dtype``. A tied
+    head becomes a separate matrix, since every step reads all of it.
 
-    Of a group, each rank reads its part: whole heads of q, k and v, as much of the MLP, the columns of ``out`` and
-    ``down`` that multiply those, and some of the vocabulary.
+    In a group, each rank reads its part: whole heads of q, k and v, the same share of the MLP, the columns of ``out``
+    and ``down`` that multiply those, and a part of the vocabulary.
 
     Raises:
         CheckpointError: names each missing, extra or misshapen tensor, or the file that cannot be read.
@@ -276,7 +276,7 @@ def load_weights(
             )
 
         embedding = tied = take(names["embedding"], axis=0)
-        if group.size > 1:  # a row of zeros, for the ids that other ranks have
+        if group.size > 1:  # a row of zeros, for ids of other ranks
             embedding = F.pad(embedding, (0, 0, 0, 1))
             tied = embedding[:-1]
         tied_head = spec.tied_head and not quantised

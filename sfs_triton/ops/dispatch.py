@@ -1,4 +1,4 @@
-"""One name an operation, whatever implements it. Models, samplers and loops call these and nothing below.
+"""One name per operation, for all implementations. Models, samplers and loops call these and nothing below.
 
 ``implementation`` picks once, for a device: plain torch (:mod:`sfs_triton.ops.torch`) or Triton kernels
 (:mod:`sfs_triton.kernels`).
@@ -27,7 +27,7 @@ IMPLEMENTATIONS = ("torch", "triton")
 
 @dataclass(frozen=True)
 class Ops:
-    """An implementation of every operation; ``torch_ops/`` says what each computes."""
+    """An implementation of every operation; :mod:`sfs_triton.ops.torch` documents each."""
 
     attention: Callable[..., torch.Tensor]
     compact: Callable[..., tuple[torch.Tensor, torch.Tensor]]
@@ -53,7 +53,7 @@ class Ops:
     ) -> torch.Tensor:
         """``x @ matrix^T``, plus ``bias``: ``[..., K]`` to ``[..., N]``, for ``matrix [N, K]`` or ``rows`` of it.
 
-        A plain matrix goes to the libraries that torch has for it, a quantised one to :attr:`linear`.
+        A plain matrix is multiplied by torch's libraries, a quantised one by :attr:`linear`.
         """
         if rows is not None:
             matrix, bias = matrix[rows], None if bias is None else bias[rows]
@@ -78,11 +78,11 @@ class Ops:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Token ``[T]`` (int32) and score ``[T]`` (float32) for each row of ``hidden [T, d]``, by ``head [V, d]``.
 
-        ``rows`` int32 ``[T]`` names rows of ``hidden`` instead, of which the first ``count [1]`` are wanted. ``noise``
+        ``rows`` int32 ``[T]`` selects rows of ``hidden``, of which the first ``count [1]`` are computed. ``noise``
         is ``temperature`` (float32 ``[T]``), ``seed``, ``position`` and ``step`` (int64 ``[T]``), where the draw has
         noise; ``top_p`` (float32 ``[T]``) is there where it has a nucleus. With ``vocabulary``, ``head`` is this rank's
-        part of it: ranks tell each other 5 or 6 numbers a row, and one more for the entropy; only top-p and top-k need
-        all logits of a row in one place.
+        part of it: ranks exchange 5 or 6 numbers per row, and one more for the entropy; only top-p and top-k gather
+        all logits of a row.
         """
         filtered = draw.top_k is not None or draw.nucleus
         if draw.metric == "confidence" and not draw.tempered and not filtered:
@@ -105,7 +105,7 @@ class Ops:
         if not filtered:
             return self.confidence(logits, **how, **noise)
         logits = logits.float()
-        if draw.tempered and draw.noise:  # what is filtered is tempered already
+        if draw.tempered and draw.noise:  # filtered logits are tempered already
             temperature = noise["temperature"]
             logits, noise["temperature"] = logits / temperature[:, None], torch.ones_like(temperature)
         drawn = filter_logits(logits, draw.top_k, top_p)
@@ -133,7 +133,7 @@ def check_implementation(impl: str | None) -> None:
 
 
 def implementation(impl: str | None, device: torch.device) -> Ops:
-    """The operations for tensors on ``device``, all by ``impl``; None is torch. ``post`` is a kernel on every GPU.
+    """Return the operations for ``device``, all by ``impl``; None is torch. ``post`` is a kernel on every GPU.
 
     Raises:
         ArgumentError: ``impl`` is unknown, or cannot run on ``device``.

@@ -25,13 +25,13 @@ class Loop(Protocol):
     name: str
 
     def canvas_length(self, longest: int, most: int) -> int:
-        """Length of the canvas for rows of at most ``longest`` positions, of a model that has at most ``most``."""
+        """Return the canvas length for sequences of at most ``longest`` positions and a model limit of ``most``."""
 
     def prepare(self, step: Step) -> None:
-        """Do what must be done before the rows are put into the step's state."""
+        """Prepare ``step`` before sequences are put into its state."""
 
     def run(self, step: Step) -> Reports:
-        """Step to the end; yields a report a step."""
+        """Step to the end; yield one report per step."""
 
 
 def check_loop(name: str | None, device: torch.device) -> None:
@@ -42,7 +42,7 @@ def check_loop(name: str | None, device: torch.device) -> None:
 
 
 class LoopChoice:
-    """The loop of an engine: the one asked for, else ``eager``; and the loop that follows if it fails."""
+    """The loop of an engine: the requested one, else ``eager``; and the loop to fall back to if it fails."""
 
     def __init__(self, name: str | None, device: torch.device):
         check_loop(name, device)
@@ -54,7 +54,7 @@ class LoopChoice:
         logger.info("loop %s: %s", self.loop.name, "asked for" if name else default)
 
     def fall_back(self, failed: Loop, error: RuntimeError) -> bool:
-        """Take the loop below ``failed`` after ``error``, once for all generations; whether there was one."""
+        """Replace ``failed`` by the loop below it for all generations; return whether there is one."""
         if failed is self._eager:
             return False
         with self._lock:

@@ -21,18 +21,20 @@ Capture = Callable[[Step, Shape], Callable[[], None]]
 
 
 class ReplayLoop:
-    """Replays a graph a step: one for each shape that a policy's steps have (of ``region``: a step and a refresh), and
-    for one, two, four... up to all canvases. Rows that come or go change what the graphs read, and need no others.
+    """Replay one captured graph per step.
 
-    The host queues ``ahead`` replays beyond the one that it waits for, where they are short lists of rows and their
-    shape follows from the step's number alone; else it waits for each step's letter before it starts the next, which
-    costs a read of pinned memory. Neither asks the device. Replays that turn out to be surplus find no row running and
-    change nothing, but take their time, which is why whole canvases are not queued.
+    Graphs exist for each shape of the policy's steps (``region``: a planned step and a refresh) at one, two, four...
+    up to all canvases. Sequences that join or leave change the buffers that graphs read, and need no new graphs.
+
+    The host keeps ``ahead`` replays queued beyond the one it waits for, where these forward short lists of positions
+    and their shape follows from the step number alone. Otherwise it waits for each output before it launches the next
+    step, at the cost of a read of pinned memory. Neither makes a CUDA call. Surplus replays find no running sequence
+    and change nothing, but take the time of a step, so whole-canvas steps are not queued.
 
     Args:
-        ahead: replays that are queued beyond the one that is waited for.
-        step_limit: seconds that a step may take before the loop gives up.
-        capture: makes a replay of a step of one shape; tests run on a CPU with another one.
+        ahead: replays to queue beyond the one that is waited for.
+        step_limit: seconds that a step may take before the loop raises.
+        capture: function that returns the replay of a step of one shape; tests on a CPU pass another one.
     """
 
     name = "replay"
@@ -45,7 +47,7 @@ class ReplayLoop:
         return min(-(-longest // _LENGTHS) * _LENGTHS, max(longest, most))
 
     def prepare(self, step: Step) -> None:
-        """Capture what ``step`` can need and has not been captured."""
+        """Capture the graphs that ``step`` can need and does not have."""
         depth = step.mailbox.depth
         require(self._ahead < depth, f"ahead={self._ahead} is not below {depth}, as many letters as a mailbox holds")
         graphs = self._graphs.setdefault(step, {})
@@ -54,17 +56,19 @@ class ReplayLoop:
                 graphs[shape] = self._capture(step, shape)
 
     def run(self, step: Step) -> Reports:
-        """Step until no row runs; yields a report a step."""
+        """Step until no sequence runs; yield one report per step."""
         mailbox, graphs = step.mailbox, self._graphs[step]
         ahead = self._ahead if step.policy.foreseen else 0
-        due: deque[Turn] = deque()  # of this round, not started
-        queued: deque[tuple[int, Turn, bool]] = deque()  # letters that are to come
+        due: deque[Turn] = deque()  # plans of this round, not launched
+        queued: deque[tuple[int, Turn, bool]] = deque()  # outputs not yet read
         try:
             while True:
+                # launch before waiting, so that the device has work while the host reads and plans
                 while len(queued) <= ahead and (due := due or deque(step.fixed_turns(step.running()))):
                     (shape,) = due[0].shapes
-                    if queued and shape.kind != "plan":
+                    if queued and shape.kind != "plan":  # a surplus step over whole canvases would cost too much
                         break
+                    # outputs read since this plan was made may have ended its sequences
                     if (turn := step.still(due.popleft())) is None:
                         continue
                     step.aim(turn)
@@ -76,35 +80,36 @@ class ReplayLoop:
                 number, turn, last = queued.popleft()
                 takers = step.takers(turn, number)
                 letter = step.hear(number, self._step_limit)
-                if takers:
+                if takers:  # none: a surplus replay
                     yield Report(takers, step.control, letter, last)
         except Exception:
-            queued.clear()  # nothing more is waited for: no one uses this step again
+            queued.clear()  # do not wait for a failed device: this step is not used again
             raise
         finally:
-            mailbox.wait(max((number for number, *_ in queued), default=0), self._step_limit)  # a device at rest
+            last_queued = max((number for number, *_ in queued), default=0)
+            mailbox.wait(last_queued, self._step_limit)  # leave no replay in flight
 
 
 def capture_graph(step: Step, shape: Shape) -> Callable[[], None]:
-    """A graph of a step of this shape; rows that the state holds must be done.
+    """Capture a step of this shape and return its replay; all sequences in the state must be done.
 
-    Warm-up and capture share a stream, so that they share what cuBLAS keeps for one, and that is given back before and
-    after: a workspace from a graph's pool must not outlive it in other graphs. Inference mode is left for the capture,
-    since it would mark the random state that torch keeps for all of them.
+    Warm-up and capture share a stream and with it the workspace that cuBLAS keeps per stream. Workspaces are freed
+    before and after: one from a graph's pool must not outlive the graph by use in others. Inference mode is off during
+    the capture, since it would mark the random state that torch shares between graphs.
     """
     device = step.state.tokens.device
     stream = _stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
-        step.run([shape])  # loads and compiles what a capture must not
+        step.run([shape])  # warm-up: a capture must not load or compile anything
         step.mailbox.posted += 1
     torch.cuda.synchronize(device)
-    gc.collect()  # a graph that is destroyed during a capture may end it
+    gc.collect()  # destroying a graph during a capture may invalidate the capture
     torch._C._cuda_clearCublasWorkspaces()
     graph = torch.cuda.CUDAGraph(keep_graph=True)
     how = {"pool": step.pool, "stream": stream, "capture_error_mode": "thread_local"}
     try:
-        # the outer one, because a capture that fails leaves its stream as the current one
+        # the outer context restores the stream: a failed capture leaves its own as the current one
         with torch.cuda.stream(torch.cuda.current_stream(device)), torch.inference_mode(False):
             with torch.cuda.graph(graph, **how):
                 step.run([shape])

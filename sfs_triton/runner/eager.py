@@ -1,4 +1,4 @@
-"""The loop in which Python calls each operation: the CPU product path, and the oracle for loops on a GPU."""
+"""Eager execution: Python calls each operation. The CPU product path, and the oracle for loops on a GPU."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ from .step import Step
 
 
 class EagerLoop:
-    """Starts each step once it knows how the one before it ended.
+    """Launch each step after the output of the one before it is known.
 
-    ``tight`` steps are as large as what the rows then need, and rows whose scopes are equal are forwarded together,
-    others on their own: no row pays for another's length, and each gets the bits that it would get alone or in its
-    group. Otherwise steps have the fixed sizes of a captured loop; ``alone`` makes them tight where there is only one
-    slot all the same.
+    With ``tight``, steps have exact shapes, and sequences of equal scope are forwarded together, others separately: no
+    sequence pays for another's length, and each gets the bits that it would get alone or in its group. Otherwise steps
+    have the padded shapes of a captured loop; ``alone`` makes them exact if there is only one slot.
     """
 
     name = "eager"
@@ -24,10 +23,10 @@ class EagerLoop:
         return longest
 
     def prepare(self, step: Step) -> None:
-        """There is nothing to prepare."""
+        """Do nothing: eager steps need no preparation."""
 
     def run(self, step: Step) -> Reports:
-        """Step until no row runs; yields a report a step."""
+        """Step until no sequence runs; yield one report per step."""
         tight = self.tight or self._alone and step.slots == 1
         while rows := step.running():
             turns = step.tight_turns(rows) if tight else step.fixed_turns(rows)

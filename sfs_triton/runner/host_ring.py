@@ -10,15 +10,16 @@ import torch
 
 from ..errors import LoopTimeout
 
-_SPINS = 200  # looks at the bell before the host lets others run between them
-_WAKE = 0.01  # seconds after which it sleeps between them
+_SPINS = 200  # reads of the bell before the host yields the GIL between reads
+_WAKE = 0.01  # seconds until it sleeps between reads
 
 
 class Mailbox:
-    """Rings of ``depth`` copies of some tensors in host memory, written by the device in step with its work.
+    """Host ring: ``depth`` copies of some tensors in host memory, written by the device in stream order.
 
-    On a GPU the memory is pinned, the copies are stores of a kernel, and the bell rings after them: reading takes no
-    CUDA call, and a letter may be read until ``depth`` more have been posted. On a CPU it is all there at once.
+    On a GPU the memory is pinned, the copies are stores of a kernel, and the sequence number (the bell) is stored after
+    them: reading takes no CUDA call, and an output is valid until ``depth`` more are published. On a CPU publishing is
+    synchronous.
     """
 
     def __init__(
@@ -34,20 +35,20 @@ class Mailbox:
         self.posted = 0
 
     def post(self) -> None:
-        """Have the device post how its tensors then are. Who starts this, or replays it, counts it in ``posted``."""
+        """Queue a copy of the tensors, in stream order. The caller that launches or replays it counts ``posted``."""
         self._post(self._sources, self._rings, self._tick, self._bell)
 
     def read(self, number: int, limit: float) -> dict[str, numpy.ndarray]:
-        """The letter of this number, counted from 1; waits for it at most ``limit`` seconds.
+        """Return output ``number``, counted from 1; wait for it at most ``limit`` seconds.
 
         Raises:
-            LoopTimeout: it has not come.
+            LoopTimeout: it has not been published by then.
         """
         self.wait(number, limit)
         return {name: page[(number - 1) % self.depth] for name, page in self._pages.items()}
 
     def has(self, number: int) -> bool:
-        """Return whether the letter of this number has come."""
+        """Return whether output ``number`` has been published."""
         return bool(self._count[0] >= number)
 
     def wait(self, number: int, limit: float) -> None:
@@ -57,6 +58,6 @@ class Mailbox:
             spins += 1
             if spins > _SPINS:
                 now = time.monotonic()
-                time.sleep(0.0 if now < nap else 2e-5)  # a short step's end is not slept over
+                time.sleep(0.0 if now < nap else 2e-5)  # a sleep would outlast a short step
                 if now > deadline:
                     raise LoopTimeout(f"the device has not finished step {number - 1} within {limit:g} s")

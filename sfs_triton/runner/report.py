@@ -1,4 +1,4 @@
-"""Output of a step."""
+"""Step output."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from ..decoding.caching import RowView
 
 
 class Report(NamedTuple):
-    """A step that has been decided: the rows that took it, as they were before; the control numbers of all slots after
-    it; and what else was posted. ``last`` says that every row that ran has had its turn, so that a round is over.
-    ``letter`` may be overwritten once the loop goes on."""
+    """Step output: the sequences that took the step, in their state before it; the control numbers of all slots after
+    it; and all published tensors. ``last``: every running sequence has taken its step, so the round is complete.
+    ``letter`` may be overwritten once the loop continues."""
 
     rows: list[RowView]
     control: list[list[int]]

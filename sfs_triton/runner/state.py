@@ -1,4 +1,4 @@
-"""Every tensor of a generation, allocated once at fixed addresses."""
+"""Decode state: every tensor of a generation, allocated once at fixed addresses."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from ..kernels.control import COLUMN, CONTROL, DIALS
 
 
 def send(there: torch.Tensor, values: list | torch.Tensor) -> None:
-    """Write numbers of the host to a tensor, without waiting for the device."""
+    """Copy host numbers to a tensor without waiting for the device."""
     here = torch.as_tensor(values, dtype=there.dtype, device="cpu")
     there.copy_(here.pin_memory() if there.is_cuda else here, non_blocking=True)
 
 
 @dataclass(slots=True)
 class DecodeState:
-    """Canvases of ``L`` positions in ``B`` slots, and where each row stands. Rows may differ in every length."""
+    """Canvases of ``L`` positions in ``B`` slots, and the progress of each. Sequences may differ in every length."""
 
     tokens: torch.Tensor  # int64 [B, L]; undecided positions hold the mask id
     masked: torch.Tensor  # bool [B, L]
     given: torch.Tensor  # bool [B, L]: not to be decided
-    inside: torch.Tensor  # bool [B, L]: where the step looks
-    choice_token: torch.Tensor  # int64 [B L + 1]: what the last forward chose, where it was looked at; one to spare
+    inside: torch.Tensor  # bool [B, L]: candidates of the step
+    choice_token: torch.Tensor  # int64 [B L + 1]: token chosen by the last forward, at candidates; one spare element
     choice_score: torch.Tensor  # float32 [B L + 1]: the score of that choice
     commit_step: torch.Tensor  # int64 [B, L]: step that filled a position, -1 never or given
-    fill: torch.Tensor  # bool [B, L]: what the last step committed
+    fill: torch.Tensor  # bool [B, L]: positions committed by the last step
     dirty: torch.Tensor  # bool [B, L]: committed since it was last forwarded
     forwarded: torch.Tensor  # int64 [B, L]: step at which a row list last held the position, -1 never
     position: torch.Tensor  # int64 [L]
@@ -35,14 +35,14 @@ class DecodeState:
     history_slot: torch.Tensor  # int64 [W]
     spread: torch.Tensor  # float64 [B]: variance of the history at this step, NaN if not estimated
     seed: torch.Tensor  # int64 [B]
-    uniform: torch.Tensor  # float32 [B, n]: a row's stream of uniform numbers, where a sampler reads one
-    shares: torch.Tensor  # float32 [B, n]: a row's schedule, where a sampler has one
+    uniform: torch.Tensor  # float32 [B, n]: stream of uniform numbers per sequence, if the sampler reads one
+    shares: torch.Tensor  # float32 [B, n]: schedule per sequence, if the sampler has one
     control: torch.Tensor  # int64 [B, len(CONTROL)]
-    dials: torch.Tensor  # float32 [B, len(DIALS)]: of a row's sampler
+    dials: torch.Tensor  # float32 [B, len(DIALS)]: sampler parameters per sequence
     length: int
     mask_id: int
     eos_id: int
-    events: dict[str, torch.Tensor] | None  # what the last step decided on, when a trace was asked for
+    events: dict[str, torch.Tensor] | None  # inputs of the last decision; None without a trace
     token: torch.Tensor = field(init=False)  # int64 [B, L]: the choices by position
     score: torch.Tensor = field(init=False)  # float32 [B, L]
     start: torch.Tensor = field(init=False)
@@ -97,10 +97,10 @@ class DecodeState:
         device: torch.device,
         trace: bool,
     ) -> DecodeState:
-        """State for canvases ``rows`` (token ids, undecided positions hold ``mask_id``), decoded from ``starts`` on.
+        """Return a state of canvases ``rows`` (token ids; undecided ones are ``mask_id``), decoded from ``starts`` on.
 
-        ``caps`` are the most steps that each row can need; one that needs more ends with a fault. ``dials`` are those
-        of the rows' sampler.
+        ``caps`` are step limits per sequence; one that needs more ends with a fault. ``dials`` are the per-sequence
+        parameters of the sampler.
         """
         shape = {"batch": len(rows), "length": max(map(len, rows)), "window": window}
         state = cls.blank(**shape, mask_id=mask_id, eos_id=eos_id, device=device, trace=trace)
@@ -112,7 +112,7 @@ class DecodeState:
     def blank(
         cls, *, batch: int, length: int, window: int, mask_id: int, eos_id: int, device: torch.device, trace: bool
     ) -> DecodeState:
-        """Tensors for ``batch`` canvases of ``length``. Every slot is free until :meth:`put` puts a canvas there."""
+        """Allocate tensors for ``batch`` canvases of ``length``. Slots are free until :meth:`put` fills them."""
 
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
@@ -171,10 +171,10 @@ class DecodeState:
         dials: Sequence[float],
         block_steps: int = 0,
     ) -> list[int]:
-        """Put a canvas into a slot whose last one is done, in order with the device's other work; its control numbers.
+        """Put a canvas into a slot whose sequence is done, in stream order; return its control numbers.
 
-        ``cap`` is the most steps that it can need, ``dials`` are its sampler's, and ``block_steps`` is what a schedule
-        gives to each of its blocks.
+        ``cap`` is its step limit, ``dials`` are its sampler's parameters, and ``block_steps`` is the number of steps
+        that a schedule gives to each block.
         """
         end, masks = len(row), [p for p in range(start, len(row)) if row[p] == self.mask_id]
         size = max(1, end - start if block_length is None else block_length)
@@ -199,11 +199,11 @@ class DecodeState:
         fresh = {"commit_step": -1, "forwarded": -1, "spread": float("nan")}
         for name in ("inside", "token", "score", "fill", "dirty", "history", *fresh):
             getattr(self, name)[slot : slot + 1].fill_(fresh.get(name, 0))
-        send(self.control[slot], control)  # last: it says that the row runs
+        send(self.control[slot], control)  # last: this marks the slot as running
         return control
 
     def record_event(self, control: torch.Tensor, history: torch.Tensor) -> None:
-        """Keep what this step decides on: ``control`` and ``history`` are those before anything is committed."""
+        """Record the inputs of this decision: ``control`` and ``history`` as they are before the commit."""
         values = {"control": control, "history": history, "spread": self.spread, "score": self.score}
         for name, value in {**values, "inside": self.inside}.items():
             self.events[name].copy_(value)

@@ -1,4 +1,4 @@
-"""One step of a generation, as a chain of device work that the host only starts."""
+"""One step of a generation: a chain of device work that the host launches and does not steer."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from .state import DecodeState, send
 
 
 class Turn(NamedTuple):
-    """Rows that take a step at the same time: their slots and the number of that step, and its shapes. ``slow``: some
-    may be in their slow stage."""
+    """Step plan: the slots that take a step together, the step number of each, and the shapes to launch. ``slow``: some
+    sequences may be in their slow stage."""
 
     steps: dict[int, int]
     shapes: list[Shape]
@@ -27,14 +27,14 @@ class Turn(NamedTuple):
 
 
 class Step:
-    """Device work of one step, for the rows in the slots of a state: candidates, forward, head, decision, publishing.
+    """Device work of one step, for the sequences in the slots of a state: candidates, forward, head, decide, publish.
 
-    :meth:`run` reads nothing on the host. What differs from step to step is either on the device, or in the
-    :class:`~sfs_triton.decoding.caching.Shape` that it is given, so that runs of equal shape are the same work on the
-    same buffers and can be captured. The host learns what became of a step from :attr:`mailbox`.
+    :meth:`run` reads nothing on the host. Values that differ from step to step are on the device or in the
+    :class:`~sfs_triton.decoding.caching.Shape` argument, so runs of equal shape do the same work on the same buffers
+    and can be captured. The host reads the output of a step from :attr:`mailbox`, the host ring.
 
-    Rows come and go between steps, in order with the device's other work. What was started before a row came, or before
-    it was dropped, does not know of that: letters up to then say nothing of its slot.
+    Sequences join and leave between steps, in stream order with the device's other work. Outputs of steps that were
+    launched before a sequence joined or was dropped are not valid for its slot and are ignored there.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Step:
         self._rules = sampler.rules(policy.opening(model.spec.shifted), **policy.rules)
         self._decide = model.ops.decide_cycle if self.by_stage else model.ops.decide_block
         self._allocate()
-        # graphs of steps share what they allocate: one runs at a time, and none leaves anything there for another
+        # graphs share a memory pool: one runs at a time, and none keeps data there for another
         self.pool = torch.cuda.graph_pool_handle() if state.tokens.device.type == "cuda" else None
         sources = {"control": state.control}
         if frames:
@@ -63,9 +63,9 @@ class Step:
             sources |= {f"event_{name}": value for name, value in state.events.items()}
             sources["commit_step"] = state.commit_step
         self.mailbox = Mailbox(sources, depth, model.ops.post, state.tokens.device)
-        self.control = [[int(name == "done") for name in CONTROL] for _ in range(self.slots)]  # as last heard of it
-        self._since = [0] * self.slots  # the first letter that speaks of the row in a slot
-        self._started = [0] * self.slots  # steps of that row
+        self.control = [[int(name == "done") for name in CONTROL] for _ in range(self.slots)]  # as last read
+        self._since = [0] * self.slots  # number of the first output that is valid for the sequence in a slot
+        self._started = [0] * self.slots  # launched steps of that sequence
 
     @property
     def slots(self) -> int:
@@ -84,33 +84,34 @@ class Step:
         self._key_range = torch.empty((batch, 4), dtype=torch.int32, device=device)
         self._aimed = torch.arange(batch, device=device)
         self._parked = torch.zeros(batch, dtype=torch.bool, device=device)
-        self._aim = (tuple(range(batch)), frozenset())  # what those two hold
+        self._aim = (tuple(range(batch)), frozenset())  # present values of those two
         model.reach(length)
 
-    # ------------------------------------------------------------------------------------------ rows that come and go
+    # ------------------------------------------------------------------------------------------ join and leave
 
     def expect(self, prompts: Sequence[int], masks: Sequence[int]) -> None:
-        """Note what the host knows of rows that are to come: prompt lengths, and how many positions are undecided."""
+        """Set the bounds of the sequences to accept: their prompt lengths and numbers of undecided positions."""
         block = getattr(self.sampler, "block_length", None)
         window = min(n for n in (max(masks), block, self._look["span_cap"], self.state.length) if n is not None)
         self.canvas = Canvas(self.state.length, min(prompts), max(prompts), max(1, window), block)
 
     def join(self, slot: int, row: list[int], start: int, **settings: Any) -> None:
-        """Put a canvas into a free slot; arguments as for :meth:`DecodeState.put`. It takes part in steps from now."""
+        """Put a canvas into a free slot; arguments as for :meth:`DecodeState.put`. The next step includes it."""
         self.control[slot] = self.state.put(slot, row, start, **settings)
         self._since[slot], self._started[slot] = self.mailbox.posted + 1, 0
 
     @torch.inference_mode()
     def drop(self, slot: int) -> None:
-        """End a row: it takes no further step. Steps that have been started are still taken, and not told of."""
+        """End a sequence: it takes no further step. Steps already launched still run; their outputs are ignored."""
         self.state.done[slot : slot + 1].fill_(1)
         self.control[slot][COLUMN["done"]] = 1
         self._since[slot] = self.mailbox.posted + 1
 
     def hear(self, number: int, limit: float) -> dict[str, numpy.ndarray]:
-        """All that was posted as letter ``number``, from which :attr:`control` is brought up to date: the one place
-        where a host reads of rows that run (how one has ended stands in its lane's outbox). Waits for the letter at
-        most ``limit`` seconds."""
+        """Read output ``number`` of the host ring, waiting at most ``limit`` seconds, and update :attr:`control` by it.
+
+        The only host read of running sequences; finished ones are read from the outbox of their slot.
+        """
         letter = self.mailbox.read(number, limit)
         for slot, row in enumerate(letter["control"].tolist()):
             if self._since[slot] <= number:
@@ -118,16 +119,16 @@ class Step:
         return letter
 
     def views(self, control: Sequence[Sequence[int]]) -> list[RowView]:
-        """The rows that still run, from their control numbers."""
+        """Return the running sequences, read from their control numbers."""
         running = [(index, row) for index, row in enumerate(control) if not row[COLUMN["done"]]]
         return [self._view(index, row) for index, row in running]
 
     def running(self) -> list[RowView]:
-        """The rows that the host does not know to be over, at the step that would be their next to be started."""
+        """Return the sequences not known to be finished, each at the next step to launch for it."""
         return [row._replace(step=self._started[row.index]) for row in self.views(self.control)]
 
     def takers(self, turn: Turn, number: int) -> list[RowView]:
-        """The rows that take the step of which letter ``number`` will tell, as the letter before it left them."""
+        """Return the sequences that take the step of output ``number``, in their state before that step."""
         return [row for row in self.views(self.control) if row.index in turn.steps and self._since[row.index] <= number]
 
     def _view(self, index: int, row: Sequence[int]) -> RowView:
@@ -138,20 +139,20 @@ class Step:
         wanted = min(max(stop - first, 0), left)
         return RowView(index, start, limit, block_start, block_end, e, phase == FAST, k, step, wanted)
 
-    # ------------------------------------------------------------------------------------------------ whose turn it is
+    # ------------------------------------------------------------------------------------------------ step plans
 
     def fixed(self, rows: Sequence[RowView], number: int) -> Shape:
-        """The fixed shape in which rows take their step ``number``."""
+        """Return the fixed shape in which these sequences take their step ``number``."""
         return self.policy.fixed(self.canvas, number, any(row.k == 0 for row in rows))
 
     def fixed_shapes(self) -> list[Shape]:
-        """Every fixed shape that a turn can have: each for one, two, four... canvases, and for all of them."""
+        """Return every fixed shape of a step plan: each for one, two, four... canvases, and for all of them."""
         sizes = [size for power in range(self.slots.bit_length()) if (size := 1 << power) < self.slots]
         aimed = [shape._replace(aimed=self.slots > 1) for shape in self.policy.shapes(self.canvas)]
         return [shape._replace(members=size) for shape in aimed for size in sizes] + aimed
 
     def tight_turns(self, rows: Sequence[RowView]) -> list[Turn]:
-        """Turns as large as what the rows need."""
+        """Return step plans of exact shapes: as large as the sequences need."""
         turns = []
         for group in self.policy.together(rows):
             aimed = len(group) < len(rows)
@@ -161,13 +162,16 @@ class Step:
         return turns
 
     def fixed_turns(self, rows: Sequence[RowView]) -> list[Turn]:
-        """Turns of fixed shapes: one for all rows whose shapes are equal, filled up with slots whose rows are done."""
+        """Return step plans of fixed shapes: one per shape, padded with slots whose sequences are done."""
+        # graphs are captured for powers of two and for all slots, so a group is padded up to a captured size, or split
+        # into captured sizes where too few slots are spare
         groups: dict[Shape, list[int]] = {}
         for row in rows:
             groups.setdefault(self.fixed([row], row.step)._replace(aimed=self.slots > 1), []).append(row.index)
         steps, turns = {row.index: row.step for row in rows}, []
         for shape, group in groups.items():
-            # a list may have idle rows, but a whole canvas that goes along is written to
+            # a listed step leaves a parked sequence alone (its list is empty), but a whole-canvas step overwrites the
+            # cache of every member, so no running sequence can be padding there
             spare = [slot for slot in range(self.slots) if slot not in (group if shape.kind != "prefix" else steps)]
             while group:
                 size = self._size(len(group), len(spare))
@@ -177,18 +181,20 @@ class Step:
         return turns
 
     def still(self, turn: Turn) -> Turn | None:
-        """Return the rest of a turn that was planned earlier: a row may have ended since, and another have its slot."""
+        """Return the plan without sequences that have ended, or whose slot was reused, since it was made."""
         running = {row.index: row.step for row in self.running()}
         steps = {slot: number for slot, number in turn.steps.items() if running.get(slot) == number}
         return turn._replace(steps=steps) if steps else None
 
     def _size(self, rows: int, spare: int) -> int:
-        """Return how many canvases a turn for so many rows includes, at least one of them a row's."""
+        """Return the number of canvases in a step plan for ``rows`` sequences and ``spare`` slots of padding."""
         size = min(1 << (rows - 1).bit_length(), self.slots)
         return size if size <= rows + spare else 1 << (rows.bit_length() - 1)
 
     def aim(self, turn: Turn) -> None:
-        """Have the next step of an ``aimed`` shape be this turn's: its rows take it, and others stay as they are."""
+        """Set the slots that take the next step of an ``aimed`` shape; all others keep their state."""
+        # captured graphs read the order of slots and the parked flags at fixed addresses. The first slots of the order
+        # are forwarded: the plan's, then padding; running sequences that must not be written to come last.
         shape = turn.shapes[0]
         if not shape.aimed:
             return
@@ -199,13 +205,13 @@ class Step:
             running = taken | (parked if shape.kind == "prefix" else frozenset())
             order += tuple(slot for slot in every if slot not in running)
         order += tuple(slot for slot in every if slot not in order)
-        if self._aim != (order, parked):
+        if self._aim != (order, parked):  # consecutive steps mostly have the same slots, and then need no copies
             self._aim = order, parked
             send(self._aimed, list(order))
             send(self._parked, [slot in parked for slot in every])
 
     def started(self, turn: Turn) -> None:
-        """Count a step that has just been started, or replayed."""
+        """Count a step that has just been launched or replayed."""
         self.mailbox.posted += 1
         for slot in turn.steps:
             self._started[slot] += 1
@@ -214,9 +220,9 @@ class Step:
 
     @torch.inference_mode()
     def run(self, shapes: Sequence[Shape], *, slow: bool = True) -> None:
-        """One step. ``slow=False`` says that no row is in its slow stage."""
+        """Launch one step. ``slow=False``: no sequence is in its slow stage."""
         ops, state, aimed = self.model.ops, self.state, shapes[0].aimed
-        if aimed:  # rows that are parked count as done meanwhile
+        if aimed:  # parked sequences count as done for the length of this step
             done = state.done.clone()
             state.done.masked_fill_(self._parked, 1)
         if shapes[0].kind == "plan":
@@ -224,7 +230,7 @@ class Step:
         else:
             ops.look(state, **self._look)
         if self.policy.look_ahead:
-            state.choice_score.fill_(float("-inf"))  # of what no list holds
+            state.choice_score.fill_(float("-inf"))  # for positions in no list
         for shape in shapes:
             self._forward(shape)
         self._decide(state, self._rules, slow=slow)
@@ -233,7 +239,7 @@ class Step:
         self.mailbox.post()
 
     def _list(self, which: int, size: int) -> torch.Tensor:
-        """A list of ``size`` for each row, ``[B, size]``, always at the same address."""
+        """Return a list of ``size`` positions per slot, ``[B, size]``, always at the same address."""
         batch = self.state.tokens.shape[0]
         return self._lists[which, : batch * size].view(batch, size)
 
@@ -245,7 +251,7 @@ class Step:
         state.listed.copy_(self._count)
 
     def _forward(self, shape: Shape) -> None:
-        """Forward the shape's rows, and put what the head says of those that are looked at into the state."""
+        """Forward the shape's positions; write tokens and scores of the candidates among them to the state."""
         state, ops = self.state, self.model.ops
         batch = self._batch(shape.members)
         scope = self._scope(shape, batch)
@@ -266,7 +272,7 @@ class Step:
         ops.place(state, token, score, target, which=which, row=batch)
 
     def _batch(self, members: tuple[int, ...] | int | None) -> torch.Tensor | None:
-        """Slots as an index; None for all of them."""
+        """Return the slots as an index; None for all of them."""
         if members is None or isinstance(members, tuple) and len(members) == self.slots:
             return None
         if isinstance(members, int):
@@ -274,13 +280,14 @@ class Step:
         return torch.tensor(members, device=self.state.tokens.device)
 
     def _scope(self, shape: Shape, batch: torch.Tensor | None) -> Scope:
-        """Return the scope to forward; fills in the lists and ranges that it points to."""
+        """Return the scope to forward, with its lists and ranges written to fixed buffers."""
         state, policy, reach = self.state, self.policy, self.model.ops.reach
         given = {"batch": batch, "counters": self._counters, "features": shape.features}
         if shape.features is not None:
             given["prompt"] = _of(state.start, batch)
         elif policy.store is not None:
             given["store"] = True
+            # a whole-canvas step refreshes every cached position; ``ops.plan`` notes the same of listed ones
             if shape.kind in ("same", "prefix"):
                 here = (state.done == 0)[:, None]
                 state.dirty.masked_fill_(here, False)
@@ -292,6 +299,7 @@ class Step:
             how = {"to_span_end": policy.to_span_end, "block": policy.block}
             reach(state, rows, self._count, self._key_range, **how)
         elif shape.ragged:
+            # only key ranges are missing: ``ops.plan`` has written the list and its count, which must not change
             reach(state, None, self._unused, self._key_range, to_span_end=False, block=None)
         given |= {"rows": None if rows is None else _of(rows, batch), "count": _of(self._count, batch)}
         if shape.ragged:
@@ -299,7 +307,7 @@ class Step:
         return Scope(0, shape.size, shape.keys, **given)
 
     def _targets(self, shape: Shape, scope: Scope, batch: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the wanted rows of the scope, int64 ``[b, T]``, and the positions they decide, int32, -1 idle."""
+        """Return indices into the scope to select, int64 ``[b, T]``, and the positions they decide, int32, -1 idle."""
         compact = self.model.ops.compact
         if shape.kind == "plan":
             target = _of(self._list(1, shape.size), batch)
@@ -313,7 +321,7 @@ class Step:
     def _row_numbers(
         self, target: torch.Tensor, which: torch.Tensor | None, batch: torch.Tensor | None
     ) -> dict[str, torch.Tensor]:
-        """Return the numbers for drawing per row of the head, ``[R]``: temperature and noise keys, or ``top_p``."""
+        """Return sampling parameters per row of the head, ``[R]``: temperature and noise keys, or ``top_p``."""
         state, draw = self.state, self._draw
         names = ("temperature", "seed", "step") * draw.noise + ("top_p",) * draw.nucleus
         numbers = {name: _of(getattr(state, name), batch)[:, None].expand_as(target) for name in names}
@@ -330,5 +338,5 @@ _VIEWED = [
 
 
 def _of(x: torch.Tensor, batch: torch.Tensor | None) -> torch.Tensor:
-    """The rows of ``x`` that ``batch`` names, or all of it."""
+    """Return the rows of ``x`` at ``batch``, or all of ``x`` if that is None."""
     return x if batch is None else x[batch]

@@ -1,4 +1,4 @@
-"""Generations that are under way: streamed, or in another thread."""
+"""Handles of running generations: streamed, or in another thread."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .run import Run
 
 
 class Stream(Iterator[Frame]):
-    """Frames of a generation, one a step. Nothing runs between two of them; it starts with the first."""
+    """Frames of a generation, one per step. It starts with the first frame and runs only while one is requested."""
 
     def __init__(self, run: AbstractContextManager[Run], single: bool):
         self._context, self._single = run, single
@@ -40,7 +40,7 @@ class Stream(Iterator[Frame]):
                 if frame is None:
                     self._done = self._run.results()
         except RowFault as fault:
-            self._failure = fault  # for whoever asks for the result: the frames have ended as they should
+            self._failure = fault  # raised by result(); iteration itself ends normally
         except Exception as failure:
             self._failure = failure
             raise
@@ -52,7 +52,7 @@ class Stream(Iterator[Frame]):
         return frame
 
     def result(self) -> Generation | list[Generation]:
-        """Finish what is left; what :meth:`Engine.generate` gives.
+        """Run the remaining steps; return the same as :meth:`Engine.generate`.
 
         Raises:
             RuntimeError: the stream was closed before its end.
@@ -66,13 +66,13 @@ class Stream(Iterator[Frame]):
         return self._done[0] if self._single else self._done
 
     def drop(self, row: int) -> None:
-        """End one row of the batch before its next step; the others go on. Its result is the row as it then stands.
+        """End one sequence before its next step; the others continue. Its result is its present canvas.
 
-        A step that the loop ``replay`` has queued ahead is still taken.
+        A step that the loop ``replay`` has already queued still runs.
 
         Raises:
-            RuntimeError: the stream has not given its first frame yet, or has ended.
-            ArgumentError: there is no such row.
+            RuntimeError: the stream has not yielded its first frame yet, or has ended.
+            ArgumentError: there is no such sequence.
         """
         with self._lock:
             if self._run is None or self._closed:
@@ -80,7 +80,7 @@ class Stream(Iterator[Frame]):
             self._run.drop(row)
 
     def close(self) -> None:
-        """Stop here, after the step that another thread may be at. Closing again does nothing."""
+        """Stop, after a step that another thread may be running. Closing again has no effect."""
         with self._lock:
             self._closed = True
             self._stack.close()
@@ -96,7 +96,7 @@ class Stream(Iterator[Frame]):
 
 
 class Pending:
-    """A generation that runs in another thread, or waits for its turn."""
+    """Handle of a generation that is queued or runs in another thread."""
 
     def __init__(
         self,
@@ -115,10 +115,10 @@ class Pending:
         """Wait at most ``timeout`` seconds; return or raise as :meth:`Engine.generate`.
 
         Raises:
-            ArgumentError: ``timeout`` is no number.
-            TimeoutError: it is not finished by then.
+            ArgumentError: ``timeout`` is not a number.
+            TimeoutError: the generation has not finished by then.
             concurrent.futures.CancelledError: it was cancelled.
-            RuntimeError: asked in the very thread that would have to finish it, by an ``on_step``.
+            RuntimeError: called by an ``on_step``, in the thread that runs the generation.
         """
         fine = timeout is None or isinstance(timeout, (int, float)) and not isinstance(timeout, bool)
         require(fine, f"timeout={timeout!r} is not a number of seconds")
@@ -128,12 +128,12 @@ class Pending:
             )
         try:
             return self._future.result(timeout)
-        except futures.TimeoutError as error:  # before Python 3.11 another class than the built-in one
+        except futures.TimeoutError as error:  # not the built-in class before Python 3.11
             if self.done() and self._future.exception() is error:
-                raise  # what the work ended with
+                raise  # raised by the generation itself
         raise TimeoutError(f"the generation is not finished after {timeout} s")
 
     def cancel(self) -> None:
-        """End it before its next step."""
+        """Cancel the generation before its next step."""
         self._halt.set()
         self._future.cancel()

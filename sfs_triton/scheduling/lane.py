@@ -1,4 +1,4 @@
-"""Slots on the device in which rows of one kind are decoded side by side."""
+"""A persistent batch: fixed device buffers whose slots hold sequences that share one batch key."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from ..runner.state import DecodeState, send
 from .request import Kind
 from .sequence import Row
 
-_LEFT: list[Mailbox] = []  # of lanes that failed: no one else may have their memory
-_CANVAS = 130  # bytes a position of a canvas, of what is decided there and of what is posted
-_PATIENCE = 60.0  # seconds that the last copy of a row may take
+_LEFT: list[Mailbox] = []  # of failed batches: a device that still runs may write there, so the memory is never freed
+_CANVAS = 130  # bytes per position of a canvas: decode state and published copies
+_PATIENCE = 60.0  # seconds to wait for the final copy of a sequence
 
 
 class Lane:
-    """A fixed number of slots for canvases of at most ``length`` positions. Rows join and leave between steps.
+    """A persistent batch: a fixed number of slots for canvases of at most ``length`` positions.
 
-    All tensors are there from the start, at fixed addresses: a row that comes or goes changes numbers in them, so
-    nothing is captured anew, and rows that are there already get what they would get alone. Free slots are rows that
-    are done.
+    Sequences join and leave between steps. All tensors are allocated once, at fixed addresses: a sequence that joins or
+    leaves changes values in them only, so nothing is captured again, and the others get the results that they would
+    get alone. A free slot holds a sequence that is done.
 
     Args:
-        length: of the canvases.
-        response: most positions of a row that may be decoded.
+        length: positions of a canvas.
+        response: most positions of a sequence that may be decoded.
     """
 
     def __init__(self, model: Transformer, kind: Kind, slots: int, length: int, response: int, loops: LoopChoice):
@@ -41,18 +41,18 @@ class Lane:
         self._key = (kind, slots, length, response if _is_timed(kind.sampler) else None)
         full = False
         try:
-            with torch.device("cpu"):  # and not what the caller's default device is
+            with torch.device("cpu"):  # not the caller's default device
                 self._allocate(response)
         except RuntimeError as error:
             if not is_lack_of_memory(error):
                 raise
             full = True
-        if model.group.any(full):  # what was allocated before it failed is free again by now
+        if model.group.any(full):  # partial allocations are free again here
             raise OutOfDeviceMemory(self._no_room())
         self._rows: list[Row | None] = [None] * slots
-        self._ending: list[int] = []  # slots of rows that are done, whose last copy is on its way
+        self._ending: list[int] = []  # slots of done sequences whose final copy has not been read
         self._reports: Reports | None = None
-        self.sound = True  # whether it can be used again
+        self.sound = True  # False: must not be used again
 
     def _allocate(self, response: int) -> None:
         model, kind = self.model, self.kind
@@ -106,15 +106,17 @@ class Lane:
             text + f", and {free / 2**30:.2f} GiB are free: {self.slots} canvases of up to {fits} positions would fit"
         )
 
-    # ------------------------------------------------------------------------------------------ rows that come and go
+    # ------------------------------------------------------------------------------------------ join and leave
 
     def fits(self, kind: Kind, slots: int, length: int, response: int) -> bool:
-        """Return whether a new lane with these arguments would be the same."""
+        """Return whether a new persistent batch with these arguments would be equal to this one."""
         return self._key == (kind, slots, length, response if _is_timed(kind.sampler) else None)
 
     def expect(self, prompts: Sequence[int], masks: Sequence[int]) -> None:
-        """Be ready for rows with these prompt lengths and so many undecided positions, and all in between. No row may
-        be there. Captures what has not been captured."""
+        """Prepare for sequences within these bounds: prompt lengths and numbers of undecided positions.
+
+        Captures missing graphs. All slots must be free.
+        """
         self.step.expect(prompts, masks)
         loop = self._loops.loop
         try:
@@ -130,16 +132,16 @@ class Lane:
 
     @property
     def rows(self) -> list[Row]:
-        """The rows that are in a slot."""
+        """Return the sequences that hold a slot."""
         return [row for row in self._rows if row is not None]
 
     @property
     def free(self) -> int:
-        """Slots without a row."""
+        """Return the number of free slots."""
         return self._rows.count(None)
 
     def join(self, row: Row) -> None:
-        """Put a row into a free slot; its first step is in the round after the one that runs."""
+        """Put a sequence into a free slot; it takes its first step in the next round."""
         slot = self._rows.index(None)
         self._rows[slot] = row
         self._enter(slot, row)
@@ -161,13 +163,13 @@ class Lane:
                 dials=sampler.dials(),
                 block_steps=block_steps,
             )
-        if self.step.control[slot][COLUMN["done"]]:  # there is nothing to decide
+        if self.step.control[slot][COLUMN["done"]]:  # nothing to decide
             row.control = self.step.control[slot]
             self._end(slot)
 
     def drop(self, row: Row) -> None:
-        """End a row before its next step; the others go on as they would have. A step that a loop has queued ahead is
-        still taken, but nothing tells of it. Does nothing to a row that has ended."""
+        """End a sequence before its next step; the others are not affected. A step that is already queued still runs,
+        but its output is ignored. A sequence that has ended stays as it is."""
         slot = self._rows.index(row)
         if not row.dropped and slot not in self._ending:
             row.dropped = True
@@ -175,7 +177,7 @@ class Lane:
             self._end(slot)
 
     def _end(self, slot: int) -> None:
-        """Have the device post how a row ends, after what has been started."""
+        """Queue the final copy of a slot's sequence, behind the work already launched."""
         outbox = self._outbox[slot]
         with torch.inference_mode():
             outbox.post()
@@ -183,7 +185,8 @@ class Lane:
         self._ending.append(slot)
 
     def _collect(self, wait: bool) -> None:
-        """Free the slots of rows that have ended, and whose last copy has come or is waited for."""
+        """Read the final copies that have arrived, or all with ``wait``, and free the slots of their sequences."""
+        # a slot is reused only after its copy was read: its outbox holds one copy, which the next end overwrites
         for slot in list(self._ending):
             outbox, row = self._outbox[slot], self._rows[slot]
             if wait or outbox.has(outbox.posted):
@@ -198,8 +201,8 @@ class Lane:
     # ---------------------------------------------------------------------------------------------------------- steps
 
     def advance(self) -> list[Row]:
-        """One round: every row that runs takes a step; the rows that did. One at its end is ``over`` once its last copy
-        has come, in this round or a later one."""
+        """Run one round, in which every running sequence takes a step; return the sequences that did. A finished one is
+        ``over`` once its final copy has been read, in this round or a later one."""
         began, device, here = time.perf_counter(), self.model.device.type, self.rows
         exact = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
         moved: list[Row] = []
@@ -209,7 +212,7 @@ class Lane:
                     moved += self._tell(report)
                     if report.last and moved:
                         break
-            # of a group, every rank must find slots free at the same step
+            # all ranks of a group must free slots at the same step, whenever the copies arrive
             self._collect(wait=self.model.group.size > 1 or not any(row.running for row in self.rows))
         except BaseException:
             self._leave()
@@ -220,7 +223,7 @@ class Lane:
         return moved
 
     def _tell(self, report: Report) -> list[Row]:
-        """Let rows know of a step that they took, unless it is one that they take again."""
+        """Update the sequences of a report, except those that repeat a step after a fall-back; return the updated."""
         told = []
         for view in report.rows:
             row = self._rows[view.index]
@@ -240,14 +243,14 @@ class Lane:
         return report
 
     def _decode(self) -> Reports:
-        """Reports; where a loop fails on the device, the one below it starts all rows again."""
+        """Yield reports. If a loop fails on the device, restart all sequences on the next loop."""
         while True:
             loop = self._loops.loop
             try:
                 yield from loop.run(self.step)
                 return
-            except RuntimeError as error:  # what torch raises for CUDA's
-                told = isinstance(error, SfsError) or is_lack_of_memory(error)  # another loop would fare no better
+            except RuntimeError as error:  # torch raises CUDA errors as this
+                told = isinstance(error, SfsError) or is_lack_of_memory(error)  # no other loop would succeed
                 if told or not self._loops.fall_back(loop, error):
                     raise
             for slot, row in enumerate(self._rows):
@@ -255,7 +258,7 @@ class Lane:
                     self._enter(slot, row)
 
     def close(self) -> None:
-        """Stop, wherever it is: rows that are there are left as they are, and their slots are free."""
+        """Stop at any point: sequences keep their present state, and all slots become free."""
         if self._reports is not None:
             try:
                 self._reports.close()
@@ -271,19 +274,19 @@ class Lane:
         self._ending, self._rows = [], [None] * self.slots
 
     def _leave(self) -> None:
-        """Give up: the device may still be at work, and write to memory of the host."""
+        """Abandon this batch and keep its host memory: the device may still write there."""
         if self.sound:
             self.sound = False
             _LEFT.extend((self.step.mailbox, *self._outbox))
 
 
 def _is_timed(sampler: Sampler) -> bool:
-    """Return whether it follows Dream's time schedule, which each sequence has for itself."""
+    """Return whether ``sampler`` follows Dream's time schedule, which is per sequence."""
     return isinstance(sampler, FixedSteps) and sampler.metric != "confidence"
 
 
 def _set_schedule(state: DecodeState, slot: int, row: Row) -> None:
-    """Write a row's time schedule and, for random positions, its stream of uniform numbers."""
+    """Write a sequence's time schedule and, for random positions, its stream of uniform numbers."""
     shares = row.sampler.shares(row.response_length)
     send(state.shares[slot, : len(shares)], shares)
     if row.sampler.metric == "origin":
@@ -293,5 +296,5 @@ def _set_schedule(state: DecodeState, slot: int, row: Row) -> None:
 
 
 def is_lack_of_memory(error: BaseException) -> bool:
-    """Return whether torch reports lack of memory: a class for a GPU's, a text for the host's."""
+    """Return whether torch reports lack of memory: by class for a GPU, by message for the host."""
     return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)

@@ -10,7 +10,7 @@ from .trace import StepTrace
 
 @dataclass(frozen=True)
 class Frame:
-    """The canvases after a step. Lists hold one entry a row."""
+    """The canvases after a step. Lists hold one entry per sequence."""
 
     step: int
     tokens: list[list[int]]
@@ -24,12 +24,12 @@ class Frame:
 
 @dataclass(frozen=True)
 class Generation:
-    """One finished row.
+    """Result of one sequence.
 
-    ``tokens`` is the response up to and including its first end-of-text; ``canvas`` the whole row, prompt included.
-    ``nfe`` counts steps of the sampler, ``forwards`` calls of the model (two a step under guidance),
+    ``tokens`` is the response up to and including its first end-of-text; ``canvas`` holds prompt and response.
+    ``nfe`` counts steps of the sampler, ``forwards`` calls of the model (two per step under guidance),
     ``rows_forwarded`` positions that went through the layers, ``full_forwards`` steps that covered the whole canvas;
-    ``forward_lengths`` is what each step's forward covered.
+    ``forward_lengths`` is the number of positions that each step's forward covered.
     """
 
     text: str | None
@@ -48,16 +48,16 @@ class Generation:
 
     @property
     def tokens_per_forward(self) -> float:
-        """Response tokens, end-of-text included, for each step."""
+        """Response tokens per step, end-of-text included."""
         return len(self.tokens) / max(1, self.nfe)
 
     @property
     def response(self) -> list[int]:
-        """Everything decoded, padding after the end-of-text included."""
+        """The whole response, including padding after the end-of-text."""
         return self.canvas[self.prompt_length :]
 
     def as_dict(self) -> dict[str, Any]:
-        """The answer and what it took, ready for JSON."""
+        """Return the response and its counters, ready for JSON."""
         return {
             "text": self.text,
             "tokens": self.tokens,

@@ -12,9 +12,8 @@ from ..errors import require
 
 
 class Kind(NamedTuple):
-    """Batch key: what sequences must share to be in one batch. ``sampler`` is a form: of what is a row's own, nothing
-    there is read. ``trace``, ``frames``: what each step decided on, and the canvases after it, are posted to the
-    host."""
+    """Batch key: the settings that sequences of one batch share. ``sampler`` is a form, so its per-sequence parameters
+    are not read. ``trace``, ``frames``: publish each step's decision inputs, and the canvases after it."""
 
     sampler: Sampler
     policy: CachePolicy
@@ -29,7 +28,7 @@ class Kind(NamedTuple):
 
 @dataclass(frozen=True)
 class Request:
-    """Checked arguments of a generation: canvases of token ids, where each is decoded from, and how."""
+    """Checked arguments of a generation: canvases of token ids, first decoded positions, decoding parameters."""
 
     canvases: list[list[int]]
     starts: list[int]

@@ -1,4 +1,4 @@
-"""The rows of one request, step by step, up to their results."""
+"""Run of one request: its sequences, from the first step to the results."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .sequence import Row, fault_of
 
 
 class Run:
-    """One request on a scheduler of its own: its frames, one a round in which rows stepped, then :meth:`results`."""
+    """Run one request on its own scheduler: one frame per round with steps, then :meth:`results`."""
 
     def __init__(self, scheduler: Scheduler, rows: Sequence[Row], spec: ModelSpec, text: TextCodec | None):
         self._scheduler, self._rows, self._spec, self._text = scheduler, rows, spec, text
@@ -22,11 +22,11 @@ class Run:
             scheduler.submit(row)
 
     def close(self) -> None:
-        """Stop, wherever it is."""
+        """Stop at any point."""
         self._scheduler.close()
 
     def advance(self) -> list[Row] | None:
-        """The rows that took a step in the next round; None at the end."""
+        """Run the next round; return the sequences that took a step, None at the end."""
         self._begun = True
         while not all(row.over for row in self._rows):
             if moved := self._scheduler.step():
@@ -34,14 +34,14 @@ class Run:
         return None
 
     def drop(self, index: int) -> None:
-        """End a row between two steps: it takes none any more, and costs none. The others go on as they would have.
+        """End a sequence between two steps: it takes no further step. The others are not affected.
 
-        Its result is the row as it then stands, ``masks_left`` of it undecided. A step that a loop has queued ahead is
-        still taken, but no frame tells of the row in it.
+        Its result is its present canvas, with ``masks_left`` positions undecided. A step that is already queued still
+        runs, but no frame shows the sequence in it.
 
         Raises:
             RuntimeError: no step has been taken yet.
-            ArgumentError: there is no such row.
+            ArgumentError: there is no such sequence.
         """
         require(
             0 <= index < len(self._rows), f"row={index} is not one of the {len(self._rows)} rows of this generation"
@@ -68,10 +68,10 @@ class Run:
         )
 
     def results(self) -> list[Generation]:
-        """The rows of a run that is over.
+        """Return the results of a finished run.
 
         Raises:
-            NumericalFault, StepCapExceeded: for some rows; the others are in its ``finished``, by row.
+            NumericalFault, StepCapExceeded: some sequences failed; ``finished`` has the others, by index.
         """
         done = {index: row.result(self._spec, self._text) for index, row in enumerate(self._rows) if not row.fault}
         if (error := fault_of(self._rows, done)) is not None:

@@ -1,12 +1,12 @@
 """Continuous batching: assigns slots to sequences, and picks those that step next.
 
-Rows wait in the order in which they came. Each needs a slot in a :class:`~sfs_triton.scheduling.lane.Lane` of its kind
-that has room for it; lanes are opened as far as their number and their memory allow. A call of :meth:`Scheduler.step`
-is a round of one lane, and lanes take turns.
+Sequences wait in order of arrival. Each needs a slot in a persistent batch (:class:`~sfs_triton.scheduling.lane.Lane`)
+of its batch key with capacity for it; batches are opened within limits of number and memory. A call of
+:meth:`Scheduler.step` runs one round of one batch, in rotation.
 
-No row starves. Of rows that the same lane has room for, the oldest gets the next slot. A row that needs a lane while
-none can be opened picks the one with the fewest rows, which takes no others from then on, ends with those it has, and
-makes room. What came later and needs no new lane goes on meanwhile.
+No sequence starves. Of sequences that fit the same batch, the oldest gets the next slot. A sequence that needs a new
+batch while none can be opened selects the batch with the fewest sequences; that one admits no others, finishes those it
+holds and is closed. Later sequences that need no new batch continue meanwhile.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from .sequence import Row
 
 logger = logging.getLogger("sfs_triton")
 
-SPARE = 1  # lanes kept for the next generation of their kind, with their caches
-_SHORTEST = 256  # canvas of a lane that rows of any length may come to
+SPARE = 1  # idle batches kept, with their caches, for the next generation of the same batch key
+_SHORTEST = 256  # least canvas length of a batch that admits sequences of any length
 
 
 class Room(NamedTuple):
-    """The rows that a lane is made for: canvases of up to ``length`` positions, and bounds of what is in them."""
+    """Batch capacity: canvases of up to ``length`` positions, and bounds of prompt lengths and masks in them."""
 
     length: int
     prompts: tuple[int, int]  # shortest and longest
@@ -46,7 +46,7 @@ class Room(NamedTuple):
 
 
 def room_for(rows: Sequence[Row]) -> Room:
-    """Just what these rows need."""
+    """Return the exact capacity for these sequences."""
     prompts = [row.start for row in rows]
     return Room(
         length=max(len(row.canvas) for row in rows),
@@ -57,7 +57,7 @@ def room_for(rows: Sequence[Row]) -> Room:
 
 
 def room_around(row: Row, most: int) -> Room:
-    """Return room for this row and others like it: canvases of the next power of two, at most ``most`` positions.
+    """Return capacity for this sequence and similar ones: the next power of two, at most ``most`` positions.
     Prompts are kept apart, by powers of two as well, only where a policy's steps depend on them."""
     length = min(max(_SHORTEST, 1 << (len(row.canvas) - 1).bit_length()), most)
     shortest = 1 << (row.start.bit_length() - 1) if row.kind.policy.by_prompt and row.start else 0
@@ -65,13 +65,13 @@ def room_around(row: Row, most: int) -> Room:
 
 
 def smallest_room(most: int) -> Room:
-    """The least that :func:`room_around` makes a lane for."""
+    """Return the smallest capacity that :func:`room_around` gives."""
     length = min(_SHORTEST, most)
     return Room(length, (0, length), length, length)
 
 
 class Lanes:
-    """Makes lanes for a model, and keeps those that no one uses for the next of their kind. Safe between threads."""
+    """Pool of persistent batches of a model; keeps idle ones for the next use of their batch key. Thread-safe."""
 
     def __init__(self, model: Transformer, loops: LoopChoice):
         self._model, self._loops = model, loops
@@ -79,10 +79,10 @@ class Lanes:
         self._lock = threading.Lock()
 
     def take(self, kind: Kind, slots: int, room: Room) -> Lane:
-        """A lane that is ready for rows in ``room``.
+        """Return a persistent batch prepared for sequences within ``room``.
 
         Raises:
-            OutOfDeviceMemory: there is no room for its tensors.
+            OutOfDeviceMemory: its tensors do not fit.
         """
         length = self._loops.loop.canvas_length(room.length, self._model.spec.max_length)
         wanted = kind, slots, length, room.response
@@ -91,14 +91,14 @@ class Lanes:
             if lane is not None:
                 self.spare.remove(lane)
             else:
-                self.spare.clear()  # which makes room for the new one, that takes their place in the end
+                self.spare.clear()  # frees memory for the new batch, which replaces them
         if lane is None:
             lane = Lane(self._model, *wanted, self._loops)
         lane.expect(room.prompts, [room.masks])
         return lane
 
     def give(self, lane: Lane) -> None:
-        """Take a lane back, whatever it is at."""
+        """Return a batch to the pool, in any state."""
         lane.close()
         if lane.sound:
             with self._lock:
@@ -113,23 +113,23 @@ class _Open:
     lane: Lane
     room: Room
     bytes: int
-    closing: bool = False  # takes no rows any more
+    closing: bool = False  # admits no more sequences
 
     def takes(self, row: Row) -> bool:
         return not self.closing and self.lane.kind.serves(row.kind) and self.room.holds(row)
 
 
 class Scheduler:
-    """Decodes rows side by side, of which new ones may come and others go between any two steps. Not safe between
-    threads: whoever steps it does everything else as well.
+    """Decode sequences in persistent batches; sequences may be submitted and dropped between any two steps. Not
+    thread-safe: all calls must come from the thread that steps it.
 
     Args:
-        lanes: where lanes are from.
-        room: what a lane is to have room for that is opened for a row.
-        slots: rows that a lane has place for, if memory allows.
-        most: lanes at a time.
-        memory: bytes that the caches and canvases of all lanes may take; None: as many as there are.
-        joined: called with a row that has just got a slot.
+        lanes: pool of persistent batches.
+        room: function from a sequence to the capacity of the batch that is opened for it.
+        slots: slots per batch, if memory allows.
+        most: most batches open at a time.
+        memory: bytes for the caches and canvases of all batches; None: all that is free.
+        joined: called with each sequence that gets a slot.
     """
 
     def __init__(
@@ -144,18 +144,18 @@ class Scheduler:
     ):
         self._lanes, self._room, self.slots, self._most, self._memory = lanes, room, slots, most, memory
         self._joined = joined or (lambda row: None)
-        self._open: deque[_Open] = deque()  # the next to step first
+        self._open: deque[_Open] = deque()  # in order of their next step
         self._waiting: deque[Row] = deque()
-        self.fallen: list[Row] = []  # that were lost with the last failure; whoever catches it may submit them again
+        self.fallen: list[Row] = []  # failed: evicted by the last exception; the caller may resubmit them
 
     @property
     def waiting(self) -> int:
-        """Rows that have no slot yet."""
+        """Sequences without a slot."""
         return len(self._waiting)
 
     @property
     def running(self) -> int:
-        """Rows that have a slot."""
+        """Sequences that hold a slot."""
         return sum(len(each.lane.rows) for each in self._open)
 
     @property
@@ -163,11 +163,11 @@ class Scheduler:
         return len(self._open)
 
     def submit(self, row: Row) -> None:
-        """Queue a row."""
+        """Queue a sequence."""
         self._waiting.append(row)
 
     def drop(self, row: Row) -> None:
-        """End a row before its next step; see :meth:`Lane.drop <sfs_triton.scheduling.lane.Lane.drop>`."""
+        """End a sequence before its next step; see :meth:`Lane.drop <sfs_triton.scheduling.lane.Lane.drop>`."""
         if row in self._waiting:
             self._waiting.remove(row)
             row.dropped = row.over = True
@@ -176,15 +176,15 @@ class Scheduler:
                 each.lane.drop(row)
 
     def step(self) -> list[Row]:
-        """Give slots to rows that wait, and step every row of the next lane; the rows that took one.
+        """Admit waiting sequences and run one round of the next batch; return the sequences that took a step.
 
-        A row whose end is known is ``over``. Empty where the last rows have just ended.
+        A finished sequence is ``over``. The list is empty if the last sequences have just ended.
 
-        Rows of a lane that ran out of memory in a step begin again, fewer side by side; no step is told of twice.
+        Sequences of a batch that ran out of memory restart, in a batch with fewer slots; no step is reported twice.
 
         Raises:
-            OutOfDeviceMemory: there is no memory for a row that has a lane to itself.
-            Exception: whatever a lane fails with. In either case ``fallen`` has the rows that were lost.
+            OutOfDeviceMemory: a sequence does not fit in a batch of one slot.
+            Exception: any failure of a batch. In either case ``fallen`` holds the evicted sequences.
         """
         self._admit()
         for _ in range(len(self._open)):
@@ -211,12 +211,12 @@ class Scheduler:
         self.slots = max(1, len(rows) // 2)
         logger.warning("lanes have at most %d slots from now on: no memory for a step: %s", self.slots, lost)
         for row in rows:
-            row.over = row.over or row.dropped  # as far as it was known
+            row.over = row.over or row.dropped  # a dropped one counts as finished, from its last read state
         self._waiting.extendleft(reversed([row for row in rows if not row.over]))
         return []
 
     def close(self) -> None:
-        """Stop everything, and give the lanes back."""
+        """Stop all sequences and return the batches to the pool."""
         self._waiting.clear()
         while self._open:
             self._lanes.give(self._open.popleft().lane)
@@ -225,7 +225,7 @@ class Scheduler:
 
     def _admit(self) -> None:
         self._reap(lambda each: each.closing)
-        stuck = False  # whether an older row waits for a lane, whose room none that came later may take
+        stuck = False  # True: an older sequence waits for a new batch, and no later one may take that capacity
         for row in list(self._waiting):
             homes = [each for each in self._open if each.takes(row)]
             home = next((each for each in homes if each.lane.free), None)
@@ -240,13 +240,13 @@ class Scheduler:
             min(self._open, key=lambda each: len(each.lane.rows)).closing = True
 
     def _reap(self, which: Callable[[_Open], bool]) -> None:
-        """Give back lanes that are empty."""
+        """Return empty batches to the pool."""
         for each in [each for each in self._open if which(each) and not each.lane.rows]:
             self._open.remove(each)
             self._lanes.give(each.lane)
 
     def _make_lane(self, row: Row) -> _Open | None:
-        """A lane for this row and those like it, with as many slots as there is memory for; None: not even one now."""
+        """Open a batch for this and similar sequences, with as many slots as memory allows; None if not even one."""
         room, slots = self._room(row), self.slots
         if len(self._open) >= self._most or not self._affords(row.kind, slots, room):
             self._reap(lambda each: True)
@@ -271,7 +271,7 @@ class Scheduler:
         self.fallen = [row]
 
     def _take(self, kind: Kind, slots: int, room: Room) -> tuple[Lane, int]:
-        """A lane with ``slots``, or with half, a quarter... of them, and how many it has."""
+        """Take a batch with ``slots`` slots, or half, a quarter...; return it with its number of slots."""
         while True:
             try:
                 if not self._affords(kind, slots, room):

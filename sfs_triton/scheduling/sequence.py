@@ -1,4 +1,4 @@
-"""One canvas on its way from a request to its result."""
+"""A sequence: one canvas from its request to its result."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from .trace import StepTrace, Tracer
 
 
 class Row:
-    """A canvas, and what the host knows of it. It takes its steps in a slot of a lane, once there is one free."""
+    """A sequence: its canvas and its progress, as read by the host. It takes steps once it has a slot of a batch."""
 
     def __init__(self, kind: Kind, sampler: Sampler, canvas: list[int], start: int, seed: int, mask_id: int):
         self.kind, self.sampler = kind, sampler
         self.canvas, self.start, self.seed, self._mask_id = canvas, start, seed, mask_id
         self.masks = canvas.count(mask_id)
         self.tracer = Tracer(sampler, kind.policy, start, len(canvas), kind.trace)
-        self.tokens, self.commit_step = canvas, [-1] * len(canvas)  # as last posted
+        self.tokens, self.commit_step = canvas, [-1] * len(canvas)  # as last read
         self.control: list[int] | None = None  # likewise; None before the first step
-        self.seconds = 0.0  # of the steps that its lane took while it was there
-        self.dropped = self.over = False  # over: no step will change it, and all that is to be known of it is known
+        self.seconds = 0.0  # duration of its batch's rounds while it held a slot
+        self.dropped = self.over = False  # over: final tokens and counters have reached the host
 
     @classmethod
     def of(cls, request: Request, mask_id: int) -> list[Row]:
-        """The rows of a request."""
+        """Build the sequences of a request."""
         given = zip(request.canvases, request.starts, request.seeds, strict=True)
         return [cls(request.kind, request.sampler, *row, mask_id) for row in given]
 
@@ -41,47 +41,47 @@ class Row:
 
     @property
     def step_cap(self) -> int:
-        """More steps than it can take."""
+        """Step limit: more steps than it can take."""
         return self.sampler.step_cap(self.response_length) + self.kind.policy.extra_steps(self.response_length)
 
     @property
     def steps(self) -> int:
-        """Count of its steps that have been reported."""
+        """Number of its steps that have been reported."""
         return len(self.tracer.forward_lengths)
 
     @property
     def running(self) -> bool:
-        """True if it has steps to take, now or once it has a slot."""
+        """True if it has steps left, whether it holds a slot yet or not."""
         return not self.dropped and not self.over and (self.control is None or not self.control[COLUMN["done"]])
 
     @property
     def fast(self) -> bool:
-        """True in its fast stage."""
+        """True in the fast stage."""
         return self.control is not None and self.control[COLUMN["phase"]] == FAST
 
     @property
     def span(self) -> tuple[int, int]:
-        """``[s, e)`` of its cycle; ``e`` is -1 while it is not known."""
+        """Span ``[s, e)`` of its cycle; ``e`` is -1 until it is known."""
         return (self.start, -1) if self.control is None else (self.control[COLUMN["s"]], self.control[COLUMN["e"]])
 
     @property
     def settled(self) -> int:
-        """Everything before this position is decided."""
+        """Position before which everything is decided."""
         limit = len(self.canvas) if self.control is None else self.control[COLUMN["limit"]]
         given, commits = self.canvas, self.commit_step
         return next((p for p in range(self.start, limit) if given[p] == self._mask_id and commits[p] < 0), len(given))
 
     @property
     def last_committed(self) -> list[int]:
-        """The positions that its last step filled."""
+        """Positions that its last step committed."""
         return [p for p, step in enumerate(self.commit_step) if step == self.steps - 1]
 
     def take_trace(self) -> StepTrace | None:
-        """The trace of its last step, if it has not been taken. Results do not have those that were."""
+        """Remove and return the trace of its last step, if it is still there. Results lack the removed ones."""
         return self.tracer.steps.pop() if self.tracer.steps else None
 
     def take(self, view: RowView, report: Report) -> None:
-        """Note a step that it has taken; ``view`` is how it stood before."""
+        """Record a step it has taken; ``view`` is its state before the step."""
         self.tracer.after(view, report)
         self.control = report.control[view.index]
         if self.kind.frames:
@@ -92,15 +92,15 @@ class Row:
 
     @property
     def fault(self) -> int:
-        """0, or what broke it: 1 + the step whose logits held NaN, or -1 - the step at which its cap was reached."""
+        """Fault code: 0 none, 1 + the step whose logits held NaN, or -1 - the step at which its cap was reached."""
         return self.control[COLUMN["fault"]] if self.control else 0
 
     def result(self, spec: ModelSpec, text: TextCodec | None) -> Generation:
-        """The row as it stands at its end."""
+        """Return the result from its final state."""
         canvas, tracer = self.tokens, self.tracer
         nfe, left = (self.control[COLUMN[name]] for name in ("step", "masks_left")) if self.control else (0, self.masks)
         response = canvas[self.start :]
-        generated = self.start > 0 and spec.eos_id in response  # a canvas that was filled in is kept whole
+        generated = self.start > 0 and spec.eos_id in response  # an infilled canvas is not cut at end-of-text
         tokens = response[: response.index(spec.eos_id) + 1] if generated else response
         branches = 2 if self.sampler.cfg_scale else 1
         return Generation(
@@ -121,7 +121,7 @@ class Row:
 
 
 def fault_of(rows: Sequence[Row], finished: dict[int, Generation]) -> RowFault | None:
-    """The error for what broke some rows, if anything did; ``finished`` are the others' results."""
+    """Return the error for the faults of some sequences, or None; ``finished`` are the results of the others."""
     faults = {index: row.fault for index, row in enumerate(rows) if row.fault}
     if not faults:
         return None

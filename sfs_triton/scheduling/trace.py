@@ -15,8 +15,8 @@ from ..runner import Report
 
 @dataclass(frozen=True)
 class StepTrace:
-    """One step of one row. Positions and lengths count from the first decoded position, ``s``, ``e``, ``e_cand`` and
-    ``history`` from the block's start; samplers without stages have phase ``"block"``."""
+    """One step of one sequence. Positions and lengths count from the first decoded position; ``s``, ``e``, ``e_cand``
+    and ``history`` from the start of the block; samplers without stages have phase ``"block"``."""
 
     step: int
     phase: str  # "slow", "fast" or "block"
@@ -27,16 +27,16 @@ class StepTrace:
     e_cand: int | None  # candidate horizon of this step; None when it was not estimated
     history: list[int] | None  # the window after this step, oldest first (a zero-initialised one in slot order)
     spread: float | None  # of the window; None until it is full
-    determined: bool  # whether the span's end is final
+    determined: bool  # the span's end is final
     e: int | None  # the span's end; None in a slow stage whose window has not been full
-    forwarded: int  # length of the forward, without what precedes the first decoded position; of a row list, its length
+    forwarded: int  # positions forwarded from the first decoded one on; for a list, its length
     rows_forwarded: int
     committed: list[int]
-    confidence: list[float | None]  # over the decoded part; None where nothing was looked at or decided already
+    confidence: list[float | None]  # over the decoded part; None at positions that were no candidates
 
 
 class Tracer:
-    """Counts what the forwards of a row covered. ``keep`` its trace as well: the state must record events for it."""
+    """Count positions per forward of a sequence. ``keep``: also keep its trace; the state must record events."""
 
     def __init__(self, sampler: Sampler, policy: CachePolicy, start: int, end: int, keep: bool):
         self._sampler, self._policy, self._start, self._end, self._keep = sampler, policy, start, end, keep
@@ -46,7 +46,7 @@ class Tracer:
         self.steps: list[StepTrace] = []
 
     def after(self, row: RowView, report: Report) -> None:
-        """Note a step that has just been decided; ``row`` is how it stood before."""
+        """Record a decided step; ``row`` is the state before it."""
         covered = self._policy.covered(row, report.control[row.index][COLUMN["listed"]])
         recomputed = self._policy.recomputed(row, covered)
         self.forward_lengths.append(covered)

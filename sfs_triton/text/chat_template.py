@@ -1,7 +1,7 @@
-"""Chat templates of strangers, rendered with limits: in jinja's sandbox, in a process with little memory and time.
+"""Rendering of untrusted chat templates: in jinja's sandbox, in a process with limits on memory and time.
 
-The sandbox keeps a template from reaching anything outside of it, but not from running forever or from filling the
-memory, and in a thread of this process neither could be stopped.
+The sandbox keeps a template from reaching anything outside of it, but not from running forever or exhausting memory,
+and neither could be stopped in a thread of this process.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from typing import Any
 from ..errors import SfsError
 
 SECONDS = 5.0  # a conversation takes milliseconds
-START_SECONDS = 60.0  # that the process may take to start, on a machine that is busy
+START_SECONDS = 60.0  # limit of the process start, on a busy machine
 BYTES = 512 * 2**20  # of address space
-CHARACTERS = 16 * 2**20  # of a rendered conversation, more than any model has room for
+CHARACTERS = 16 * 2**20  # of a rendered conversation: beyond any model's context
 
 PROGRAM = Path(__file__).with_name("template_worker.py")
 _RUN = "import sys, runpy; file, sys.path[:] = sys.argv[2], sys.argv[3:]; runpy.run_path(file, run_name='__main__')"
 
 
 class TemplateError(SfsError):
-    """A template failed, or broke a limit."""
+    """A template failed or exceeded a limit."""
 
 
 class Renderer:
-    """Renders conversations one after another, in a process that starts with the first of them. Safe in threads."""
+    """Render conversations one after another, in a process started for the first of them. Thread-safe."""
 
     def __init__(self, seconds: float = SECONDS):
         self.seconds = seconds
@@ -42,7 +42,7 @@ class Renderer:
         self._process: subprocess.Popen | None = None
 
     def render(self, template: str, variables: Mapping[str, Any]) -> str:
-        """The text of ``template``; ``variables`` are what JSON can hold.
+        """Render ``template`` to text; ``variables`` must be JSON values.
 
         Raises:
             TemplateError: the template failed; or it took more than ``seconds``, :data:`BYTES` or :data:`CHARACTERS`.
@@ -64,17 +64,17 @@ class Renderer:
         return told["text"]
 
     def close(self) -> None:
-        """End the process; the next conversation starts another."""
+        """End the process; the next conversation starts a new one."""
         process, self._process = self._process, None
         if process is not None:
             process.kill()
             process.wait()
-            with contextlib.suppress(OSError):  # of what it did not read
+            with contextlib.suppress(OSError):  # from unread input
                 process.stdin.close()
             process.stdout.close()
 
     def forget(self) -> None:
-        """Leave the process to whom it belongs: in a copy of this one, which has neither its lock nor its turn."""
+        """Drop the process without ending it: after a fork, where it still belongs to the parent."""
         self._lock, self._process = threading.Lock(), None
 
     def _start(self) -> None:
@@ -88,7 +88,7 @@ class Renderer:
             raise TemplateError("the process to render it does not start")
 
     def _ask(self, line: bytes, seconds: float) -> bytes | None:
-        """The process' next line after it was sent ``line``; None where there is none in time, and the process ends."""
+        """Send ``line`` to the process and return its next line; None, and the process ends, if none comes in time."""
         process = self._process
         limit = threading.Timer(seconds, process.kill)
         limit.daemon = True
@@ -98,11 +98,11 @@ class Renderer:
             process.stdin.write(line)
             process.stdin.flush()
             answer = process.stdout.readline()
-        except OSError:  # it ended before it had read all
+        except OSError:  # it ended before reading all
             answer = b""
         finally:
             limit.cancel()
-            if not answer.endswith(b"\n"):  # or this was interrupted, and its answer is still to come
+            if not answer.endswith(b"\n"):  # or interrupted, with an answer still to come
                 self.close()
         return answer if answer.endswith(b"\n") else None
 

@@ -1,4 +1,4 @@
-"""Text in and out of a checkpoint: its ``tokenizer.json`` and its chat template."""
+"""Text codec of a checkpoint: its ``tokenizer.json`` and its chat template."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from ..errors import ArgumentError, CheckpointError, SfsError, require
 from ..files import read_json
 from .chat_template import TemplateError, render
 
-UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what tokenizers make of a character whose bytes have not all come
+UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # decoded from a character with missing bytes
 GROWTH = 64  # of a text in its tokenizer: Unicode's own normal forms make a character 18 at most
-CHARACTERS = 64  # of a text for each position of a context; encoding far more than can fit takes long
+CHARACTERS = 64  # of text per position of a context; encoding far more than fits takes long
 
 
 def check_size(name: str, text: str, context: int) -> None:
-    """Refuse a text that a context of so many positions has no room for, before it is encoded."""
+    """Refuse a text too long for a context of so many positions, before it is encoded."""
     most = context * CHARACTERS
     require(
         len(text) <= most,
@@ -45,7 +45,7 @@ class TextCodec:
 
     @classmethod
     def from_folder(cls, folder: Path) -> TextCodec | None:
-        """The codec of a checkpoint folder; None where it has no ``tokenizer.json``."""
+        """Load the codec of a checkpoint folder; None if it has no ``tokenizer.json``."""
         path = folder / "tokenizer.json"
         if not path.is_file():
             return None
@@ -73,13 +73,13 @@ class TextCodec:
         return cls(tokenizer, template, special)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of ``text``, with nothing added to it."""
+        """Encode ``text`` to token ids, without added tokens."""
         check_unicode(text)
         with _refusing(ArgumentError, f"the checkpoint's tokenizer fails on text={text!r}"):
             return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of token ids, without special tokens."""
+        """Decode token ids to text, without special tokens."""
         return self._decode(list(ids), skip_special_tokens=True)
 
     def _decode(self, ids: list[int], *, skip_special_tokens: bool) -> str:
@@ -94,18 +94,18 @@ class TextCodec:
         return both[len(before) :] if both.startswith(before) else decode([token], skip_special_tokens=False)
 
     def token_id(self, token: str) -> int | None:
-        """The id of a token by its exact text."""
+        """Return the id of a token by its exact text."""
         return self.tokenizer.token_to_id(token)
 
     def special_ids(self) -> dict[str, int]:
-        """Ids of the special tokens, by their text."""
+        """Return the ids of special tokens by their text."""
         added = self.tokenizer.get_added_tokens_decoder()
         return {token.content: index for index, token in added.items() if token.special}
 
     def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        """The prompt of a conversation, ready for the assistant's answer.
+        """Render the prompt of a conversation, up to the assistant's answer.
 
-        The template runs in a sandbox, with limits on its time, its memory and what it writes.
+        The template runs in a sandbox, with limits on time, memory and output.
         """
         if self.template is None:
             raise ArgumentError("the checkpoint has no chat template; pass a string or token ids")
@@ -121,7 +121,7 @@ class TextCodec:
 
 @contextmanager
 def _refusing(kind: type[SfsError], what: str) -> Iterator[None]:
-    """The tokenizer library's failures as errors of this package. It raises plain Exception, and panics past that."""
+    """Convert failures of the tokenizer library (plain Exception and panics) to errors of this package."""
     try:
         yield
     except BaseException as error:
@@ -131,7 +131,7 @@ def _refusing(kind: type[SfsError], what: str) -> Iterator[None]:
 
 
 def _check_growth(path: Path, name: str, part: Any) -> None:
-    """Refuse a normalizer or decoder by which a text could become :data:`GROWTH` times as long, and fill the memory."""
+    """Refuse a normalizer or decoder that could make a text :data:`GROWTH` times as long and exhaust memory."""
     growth = 1 if part is None else _growth(json.loads(part.__getstate__()))
     if growth > GROWTH:
         raise CheckpointError(f"{path}: its {name} may make a text {growth:,.0f} times as long, over {GROWTH}")
@@ -142,12 +142,12 @@ def _growth(part: Mapping[str, Any]) -> float:
         return math.prod(map(_growth, part.get("normalizers") or part.get("decoders") or []))
     if part["type"] != "Replace":
         return 1
-    matched = len(part["pattern"].get("String", ""))  # an expression may match nothing, which is everywhere
+    matched = len(part["pattern"].get("String", ""))  # 0: an expression may match the empty string, everywhere
     return max(1, len(part["content"]) / matched if matched else 1 + len(part["content"]))
 
 
 def _default_template(template: Any, path: Path) -> str | None:
-    """The template itself, or the one named "default" of a list of named ones."""
+    """Return the template itself, or the one named "default" in a list."""
     if isinstance(template, list):
         named = {t.get("name"): t.get("template") for t in template if isinstance(t, Mapping)}
         template = named.get("default", template)

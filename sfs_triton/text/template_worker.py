@@ -1,6 +1,6 @@
 """Program that renders chat templates; :mod:`sfs_triton.text.chat_template` starts it, and nothing else does.
 
-It knows only the standard library and jinja2. A line of JSON comes in for each conversation, a line goes out.
+It imports only the standard library and jinja2. It reads one line of JSON per conversation and writes one line back.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 
 def limit_memory(allowed: int) -> None:
-    """Have allocations fail beyond ``allowed`` bytes of address space, and writing to files. Only Linux keeps to it."""
+    """Limit address space to ``allowed`` bytes and forbid writing to files. Only Linux enforces it."""
     if sys.platform != "linux":
         return
     import resource
@@ -39,7 +39,7 @@ def compiled(source: str) -> Template:
 
 
 def rendered(source: str, variables: dict[str, Any], most: int) -> str:
-    """The template's text.
+    """Render a template to text.
 
     Raises:
         ValueError: it is longer than ``most`` characters.
@@ -58,12 +58,12 @@ def answer(line: str) -> str:
         return json.dumps({"text": rendered(**json.loads(line))})
     except MemoryError:
         return json.dumps({"error": "it ran out of memory"})
-    except Exception as error:  # whatever a stranger's template does wrong
+    except Exception as error:  # an untrusted template may raise anything
         return json.dumps({"error": str(error) or type(error).__name__})
 
 
 def main() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal is for the program that started this one
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal is for the parent process
     limit_memory(int(sys.argv[1]))
     print(flush=True)  # ready
     for line in sys.stdin:

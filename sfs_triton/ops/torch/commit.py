@@ -1,4 +1,4 @@
-"""Writing chosen tokens to the canvas: shared by every sampler's ``decide``."""
+"""Commit of chosen tokens to the canvas: shared by every sampler's ``decide``."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import torch
 
 
 def waiting(state, first: torch.Tensor, stop: torch.Tensor) -> torch.Tensor:
-    """The rows ``[B]`` whose row list left out everything undecided in ``[first, stop)``, what their stage looks at.
+    """Mark the rows ``[B]`` whose list has no undecided position of their stage's range ``[first, stop)``.
 
-    Such a row counts the step, and nothing else of it moves: the step cap alone can end it.
+    Such a row counts the step and does not change otherwise: only the step cap can end it.
     """
     undecided = state.masked & (state.position >= first[:, None]) & (state.position < stop[:, None])
     return undecided.any(1) & ~state.inside.any(1)
@@ -35,7 +35,7 @@ def commit(state, fill: torch.Tensor, *, eos_stop: bool) -> None:
 
 
 def finish_step(state, running: torch.Tensor, over: torch.Tensor) -> None:
-    """End the rows that are ``over``; a running row that is not, at its step cap, ends with a fault."""
+    """End the rows that are ``over``; other running rows at their step cap end with a fault."""
     torch.sum(state.masked, 1, out=state.masks_left)
     stuck = (state.step >= state.cap) & running & ~over
     state.fault.sub_(state.step * stuck)  # no running row has a fault yet
@@ -43,17 +43,17 @@ def finish_step(state, running: torch.Tensor, over: torch.Tensor) -> None:
 
 
 def inside_scores(state) -> torch.Tensor:
-    """``state.score`` where the step looks, -inf elsewhere."""
+    """Return ``state.score`` at candidates, -inf elsewhere."""
     return state.score.masked_fill(~state.inside, float("-inf"))
 
 
 def first_masked(state, first: torch.Tensor) -> torch.Tensor:
-    """The lowest undecided position at or after ``first [B]`` of each row; the canvas' length if there is none."""
+    """Return the lowest undecided position of each row at or after ``first [B]``; the canvas length if none."""
     return torch.where(state.masked & (state.position >= first[:, None]), state.position, state.length).amin(1)
 
 
 def mark_faults(state, scores: torch.Tensor) -> None:
-    """A NaN among ``scores [B, L]`` ends its row with a fault."""
+    """End rows that have a NaN among ``scores [B, L]`` with a fault."""
     bad = scores.isnan().any(1)
     state.fault.copy_(torch.where(bad, state.step + 1, state.fault))
     state.done.copy_(torch.where(bad, 1, state.done))

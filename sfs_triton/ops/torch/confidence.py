@@ -1,4 +1,4 @@
-"""From logits to a chosen token and its score.
+"""Chosen token and its score from logits.
 
 Scores are the softmax probability of the chosen token (``confidence``), the gap between the two largest probabilities
 (``margin``) or the negative entropy (``entropy``). LLaDA measures on untempered logits; Dream's own samplers measure
@@ -85,7 +85,7 @@ def confidence(
 def _score(logits: torch.Tensor, token: torch.Tensor, metric: str) -> torch.Tensor:
     probabilities = logits.softmax(-1)
     if metric == "margin":
-        top = F.pad(probabilities, (0, 1)).topk(2, dim=-1).values  # of a single token the second is none
+        top = F.pad(probabilities, (0, 1)).topk(2, dim=-1).values  # a vocabulary of one token has no second
         return top[:, 0] - top[:, 1]
     if metric == "entropy":
         return (probabilities * (probabilities + 1e-10).log()).sum(-1)

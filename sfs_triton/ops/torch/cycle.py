@@ -1,7 +1,7 @@
 """The slow/fast cycle machine of SlowFast Sampling (arXiv 2506.10848), for all rows of a batch at once.
 
 ``decide`` is one step: estimate the candidate horizon, test its stability, choose and commit positions, and move on to
-the fast stage, the next cycle or the next block. It reads and writes tensors of a ``DecodeState`` and never looks at
+the fast stage, the next cycle or the next block. It reads and writes tensors of a ``DecodeState`` and never reads
 their values on the host.
 """
 
@@ -18,8 +18,8 @@ from .plan import stage_range
 
 @dataclass(frozen=True)
 class CycleRules:
-    """The numbers and choices in which the paper and the references differ; ``SlowFast`` fills them in. Thresholds are
-    each row's own (``state.tau_min``, ``tau_slow`` and ``tau``)."""
+    """Parameters in which the paper and the reference implementations differ; ``SlowFast`` sets them. Thresholds are
+    per sequence (``state.tau_min``, ``tau_slow`` and ``tau``)."""
 
     k_max: int
     window: int
@@ -38,7 +38,7 @@ class CycleRules:
     share_stable: bool = False  # the step that becomes stable also fills [s, e) as the fast stage would
     eos_horizon: bool = True  # end-of-text can be a candidate
     look_ahead: int = 0  # so many positions beyond e, scored in fast steps, start the next cycle's history
-    partial: bool = False  # row lists may leave out what a step would decide; a row of which they leave all out waits
+    partial: bool = False  # a list may lack positions that a step would decide; a row whose list has none waits
     span_cap: int | None = None  # with partial: as the row lists have it
 
 
@@ -56,12 +56,12 @@ def spread_of(history: torch.Tensor, count: torch.Tensor, kind: str) -> torch.Te
 
 
 def _over(scores: torch.Tensor, tau: torch.Tensor, rules: CycleRules) -> torch.Tensor:
-    """Mark the ``scores [B, L]`` that pass their row's threshold, ``tau [B]``."""
+    """Mark the ``scores [B, L]`` that pass the threshold of their row, ``tau [B]``."""
     return scores > tau[:, None] if rules.strict else scores >= tau[:, None]
 
 
 def _furthest(state, scores: torch.Tensor, rules: CycleRules) -> torch.Tensor:
-    """The highest candidate for the horizon among ``scores [B, L]``, -1 if there is none."""
+    """Return the highest position among ``scores [B, L]`` that can set the candidate horizon, -1 if there is none."""
     candidate = _over(scores, state.tau_min, rules)
     if not rules.eos_horizon:
         candidate &= state.token != state.eos_id
@@ -69,9 +69,9 @@ def _furthest(state, scores: torch.Tensor, rules: CycleRules) -> torch.Tensor:
 
 
 def _horizon(state, scores: torch.Tensor, moves: torch.Tensor, rules: CycleRules) -> torch.Tensor:
-    """Push this slow step's candidate horizon, and update stability and the span's end ``e``.
+    """Push the candidate horizon of this slow step; update stability and the span's end ``e``.
 
-    Returns the rows that became stable with this step.
+    Returns the rows that became stable in this step.
     """
     furthest = _furthest(state, scores, rules)
     estimate = torch.where(furthest >= 0, furthest + 1, state.s + 1)
@@ -103,7 +103,7 @@ def _horizon(state, scores: torch.Tensor, moves: torch.Tensor, rules: CycleRules
 
 
 def _fill(state, scores: torch.Tensor, rules: CycleRules) -> torch.Tensor:
-    """The positions this step commits: everything over the threshold if enough are, else the best one."""
+    """Mark the positions to commit: all over the threshold if there are enough, else the best one."""
     slow = state.phase == SLOW
     enough = torch.where(slow, rules.min_parallel_slow, rules.min_parallel)
     high = _over(scores, torch.where(slow, state.tau_slow, state.tau), rules)
@@ -112,17 +112,18 @@ def _fill(state, scores: torch.Tensor, rules: CycleRules) -> torch.Tensor:
 
 
 def _shared_fill(state, scores: torch.Tensor, stable: torch.Tensor, rules: CycleRules) -> torch.Tensor:
-    """Mark what the fast stage would commit in the spans of the ``stable`` rows, without its resort to the best one.
+    """Mark the positions that the fast stage would commit in the spans of ``stable`` rows, without its fall-back.
 
-    It sees what was undecided before this step, so positions that the slow fill takes count among ``min_parallel``.
+    Positions undecided before this step count, so those that the slow fill takes are among the ``min_parallel``.
     """
+    # the slow window that was scored reaches past the span, whose end ``e`` this step has just set
     high = _over(scores, state.tau, rules)
     high &= state.position < state.e[:, None]
     return high & (stable & (high.sum(1) >= rules.min_parallel))[:, None]
 
 
 def _seed(state, seeding: torch.Tensor, rules: CycleRules) -> None:
-    """Start the history of the rows that are ``seeding`` with the horizon that the look-ahead beyond ``e`` shows."""
+    """Start the history of the ``seeding`` rows with the horizon found in the look-ahead beyond ``e``."""
     stop = torch.minimum(state.e + rules.look_ahead, state.block_end)
     ahead = state.masked & (state.position >= state.e[:, None]) & (state.position < stop[:, None])
     furthest = _furthest(state, state.score.masked_fill(~ahead, float("-inf")), rules)
@@ -133,7 +134,7 @@ def _seed(state, seeding: torch.Tensor, rules: CycleRules) -> None:
 
 
 def _advance(state, moves: torch.Tensor, rules: CycleRules) -> None:
-    """Fast stage, next cycle, next block or the end, from where masks are left."""
+    """Move rows to the fast stage, the next cycle, the next block or the end, from the masks left."""
     running = state.done == 0
     slow = state.phase == SLOW
     state.step.add_(running)
@@ -172,7 +173,7 @@ def _advance(state, moves: torch.Tensor, rules: CycleRules) -> None:
 
 
 def enter_block(state, entering: torch.Tensor, position: torch.Tensor, block_length: int) -> None:
-    """Move the rows that are ``entering`` to the block that holds ``position [B]``."""
+    """Move the ``entering`` rows to the block that holds ``position [B]``."""
     index = (position - state.start) // block_length
     begin = state.start + index * block_length
     state.block.copy_(torch.where(entering, index, state.block))
@@ -183,11 +184,11 @@ def enter_block(state, entering: torch.Tensor, position: torch.Tensor, block_len
 
 
 def decide(state, rules: CycleRules, *, slow: bool = True) -> None:
-    """One step of the cycle machine on ``state``, whose ``token`` and ``score`` hold what the model said where ``plan``
-    looked. A host that knows that no row is in its slow stage may say so: nothing is estimated then.
+    """Take one step of the cycle machine on ``state``, whose ``token`` and ``score`` hold the model's choices at the
+    candidates. ``slow=False``: no row is in its slow stage, so no horizon is estimated.
 
     With ``look_ahead``, rows in their fast stage also have choices at positions from ``e`` on, and ``score`` is -inf
-    wherever nothing was looked at; NaN is no candidate there.
+    wherever there is none; NaN is no candidate there.
     """
     scores = inside_scores(state)
     mark_faults(state, scores)

@@ -18,7 +18,7 @@ def embedding(table: torch.Tensor, tokens: torch.Tensor, position: torch.Tensor 
 def compact(
     flag: torch.Tensor, *, capacity: int | None = None, out: tuple[torch.Tensor, torch.Tensor] | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of each row of ``flag [B, n]``, the first ``capacity`` indices of set flags, then -1; and how many are kept.
+    """List the first ``capacity`` indices of set flags per row of ``flag [B, n]``, then -1; and count them.
 
     Both are int32, ``[B, capacity]`` and ``[B]``; ``out`` if given, whose room is then the capacity if None.
     """

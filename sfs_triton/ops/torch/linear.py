@@ -1,4 +1,4 @@
-"""Linear layer with float8 weights in plain torch, and how such weights are made."""
+"""Linear layer with float8 weights in plain torch, and the quantisation of such weights."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         row = int((~wide.isfinite()).any(1).nonzero()[0])
         raise ValueError(f"weight has NaN or infinities, the first in row {row}")
     largest = wide.abs().amax(1) if wide.shape[1] else wide.new_zeros(wide.shape[0])
-    # rows of next to nothing: a scale that is no subnormal number keeps the quotients finite
+    # rows close to zero: a scale that is not subnormal keeps the quotients finite
     scale = torch.where(largest > 0, (largest / _LARGEST).clamp(min=torch.finfo(torch.float32).tiny), 1.0)
     return (wide / scale[:, None]).to(torch.float8_e4m3fn), scale
 
@@ -56,7 +56,7 @@ def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def linear(
     x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, *, residual: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """``x @ (weight * scale[:, None])^T``, plus ``residual`` if given. Weights are brought to ``x``'s dtype first."""
+    """``x @ (weight * scale[:, None])^T``, plus ``residual`` if given. Weights are converted to ``x``'s dtype first."""
     out = F.linear(x, dequantise(weight, scale, x.dtype))
     return out if residual is None else out + residual
 

@@ -1,4 +1,4 @@
-"""The output projection, and what is decided from it, in plain torch."""
+"""Output projection with token choice, in plain torch."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def lm_head(
 
     ``hidden [N, d]``, ``weight [V, d]``, ``rows`` ``[R]`` (all if None). With ``scale`` (float32 ``[V]``) ``weight`` is
     float8 codes, and ``weight * scale[:, None]`` in the dtype of ``hidden`` takes its place. With ``count`` (int32
-    ``[1]``) only so many of the first rows are looked at; the others have token 0 and score 0.
+    ``[1]``) only that many leading rows are computed; the others have token 0 and score 0.
     """
     noise = {"temperature": temperature, "seed": seed, "position": position, "step": step}
     if rows is None and count is None:

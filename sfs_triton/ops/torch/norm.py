@@ -11,7 +11,7 @@ def rms_norm(
 ) -> torch.Tensor:
     """``x / sqrt(mean(x^2) + eps) * weight`` over the last axis; reduced in float32 (or better), cast once.
 
-    ``residual``, if given, becomes ``x + residual``, which is then what is normalised.
+    ``residual``, if given, becomes ``x + residual``, which is then normalised.
     """
     if residual is not None:
         x = residual.add_(x)

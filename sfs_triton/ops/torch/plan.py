@@ -8,7 +8,7 @@ from ...kernels.control import SLOW
 
 
 def stage_range(state, by_stage: bool, span_cap: int | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """First position ``[B]`` and one past the last at which each row decides."""
+    """Return the range of positions that each row decides on: first and one past the last, ``[B]`` each."""
     if not by_stage:
         return state.block_start, state.block_end
     capped = state.block_end if span_cap is None else torch.minimum(state.block_end, state.s + span_cap)
@@ -16,7 +16,7 @@ def stage_range(state, by_stage: bool, span_cap: int | None) -> tuple[torch.Tens
 
 
 def look(state, *, by_stage: bool, span_cap: int | None = None) -> torch.Tensor:
-    """The positions at which ``decide`` will look, boolean ``[B, L]``, kept in ``state.inside``.
+    """Mark the candidates of the step, boolean ``[B, L]``, in ``state.inside``.
 
     ``by_stage``: from ``s`` to the block's end (at most ``span_cap`` positions) in the slow stage, to ``e`` in the fast
     one; otherwise the block. Undecided positions of running rows only.
@@ -38,7 +38,7 @@ def plan(
     shift: int = 0,
     stale: bool = True,
 ) -> None:
-    """The row list of a step, in place: ``rows`` and ``target`` int32 ``[B, C]``, ``count`` int32 ``[B]``.
+    """Plan the list of positions of a step, in place: ``rows``, ``target`` int32 ``[B, C]``, ``count`` int32 ``[B]``.
 
     At most ``C`` positions of each running row, in this order of claim: dirty ones; those that the step decides (and,
     with ``shift``, the rows before them, which predict them); ``look_ahead`` positions beyond; with ``stale`` all
@@ -66,7 +66,7 @@ def plan(
     kind = torch.where(state.dirty, 0, kind)
     if not stale:
         here = here & (kind < 3)
-    # one sort key a position: class, then age for stale ones, then place; what is not a row's own comes last
+    # one sort key per position: class, then age for stale ones, then index; positions outside the row come last
     age = torch.where(kind == 3, state.forwarded + 1, 0)
     key = torch.where(here, (kind * (state.step[:, None] + 2) + age) * length + place, torch.iinfo(torch.int64).max)
     chosen = torch.zeros_like(here).scatter_(1, key.argsort(1)[:, :capacity], True) & here

@@ -1,4 +1,4 @@
-"""The mailbox that a host reads without asking the device, in plain torch: for what is in host memory anyway."""
+"""Publishing to the host ring, in plain torch: for tensors that are in host memory anyway."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ def reach(
     ``stop`` and ``keys`` are the row's limit and ``first`` is 0, but in all steps after the first of a stage (or block)
 
     * with ``to_span_end`` both end with the span in the fast stage, if that is before the limit;
-    * with ``block="rest"`` positions begin with the block, and with ``"own"`` they end with it, too.
+    * with ``block="rest"`` positions start with the block, and with ``"own"`` they end with it, too.
 
     A row that is done has no positions and no keys.
     """

@@ -43,7 +43,7 @@ def rope_cache(
     cos, sin = cos.narrow(1, 0, half), sin.narrow(1, 0, half)
     if position is not None:
         cos, sin = cos[position], sin[position]
-        if position.dim() == 2:  # idle rows turn by no angle, which is cheaper than choosing between rows afterwards
+        if position.dim() == 2:  # idle rows are rotated by angle 0: cheaper than a selection afterwards
             idle = (position < 0).unsqueeze(-1)
             cos, sin = cos.masked_fill_(idle, 1), sin.masked_fill_(idle, 0)
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
@@ -64,7 +64,7 @@ def rope_cache(
 
 
 def _turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both halves of ``x``, turned, in float32 (or better)."""
+    """Return both halves of ``x``, rotated, in float32 (or wider)."""
     low, high = (x if x.dtype == torch.float64 else x.float()).chunk(2, -1)
     return torch.addcmul(low * cos, high, sin, value=-1), torch.addcmul(high * cos, low, sin)
 
@@ -83,10 +83,10 @@ def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
 def _store_live(
     pairs: tuple[tuple[torch.Tensor, torch.Tensor], ...], row: torch.Tensor, position: torch.Tensor
 ) -> None:
-    """``cache[row, position] = fresh`` for each pair but for idle rows, without asking the device how many they are.
+    """``cache[row, position] = fresh`` for each pair but for idle rows, without a host read of their number.
 
     An idle row repeats what the first live row of its batch row stores. In a batch row without any, position 0 is
-    rewritten with what it holds.
+    rewritten with its own values.
     """
     live = position >= 0
     each, itself = (torch.arange(size, device=position.device) for size in position.shape)

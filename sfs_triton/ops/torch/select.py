@@ -1,4 +1,4 @@
-"""Block-wise selection: confidence thresholds (Fast-dLLM) and fixed counts a step (LLaDA's and Dream's samplers)."""
+"""Block-wise selection: confidence thresholds (Fast-dLLM) and fixed counts per step (LLaDA's and Dream's samplers)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class BlockRules:
 
     block_length: int | None
     by_threshold: bool = False
-    paced_steps: int | None = None  # with a threshold: at most length / paced_steps positions a step, and what was left
+    paced_steps: int | None = None  # with a threshold: at most length / paced_steps positions per step, plus the carry
     schedule: str = "even"  # "even": counts spread over the block's steps; "timesteps": shares of what is left
     at_random: bool = False  # positions are drawn with the schedule's shares, not ranked (Dream's "origin")
     opening: str = "normal"  # "repeat": a block takes at least two forwards; "first": and the first of them commits
@@ -30,7 +30,7 @@ class BlockRules:
 
 
 def _share(state) -> torch.Tensor:
-    """The share of what is left that each row's schedule commits at this step."""
+    """Return the share of undecided positions that each row's schedule commits at this step."""
     return state.shares.gather(1, state.k.clamp(max=state.shares.shape[1] - 1)[:, None])[:, 0]
 
 
@@ -49,7 +49,7 @@ def _count(state, inside: torch.Tensor, moves: torch.Tensor, rules: BlockRules) 
 def _threshold_fill(
     state, inside: torch.Tensor, scores: torch.Tensor, moves: torch.Tensor, rules: BlockRules
 ) -> torch.Tensor:
-    """Everything at or over the threshold and the best position; with a quota, only among the best so many."""
+    """Mark the best position and all that reach the threshold; with a quota, only that many of the best."""
     best = state.position == scores.argmax(1, keepdim=True)
     fill = ((scores >= state.tau[:, None]) | best) & inside
     if rules.paced_steps is not None:
@@ -61,7 +61,7 @@ def _threshold_fill(
 
 
 def _random_fill(state, inside: torch.Tensor, rules: BlockRules) -> torch.Tensor:
-    """Each masked position with the schedule's probability, from the row's own stream of uniform numbers.
+    """Mark each masked position with the schedule's probability, from the row's own stream of uniform numbers.
 
     The stream advances by the number of masked positions, in their order, as a host generator would be read.
     """
@@ -73,9 +73,9 @@ def _random_fill(state, inside: torch.Tensor, rules: BlockRules) -> torch.Tensor
 
 
 def decide(state, rules: BlockRules, *, slow: bool = True) -> None:
-    """One step on ``state``, whose ``token`` and ``score`` hold what the model said where ``plan`` looked.
+    """Take one step on ``state``, whose ``token`` and ``score`` hold the model's choices at the candidates.
 
-    ``slow`` is there to be called as the cycle machine is; blocks have no stages.
+    ``slow`` is ignored: it matches the signature of the cycle machine; blocks have no stages.
     """
     inside, scores = state.inside, inside_scores(state)
     mark_faults(state, scores)
@@ -100,7 +100,7 @@ def decide(state, rules: BlockRules, *, slow: bool = True) -> None:
 
 
 def _advance(state, moves: torch.Tensor, rules: BlockRules) -> None:
-    """The next step of the block, the next block that has masks, or the end."""
+    """Move rows to the next step of the block, the next block that has masks, or the end."""
     running = state.done == 0
     state.step.add_(running)
     state.k.add_(moves)

@@ -1,6 +1,6 @@
-"""Choosing tokens where each rank has the logits of a part of the vocabulary: what it tells the others, and the choice.
+"""Choice of tokens where each rank has logits of a part of the vocabulary: partial results, their exchange and merge.
 
-Scores are those of :func:`~sfs_triton.ops.torch.confidence.confidence`, from a few numbers a row of each rank.
+Scores are those of :func:`~sfs_triton.ops.torch.confidence.confidence`, from a few numbers per row of each rank.
 """
 
 from __future__ import annotations
@@ -75,6 +75,6 @@ def merge(packed: torch.Tensor, metric: str) -> tuple[torch.Tensor, torch.Tensor
 
 
 def entropy(logits: torch.Tensor, log_total: torch.Tensor) -> torch.Tensor:
-    """A rank's part of the negative entropy, ``[R]``, once all know ``log(sum(exp(logits)))`` of whole rows."""
+    """Return a rank's part of the negative entropy, ``[R]``, from ``log(sum(exp(logits)))`` of whole rows."""
     probabilities = (logits - log_total[:, None]).exp()
     return (probabilities * (probabilities + 1e-10).log()).sum(-1)
