@@ -28,10 +28,19 @@ MODELS = ("llada-mha", "llada-gqa", "dream-gqa", "dream-r7")
 QUICK = ("checkpoints", "generate", "ops", "package", "params")
 
 
+def _is_quick(path: Path) -> bool:
+    return path.parent == GOLDEN.parent and path.stem.removeprefix("test_") in QUICK
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Import nothing else for ``-m quick...``: other files need extras that the quick tests do without."""
+    only_quick = config.getoption("markexpr").startswith("quick") and collection_path.name.startswith("test_")
+    return True if only_quick and not _is_quick(collection_path) else None
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        name = item.path.stem.removeprefix("test_")
-        if item.path.parent == GOLDEN.parent and name in QUICK and "triton" not in item.name:
+        if _is_quick(item.path) and "triton" not in item.name:
             item.add_marker(pytest.mark.quick)
     if not torch.cuda.is_available():
         for item in items:
