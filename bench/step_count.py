@@ -21,7 +21,8 @@ from torch.utils.flop_counter import flop_registry
 
 from bench.baselines import PlainModel, vanilla
 from bench.kernels.case import GEOMETRIES
-from sfs_triton.decoding.caching import CachePolicy, Shape, cache_policy
+from sfs_triton.decoding.caching import CachePolicy, Shape
+from sfs_triton.decoding.params import parse_cache
 from sfs_triton.decoding.samplers import Sampler, SlowFast, Threshold
 from sfs_triton.engine import WEIGHTS
 from sfs_triton.kernels.attention import attention_cost
@@ -320,7 +321,7 @@ class Setting:
 
     def policy(self, name: str) -> CachePolicy:
         options = {"capacity": self.capacity, "span_cap": self.span_cap} if name == "region" else {}
-        return cache_policy(name, **options)
+        return parse_cache(name, **options)
 
     def sampler(self, policy: CachePolicy) -> Sampler:
         return Threshold(block_length=self.block_length) if policy.by_block else SlowFast()

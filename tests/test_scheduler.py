@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sfs_triton import Engine, FixedSteps, NumericalFault, OutOfDeviceMemory, Sampler, SlowFast, Threshold
-from sfs_triton.decoding.caching import cache_policy
+from sfs_triton.decoding.params import parse_cache
 from sfs_triton.decoding.samplers import Dials
 from sfs_triton.kernels.control import DIALS
 from sfs_triton.models import Transformer
@@ -37,7 +37,7 @@ def asked(rng: random.Random, number: int, mask_id: int, longest: int = 24) -> l
 
 def rows_of(engine: Engine, given, sampler=None, policy="none", trace=False, frames=False) -> list[Row]:
     canvases, starts, seeds = (list(part) for part in zip(*given, strict=True))
-    request = Request(canvases, starts, sampler or SlowFast(), cache_policy(policy), seeds, trace, frames)
+    request = Request(canvases, starts, sampler or SlowFast(), parse_cache(policy), seeds, trace, frames)
     return Row.of(request, engine.spec.mask_id)
 
 

@@ -217,13 +217,13 @@ CHOICES = [
 
 def as_settings(sampler, cache):
     """Return the same parameters for the engine."""
-    from sfs_triton.decoding.caching import cache_policy
+    from sfs_triton.decoding.params import parse_cache
 
     options = dict(sampler) if isinstance(sampler, dict) else {"kind": sampler}
     kind = options.pop("kind")
     made = SlowFast.preset(options.pop("preset", "paper"), **options) if kind == "slowfast" else None
     caching = dict(cache) if isinstance(cache, dict) else {"kind": cache}
-    return made or SAMPLERS[kind](**options), cache_policy(caching.pop("kind"), **caching)
+    return made or SAMPLERS[kind](**options), parse_cache(caching.pop("kind"), **caching)
 
 
 @pytest.mark.parametrize(("sampler", "cache"), CHOICES)

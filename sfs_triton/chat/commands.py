@@ -8,8 +8,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from ..decoding.caching import POLICIES, CachePolicy, cache_policy
-from ..decoding.params import parse_sampler
+from ..decoding.caching import POLICIES, CachePolicy
+from ..decoding.params import parse_cache, parse_sampler
 from ..decoding.samplers import LARGEST, PRESETS, SAMPLERS, Sampler, SlowFast
 from ..errors import ArgumentError, require
 from ..scheduling.outputs import Generation
@@ -229,7 +229,7 @@ def _set_cache(chat: Chat, value: tuple[str | None, dict[str, Any]] | None) -> s
         for key, given in pairs.items():
             has = f"it has {', '.join(known)}" if known else "it has none"
             require(key in known, f"{shown(f'{key}={_word(given)}')} is no setting of {name or current.name}; {has}")
-        chat.change(cache=replace(current, **pairs) if name is None else cache_policy(name, **pairs))
+        chat.change(cache=replace(current, **pairs) if name is None else parse_cache(name, **pairs))
     cache = chat.settings.cache
     return " ".join([f"cache {cache.name}", *(f"{key}={_word(v)}" for key, v in _fields(cache).items())])
 

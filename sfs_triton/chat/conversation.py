@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..decoding.params import DecodingParams
-from ..decoding.samplers import FixedSteps, Sampler, SlowFast
+from ..decoding.params import DecodingParams, sampler_kind
+from ..decoding.samplers import FixedSteps, Sampler
 from ..engine import Engine
 from ..errors import ArgumentError, require
 from ..scheduling.outputs import Frame, Generation
@@ -383,6 +383,5 @@ def shown(value: Any) -> str:
 
 def kind(sampler: Sampler) -> str:
     """Return the command-line name of a sampler."""
-    if isinstance(sampler, FixedSteps):
-        return "vanilla" if sampler.steps is None and sampler.metric == "confidence" else "fixed"
-    return "slowfast" if isinstance(sampler, SlowFast) else "threshold"
+    plain = isinstance(sampler, FixedSteps) and sampler.steps is None and sampler.metric == "confidence"
+    return "vanilla" if plain else sampler_kind(sampler)

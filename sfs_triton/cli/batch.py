@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ..batch.run import BatchSettings, run_batch
-from ..decoding.caching import cache_policy
+from ..decoding.params import parse_cache
 from ..errors import require
 
 
@@ -26,7 +26,7 @@ def batch(
     require(workers >= 0, f"--workers {workers} is negative")
     settings = BatchSettings(
         sampler=request.make_sampler(),
-        cache=cache_policy(request.cache),
+        cache=parse_cache(request.cache),
         batch=batch_size,
         **{name: getattr(request, name) for name in _SHARED},
     )

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
-from ..errors import ArgumentError, require
+from ..errors import require
 from ..models.cache import FeatureCache, Features, KVCache
 
 _COARSE = 64  # prompt lengths are rounded for fixed shapes, so that more prompts share them
@@ -314,15 +314,3 @@ def _check_count(name: str, value: Any, least: int = 1) -> None:
 
 
 POLICIES = {policy.name: policy for policy in (NoCache, RegionCache, PrefixCache, DualCache, RefreshCache)}
-
-
-def cache_policy(cache: str | CachePolicy, **options: Any) -> CachePolicy:
-    """Return the policy of this name, or the policy given."""
-    if isinstance(cache, str):
-        require(cache in POLICIES, f"cache={cache!r} is not one of {tuple(POLICIES)}")
-        try:
-            return POLICIES[cache](**options)
-        except TypeError:
-            raise ArgumentError(f"cache={cache!r} takes no options {sorted(options)}") from None
-    require(isinstance(cache, tuple(POLICIES.values())), f"cache={cache!r} is not a policy or its name")
-    return cache

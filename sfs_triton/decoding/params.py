@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from ..errors import require
-from .caching import POLICIES, CachePolicy, NoCache, cache_policy
+from .caching import POLICIES, CachePolicy, NoCache
 from .samplers import PRESETS, SAMPLERS, Sampler, SlowFast
 
 SEEDS = 2**63  # seeds are below it: kernels take them as int64
@@ -95,7 +95,7 @@ def parse_cache(value: str | Mapping[str, Any] | CachePolicy, **options: Any) ->
     kind, given = named("cache", value, POLICIES)
     options = given | options
     check_options(f"cache {kind!r}", options, cache_options(kind))
-    return cache_policy(kind, **options)
+    return POLICIES[kind](**options)
 
 
 def sampler_options(kind: str) -> set[str]:
