@@ -33,15 +33,16 @@ from sfs_triton.kernels.cycle import decide_cost as decide_cycle_cost
 from sfs_triton.kernels.gather import compact_cost, embedding_cost
 from sfs_triton.kernels.launch import Launch, recording
 from sfs_triton.kernels.linear import linear_cost
+from sfs_triton.kernels.list_positions import list_positions_cost
 from sfs_triton.kernels.lm_head import lm_head_cost
+from sfs_triton.kernels.mark_candidates import mark_candidates_cost
 from sfs_triton.kernels.mlp import silu_mul_cost
 from sfs_triton.kernels.norm import rms_norm_cost
 from sfs_triton.kernels.partials import merge_partials_cost
-from sfs_triton.kernels.place import place_cost
-from sfs_triton.kernels.plan import plan_cost
-from sfs_triton.kernels.post import post_cost
-from sfs_triton.kernels.reach import reach_cost
+from sfs_triton.kernels.position_ranges import position_ranges_cost
+from sfs_triton.kernels.publish import publish_cost
 from sfs_triton.kernels.rope_cache import rope_cache_cost
+from sfs_triton.kernels.scatter_choices import scatter_choices_cost
 from sfs_triton.kernels.select import decide_cost as decide_block_cost
 from sfs_triton.models import Transformer
 from sfs_triton.models.spec import ModelSpec
@@ -240,12 +241,12 @@ COSTS: dict[str, Callable[[dict[str, Any], tuple[int, ...]], Cost]] = {
         a["n_rows"], a["n_columns"], a["x_ptr"].itemsize, a["residual_ptr"] is not None
     ),
     "partials.merge": lambda a, grid: merge_partials_cost(a["n_programs"], a["n_rows"]),
-    "place.place": lambda a, grid: place_cost(a["n_entries"]),
-    "plan.look": lambda a, grid: plan_cost(grid[0], a["length"], 0),
-    "plan.plan": lambda a, grid: plan_cost(grid[0], a["length"], a["capacity"]),
-    "post.copy": lambda a, grid: post_cost(_bytes(a["source_ptr"])),
-    "post.post": lambda a, grid: post_cost(0 if a["source_ptr"] is None else _bytes(a["source_ptr"])),
-    "reach.reach": lambda a, grid: reach_cost(grid[0], a["capacity"]),
+    "scatter_choices.scatter_choices": lambda a, grid: scatter_choices_cost(a["n_entries"]),
+    "mark_candidates.mark_candidates": lambda a, grid: mark_candidates_cost(grid[0], a["length"]),
+    "list_positions.list_positions": lambda a, grid: list_positions_cost(grid[0], a["length"], a["capacity"]),
+    "publish.copy": lambda a, grid: publish_cost(_bytes(a["source_ptr"])),
+    "publish.publish": lambda a, grid: publish_cost(0 if a["source_ptr"] is None else _bytes(a["source_ptr"])),
+    "position_ranges.position_ranges": lambda a, grid: position_ranges_cost(grid[0], a["capacity"]),
     "rope_cache.rope_cache": lambda a, grid: rope_cache_cost(
         a["n_rows"] * grid[1],
         a["n_heads"] if a["HAS_Q"] else 0,
@@ -351,7 +352,7 @@ def kinds(setting: Setting, name: str) -> dict[Kind, int]:
 
 
 def meta_model(spec: ModelSpec, impl: str, meter: Meter, weights: str | None = None) -> Transformer:
-    """A model without data whose work is counted. As on every GPU, ``post`` is a kernel."""
+    """A model without data whose work is counted. As on every GPU, ``publish`` is a kernel."""
 
     def empty(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=DTYPE, device=META)
@@ -371,7 +372,7 @@ def meta_model(spec: ModelSpec, impl: str, meter: Meter, weights: str | None = N
     head = embedding if spec.tied_head and weights is None else matrix(spec.vocab_size, d)
     model = Transformer(spec, Weights(embedding, (layer,) * spec.n_layers, empty(d), head), "torch")
     ops = {op.name: getattr(model.ops, op.name) for op in fields(model.ops)}
-    names = ops if impl == "triton" else ("post",)
+    names = ops if impl == "triton" else ("publish",)
     ops |= {name: getattr(triton_impl, name) for name in names}
     wrapped = {name: meter.wrap(op, _PART_OF.get(name, "machine")) for name, op in ops.items()}
     model.ops = replace(model.ops, **wrapped)
@@ -426,10 +427,10 @@ class Steps:
             **{"start": start, "end": length, "limit": length},
             "block_start": half if blocks else start,
             "block_end": min(half + setting.block_length, length) if blocks else length,
-            "s": half,
-            "e": min(half + setting.span, length) if kind.fast else -1,
-            "phase": FAST if kind.fast else SLOW,
-            **{"k": kind.k, "step": kind.step, "masks_left": length - half},
+            "span_start": half,
+            "span_end": min(half + setting.span, length) if kind.fast else -1,
+            "stage": FAST if kind.fast else SLOW,
+            **{"stage_step": kind.k, "step": kind.step, "masks_left": length - half},
         }
         return [values.get(column, 0) for column in CONTROL]
 
@@ -449,7 +450,7 @@ def count_vanilla(setting: Setting) -> Count:
     with torch.device(META):
         model = PlainModel(meta_model(spec_of(setting.geometry), "torch", meter))
         canvas = torch.empty(setting.prompt + setting.response, dtype=torch.int64)
-        model.reach(len(canvas))
+        model.ensure_rope_length(len(canvas))
     with torch.inference_mode(), meter, meter.part("forward"):
         vanilla.step(model, canvas, setting.prompt, len(canvas), 1)
     return meter.take()

@@ -22,13 +22,13 @@ def decision_margin(done: Generation, sampler: Sampler) -> float:
     For samplers with a threshold and without noise. It covers which positions are committed and where horizons end. A
     trace has no second-best token, so near-ties between tokens of one position are not covered.
     """
-    dials, gaps = sampler.dials(), [float("inf")]
+    sampling, gaps = sampler.sampling_values(), [float("inf")]
     for step in done.trace:
         slow = step.phase == "slow"
-        tau = dials.tau_slow if slow else dials.tau
-        thresholds = [tau, dials.tau_min] if slow else [tau]
+        tau = sampling.tau_slow if slow else sampling.tau
+        thresholds = [tau, sampling.tau_min] if slow else [tau]
         if slow and sampler.share_stable:
-            thresholds.append(dials.tau)
+            thresholds.append(sampling.tau)
         scores = sorted((c for c in step.confidence if c is not None), reverse=True)
         gaps += [abs(score - threshold) for score in scores for threshold in thresholds]
         fewest = 1

@@ -118,7 +118,7 @@ def test_moved_rows_are_counted(models):
 def test_a_single_step_fills_so_many_of_its_block(models):
     model = models["llada-mha"]
     canvas = torch.tensor(PROMPT + [model.spec.mask_id] * 16)
-    model.reach(len(canvas))
+    model.ensure_rope_length(len(canvas))
     with no_host_reads():
         vanilla.step(model, canvas, 10, 18, 3)
     filled = (canvas != model.spec.mask_id).nonzero()[:, 0].tolist()

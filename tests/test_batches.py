@@ -134,7 +134,7 @@ def _poison_buffers(step: Step) -> None:
         tensor.fill_(-0x55555556)
     state.choice_token.fill_(0x55555555)
     state.choice_score.fill_(torch.nan)
-    for flags in (state.inside, state.fill):
+    for flags in (state.candidate, state.fill):
         flags.fill_(True)
     state.estimate.fill_(0x5555)
     state.listed.fill_(0x5555)

@@ -52,14 +52,14 @@ def _own(engine: Engine, loop="tight", **changes) -> Engine:
 
 def _break_row(engine: Engine, row: int, step: int) -> None:
     """Make the model return NaN at every position of this sequence at this step."""
-    place = engine.model.ops.place
+    scatter = engine.model.ops.scatter_choices
 
     def spoiled(state, *given, **named):
-        place(state, *given, **named)
+        scatter(state, *given, **named)
         if state.step[row] == step:
             state.score[row] = torch.nan
 
-    engine.model.ops = replace(engine.model.ops, place=spoiled)
+    engine.model.ops = replace(engine.model.ops, scatter_choices=spoiled)
 
 
 @pytest.mark.parametrize(("sampler", "policy"), SOME_PAIRS)

@@ -462,9 +462,10 @@ def test_every_launch_of_the_engine_is_warmed_up():
 
 
 def test_jobs_come_in_order():
-    job = {name: warm_up.Job(name.partition(":")[0], 0, name) for name in ("post:1", "attention:dream-7b", "lm_head:1")}
-    ordered = warm_up.in_order([{(1,): job["post:1"], (2,): job["attention:dream-7b"]}, {(3,): job["lm_head:1"]}])
-    assert [each.name for each in ordered] == ["lm_head:1", "post:1", "attention:dream-7b"]
+    names = ("publish:1", "attention:dream-7b", "lm_head:1")
+    job = {name: warm_up.Job(name.partition(":")[0], 0, name) for name in names}
+    ordered = warm_up.in_order([{(1,): job["publish:1"], (2,): job["attention:dream-7b"]}, {(3,): job["lm_head:1"]}])
+    assert [each.name for each in ordered] == ["lm_head:1", "publish:1", "attention:dream-7b"]
 
 
 # ------------------------------------------------------------------------------------------------------- CUDA queries
@@ -519,7 +520,7 @@ EVENTS = [
     _event("cudaGraphLaunch", "cuda_runtime", 12),
     _event("nvjet_tst_128x8", "kernel", 13, 2000),
     _event("_rms_norm_kernel", "kernel", 14, 500),
-    _event("_post_kernel", "kernel", 15, 250),
+    _event("_publish_kernel", "kernel", 15, 250),
     _event("Memcpy DtoD (Device -> Device)", "gpu_memcpy", 16),
     _event("Memcpy DtoH (Device -> Pinned)", "gpu_memcpy", 200),
 ]

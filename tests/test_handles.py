@@ -188,14 +188,14 @@ def test_a_run_stopped_midway_leaves_the_engine_usable(engines, name, policy, lo
 
 def test_a_stream_whose_row_broke(engines):
     model = Transformer(engines["llada-mha"].spec, engines["llada-mha"].model.weights)
-    place = model.ops.place
+    scatter = model.ops.scatter_choices
 
     def spoiled(state, *given, **named):
-        place(state, *given, **named)
+        scatter(state, *given, **named)
         if state.step[0] == 2:
             state.score[0] = torch.nan
 
-    model.ops = replace(model.ops, place=spoiled)
+    model.ops = replace(model.ops, scatter_choices=spoiled)
     wanted = engine_with(engines["llada-mha"]).generate(PROMPTS[:2], gen_length=16)
     stream = Engine(model).stream(PROMPTS[:2], gen_length=16)
     assert len(list(stream)) == wanted[1].nfe

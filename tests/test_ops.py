@@ -125,10 +125,10 @@ def test_choices_are_the_oracles(impl, metric, tempered, top_k, top_p, temperatu
 
 
 def test_default_implementation():
-    """Torch for every operation; on a GPU, which need not be there to be asked for, ``post`` is a kernel."""
+    """Torch for every operation; on a GPU, which need not be there to be asked for, ``publish`` is a kernel."""
     triton_impl = pytest.importorskip("sfs_triton.ops.triton_backend")
     for impl in (None, "torch"):
-        for device, kernels in (("cpu", set()), ("cuda", {"post"})):
+        for device, kernels in (("cpu", set()), ("cuda", {"publish"})):
             ops = implementation(impl, torch.device(device))
             for name in (field.name for field in fields(Ops)):
                 wanted = getattr(triton_impl if name in kernels else torch_impl, name)

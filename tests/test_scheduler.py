@@ -10,8 +10,8 @@ import torch
 
 from sfs_triton import Engine, FixedSteps, NumericalFault, OutOfDeviceMemory, Sampler, SlowFast, Threshold
 from sfs_triton.decoding.params import parse_cache
-from sfs_triton.decoding.samplers import Dials
-from sfs_triton.kernels.control import DIALS
+from sfs_triton.decoding.samplers import SamplingValues
+from sfs_triton.kernels.control import SAMPLING
 from sfs_triton.models import Transformer
 from sfs_triton.runner import EagerLoop, ReplayLoop, Step
 from sfs_triton.scheduling.lane import Lane
@@ -159,7 +159,7 @@ def test_every_other_setting_keeps_rows_apart():
             assert sampler.replace(**change).form() == sampler.form(), change
     told = {name for sampler, changes in (*OWN.values(), *APART.values()) for change in changes for name in change}
     assert told == {field.name for kind in (SlowFast, Threshold, FixedSteps) for field in fields(kind)}
-    assert Dials._fields == DIALS
+    assert SamplingValues._fields == SAMPLING
     assert Threshold(top_p=1.0).form() == Threshold().form(), "it leaves nothing out"
 
 
@@ -409,14 +409,14 @@ def test_a_dropped_row_makes_room(engines, loop):
 
 def test_a_row_that_breaks_leaves_its_slot_to_others(engines):
     model = Transformer(engines["llada-mha"].spec, engines["llada-mha"].model.weights)
-    place = model.ops.place
+    scatter = model.ops.scatter_choices
 
     def spoiled(state, *given, **named):
-        place(state, *given, **named)
+        scatter(state, *given, **named)
         if state.seed[0] == 100 and state.step[0] == 2:
             state.score[0] = torch.nan
 
-    model.ops = replace(model.ops, place=spoiled)
+    model.ops = replace(model.ops, scatter_choices=spoiled)
     engine = Engine(model)
     rows = rows_of(engine, asked(random.Random(12), 4, engine.spec.mask_id))
     scheduler = scheduler_of(engine, rows, slots=2)
@@ -430,13 +430,13 @@ def test_a_row_that_breaks_leaves_its_slot_to_others(engines):
 
 def test_a_list_with_a_broken_row_still_gives_the_others(engines):
     model = Transformer(engines["llada-mha"].spec, engines["llada-mha"].model.weights)
-    place = model.ops.place
+    scatter = model.ops.scatter_choices
 
     def spoiled(state, *given, **named):
-        place(state, *given, **named)
+        scatter(state, *given, **named)
         state.score[1] = torch.nan
 
-    model.ops = replace(model.ops, place=spoiled)
+    model.ops = replace(model.ops, scatter_choices=spoiled)
     with pytest.raises(NumericalFault, match="row 1 at step 0") as caught:
         Engine(model).generate([[5, 6], [7, 8], [9, 10]], gen_length=8)
     assert sorted(caught.value.finished) == [0, 2]

@@ -764,14 +764,14 @@ def test_default_length_follows_the_context(embedded):
 
 def test_a_row_that_breaks_fails_alone(embedded):
     model = Transformer(embedded.spec, embedded.model.weights)
-    place = model.ops.place
+    scatter = model.ops.scatter_choices
 
     def spoiled(state, *given, **named):
-        place(state, *given, **named)
+        scatter(state, *given, **named)
         if state.history.shape[1] == 1 and state.step[0] == 2:  # not in the lane of the first request
             state.score[0] = torch.nan
 
-    model.ops = replace(model.ops, place=spoiled)
+    model.ops = replace(model.ops, scatter_choices=spoiled)
     engine = Engine(model, embedded.text)
     wanted = embedded.generate(SUMS, gen_length=16, sampler=Threshold(block_length=8)).text
     with serving(engine) as server, ThreadPoolExecutor(4) as pool:

@@ -37,7 +37,7 @@ class FeatureForwards(Forwards):
         moved = 0 if response else int((stop - self.start) * self.cache.ratio)
         recomputed = due.stop - due.start + moved
         self.count(recomputed)
-        model.reach(stop)
+        model.ensure_rope_length(stop)
         x = F.embedding(tokens[None], model.weights.embedding)
         for index, layer in enumerate(model.weights.layers):
             rows: Rows = due

@@ -47,7 +47,7 @@ class PlainModel:
         With ``store``, the rows' keys and values are written into it, and they attend to all that it holds; else they
         attend to one another.
         """
-        self.reach(first + len(tokens))
+        self.ensure_rope_length(first + len(tokens))
         rows = slice(first, first + len(tokens))
         x = F.embedding(tokens[None], self.weights.embedding)
         for index, layer in enumerate(self.weights.layers):
@@ -64,7 +64,7 @@ class PlainModel:
         shape = (self.spec.n_layers, 1, self.spec.n_kv_heads, length, self.spec.head_dim)
         return KVStore(*(torch.empty(shape, device=self.device, dtype=self.dtype) for _ in range(2)))
 
-    def reach(self, length: int) -> None:
+    def ensure_rope_length(self, length: int) -> None:
         """Extend the float32 rotary tables to ``[length, D]`` or more; they grow by doubling."""
         if length <= len(self._cos):
             return

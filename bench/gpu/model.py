@@ -94,7 +94,7 @@ class Rig:
                 block_length=getattr(self.sampler, "block_length", None),
                 seed=0,
                 cap=2**31,
-                dials=self.sampler.dials(),
+                sampling=self.sampler.sampling_values(),
             )
         self._fresh: dict[str, torch.Tensor] = {}
 
@@ -112,10 +112,10 @@ class Rig:
             "block": (half - start) // setting.block_length if blocks else 0,
             "block_start": half if blocks else start,
             "block_end": min(half + setting.block_length, end) if blocks else end,
-            "s": half,
-            "e": min(half + setting.span, end) if kind.fast else -1,
-            "phase": FAST if kind.fast else SLOW,
-            **{"k": kind.k, "step": kind.step, "masks_left": end - half},
+            "span_start": half,
+            "span_end": min(half + setting.span, end) if kind.fast else -1,
+            "stage": FAST if kind.fast else SLOW,
+            **{"stage_step": kind.k, "step": kind.step, "masks_left": end - half},
         }
         return [values.get(column, 0) for column in CONTROL]
 
@@ -141,7 +141,7 @@ class Rig:
         state.control.copy_(torch.tensor([self.control(kind)] * self.setting.batch))
         for tensor, value in ((state.dirty, 0), (state.history, 0), (state.forwarded, -1), (state.choice_score, 0.0)):
             tensor.fill_(value)
-        state.inside.copy_(state.masked)
+        state.candidate.copy_(state.masked)
         self._fresh = {name: tensor.clone() for name, tensor in self._tensors().items()}
 
     def _tensors(self) -> dict[str, torch.Tensor]:

@@ -52,10 +52,10 @@ def check_mailbox() -> dict[str, Any]:
     """Letters that a kernel posts to the host, launched and from a graph; and how long one is under way."""
     device = parts.device()
     source = torch.arange(2 * 22, device=device).view(2, 22)
-    post = torch_impl.post
+    publish = torch_impl.publish
     if device.type == "cuda":
-        from sfs_triton.kernels.post import post
-    box = Mailbox({"control": source}, 4, post, device)
+        from sfs_triton.kernels.publish import publish
+    box = Mailbox({"control": source}, 4, publish, device)
     launched = _posts(box, source, box.post)
     replayed = _posts(box, source, clock.graph_of(box.post, device), warm=1)
     return {"us_launched": launched, "us_replayed": replayed}

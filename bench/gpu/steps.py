@@ -13,8 +13,11 @@ ENVIRONMENT = "environment"
 WORKERS = 6
 
 PLUGIN = ("-p", "bench.gpu.pytest_lines", "-p", "no:cacheprovider", "-q")
-KERNELS = ("lm_head", "confidence", "attention", "norm", "mlp", "rope_cache", "gather", "plan", "cycle", "select")
-MORE_KERNELS = ("place", "post", "reach", "linear")
+KERNELS = (
+    *("lm_head", "confidence", "attention", "norm", "mlp", "rope_cache", "gather"),
+    *("mark_candidates", "list_positions", "cycle", "select"),
+)
+MORE_KERNELS = ("scatter_choices", "publish", "position_ranges", "linear")
 # What a run has time for: one geometry, batches of few rows, and no twins that are compiled for minutes.
 LEFT_OUT = ("compile", "illada-8b", "dream-7b", "8192", "256x2124", "16x")
 

@@ -21,7 +21,10 @@ WORK = ("kernel", "gpu_memcpy", "gpu_memset")
 # By name, in this order. Kernels of ours have the names of their functions.
 FAMILIES = {
     "head": r"^_(lm_head|merge|confidence)\w*_kernel",
-    "machine": r"^_(plan|look|decide|place|post|copy|reach|compact|count_flags)_kernel",
+    "machine": (
+        r"^_(mark_candidates|list_positions|position_ranges|scatter_choices|decide|publish|copy|compact|count_flags)"
+        r"_kernel"
+    ),
     "attention": r"^_attention|flash|fmha|sdpa|mha_|cudnn",
     "products": r"gemm|gemv|cutlass|nvjet|xmma|cublas|splitK|split_k|^_linear|\bsm\d+_",
     "sorts": r"sort|radix|scan|topk|TopK",

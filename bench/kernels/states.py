@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from sfs_triton.decoding.samplers import FixedSteps, Sampler
-from sfs_triton.kernels.control import COLUMN, DIAL, SLOW
+from sfs_triton.kernels.control import COLUMN, SAMPLING_COLUMN, SLOW
 from sfs_triton.runner.state import DecodeState
 
 
@@ -24,7 +24,7 @@ def decode_state(
         block_length=getattr(sampler, "block_length", None),
         seeds=[0] * batch,
         caps=[2**31] * batch,
-        dials=sampler.dials(),
+        sampling=sampler.sampling_values(),
         device=torch.device("cpu"),
         trace=trace,
     )
@@ -37,15 +37,15 @@ def decode_state(
     state.dirty.copy_(decided & (torch.rand(shape, generator=generator) < 0.05))
     state.forwarded.copy_(torch.randint(-1, 30, shape, generator=generator))
     state.control[:, COLUMN["step"]] = 30
-    state.control[:, COLUMN["phase"]] = SLOW
+    state.control[:, COLUMN["stage"]] = SLOW
     state.control[:, COLUMN["block_steps"]] = 64
-    state.inside.copy_(state.masked)
+    state.candidate.copy_(state.masked)
     if isinstance(sampler, FixedSteps):
         state.shares = torch.full((batch, 64), 0.05)
         state.uniform = torch.rand((batch, 64 * response), generator=generator)
     names = [name for name in DecodeState.__slots__ if isinstance(getattr(state, name, None), torch.Tensor)]
     for name in names:
-        if name not in {*COLUMN, *DIAL}:
+        if name not in {*COLUMN, *SAMPLING_COLUMN}:
             setattr(state, name, getattr(state, name).to(device))
     if trace:
         state.events = {name: value.to(device) for name, value in state.events.items()}

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from .check import check_tensor, refuse_unless
-from .control import COLUMN, CONTROL, DIAL, DIALS
+from .control import COLUMN, CONTROL, SAMPLING, SAMPLING_COLUMN
 
 MAX_LENGTH = 2**20
 MAX_REGISTERS = 128  # without a limit ptxas spills for an occupancy that one program per row cannot use
@@ -25,10 +25,10 @@ LIMIT: tl.constexpr = tl.constexpr(COLUMN["limit"])
 BLOCK: tl.constexpr = tl.constexpr(COLUMN["block"])
 BLOCK_START: tl.constexpr = tl.constexpr(COLUMN["block_start"])
 BLOCK_END: tl.constexpr = tl.constexpr(COLUMN["block_end"])
-S: tl.constexpr = tl.constexpr(COLUMN["s"])
-E: tl.constexpr = tl.constexpr(COLUMN["e"])
-PHASE: tl.constexpr = tl.constexpr(COLUMN["phase"])
-K: tl.constexpr = tl.constexpr(COLUMN["k"])
+SPAN_START: tl.constexpr = tl.constexpr(COLUMN["span_start"])
+SPAN_END: tl.constexpr = tl.constexpr(COLUMN["span_end"])
+STAGE: tl.constexpr = tl.constexpr(COLUMN["stage"])
+STAGE_STEP: tl.constexpr = tl.constexpr(COLUMN["stage_step"])
 CYCLE: tl.constexpr = tl.constexpr(COLUMN["cycle"])
 DETERMINED: tl.constexpr = tl.constexpr(COLUMN["determined"])
 N_HISTORY: tl.constexpr = tl.constexpr(COLUMN["n_history"])
@@ -42,21 +42,21 @@ DONE: tl.constexpr = tl.constexpr(COLUMN["done"])
 FAULT: tl.constexpr = tl.constexpr(COLUMN["fault"])
 N_CONTROL: tl.constexpr = tl.constexpr(len(CONTROL))
 
-TAU_MIN: tl.constexpr = tl.constexpr(DIAL["tau_min"])
-TAU_SLOW: tl.constexpr = tl.constexpr(DIAL["tau_slow"])
-TAU: tl.constexpr = tl.constexpr(DIAL["tau"])
-N_DIALS: tl.constexpr = tl.constexpr(len(DIALS))
+TAU_MIN: tl.constexpr = tl.constexpr(SAMPLING_COLUMN["tau_min"])
+TAU_SLOW: tl.constexpr = tl.constexpr(SAMPLING_COLUMN["tau_slow"])
+TAU: tl.constexpr = tl.constexpr(SAMPLING_COLUMN["tau"])
+N_SAMPLING: tl.constexpr = tl.constexpr(len(SAMPLING))
 
 
 @triton.jit
-def row_waits(inside_ptr, masked_ptr, length, first, stop, BLOCK_L: tl.constexpr):
+def row_waits(candidate_ptr, masked_ptr, length, first, stop, BLOCK_L: tl.constexpr):
     """Return whether the row's list has no undecided position of its stage's range ``[first, stop)``."""
     listed = tl.zeros([BLOCK_L], tl.int32)
     undecided = tl.zeros([BLOCK_L], tl.int32)
     for begin in range(0, length, BLOCK_L):
         place = begin + tl.arange(0, BLOCK_L)
         there = place < length
-        listed |= (tl.load(inside_ptr + place, mask=there, other=0) != 0).to(tl.int32)
+        listed |= (tl.load(candidate_ptr + place, mask=there, other=0) != 0).to(tl.int32)
         masked = tl.load(masked_ptr + place, mask=there, other=0) != 0
         undecided |= (masked & (place >= first) & (place < stop)).to(tl.int32)
     return (tl.max(undecided, axis=0) != 0) & (tl.max(listed, axis=0) == 0)

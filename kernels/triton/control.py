@@ -13,10 +13,10 @@ CONTROL = (
     "block",
     "block_start",
     "block_end",
-    "s",
-    "e",  # the span of the cycle; e is -1 while it is not known
-    "phase",
-    "k",  # stage, and steps done in it (block samplers: in the block)
+    "span_start",
+    "span_end",  # one past the last position of the cycle's span; -1 while it is not known
+    "stage",  # SLOW or FAST
+    "stage_step",  # steps done in the stage (block samplers: in the block)
     "cycle",
     "determined",
     "n_history",
@@ -32,14 +32,14 @@ CONTROL = (
 )
 COLUMN = {name: index for index, name in enumerate(CONTROL)}
 
-SLOW, FAST = 0, 1  # values of "phase"
+SLOW, FAST = 0, 1  # values of "stage"
 
 # float32: per-sequence sampling parameters, which may differ within a batch
-DIALS = (
+SAMPLING = (
     "temperature",
     "top_p",
     "tau_min",  # confidence of a candidate for the horizon
     "tau_slow",  # for parallel unmasking in the slow stage
     "tau",  # for parallel unmasking: in the fast stage, or in a block
 )
-DIAL = {name: index for index, name in enumerate(DIALS)}
+SAMPLING_COLUMN = {name: index for index, name in enumerate(SAMPLING)}

@@ -28,17 +28,17 @@ from .commit import (
     MAX_LENGTH,
     MAX_REGISTERS,
     N_CONTROL,
-    N_DIALS,
     N_HISTORY,
-    PHASE,
+    N_SAMPLING,
+    SPAN_END,
+    SPAN_START,
+    STAGE,
+    STAGE_STEP,
     START,
     STEP,
     TAU,
     TAU_MIN,
     TAU_SLOW,
-    E,
-    K,
-    S,
     ScanConfig,
     block_at,
     check_canvas,
@@ -46,7 +46,7 @@ from .commit import (
     row_waits,
     scan_config,
 )
-from .control import CONTROL, DIALS
+from .control import CONTROL, SAMPLING
 from .cost import Cost
 from .launch import launch
 
@@ -63,7 +63,7 @@ def _reaches(score, tau, STRICT: tl.constexpr):
 
 
 @triton.jit
-def _candidates(token_ptr, place, there, score, tau_min, eos_id, STRICT: tl.constexpr, EOS_HORIZON: tl.constexpr):
+def _may_end(token_ptr, place, there, score, tau_min, eos_id, STRICT: tl.constexpr, EOS_HORIZON: tl.constexpr):
     """Mark the positions, of those that are ``there``, at which the horizon may end."""
     found = there & _reaches(score, tau_min, STRICT)
     if not EOS_HORIZON:
@@ -75,7 +75,7 @@ def _candidates(token_ptr, place, there, score, tau_min, eos_id, STRICT: tl.cons
 def _scan(
     token_ptr,
     score_ptr,
-    inside_ptr,
+    candidate_ptr,
     length,
     eos_id,
     tau_min,
@@ -93,11 +93,11 @@ def _scan(
     best_place = tl.zeros([BLOCK_L], tl.int32)
     for begin in range(0, length, BLOCK_L):
         place = begin + tl.arange(0, BLOCK_L)
-        inside = tl.load(inside_ptr + place, mask=place < length, other=0) != 0
-        score = tl.load(score_ptr + place, mask=inside, other=float("-inf"))
-        candidate = _candidates(token_ptr, place, inside, score, tau_min, eos_id, STRICT, EOS_HORIZON)
-        furthest = tl.maximum(furthest, tl.where(candidate, place, -1))
-        high += (inside & _reaches(score, tau, STRICT)).to(tl.int32)
+        candidate = tl.load(candidate_ptr + place, mask=place < length, other=0) != 0
+        score = tl.load(score_ptr + place, mask=candidate, other=float("-inf"))
+        ends = _may_end(token_ptr, place, candidate, score, tau_min, eos_id, STRICT, EOS_HORIZON)
+        furthest = tl.maximum(furthest, tl.where(ends, place, -1))
+        high += (candidate & _reaches(score, tau, STRICT)).to(tl.int32)
         bad |= (score != score).to(tl.int32)
         better = score > best_score
         best_score = tl.where(better, score, best_score)
@@ -160,21 +160,21 @@ def _horizon(
 
 
 @triton.jit
-def _count_high(score_ptr, inside_ptr, first, stop, tau, STRICT: tl.constexpr, BLOCK_L: tl.constexpr):
+def _count_high(score_ptr, candidate_ptr, first, stop, tau, STRICT: tl.constexpr, BLOCK_L: tl.constexpr):
     """Count the candidates in ``[first, stop)`` that reach ``tau``."""
     high = tl.zeros([BLOCK_L], tl.int32)
     for begin in range(first, stop, BLOCK_L):
         place = begin + tl.arange(0, BLOCK_L)
-        inside = tl.load(inside_ptr + place, mask=place < stop, other=0) != 0
-        score = tl.load(score_ptr + place, mask=inside, other=float("-inf"))
-        high += (inside & _reaches(score, tau, STRICT)).to(tl.int32)
+        candidate = tl.load(candidate_ptr + place, mask=place < stop, other=0) != 0
+        score = tl.load(score_ptr + place, mask=candidate, other=float("-inf"))
+        high += (candidate & _reaches(score, tau, STRICT)).to(tl.int32)
     return tl.sum(high, axis=0)
 
 
 @triton.jit
 def _fill(
     score_ptr,
-    inside_ptr,
+    candidate_ptr,
     fill_ptr,
     length,
     tau,
@@ -191,12 +191,12 @@ def _fill(
     for begin in range(0, length, BLOCK_L):
         place = begin + tl.arange(0, BLOCK_L)
         there = place < length
-        inside = tl.load(inside_ptr + place, mask=there, other=0) != 0
-        score = tl.load(score_ptr + place, mask=inside, other=float("-inf"))
+        candidate = tl.load(candidate_ptr + place, mask=there, other=0) != 0
+        score = tl.load(score_ptr + place, mask=candidate, other=float("-inf"))
         chosen = (all_high & _reaches(score, tau, STRICT)) | ((all_high == 0) & (place == best))
         if SHARE_STABLE:
             chosen = chosen | (_reaches(score, tau_shared, STRICT) & (place < shared_stop))
-        tl.store(fill_ptr + place, inside & chosen, mask=there)
+        tl.store(fill_ptr + place, candidate & chosen, mask=there)
 
 
 @triton.jit
@@ -219,8 +219,8 @@ def _horizon_ahead(
         place = begin + tl.arange(0, BLOCK_L)
         masked = tl.load(masked_ptr + place, mask=place < stop, other=0) != 0
         score = tl.load(score_ptr + place, mask=masked, other=float("-inf"))
-        candidate = _candidates(token_ptr, place, masked, score, tau_min, eos_id, STRICT, EOS_HORIZON)
-        furthest = tl.maximum(furthest, tl.where(candidate, place, -1))
+        ends = _may_end(token_ptr, place, masked, score, tau_min, eos_id, STRICT, EOS_HORIZON)
+        furthest = tl.maximum(furthest, tl.where(ends, place, -1))
     return tl.max(furthest, axis=0) + 1
 
 
@@ -281,7 +281,7 @@ def _stage_end(
 def _decide_kernel(
     token_ptr,
     score_ptr,
-    inside_ptr,
+    candidate_ptr,
     tokens_ptr,
     masked_ptr,
     commit_step_ptr,
@@ -290,7 +290,7 @@ def _decide_kernel(
     history_ptr,
     spread_ptr,
     control_ptr,
-    dials_ptr,
+    sampling_ptr,
     event_control_ptr,
     event_history_ptr,
     length,
@@ -331,13 +331,13 @@ def _decide_kernel(
     if tl.load(control_ptr + DONE) != 0:
         return
     step = tl.load(control_ptr + STEP).to(tl.int32)
-    slow = tl.load(control_ptr + PHASE) == 0
+    slow = tl.load(control_ptr + STAGE) == 0
     determined = tl.load(control_ptr + DETERMINED) != 0
     n_history = tl.load(control_ptr + N_HISTORY).to(tl.int32)
     s, e, k = (
-        tl.load(control_ptr + S).to(tl.int32),
-        tl.load(control_ptr + E).to(tl.int32),
-        tl.load(control_ptr + K).to(tl.int32),
+        tl.load(control_ptr + SPAN_START).to(tl.int32),
+        tl.load(control_ptr + SPAN_END).to(tl.int32),
+        tl.load(control_ptr + STAGE_STEP).to(tl.int32),
     )
     origin, block_end = tl.load(control_ptr + BLOCK_START).to(tl.int32), tl.load(control_ptr + BLOCK_END).to(tl.int32)
     limit, cycle = tl.load(control_ptr + LIMIT).to(tl.int32), tl.load(control_ptr + CYCLE).to(tl.int32)
@@ -346,17 +346,21 @@ def _decide_kernel(
     column = tl.arange(0, BLOCK_COLUMNS)
     numbers = tl.load(control_ptr + column, mask=column < N_CONTROL, other=0)
 
-    dials_ptr += row * N_DIALS
-    tau_min, tau_slow, tau_fast = tl.load(dials_ptr + TAU_MIN), tl.load(dials_ptr + TAU_SLOW), tl.load(dials_ptr + TAU)
+    sampling_ptr += row * N_SAMPLING
+    tau_min, tau_slow, tau_fast = (
+        tl.load(sampling_ptr + TAU_MIN),
+        tl.load(sampling_ptr + TAU_SLOW),
+        tl.load(sampling_ptr + TAU),
+    )
     tau = tl.where(slow, tau_slow, tau_fast)
     furthest, n_high, best, bad = _scan(
-        token_ptr + at, score_ptr + at, inside_ptr + at, length, eos_id, tau_min, tau, STRICT, EOS_HORIZON, BLOCK_L
+        token_ptr + at, score_ptr + at, candidate_ptr + at, length, eos_id, tau_min, tau, STRICT, EOS_HORIZON, BLOCK_L
     )
     moves = tl.full([], True, tl.int1)
     if PARTIAL:  # a waiting row has no candidates and commits nothing; only its step counts
         stop = tl.minimum(block_end, s + span_cap) if HAS_SPAN_CAP else block_end
         stop = tl.where(slow, stop, e)
-        moves = row_waits(inside_ptr + at, masked_ptr + at, length, s, stop, BLOCK_L) == 0
+        moves = row_waits(candidate_ptr + at, masked_ptr + at, length, s, stop, BLOCK_L) == 0
     tl.debug_barrier()
     if bad:
         tl.store(control_ptr + FAULT, step + 1)
@@ -372,7 +376,7 @@ def _decide_kernel(
     estimate = tl.where(estimating, estimate, -1)
     if HAS_EVENT:
         numbers = tl.where(column == ESTIMATE, estimate, numbers)
-        numbers = tl.where(column == E, e, numbers)
+        numbers = tl.where(column == SPAN_END, e, numbers)
         numbers = tl.where(column == DETERMINED, determined.to(tl.int32), numbers)
         numbers = tl.where(column == N_HISTORY, n_history, numbers)
         tl.store(event_control_ptr + row * N_CONTROL + column, numbers, mask=column < N_CONTROL)
@@ -382,10 +386,10 @@ def _decide_kernel(
     shared_stop = 0
     if SHARE_STABLE:
         shared_stop = tl.where(stable, e, 0)
-        n_shared = _count_high(score_ptr + at, inside_ptr + at, s, shared_stop, tau_fast, STRICT, BLOCK_L)
+        n_shared = _count_high(score_ptr + at, candidate_ptr + at, s, shared_stop, tau_fast, STRICT, BLOCK_L)
         shared_stop = tl.where(n_shared >= min_parallel, shared_stop, 0)
     _fill(
-        score_ptr + at, inside_ptr + at, fill_ptr + at, length, tau, best, all_high, tau_fast, shared_stop,
+        score_ptr + at, candidate_ptr + at, fill_ptr + at, length, tau, best, all_high, tau_fast, shared_stop,
         STRICT, SHARE_STABLE, BLOCK_L,
     )  # fmt: skip
     tl.debug_barrier()
@@ -423,10 +427,10 @@ def _decide_kernel(
     tl.store(control_ptr + MASKS_LEFT, masks_left)
     tl.store(control_ptr + DONE, over.to(tl.int32))
     tl.store(control_ptr + N_HISTORY, n_history)
-    tl.store(control_ptr + K, tl.where(to_fast | cycle_over, 0, k))
-    tl.store(control_ptr + PHASE, tl.where(to_fast, 1, tl.where(slow | cycle_over, 0, 1)))
+    tl.store(control_ptr + STAGE_STEP, tl.where(to_fast | cycle_over, 0, k))
+    tl.store(control_ptr + STAGE, tl.where(to_fast, 1, tl.where(slow | cycle_over, 0, 1)))
     tl.store(control_ptr + DETERMINED, ((determined | to_fast) & (cycle_over == 0)).to(tl.int32))
-    tl.store(control_ptr + E, tl.where(cycle_over, -1, e))
+    tl.store(control_ptr + SPAN_END, tl.where(cycle_over, -1, e))
     s = tl.where(cycle_over, e, s)
     cycle += cycle_over.to(tl.int32)
     if HAS_BLOCKS:
@@ -438,14 +442,14 @@ def _decide_kernel(
             tl.store(control_ptr + BLOCK, index)
             tl.store(control_ptr + BLOCK_START, begin)
             tl.store(control_ptr + BLOCK_END, stop)
-    tl.store(control_ptr + S, s)
+    tl.store(control_ptr + SPAN_START, s)
     tl.store(control_ptr + CYCLE, cycle)
 
 
 def decide(
     token: torch.Tensor,
     score: torch.Tensor,
-    inside: torch.Tensor,
+    candidate: torch.Tensor,
     tokens: torch.Tensor,
     masked: torch.Tensor,
     commit_step: torch.Tensor,
@@ -454,7 +458,7 @@ def decide(
     history: torch.Tensor,
     spread: torch.Tensor,
     control: torch.Tensor,
-    dials: torch.Tensor,
+    sampling: torch.Tensor,
     *,
     eos_id: int,
     min_parallel_slow: int,
@@ -482,13 +486,13 @@ def decide(
     """Take one step of the cycle machine for ``B`` rows, in place. Rows that are done do not change.
 
     Args:
-        token, score, inside: ``[B, L]`` int64, float32, bool: chosen tokens, their scores, the candidates.
+        token, score, candidate: ``[B, L]`` int64, float32, bool: chosen tokens, their scores, the candidates.
         tokens, masked, commit_step: ``[B, L]`` int64, bool, int64: canvas, undecided positions, step of the commit.
         dirty: bool ``[B, L]``; set where a token is committed.
         fill: bool ``[B, L]``, scratch; holds what this step committed.
         history, spread: int64 ``[B, W]`` candidate horizons counted from the block's start; float64 ``[B]``.
         control: int64 ``[B, n]``, the columns of :data:`~sfs_triton.kernels.control.CONTROL`.
-        dials: float32 ``[B, n]``, the columns of :data:`~sfs_triton.kernels.control.DIALS`.
+        sampling: float32 ``[B, n]``, the columns of :data:`~sfs_triton.kernels.control.SAMPLING`.
         event: int64 tensors like ``control`` and ``history``, to hold them as they are after the horizon was estimated
             and before anything is committed.
 
@@ -496,11 +500,13 @@ def decide(
     scores the lowest position is best. A NaN score ends its row with a fault and commits nothing; in a look-ahead,
     where ``score`` must be -inf at all other positions, it is no candidate.
     """
-    canvas = {"token": (token, torch.int64), "score": (score, torch.float32), "inside": (inside, torch.bool),
+    canvas = {"token": (token, torch.int64), "score": (score, torch.float32), "candidate": (candidate, torch.bool),
               "tokens": (tokens, torch.int64), "masked": (masked, torch.bool), "dirty": (dirty, torch.bool),
               "commit_step": (commit_step, torch.int64), "fill": (fill, torch.bool)}  # fmt: skip
     batch, length = check_canvas(control, **canvas)
-    check_tensor("dials", dials, dtype=torch.float32, shape=[batch, len(DIALS)], device=control.device, dense=True)
+    check_tensor(
+        "sampling", sampling, dtype=torch.float32, shape=[batch, len(SAMPLING)], device=control.device, dense=True
+    )
     check_tensor("history", history, dtype=torch.int64, shape=[batch, window], device=control.device, dense=True)
     check_tensor("spread", spread, dtype=torch.float64, shape=[batch], device=control.device, dense=True)
     for name, value, allowed in (
@@ -532,7 +538,7 @@ def decide(
         (batch,),
         token_ptr=token,
         score_ptr=score,
-        inside_ptr=inside,
+        candidate_ptr=candidate,
         tokens_ptr=tokens,
         masked_ptr=masked,
         commit_step_ptr=commit_step,
@@ -541,7 +547,7 @@ def decide(
         history_ptr=history,
         spread_ptr=spread,
         control_ptr=control,
-        dials_ptr=dials,
+        sampling_ptr=sampling,
         event_control_ptr=event_control,
         event_history_ptr=event_history,
         length=length,

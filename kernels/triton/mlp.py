@@ -26,12 +26,12 @@ def _silu_mul_kernel(
 ):
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
     columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-    inside = (row < n_rows) & (columns < n_columns)
+    candidate = (row < n_rows) & (columns < n_columns)
     gate_at = gate_up_ptr + row * stride_gate_up_row + columns
-    gate = tl.load(gate_at, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(gate_at + n_columns, mask=inside, other=0.0).to(tl.float32)
+    gate = tl.load(gate_at, mask=candidate, other=0.0).to(tl.float32)
+    up = tl.load(gate_at + n_columns, mask=candidate, other=0.0).to(tl.float32)
     product = gate / (1.0 + tl.exp(-gate)) * up
-    tl.store(out_ptr + row * stride_out_row + columns, product.to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(out_ptr + row * stride_out_row + columns, product.to(out_ptr.dtype.element_ty), mask=candidate)
 
 
 @dataclass(frozen=True)

@@ -32,17 +32,17 @@ def _rms_norm_kernel(
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
     columns = tl.arange(0, BLOCK_N)[None, :]
     live = row < n_rows
-    inside = live & (columns < n_columns)
-    x = tl.load(x_ptr + row * stride_x_row + columns, mask=inside, other=0.0)
+    candidate = live & (columns < n_columns)
+    x = tl.load(x_ptr + row * stride_x_row + columns, mask=candidate, other=0.0)
     if HAS_RESIDUAL:
         at = residual_ptr + row * stride_residual_row + columns
         # the sum is rounded to the residual's dtype before it is normalised, as an unfused addition would be
-        x = (x.to(tl.float32) + tl.load(at, mask=inside, other=0.0).to(tl.float32)).to(x.dtype)
-        tl.store(at, x, mask=inside)
+        x = (x.to(tl.float32) + tl.load(at, mask=candidate, other=0.0).to(tl.float32)).to(x.dtype)
+        tl.store(at, x, mask=candidate)
     wide = x.to(tl.float32)
     scale = tl.rsqrt(tl.sum(wide * wide, axis=1, keep_dims=True) / n_columns + eps)
     weight = tl.load(weight_ptr + columns, mask=columns < n_columns, other=0.0).to(tl.float32)
-    tl.store(out_ptr + row * stride_out_row + columns, (wide * scale * weight).to(x.dtype), mask=inside)
+    tl.store(out_ptr + row * stride_out_row + columns, (wide * scale * weight).to(x.dtype), mask=candidate)
 
 
 @dataclass(frozen=True)

@@ -27,13 +27,13 @@ from .commit import (
     MAX_LENGTH,
     MAX_REGISTERS,
     N_CONTROL,
-    N_DIALS,
+    N_SAMPLING,
     QUOTA,
+    SPAN_START,
+    STAGE_STEP,
     START,
     STEP,
     TAU,
-    K,
-    S,
     ScanConfig,
     block_at,
     check_canvas,
@@ -41,7 +41,7 @@ from .commit import (
     row_waits,
     scan_config,
 )
-from .control import DIALS
+from .control import SAMPLING
 from .cost import Cost
 from .launch import launch
 
@@ -50,16 +50,16 @@ OPENINGS = ("normal", "repeat", "first")
 
 
 @triton.jit
-def _load_keys(score_ptr, inside_ptr, place, length):
-    """Scores as integers in the same order, the least integer where the step does not look; and where it looks."""
-    inside = tl.load(inside_ptr + place, mask=place < length, other=0) != 0
-    score = tl.load(score_ptr + place, mask=inside, other=0.0) + 0.0  # -0.0 and 0.0 are the same score
+def _load_keys(score_ptr, candidate_ptr, place, length):
+    """Scores as integers in the same order, the least integer where there is no candidate; and the candidates."""
+    candidate = tl.load(candidate_ptr + place, mask=place < length, other=0) != 0
+    score = tl.load(score_ptr + place, mask=candidate, other=0.0) + 0.0  # -0.0 and 0.0 are the same score
     bits = score.to(tl.int32, bitcast=True)
-    return tl.where(inside, bits ^ ((bits >> 31) & 0x7FFFFFFF), -0x80000000), inside
+    return tl.where(candidate, bits ^ ((bits >> 31) & 0x7FFFFFFF), -0x80000000), candidate
 
 
 @triton.jit
-def _scan(score_ptr, inside_ptr, length, BLOCK_L: tl.constexpr):
+def _scan(score_ptr, candidate_ptr, length, BLOCK_L: tl.constexpr):
     """Scan the candidates: their number, the lowest, the lowest with the largest score, whether one is NaN."""
     left = tl.zeros([BLOCK_L], tl.int32)
     bad = tl.zeros([BLOCK_L], tl.int32)
@@ -68,11 +68,11 @@ def _scan(score_ptr, inside_ptr, length, BLOCK_L: tl.constexpr):
     best_place = tl.zeros([BLOCK_L], tl.int32) + length
     for begin in range(0, length, BLOCK_L):
         place = begin + tl.arange(0, BLOCK_L)
-        key, inside = _load_keys(score_ptr, inside_ptr, place, length)
-        score = tl.load(score_ptr + place, mask=inside, other=0.0)
-        left += inside.to(tl.int32)
+        key, candidate = _load_keys(score_ptr, candidate_ptr, place, length)
+        score = tl.load(score_ptr + place, mask=candidate, other=0.0)
+        left += candidate.to(tl.int32)
         bad |= (score != score).to(tl.int32)
-        lowest = tl.minimum(lowest, tl.where(inside, place, length))
+        lowest = tl.minimum(lowest, tl.where(candidate, place, length))
         better = key > best_key
         best_key = tl.where(better, key, best_key)
         best_place = tl.where(better, place, best_place)
@@ -82,33 +82,33 @@ def _scan(score_ptr, inside_ptr, length, BLOCK_L: tl.constexpr):
 
 
 @triton.jit
-def _count_above(score_ptr, inside_ptr, length, bound, BLOCK_L: tl.constexpr):
+def _count_above(score_ptr, candidate_ptr, length, bound, BLOCK_L: tl.constexpr):
     """Count the candidates whose key exceeds ``bound``."""
     total = tl.zeros([BLOCK_L], tl.int32)
     for begin in range(0, length, BLOCK_L):
-        key, inside = _load_keys(score_ptr, inside_ptr, begin + tl.arange(0, BLOCK_L), length)
-        total += (inside & (key > bound)).to(tl.int32)
+        key, candidate = _load_keys(score_ptr, candidate_ptr, begin + tl.arange(0, BLOCK_L), length)
+        total += (candidate & (key > bound)).to(tl.int32)
     return tl.sum(total, axis=0)
 
 
 @triton.jit
-def _kth_largest(score_ptr, inside_ptr, length, count, BLOCK_L: tl.constexpr):
+def _kth_largest(score_ptr, candidate_ptr, length, count, BLOCK_L: tl.constexpr):
     """The key of the ``count``-th largest score (at least 1), by bisection, and how many positions of that very key
     belong to the ``count`` largest."""
     low = tl.full([], -0x80000000, tl.int64)  # int64, so that the sum of two does not overflow
     high = tl.full([], 0x7FFFFFFF, tl.int64)
     while low < high:  # the smallest key that fewer than ``count`` exceed
         middle = (low + high) >> 1
-        fewer = _count_above(score_ptr, inside_ptr, length, middle.to(tl.int32), BLOCK_L) < count
+        fewer = _count_above(score_ptr, candidate_ptr, length, middle.to(tl.int32), BLOCK_L) < count
         high = tl.where(fewer, middle, high)
         low = tl.where(fewer, low, middle + 1)
     bound = low.to(tl.int32)
-    return bound, count - _count_above(score_ptr, inside_ptr, length, bound, BLOCK_L)
+    return bound, count - _count_above(score_ptr, candidate_ptr, length, bound, BLOCK_L)
 
 
 @triton.jit
 def _fill_ranked(
-    score_ptr, inside_ptr, fill_ptr, length, count, left, tau, best, HAS_TAU: tl.constexpr, BLOCK_L: tl.constexpr
+    score_ptr, candidate_ptr, fill_ptr, length, count, left, tau, best, HAS_TAU: tl.constexpr, BLOCK_L: tl.constexpr
 ):
     """Mark the ``count`` best of ``left`` positions, with HAS_TAU only those of them that reach ``tau`` or are the best
     one; returns how many."""
@@ -116,16 +116,16 @@ def _fill_ranked(
     bound = tl.full([], -0x80000000, tl.int32)  # where all are taken, every one exceeds it
     ties = count
     if (count > 0) & (count < left):
-        bound, ties = _kth_largest(score_ptr, inside_ptr, length, count, BLOCK_L)
+        bound, ties = _kth_largest(score_ptr, candidate_ptr, length, count, BLOCK_L)
     for begin in range(0, length, BLOCK_L):
         place = begin + tl.arange(0, BLOCK_L)
-        key, inside = _load_keys(score_ptr, inside_ptr, place, length)
-        tie = inside & (key == bound)
+        key, candidate = _load_keys(score_ptr, candidate_ptr, place, length)
+        tie = candidate & (key == bound)
         rank = tl.cumsum(tie.to(tl.int32), axis=0) - 1
-        chosen = inside & ((key > bound) | (tie & (rank < ties))) & (count > 0)
+        chosen = candidate & ((key > bound) | (tie & (rank < ties))) & (count > 0)
         ties -= tl.sum(tie.to(tl.int32), axis=0)
         if HAS_TAU:
-            score = tl.load(score_ptr + place, mask=inside, other=0.0)
+            score = tl.load(score_ptr + place, mask=candidate, other=0.0)
             chosen = chosen & ((score >= tau) | (place == best))
         tl.store(fill_ptr + place, chosen, mask=place < length)
         total += chosen.to(tl.int32)
@@ -133,25 +133,25 @@ def _fill_ranked(
 
 
 @triton.jit
-def _fill_over(score_ptr, inside_ptr, fill_ptr, length, tau, best, BLOCK_L: tl.constexpr):
+def _fill_over(score_ptr, candidate_ptr, fill_ptr, length, tau, best, BLOCK_L: tl.constexpr):
     """Mark all positions that reach ``tau``, and the best one."""
     for begin in range(0, length, BLOCK_L):
         place = begin + tl.arange(0, BLOCK_L)
-        inside = tl.load(inside_ptr + place, mask=place < length, other=0) != 0
-        score = tl.load(score_ptr + place, mask=inside, other=0.0)
-        tl.store(fill_ptr + place, inside & ((score >= tau) | (place == best)), mask=place < length)
+        candidate = tl.load(candidate_ptr + place, mask=place < length, other=0) != 0
+        score = tl.load(score_ptr + place, mask=candidate, other=0.0)
+        tl.store(fill_ptr + place, candidate & ((score >= tau) | (place == best)), mask=place < length)
 
 
 @triton.jit
-def _fill_at_random(uniform_ptr, inside_ptr, fill_ptr, length, n_uniform, drawn, share, BLOCK_L: tl.constexpr):
+def _fill_at_random(uniform_ptr, candidate_ptr, fill_ptr, length, n_uniform, drawn, share, BLOCK_L: tl.constexpr):
     """Mark each candidate with probability ``share``, by the row's uniform numbers from index ``drawn`` on."""
     for begin in range(0, length, BLOCK_L):
         place = begin + tl.arange(0, BLOCK_L)
-        inside = tl.load(inside_ptr + place, mask=place < length, other=0) != 0
-        index = tl.cumsum(inside.to(tl.int32), axis=0) - 1 + drawn
-        number = tl.load(uniform_ptr + tl.minimum(index, n_uniform - 1), mask=inside, other=1.0)
-        tl.store(fill_ptr + place, inside & (number < share), mask=place < length)
-        drawn += tl.sum(inside.to(tl.int32), axis=0)
+        candidate = tl.load(candidate_ptr + place, mask=place < length, other=0) != 0
+        index = tl.cumsum(candidate.to(tl.int32), axis=0) - 1 + drawn
+        number = tl.load(uniform_ptr + tl.minimum(index, n_uniform - 1), mask=candidate, other=1.0)
+        tl.store(fill_ptr + place, candidate & (number < share), mask=place < length)
+        drawn += tl.sum(candidate.to(tl.int32), axis=0)
 
 
 @triton.jit
@@ -180,7 +180,7 @@ def _scheduled(left, k, steps, quota, share, TIMESTEPS: tl.constexpr, OPENING_FI
 def _decide_kernel(
     token_ptr,
     score_ptr,
-    inside_ptr,
+    candidate_ptr,
     uniform_ptr,
     shares_ptr,
     tokens_ptr,
@@ -189,7 +189,7 @@ def _decide_kernel(
     dirty_ptr,
     fill_ptr,
     control_ptr,
-    dials_ptr,
+    sampling_ptr,
     length,
     n_uniform,
     n_shares,
@@ -214,7 +214,7 @@ def _decide_kernel(
         return
     step, k, quota = (
         tl.load(control_ptr + STEP).to(tl.int32),
-        tl.load(control_ptr + K).to(tl.int32),
+        tl.load(control_ptr + STAGE_STEP).to(tl.int32),
         tl.load(control_ptr + QUOTA).to(tl.int32),
     )
     start, end = tl.load(control_ptr + START).to(tl.int32), tl.load(control_ptr + END).to(tl.int32)
@@ -224,10 +224,10 @@ def _decide_kernel(
     )
     steps, limit = tl.load(control_ptr + BLOCK_STEPS).to(tl.int32), tl.load(control_ptr + LIMIT).to(tl.int32)
     cap = tl.load(control_ptr + CAP).to(tl.int32)
-    left, lowest, best, bad = _scan(score_ptr + at, inside_ptr + at, length, BLOCK_L)
+    left, lowest, best, bad = _scan(score_ptr + at, candidate_ptr + at, length, BLOCK_L)
     moves = tl.full([], True, tl.int1)
     if PARTIAL:  # a waiting row has no candidates and commits nothing; only its step counts
-        moves = row_waits(inside_ptr + at, masked_ptr + at, length, block_start, block_end, BLOCK_L) == 0
+        moves = row_waits(candidate_ptr + at, masked_ptr + at, length, block_start, block_end, BLOCK_L) == 0
     carried = quota
     tl.debug_barrier()  # all threads have their numbers before one of them stores
     if bad:
@@ -237,16 +237,16 @@ def _decide_kernel(
 
     share, tau = 0.0, 0.0
     if HAS_TAU:
-        tau = tl.load(dials_ptr + row * N_DIALS + TAU)
+        tau = tl.load(sampling_ptr + row * N_SAMPLING + TAU)
     if TIMESTEPS:
         share = tl.load(shares_ptr + row * n_shares + tl.minimum(k, n_shares - 1))
     if HAS_TAU and not IS_PACED:
-        _fill_over(score_ptr + at, inside_ptr + at, fill_ptr + at, length, tau, best, BLOCK_L)
+        _fill_over(score_ptr + at, candidate_ptr + at, fill_ptr + at, length, tau, best, BLOCK_L)
     elif AT_RANDOM:
         share = tl.where(k >= steps - 1, 1.0, share)  # the last step takes all
         _fill_at_random(
             uniform_ptr + row * n_uniform,
-            inside_ptr + at,
+            candidate_ptr + at,
             fill_ptr + at,
             length,
             n_uniform,
@@ -262,7 +262,7 @@ def _decide_kernel(
         else:
             count, quota = _scheduled(left, k, steps, quota, share, TIMESTEPS, OPENING == "first")
         taken = _fill_ranked(
-            score_ptr + at, inside_ptr + at, fill_ptr + at, length, count, left, tau, best, HAS_TAU, BLOCK_L
+            score_ptr + at, candidate_ptr + at, fill_ptr + at, length, count, left, tau, best, HAS_TAU, BLOCK_L
         )
         if IS_PACED:
             quota -= taken
@@ -297,21 +297,21 @@ def _decide_kernel(
     tl.store(control_ptr + QUOTA, quota)
     tl.store(control_ptr + MASKS_LEFT, masks_left)
     tl.store(control_ptr + DONE, over.to(tl.int32))
-    tl.store(control_ptr + K, tl.where(block_over, 0, k))
+    tl.store(control_ptr + STAGE_STEP, tl.where(block_over, 0, k))
     if HAS_BLOCKS:
         if block_over:
             index, begin, stop = block_at(start, end, following, block_length)
             tl.store(control_ptr + BLOCK, index)
             tl.store(control_ptr + BLOCK_START, begin)
             tl.store(control_ptr + BLOCK_END, stop)
-            tl.store(control_ptr + S, begin)
+            tl.store(control_ptr + SPAN_START, begin)
             tl.store(control_ptr + CYCLE, 0)
 
 
 def decide(
     token: torch.Tensor,
     score: torch.Tensor,
-    inside: torch.Tensor,
+    candidate: torch.Tensor,
     uniform: torch.Tensor,
     shares: torch.Tensor,
     tokens: torch.Tensor,
@@ -320,7 +320,7 @@ def decide(
     dirty: torch.Tensor,
     fill: torch.Tensor,
     control: torch.Tensor,
-    dials: torch.Tensor,
+    sampling: torch.Tensor,
     *,
     eos_id: int,
     by_threshold: bool,
@@ -336,24 +336,26 @@ def decide(
     """Take one step of the block machine for ``B`` rows, in place. Rows that are done do not change.
 
     Args:
-        token, score, inside: ``[B, L]`` int64, float32, bool: chosen tokens, their scores, the candidates.
+        token, score, candidate: ``[B, L]`` int64, float32, bool: chosen tokens, their scores, the candidates.
         uniform: float32 ``[B, n]``, each row's stream of uniform numbers; read with ``at_random``.
         shares: float32 ``[B, n]``, each row's schedule; read with ``schedule="timesteps"``.
         tokens, masked, commit_step: ``[B, L]`` int64, bool, int64: canvas, undecided positions, step of the commit.
         dirty: bool ``[B, L]``; set where a token is committed.
         fill: bool ``[B, L]``, scratch; holds what this step committed.
         control: int64 ``[B, n]``, the columns of :data:`~sfs_triton.kernels.control.CONTROL`.
-        dials: float32 ``[B, n]``, the columns of :data:`~sfs_triton.kernels.control.DIALS`.
+        sampling: float32 ``[B, n]``, the columns of :data:`~sfs_triton.kernels.control.SAMPLING`.
 
     The other arguments are the rules, as documented by the twin, ``sfs_triton/ops/torch/select.py``. Of equal
     scores the lowest position is best; 0.0 and -0.0 are equal. A NaN score ends its row with a fault and commits
     nothing.
     """
-    canvas = {"token": (token, torch.int64), "score": (score, torch.float32), "inside": (inside, torch.bool),
+    canvas = {"token": (token, torch.int64), "score": (score, torch.float32), "candidate": (candidate, torch.bool),
               "tokens": (tokens, torch.int64), "masked": (masked, torch.bool), "dirty": (dirty, torch.bool),
               "commit_step": (commit_step, torch.int64), "fill": (fill, torch.bool)}  # fmt: skip
     batch, length = check_canvas(control, **canvas)
-    check_tensor("dials", dials, dtype=torch.float32, shape=[batch, len(DIALS)], device=control.device, dense=True)
+    check_tensor(
+        "sampling", sampling, dtype=torch.float32, shape=[batch, len(SAMPLING)], device=control.device, dense=True
+    )
     for name, value in (("uniform", uniform), ("shares", shares)):
         check_tensor(name, value, dtype=torch.float32, shape=[batch, None], device=control.device, dense=True)
     timesteps = schedule == "timesteps" and not by_threshold
@@ -372,7 +374,7 @@ def decide(
         (batch,),
         token_ptr=token,
         score_ptr=score,
-        inside_ptr=inside,
+        candidate_ptr=candidate,
         uniform_ptr=uniform if at_random else None,
         shares_ptr=shares if timesteps else None,
         tokens_ptr=tokens,
@@ -381,7 +383,7 @@ def decide(
         dirty_ptr=dirty,
         fill_ptr=fill,
         control_ptr=control,
-        dials_ptr=dials,
+        sampling_ptr=sampling,
         length=length,
         n_uniform=uniform.shape[1],
         n_shares=shares.shape[1],

@@ -1,6 +1,6 @@
 """Cache policies: the positions of the canvas that a step forwards, and the tensors it keeps for later steps.
 
-A policy is a frozen description; it never launches anything. On the device, ``reach`` or ``plan``
+A policy is a frozen description; it never launches anything. On the device, ``position_ranges`` or ``list_positions``
 (:mod:`sfs_triton.ops`) compute the positions of every canvas from its state. On the host, :meth:`CachePolicy.tight` and
 :meth:`CachePolicy.fixed` give the size of the step that holds them: exact, from the state as last read, or one of a few
 padded sizes for which graphs are captured.
@@ -76,7 +76,7 @@ class Shape(NamedTuple):
 
 @dataclass(frozen=True)
 class CachePolicy:
-    """Base of all policies. ``to_span_end`` and ``block`` are the arguments of ``reach``."""
+    """Base of all policies. ``to_span_end`` and ``block`` are the arguments of ``position_ranges``."""
 
     name: ClassVar[str]
     by_block: ClassVar[bool] = False
@@ -105,7 +105,7 @@ class CachePolicy:
         return 0
 
     def span(self, row: RowView) -> Span:
-        """Return the range that a step forwards; the host's twin of ``reach``."""
+        """Return the range that a step forwards; the host's twin of ``position_ranges``."""
         if self.block is not None and row.k > 0:
             return Span(
                 row.block_start, row.limit if self.block == "rest" else min(row.block_end, row.limit), row.limit

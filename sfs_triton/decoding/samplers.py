@@ -35,7 +35,7 @@ def _check_choice(name: str, value: Any, allowed: tuple) -> None:
     require(value in allowed, f"{name}={value!r} is not one of {allowed}")
 
 
-class Dials(NamedTuple):
+class SamplingValues(NamedTuple):
     """Per-sequence sampling parameters. They may differ within a batch and are stored on the device, in the columns of
     the same names."""
 
@@ -93,14 +93,14 @@ class Sampler:
         return self.top_p is not None and self.top_p < 1
 
     def form(self) -> Sampler:
-        """Return this sampler with its per-sequence numbers (:meth:`dials`) blanked.
+        """Return this sampler with its per-sequence numbers (:meth:`sampling_values`) blanked.
 
         Sequences can share a batch if their forms are equal."""
         return replace(self, temperature=float(self.temperature > 0), top_p=1e-3 if self.has_nucleus else None)
 
-    def dials(self) -> Dials:
+    def sampling_values(self) -> SamplingValues:
         """Return the per-sequence parameters."""
-        return Dials(self.temperature or 1.0, self.top_p if self.has_nucleus else math.inf)
+        return SamplingValues(self.temperature or 1.0, self.top_p if self.has_nucleus else math.inf)
 
     def check_cache(self, policy) -> None:
         """Refuse a cache policy that does not work with this sampler."""
@@ -191,9 +191,9 @@ class SlowFast(Sampler):
     def form(self) -> SlowFast:
         return replace(super().form(), tau_min=1.0, tau_high=1.0, tau_slow=None, name="")
 
-    def dials(self) -> Dials:
+    def sampling_values(self) -> SamplingValues:
         never = math.inf if self.tau_slow is None else self.tau_slow
-        return super().dials()._replace(tau_min=self.tau_min, tau_slow=never, tau=self.tau_high)
+        return super().sampling_values()._replace(tau_min=self.tau_min, tau_slow=never, tau=self.tau_high)
 
     def check_cache(self, policy) -> None:
         require(
@@ -311,8 +311,8 @@ class Threshold(Sampler):
     def form(self) -> Threshold:
         return replace(super().form(), tau=1.0)
 
-    def dials(self) -> Dials:
-        return super().dials()._replace(tau=self.tau)
+    def sampling_values(self) -> SamplingValues:
+        return super().sampling_values()._replace(tau=self.tau)
 
     def rules(
         self, opening: str = "normal", *, look_ahead: int = 0, partial: bool = False, span_cap: int | None = None

@@ -76,7 +76,7 @@ class Transformer:
             cache: store of keys and values (or features); needed when ``scope`` stores or recomputes any.
             select: int64 ``[b, m]``, numbers of rows in the scope. The last layer's queries and MLP run only there.
         """
-        self.reach(scope.keys)
+        self.ensure_rope_length(scope.keys)
         if scope.rows is None:
             tokens = tokens[:, scope.first : scope.stop]
         x = self._embed(tokens, scope.rows)
@@ -145,7 +145,7 @@ class Transformer:
         k, v = cache.layer(index)
         return (self._cos, self._sin), position, {"k_cache": k, "v_cache": v, "cache_row": scope.batch}
 
-    def reach(self, length: int) -> None:
+    def ensure_rope_length(self, length: int) -> None:
         """Grow the rotary tables to ``length`` positions; the limit in a configuration may be far more than is used.
 
         Old tables are kept: a captured graph or another thread may still read them.

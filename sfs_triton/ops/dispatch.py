@@ -36,16 +36,16 @@ class Ops:
     decide_cycle: Callable[..., None]
     embedding: Callable[..., torch.Tensor]
     linear: Callable[..., torch.Tensor]
+    list_positions: Callable[..., None]
     lm_head: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     lm_head_partials: Callable[..., tuple[torch.Tensor, torch.Tensor]]
-    look: Callable[..., torch.Tensor]
+    mark_candidates: Callable[..., torch.Tensor]
     merge_partials: Callable[..., tuple[torch.Tensor, torch.Tensor]]
-    place: Callable[..., None]
-    plan: Callable[..., None]
-    post: Callable[..., None]
-    reach: Callable[..., None]
+    position_ranges: Callable[..., None]
+    publish: Callable[..., None]
     rms_norm: Callable[..., torch.Tensor]
     rope_cache: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+    scatter_choices: Callable[..., None]
     silu_mul: Callable[..., torch.Tensor]
 
     def product(
@@ -133,7 +133,7 @@ def check_implementation(impl: str | None) -> None:
 
 
 def implementation(impl: str | None, device: torch.device) -> Ops:
-    """Return the operations for ``device``, all by ``impl``; None is torch. ``post`` is a kernel on every GPU.
+    """Return the operations for ``device``, all by ``impl``; None is torch. ``publish`` is a kernel on every GPU.
 
     Raises:
         ArgumentError: ``impl`` is unknown, or cannot run on ``device``.
@@ -145,7 +145,7 @@ def implementation(impl: str | None, device: torch.device) -> Ops:
     if device.type != "cuda":
         return ops
     # plain torch has no store to host memory that is ordered with a GPU's work
-    return replace(ops, post=_module("triton", device).post)
+    return replace(ops, publish=_module("triton", device).publish)
 
 
 def _module(impl: str, device: torch.device):

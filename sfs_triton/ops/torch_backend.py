@@ -7,14 +7,15 @@ from .torch.confidence import confidence
 from .torch.cycle import decide as decide_cycle
 from .torch.gather import compact, embedding
 from .torch.linear import linear
+from .torch.list_positions import list_positions
 from .torch.lm_head import lm_head, lm_head_partials, merge_partials
+from .torch.mark_candidates import mark_candidates
 from .torch.mlp import silu_mul
 from .torch.norm import rms_norm
-from .torch.place import place
-from .torch.plan import look, plan
-from .torch.post import post
-from .torch.reach import reach
+from .torch.position_ranges import position_ranges
+from .torch.publish import publish
 from .torch.rope_cache import rope_cache
+from .torch.scatter_choices import scatter_choices
 from .torch.select import decide as decide_block
 
 __all__ = [
@@ -25,15 +26,15 @@ __all__ = [
     "decide_cycle",
     "embedding",
     "linear",
+    "list_positions",
     "lm_head",
     "lm_head_partials",
-    "look",
+    "mark_candidates",
     "merge_partials",
-    "place",
-    "plan",
-    "post",
-    "reach",
+    "position_ranges",
+    "publish",
     "rms_norm",
     "rope_cache",
+    "scatter_choices",
     "silu_mul",
 ]

@@ -9,9 +9,10 @@ from __future__ import annotations
 import torch
 
 from ..kernels import cycle as _cycle
-from ..kernels import place as _place
-from ..kernels import plan as _plan
-from ..kernels import reach as _reach
+from ..kernels import list_positions as _list_positions
+from ..kernels import mark_candidates as _mark_candidates
+from ..kernels import position_ranges as _position_ranges
+from ..kernels import scatter_choices as _scatter_choices
 from ..kernels import select as _select
 from ..kernels.attention import attention
 from ..kernels.confidence import confidence
@@ -21,7 +22,7 @@ from ..kernels.lm_head import lm_head, lm_head_partials
 from ..kernels.mlp import silu_mul
 from ..kernels.norm import rms_norm
 from ..kernels.partials import merge_partials
-from ..kernels.post import post
+from ..kernels.publish import publish
 from ..kernels.rope_cache import rope_cache
 
 __all__ = [
@@ -32,26 +33,26 @@ __all__ = [
     "decide_cycle",
     "embedding",
     "linear",
+    "list_positions",
     "lm_head",
     "lm_head_partials",
-    "look",
+    "mark_candidates",
     "merge_partials",
-    "place",
-    "plan",
-    "post",
-    "reach",
+    "position_ranges",
+    "publish",
     "rms_norm",
     "rope_cache",
+    "scatter_choices",
     "silu_mul",
 ]
 
 
-def look(state, *, by_stage: bool, span_cap: int | None = None) -> torch.Tensor:
-    _plan.look(state.masked, state.control, state.inside, by_stage=by_stage, span_cap=span_cap)
-    return state.inside
+def mark_candidates(state, *, by_stage: bool, span_cap: int | None = None) -> torch.Tensor:
+    _mark_candidates.mark_candidates(state.masked, state.control, state.candidate, by_stage=by_stage, span_cap=span_cap)
+    return state.candidate
 
 
-def plan(
+def list_positions(
     state,
     rows: torch.Tensor,
     target: torch.Tensor,
@@ -63,12 +64,12 @@ def plan(
     shift: int = 0,
     stale: bool = True,
 ) -> None:
-    _plan.plan(
+    _list_positions.list_positions(
         state.masked,
         state.control,
         state.dirty,
         state.forwarded,
-        state.inside,
+        state.candidate,
         rows,
         target,
         count,
@@ -80,7 +81,7 @@ def plan(
     )
 
 
-def reach(
+def position_ranges(
     state,
     rows: torch.Tensor | None,
     count: torch.Tensor,
@@ -89,10 +90,10 @@ def reach(
     to_span_end: bool,
     block: str | None,
 ) -> None:
-    _reach.reach(state.control, rows, count, key_range, to_span_end=to_span_end, block=block)
+    _position_ranges.position_ranges(state.control, rows, count, key_range, to_span_end=to_span_end, block=block)
 
 
-def place(
+def scatter_choices(
     state,
     token: torch.Tensor,
     score: torch.Tensor,
@@ -101,7 +102,7 @@ def place(
     which: torch.Tensor | None = None,
     row: torch.Tensor | None = None,
 ) -> None:
-    _place.place(token, score, target, state.token, state.score, which=which, row=row)
+    _scatter_choices.scatter_choices(token, score, target, state.token, state.score, which=which, row=row)
 
 
 def decide_cycle(state, rules, *, slow: bool = True) -> None:
@@ -109,7 +110,7 @@ def decide_cycle(state, rules, *, slow: bool = True) -> None:
     _cycle.decide(
         state.token,
         state.score,
-        state.inside,
+        state.candidate,
         state.tokens,
         state.masked,
         state.commit_step,
@@ -118,7 +119,7 @@ def decide_cycle(state, rules, *, slow: bool = True) -> None:
         state.history,
         state.spread,
         state.control,
-        state.dials,
+        state.sampling,
         eos_id=state.eos_id,
         min_parallel_slow=rules.min_parallel_slow,
         min_parallel=rules.min_parallel,
@@ -150,7 +151,7 @@ def decide_block(state, rules, *, slow: bool = True) -> None:
     _select.decide(
         state.token,
         state.score,
-        state.inside,
+        state.candidate,
         state.uniform,
         state.shares,
         state.tokens,
@@ -159,7 +160,7 @@ def decide_block(state, rules, *, slow: bool = True) -> None:
         state.dirty,
         state.fill,
         state.control,
-        state.dials,
+        state.sampling,
         eos_id=state.eos_id,
         by_threshold=rules.by_threshold,
         paced_steps=rules.paced_steps,

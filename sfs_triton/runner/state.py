@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..kernels.control import COLUMN, CONTROL, DIALS
+from ..kernels.control import COLUMN, CONTROL, SAMPLING
 
 
 def send(there: torch.Tensor, values: list | torch.Tensor) -> None:
@@ -23,7 +23,7 @@ class DecodeState:
     tokens: torch.Tensor  # int64 [B, L]; undecided positions hold the mask id
     masked: torch.Tensor  # bool [B, L]
     given: torch.Tensor  # bool [B, L]: not to be decided
-    inside: torch.Tensor  # bool [B, L]: candidates of the step
+    candidate: torch.Tensor  # bool [B, L]: candidates of the step
     choice_token: torch.Tensor  # int64 [B L + 1]: token chosen by the last forward, at candidates; one spare element
     choice_score: torch.Tensor  # float32 [B L + 1]: the score of that choice
     commit_step: torch.Tensor  # int64 [B, L]: step that filled a position, -1 never or given
@@ -38,7 +38,7 @@ class DecodeState:
     uniform: torch.Tensor  # float32 [B, n]: stream of uniform numbers per sequence, if the sampler reads one
     shares: torch.Tensor  # float32 [B, n]: schedule per sequence, if the sampler has one
     control: torch.Tensor  # int64 [B, len(CONTROL)]
-    dials: torch.Tensor  # float32 [B, len(DIALS)]: sampler parameters per sequence
+    sampling: torch.Tensor  # float32 [B, len(SAMPLING)]: sampler parameters per sequence
     length: int
     mask_id: int
     eos_id: int
@@ -51,10 +51,10 @@ class DecodeState:
     block: torch.Tensor = field(init=False)
     block_start: torch.Tensor = field(init=False)
     block_end: torch.Tensor = field(init=False)
-    s: torch.Tensor = field(init=False)
-    e: torch.Tensor = field(init=False)
-    phase: torch.Tensor = field(init=False)
-    k: torch.Tensor = field(init=False)
+    span_start: torch.Tensor = field(init=False)
+    span_end: torch.Tensor = field(init=False)
+    stage: torch.Tensor = field(init=False)
+    stage_step: torch.Tensor = field(init=False)
     cycle: torch.Tensor = field(init=False)
     determined: torch.Tensor = field(init=False)
     n_history: torch.Tensor = field(init=False)
@@ -76,8 +76,8 @@ class DecodeState:
     def __post_init__(self) -> None:
         for index, name in enumerate(CONTROL):
             setattr(self, name, self.control[:, index])
-        for index, name in enumerate(DIALS):
-            setattr(self, name, self.dials[:, index])
+        for index, name in enumerate(SAMPLING):
+            setattr(self, name, self.sampling[:, index])
         self.token = self.choice_token[:-1].view(self.tokens.shape)
         self.score = self.choice_score[:-1].view(self.tokens.shape)
 
@@ -93,19 +93,19 @@ class DecodeState:
         block_length: int | None,
         seeds: list[int],
         caps: list[int],
-        dials: Sequence[float],
+        sampling: Sequence[float],
         device: torch.device,
         trace: bool,
     ) -> DecodeState:
         """Return a state of canvases ``rows`` (token ids; undecided ones are ``mask_id``), decoded from ``starts`` on.
 
-        ``caps`` are step limits per sequence; one that needs more ends with a fault. ``dials`` are the per-sequence
+        ``caps`` are step limits per sequence; one that needs more ends with a fault. ``sampling`` are the per-sequence
         parameters of the sampler.
         """
         shape = {"batch": len(rows), "length": max(map(len, rows)), "window": window}
         state = cls.blank(**shape, mask_id=mask_id, eos_id=eos_id, device=device, trace=trace)
         for slot, (row, start, seed, cap) in enumerate(zip(rows, starts, seeds, caps, strict=True)):
-            state.put(slot, row, start, block_length=block_length, seed=seed, cap=cap, dials=dials)
+            state.put(slot, row, start, block_length=block_length, seed=seed, cap=cap, sampling=sampling)
         return state
 
     @classmethod
@@ -130,13 +130,13 @@ class DecodeState:
                 "history": torch.zeros_like(history),
                 "spread": torch.zeros_like(spread),
                 "score": canvas(torch.float32),
-                "inside": canvas(torch.bool),
+                "candidate": canvas(torch.bool),
             }
         return cls(
             tokens=canvas(),
             masked=canvas(torch.bool),
             given=canvas(torch.bool),
-            inside=canvas(torch.bool),
+            candidate=canvas(torch.bool),
             choice_token=zeros(batch * length + 1),
             choice_score=zeros(batch * length + 1, dtype=torch.float32),
             commit_step=canvas(),
@@ -151,7 +151,7 @@ class DecodeState:
             uniform=torch.zeros((batch, 0), device=device),
             shares=torch.zeros((batch, 0), device=device),
             control=control,
-            dials=torch.ones((batch, len(DIALS)), dtype=torch.float32, device=device),
+            sampling=torch.ones((batch, len(SAMPLING)), dtype=torch.float32, device=device),
             length=length,
             mask_id=mask_id,
             eos_id=eos_id,
@@ -168,12 +168,12 @@ class DecodeState:
         block_length: int | None,
         seed: int,
         cap: int,
-        dials: Sequence[float],
+        sampling: Sequence[float],
         block_steps: int = 0,
     ) -> list[int]:
         """Put a canvas into a slot whose sequence is done, in stream order; return its control numbers.
 
-        ``cap`` is its step limit, ``dials`` are its sampler's parameters, and ``block_steps`` is the number of steps
+        ``cap`` is its step limit, ``sampling`` are its sampler's parameters, and ``block_steps`` is the number of steps
         that a schedule gives to each block.
         """
         end, masks = len(row), [p for p in range(start, len(row)) if row[p] == self.mask_id]
@@ -183,7 +183,7 @@ class DecodeState:
         values = {
             **{"start": start, "end": end, "limit": end},
             **{"block": block, "block_start": begin, "block_end": min(begin + size, end)},
-            **{"s": begin, "e": -1, "estimate": -1, "block_steps": block_steps},
+            **{"span_start": begin, "span_end": -1, "estimate": -1, "block_steps": block_steps},
             "cap": min(cap, 2**31 - 1),  # kernels count in 32 bits
             **{"masks_left": len(masks), "done": int(not masks)},
         }
@@ -195,9 +195,9 @@ class DecodeState:
         masked[end:] = False
         torch.logical_not(masked, out=self.given[slot])
         self.seed[slot : slot + 1].fill_(seed)
-        send(self.dials[slot], list(dials))
+        send(self.sampling[slot], list(sampling))
         fresh = {"commit_step": -1, "forwarded": -1, "spread": float("nan")}
-        for name in ("inside", "token", "score", "fill", "dirty", "history", *fresh):
+        for name in ("candidate", "token", "score", "fill", "dirty", "history", *fresh):
             getattr(self, name)[slot : slot + 1].fill_(fresh.get(name, 0))
         send(self.control[slot], control)  # last: this marks the slot as running
         return control
@@ -205,5 +205,5 @@ class DecodeState:
     def record_event(self, control: torch.Tensor, history: torch.Tensor) -> None:
         """Record the inputs of this decision: ``control`` and ``history`` as they are before the commit."""
         values = {"control": control, "history": history, "spread": self.spread, "score": self.score}
-        for name, value in {**values, "inside": self.inside}.items():
+        for name, value in {**values, "candidate": self.candidate}.items():
             self.events[name].copy_(value)

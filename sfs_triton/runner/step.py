@@ -62,7 +62,7 @@ class Step:
         if state.events is not None:
             sources |= {f"event_{name}": value for name, value in state.events.items()}
             sources["commit_step"] = state.commit_step
-        self.mailbox = Mailbox(sources, depth, model.ops.post, state.tokens.device)
+        self.mailbox = Mailbox(sources, depth, model.ops.publish, state.tokens.device)
         self.control = [[int(name == "done") for name in CONTROL] for _ in range(self.slots)]  # as last read
         self._since = [0] * self.slots  # number of the first output that is valid for the sequence in a slot
         self._started = [0] * self.slots  # launched steps of that sequence
@@ -85,7 +85,7 @@ class Step:
         self._aimed = torch.arange(batch, device=device)
         self._parked = torch.zeros(batch, dtype=torch.bool, device=device)
         self._aim = (tuple(range(batch)), frozenset())  # present values of those two
-        model.reach(length)
+        model.ensure_rope_length(length)
 
     # ------------------------------------------------------------------------------------------ join and leave
 
@@ -228,7 +228,7 @@ class Step:
         if shapes[0].kind == "plan":
             self._plan(shapes[0])
         else:
-            ops.look(state, **self._look)
+            ops.mark_candidates(state, **self._look)
         if self.policy.look_ahead:
             state.choice_score.fill_(float("-inf"))  # for positions in no list
         for shape in shapes:
@@ -247,7 +247,7 @@ class Step:
         ops, state, policy = self.model.ops, self.state, self.policy
         rows, target = self._list(0, shape.size), self._list(1, shape.size)
         how = {"look_ahead": policy.look_ahead, "shift": self._shift, "stale": policy.rotate}
-        ops.plan(state, rows, target, self._count, **self._look, **how)
+        ops.list_positions(state, rows, target, self._count, **self._look, **how)
         state.listed.copy_(self._count)
 
     def _forward(self, shape: Shape) -> None:
@@ -269,7 +269,7 @@ class Step:
         if self._draw.noise or self._draw.nucleus:
             keys |= self._row_numbers(target, which, batch)
         token, score = self.model.choose(hidden.flatten(0, 1), self._draw, **keys)
-        ops.place(state, token, score, target, which=which, row=batch)
+        ops.scatter_choices(state, token, score, target, which=which, row=batch)
 
     def _batch(self, members: tuple[int, ...] | int | None) -> torch.Tensor | None:
         """Return the slots as an index; None for all of them."""
@@ -281,13 +281,13 @@ class Step:
 
     def _scope(self, shape: Shape, batch: torch.Tensor | None) -> Scope:
         """Return the scope to forward, with its lists and ranges written to fixed buffers."""
-        state, policy, reach = self.state, self.policy, self.model.ops.reach
+        state, policy, position_ranges = self.state, self.policy, self.model.ops.position_ranges
         given = {"batch": batch, "counters": self._counters, "features": shape.features}
         if shape.features is not None:
             given["prompt"] = _of(state.start, batch)
         elif policy.store is not None:
             given["store"] = True
-            # a whole-canvas step refreshes every cached position; ``ops.plan`` notes the same of listed ones
+            # a whole-canvas step refreshes every cached position; ``ops.list_positions`` notes the same of listed ones
             if shape.kind in ("same", "prefix"):
                 here = (state.done == 0)[:, None]
                 state.dirty.masked_fill_(here, False)
@@ -297,10 +297,10 @@ class Step:
         rows = None if shape.kind == "prefix" else self._list(0, shape.size)
         if shape.kind != "plan":
             how = {"to_span_end": policy.to_span_end, "block": policy.block}
-            reach(state, rows, self._count, self._key_range, **how)
+            position_ranges(state, rows, self._count, self._key_range, **how)
         elif shape.ragged:
-            # only key ranges are missing: ``ops.plan`` has written the list and its count, which must not change
-            reach(state, None, self._unused, self._key_range, to_span_end=False, block=None)
+            # only key ranges are missing: ``ops.list_positions`` has written list and count, which must not change
+            position_ranges(state, None, self._unused, self._key_range, to_span_end=False, block=None)
         given |= {"rows": None if rows is None else _of(rows, batch), "count": _of(self._count, batch)}
         if shape.ragged:
             given["key_range"] = _of(self._key_range, batch)
@@ -314,7 +314,7 @@ class Step:
             slot, _ = compact(target >= 0, capacity=shape.targets)
             select = slot.clamp(min=0).long()
             return select, torch.where(slot < 0, -1, target.gather(1, select))
-        target, _ = compact(_of(self.state.inside, batch), capacity=shape.targets)
+        target, _ = compact(_of(self.state.candidate, batch), capacity=shape.targets)
         first = scope.first + self._shift if scope.rows is None else scope.rows[:, :1] + self._shift
         return (target - first).clamp(min=0).long(), target
 
@@ -333,7 +333,10 @@ class Step:
 
 _VIEWED = [
     COLUMN[name]
-    for name in ("start", "limit", "block_start", "block_end", "s", "e", "phase", "k", "step", "masks_left")
+    for name in (
+        *("start", "limit", "block_start", "block_end", "span_start", "span_end"),
+        *("stage", "stage_step", "step", "masks_left"),
+    )
 ]
 
 

@@ -78,7 +78,7 @@ class Lane:
             Mailbox(
                 {"tokens": state.tokens[slot], "commit_step": state.commit_step[slot], "control": state.control[slot]},
                 1,
-                model.ops.post,
+                model.ops.publish,
                 model.device,
             )
             for slot in range(self.slots)
@@ -160,7 +160,7 @@ class Lane:
                 block_length=getattr(sampler, "block_length", None),
                 seed=row.seed,
                 cap=row.step_cap,
-                dials=sampler.dials(),
+                sampling=sampler.sampling_values(),
                 block_steps=block_steps,
             )
         if self.step.control[slot][COLUMN["done"]]:  # nothing to decide

@@ -57,12 +57,14 @@ class Row:
     @property
     def fast(self) -> bool:
         """True in the fast stage."""
-        return self.control is not None and self.control[COLUMN["phase"]] == FAST
+        return self.control is not None and self.control[COLUMN["stage"]] == FAST
 
     @property
     def span(self) -> tuple[int, int]:
         """Span ``[s, e)`` of its cycle; ``e`` is -1 until it is known."""
-        return (self.start, -1) if self.control is None else (self.control[COLUMN["s"]], self.control[COLUMN["e"]])
+        if self.control is None:
+            return self.start, -1
+        return self.control[COLUMN["span_start"]], self.control[COLUMN["span_end"]]
 
     @property
     def settled(self) -> int:

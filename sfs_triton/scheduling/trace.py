@@ -59,17 +59,17 @@ class Tracer:
         index, start, end = row.index, self._start, self._end
         event = {name: letter[f"event_{name}"][index].tolist() for name in ("control", "history", "spread")}
         control = event["control"]
-        looked, scores = (letter[f"event_{name}"][index, start:end].tolist() for name in ("inside", "score"))
+        candidate, scores = (letter[f"event_{name}"][index, start:end].tolist() for name in ("candidate", "score"))
         commits = letter["commit_step"][index, start:end].tolist()
         return StepTrace(
             step=control[COLUMN["step"]],
             block=control[COLUMN["block"]],
             cycle=control[COLUMN["cycle"]],
-            k=control[COLUMN["k"]],
+            k=control[COLUMN["stage_step"]],
             forwarded=covered if self._policy.planned(row.step) else self._policy.span(row).stop - start,
             rows_forwarded=recomputed,
             committed=[p for p, step in enumerate(commits) if step == control[COLUMN["step"]]],
-            confidence=[c if there else None for c, there in zip(scores, looked, strict=True)],
+            confidence=[c if there else None for c, there in zip(scores, candidate, strict=True)],
             **self._stage(event),
         )
 
@@ -94,14 +94,14 @@ class Tracer:
         full = not math.isnan(spread)
         if self._sampler.spread == "std":
             spread = math.sqrt(spread)
-        fast, determined = row[COLUMN["phase"]] == FAST, bool(row[COLUMN["determined"]])
+        fast, determined = row[COLUMN["stage"]] == FAST, bool(row[COLUMN["determined"]])
         known = fast or determined or (estimated and full)
         return {
             "phase": "fast" if fast else "slow",
-            "s": row[COLUMN["s"]] - begin,
+            "s": row[COLUMN["span_start"]] - begin,
             "e_cand": row[COLUMN["estimate"]] - begin if estimated else None,
             "history": history if estimated else None,
             "spread": spread if estimated and full else None,
             "determined": determined,
-            "e": row[COLUMN["e"]] - begin if known else None,
+            "e": row[COLUMN["span_end"]] - begin if known else None,
         }

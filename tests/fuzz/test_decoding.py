@@ -71,7 +71,7 @@ def test_a_row_in_a_batch_is_the_row_alone(fuzz):
     fuzz(check, ended(cases(rows=4)), examples=30, share=0.1)
 
 
-OTHER_DIALS = {
+OTHER_SAMPLING = {
     **{name: SHARES for name in ("tau_min", "tau_high", "tau_slow", "tau")},
     "temperature": st.sampled_from([0.1, 0.6, 2.0]),
     "top_p": BETWEEN,
@@ -87,8 +87,8 @@ def comings(draw: st.DrawFn) -> dict:
         "most": draw(st.integers(1, 2)),
         "pauses": draw(times),
         "leaves": draw(st.dictionaries(st.integers(0, 4), st.integers(0, 8), max_size=2)),
-        "others": draw(st.sampled_from(["same", "dials", "dials", "kind"])),
-        "dials": draw(st.fixed_dictionaries(OTHER_DIALS)),
+        "others": draw(st.sampled_from(["same", "sampling", "sampling", "kind"])),
+        "sampling": draw(st.fixed_dictionaries(OTHER_SAMPLING)),
         "around": draw(st.booleans()),
         "loop": draw(st.sampled_from(["tight", *sorted(LOOPS)])),
     }
@@ -100,12 +100,12 @@ def _other_rows(case: Case, when: dict) -> Case:
         return replace(case, sampler=Threshold(tau=0.3, block_length=None), policy=NoCache())
     if when["others"] == "same":
         return case
-    sampler, dials = case.sampler, when["dials"]
-    changes = {name: value for name, value in dials.items() if name.startswith("tau") and hasattr(sampler, name)}
+    sampler, sampling = case.sampler, when["sampling"]
+    changes = {name: value for name, value in sampling.items() if name.startswith("tau") and hasattr(sampler, name)}
     if sampler.temperature:
-        changes["temperature"] = dials["temperature"]
+        changes["temperature"] = sampling["temperature"]
     if sampler.has_nucleus:
-        changes["top_p"] = dials["top_p"]
+        changes["top_p"] = sampling["top_p"]
     changed = sampler.replace(**changes)
     assert changed.form() == sampler.form()
     return replace(case, sampler=changed)

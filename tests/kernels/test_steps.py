@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from bench.common.testing import Guards
 from sfs_triton import FixedSteps, SlowFast, Threshold
 from sfs_triton.decoding.samplers import PRESETS, Sampler
-from sfs_triton.kernels import cycle, plan, select
+from sfs_triton.kernels import cycle, list_positions, mark_candidates, select
 from sfs_triton.kernels.commit import ScanConfig, scan_config
-from sfs_triton.kernels.control import COLUMN, DIALS, FAST, SLOW
+from sfs_triton.kernels.control import COLUMN, FAST, SAMPLING, SLOW
 from sfs_triton.ops import torch_backend as torch_impl
 from sfs_triton.ops import triton_backend as triton_impl
 from sfs_triton.ops.torch.cycle import CycleRules
@@ -79,9 +79,12 @@ def random_state(rng: random.Random, rules: CycleRules | BlockRules, batch: int,
     rows[0] += [MASK] * (length - len(rows[0]))
     state = DecodeState.allocate(
         rows, starts, mask_id=MASK, eos_id=EOS, window=window, block_length=rules.block_length,
-        seeds=[0] * batch, caps=[1000] * batch, dials=PAPER.dials(), device=torch.device("cpu"), trace=True,
+        seeds=[0] * batch, caps=[1000] * batch, sampling=PAPER.sampling_values(),
+        device=torch.device("cpu"), trace=True,
     )  # fmt: skip
-    state.dials.copy_(torch.tensor([[rng.choice([*SCORES, *[math.inf] * 4]) for _ in DIALS] for _ in range(batch)]))
+    state.sampling.copy_(
+        torch.tensor([[rng.choice([*SCORES, *[math.inf] * 4]) for _ in SAMPLING] for _ in range(batch)])
+    )
     for row in range(batch):
         where = {name: state.control[row, index] for name, index in COLUMN.items()}
         put = lambda name, value, where=where: where[name].fill_(value)  # noqa: E731
@@ -89,7 +92,8 @@ def random_state(rng: random.Random, rules: CycleRules | BlockRules, batch: int,
         put("step", rng.randint(0, 40))
         put("cap", where["step"].item() + rng.choice([1, 2, 500, 500, 500]))
         put("block_steps", rng.randint(1, 7))
-        put("k", rng.randint(0, (rules.k_max if isinstance(rules, CycleRules) else where["block_steps"].item()) - 1))
+        most = rules.k_max if isinstance(rules, CycleRules) else where["block_steps"].item()
+        put("stage_step", rng.randint(0, most - 1))
         put("cycle", rng.randint(0, 3))
         if rules.eos_stop and rng.random() < 0.2:
             put("limit", rng.randint(starts[row] + 1, len(rows[row])))
@@ -105,13 +109,13 @@ def random_state(rng: random.Random, rules: CycleRules | BlockRules, batch: int,
         if isinstance(rules, BlockRules):
             put("quota", rng.randint(0, stop - begin))
             continue
-        put("s", rng.randint(begin, stop - 1))
-        put("phase", rng.choice([SLOW, FAST]))
-        fast = where["phase"].item() == FAST
+        put("span_start", rng.randint(begin, stop - 1))
+        put("stage", rng.choice([SLOW, FAST]))
+        fast = where["stage"].item() == FAST
         if fast or rng.random() < 0.5:
-            put("e", rng.randint(where["s"].item() + 1, stop))
+            put("span_end", rng.randint(where["span_start"].item() + 1, stop))
         put("determined", int(fast or rng.random() < 0.3))
-        put("n_history", rng.randint(0, min(where["k"].item() + (rules.look_ahead > 0), 3)))
+        put("n_history", rng.randint(0, min(where["stage_step"].item() + (rules.look_ahead > 0), 3)))
         for slot in range(min(where["n_history"].item(), window)):
             state.history[row, slot] = rng.randint(1, stop - begin)
     state.masks_left.copy_(state.masked.sum(1))
@@ -123,23 +127,24 @@ def random_state(rng: random.Random, rules: CycleRules | BlockRules, batch: int,
     return state
 
 
-def look_and_score(rng: random.Random, state: DecodeState, rules: CycleRules | BlockRules, faults: bool) -> None:
+def mark_and_score(rng: random.Random, state: DecodeState, rules: CycleRules | BlockRules, faults: bool) -> None:
     """Fill in random model outputs; leave out some of the positions that a position list may omit."""
     batch, length = state.masked.shape
-    torch_impl.look(state, by_stage=isinstance(rules, CycleRules), span_cap=getattr(rules, "span_cap", None))
+    torch_impl.mark_candidates(state, by_stage=isinstance(rules, CycleRules), span_cap=getattr(rules, "span_cap", None))
     ahead = getattr(rules, "look_ahead", 0)
     room = torch.ones_like(state.masked)
     if rules.partial or ahead:
         shares = [rng.choice([0.0, 0.7, 1.0]) for _ in range(batch)]
         room = torch.tensor([[rng.random() < share for _ in range(length)] for share in shares])
     if rules.partial:
-        state.inside.logical_and_(room)
+        state.candidate.logical_and_(room)
     token = [[rng.choice([EOS, *range(20)]) for _ in range(length)] for _ in range(batch)]
     state.token.copy_(torch.tensor(token))
     state.score.copy_(torch.tensor([[rng.choice(SCORES) for _ in range(length)] for _ in range(batch)]))
     if ahead:
-        beyond = (state.position >= state.e[:, None]) & (state.position < state.e[:, None] + ahead) & state.masked
-        seen = state.inside | (beyond & room & (state.phase == FAST)[:, None])
+        stop = state.span_end[:, None] + ahead
+        beyond = (state.position >= state.span_end[:, None]) & (state.position < stop) & state.masked
+        seen = state.candidate | (beyond & room & (state.stage == FAST)[:, None])
         state.score.masked_fill_(~seen, -math.inf)
     if faults and rng.random() < 0.3:
         state.score[rng.randrange(batch), rng.randrange(length)] = math.nan
@@ -149,7 +154,7 @@ def look_and_score(rng: random.Random, state: DecodeState, rules: CycleRules | B
 def block_size(size: int | None) -> Iterator[None]:
     """Force the scans of all step kernels into pieces of ``size`` positions."""
     with ExitStack() as stack:
-        for module in (cycle, select, plan) if size else ():
+        for module in (cycle, select, mark_candidates, list_positions) if size else ():
             stack.enter_context(mock.patch.object(module, "scan_config", lambda length: ScanConfig(size, 1)))
         yield
 
@@ -194,7 +199,7 @@ def assert_same(kernel: DecodeState, twin: DecodeState) -> None:
 def test_machines_equal_their_twins(rules, op, seed, batch, length, block):
     rng, guards = random.Random(seed), Guards(DEVICE)
     state = random_state(rng, rules, batch, length)
-    look_and_score(rng, state, rules, faults=True)
+    mark_and_score(rng, state, rules, faults=True)
     mine, twin = copied(state, guards), state
     with block_size(block):
         getattr(triton_impl, op)(mine, rules)
@@ -225,13 +230,13 @@ def test_row_lists_equal_their_twin(seed, batch, length, capacity, by_stage, spa
     lists.append(guards.empty(batch, dtype=torch.int32))
     wanted = [x.cpu().clone() for x in lists]
     with block_size(block):
-        triton_impl.plan(mine, *lists, **how)
-    torch_impl.plan(twin, *wanted, **how)
+        triton_impl.list_positions(mine, *lists, **how)
+    torch_impl.list_positions(twin, *wanted, **how)
     for name, ours, theirs in zip(("rows", "target", "count"), lists, wanted, strict=True):
         assert ours.tolist() == theirs.tolist(), name
     assert_same(mine, twin)
-    triton_impl.look(mine, by_stage=by_stage, span_cap=span_cap)
-    torch_impl.look(twin, by_stage=by_stage, span_cap=span_cap)
+    triton_impl.mark_candidates(mine, by_stage=by_stage, span_cap=span_cap)
+    torch_impl.mark_candidates(twin, by_stage=by_stage, span_cap=span_cap)
     assert_same(mine, twin)
     guards.check()
 
@@ -241,15 +246,15 @@ def test_large_canvases(batch, length):
     rng = random.Random(batch)
     for rules, op in ((CYCLES["blocks"], "decide_cycle"), (BLOCKS["paced"], "decide_block")):
         state = random_state(rng, rules, batch, length)
-        look_and_score(rng, state, rules, faults=False)
+        mark_and_score(rng, state, rules, faults=False)
         mine, twin = copied(state), state
         getattr(triton_impl, op)(mine, rules)
         getattr(torch_impl, op)(twin, rules)
         assert_same(mine, twin)
     lists = [torch.zeros((batch, 128), dtype=torch.int32) for _ in range(2)] + [torch.zeros(batch, dtype=torch.int32)]
     ours = [x.to(DEVICE, copy=True) for x in lists]
-    triton_impl.plan(mine, *ours, by_stage=False, look_ahead=7, shift=1)
-    torch_impl.plan(twin, *lists, by_stage=False, look_ahead=7, shift=1)
+    triton_impl.list_positions(mine, *ours, by_stage=False, look_ahead=7, shift=1)
+    torch_impl.list_positions(twin, *lists, by_stage=False, look_ahead=7, shift=1)
     assert all(a.tolist() == b.tolist() for a, b in zip(ours, lists, strict=True))
     assert_same(mine, twin)
 
@@ -265,7 +270,7 @@ def test_numbers_beyond_any_canvas_do_not_wrap(huge):
         rules = dataclasses.replace(base, **change)
         for _ in range(10):
             state = random_state(rng, rules, 3, 20)
-            look_and_score(rng, state, rules, faults=False)
+            mark_and_score(rng, state, rules, faults=False)
             mine, twin = copied(state), state
             getattr(triton_impl, op)(mine, rules)
             getattr(torch_impl, op)(twin, rules)
@@ -275,7 +280,7 @@ def test_numbers_beyond_any_canvas_do_not_wrap(huge):
         wanted = [torch.zeros(shape, dtype=torch.int32) for shape in ((8, 20), (8, 20), (8,))]
         ours = [x.to(DEVICE, copy=True) for x in wanted]
         for ops, canvas, lists in ((triton_impl, copied(state), ours), (torch_impl, state, wanted)):
-            ops.plan(canvas, *lists, by_stage=True, **how)
+            ops.list_positions(canvas, *lists, by_stage=True, **how)
         assert all(a.tolist() == b.tolist() for a, b in zip(ours, wanted, strict=True))
 
 
@@ -289,10 +294,10 @@ def test_a_row_at_its_cap_ends_with_a_fault():
         for ops in (triton_impl, torch_impl):
             state = DecodeState.allocate(
                 [[1] + [MASK] * 30], [1], mask_id=MASK, eos_id=EOS, window=2, block_length=rules.block_length,
-                seeds=[0], caps=[1], dials=PAPER.dials(), device=DEVICE, trace=False,
+                seeds=[0], caps=[1], sampling=PAPER.sampling_values(), device=DEVICE, trace=False,
             )  # fmt: skip
             state.block_steps.fill_(6)
-            ops.look(state, by_stage=isinstance(rules, CycleRules))
+            ops.mark_candidates(state, by_stage=isinstance(rules, CycleRules))
             getattr(ops, op)(state, rules)
             assert (state.done.item(), state.fault.item(), state.step.item()) == (1, -1, 1)
 
@@ -308,9 +313,10 @@ def _fast_row(score: dict[int, float], rules: CycleRules, sampler: Sampler = PAP
     rows = [[1, 1, 7, 7] + [MASK] * 8]
     state = DecodeState.allocate(
         rows, [2], mask_id=MASK, eos_id=EOS, window=2, block_length=rules.block_length,
-        seeds=[0], caps=[100], dials=sampler.dials(), device=DEVICE, trace=True,
+        seeds=[0], caps=[100], sampling=sampler.sampling_values(), device=DEVICE, trace=True,
     )  # fmt: skip
-    where = {"phase": FAST, "s": 2, "e": 5, "determined": 1, "n_history": 2, "step": 3, "k": 1} | control
+    where = {"stage": FAST, "span_start": 2, "span_end": 5, "determined": 1, "n_history": 2, "step": 3, "stage_step": 1}
+    where |= control
     for name, value in where.items():
         state.control[0, COLUMN[name]] = value
     state.history.fill_(3)
@@ -318,7 +324,7 @@ def _fast_row(score: dict[int, float], rules: CycleRules, sampler: Sampler = PAP
     state.score.fill_(-math.inf)
     for place, value in score.items():
         state.score[0, place] = value
-    torch_impl.look(state, by_stage=True)
+    torch_impl.mark_candidates(state, by_stage=True)
     return state
 
 
@@ -328,9 +334,9 @@ AHEAD = {4: 0.9, 5: 0.2, 6: 0.05, 7: 0.4, 8: 0.1}
 def test_a_slow_step_without_an_end_looks_at_nothing_ahead(guards):
     """A span's end is -1 while it is not known. That is one before the tensors of the first row."""
     rules = SlowFast().rules(look_ahead=4)
-    state = copied(_fast_row(AHEAD, rules, phase=SLOW, e=-1, determined=0, n_history=0, k=0), guards)
+    state = copied(_fast_row(AHEAD, rules, stage=SLOW, span_end=-1, determined=0, n_history=0, stage_step=0), guards)
     triton_impl.decide_cycle(state, rules)
-    assert (state.phase.item(), state.e.item(), state.n_history.item()) == (SLOW, -1, 1)
+    assert (state.stage.item(), state.span_end.item(), state.n_history.item()) == (SLOW, -1, 1)
 
 
 @IMPLEMENTATIONS
@@ -353,15 +359,15 @@ def test_a_look_ahead_starts_the_next_history(ops, rules, score, entry):
     rules = dataclasses.replace(SlowFast().rules(look_ahead=4), **rules)
     state = _fast_row(score, rules)
     ops.decide_cycle(state, rules)
-    assert (state.phase.item(), state.s.item(), state.e.item(), state.cycle.item()) == (SLOW, 5, -1, 1)
+    assert (state.stage.item(), state.span_start.item(), state.span_end.item(), state.cycle.item()) == (SLOW, 5, -1, 1)
     assert state.n_history.item() == (entry is not None)
     assert state.history.tolist() == [[entry or 0, 0]]
     assert (state.done.item(), state.masked.sum().item()) == (0, 7)
     if entry == 6:  # the next step needs no more than to find the same
         state.score.copy_(torch.tensor([[0.0] * 5 + [0.2, 0.05, 0.4, 0, 0, 0, 0]]))
-        ops.look(state, by_stage=True)
+        ops.mark_candidates(state, by_stage=True)
         ops.decide_cycle(state, rules)
-        assert (state.determined.item(), state.e.item(), state.history.tolist()) == (1, 8, [[6, 6]])
+        assert (state.determined.item(), state.span_end.item(), state.history.tolist()) == (1, 8, [[6, 6]])
 
 
 @IMPLEMENTATIONS
@@ -382,7 +388,7 @@ def test_a_look_ahead_need_not_see_end_of_text(ops):
         pytest.param(SlowFast(max_cycles=1), {}, AHEAD, id="no cycle left"),
         pytest.param(SlowFast(), {"cap": 4}, AHEAD, id="no step left"),
         pytest.param(SlowFast(eos_stop=True), {"limit": 5}, {4: 0.9}, id="no position left"),
-        pytest.param(SlowFast(k_max=1), {"phase": SLOW, "k": 0, "determined": 0}, AHEAD, id="slow"),
+        pytest.param(SlowFast(k_max=1), {"stage": SLOW, "stage_step": 0, "determined": 0}, AHEAD, id="slow"),
     ],
 )
 def test_a_look_ahead_is_for_the_next_cycle_of_the_block(ops, rules, control, score):
@@ -390,8 +396,8 @@ def test_a_look_ahead_is_for_the_next_cycle_of_the_block(ops, rules, control, sc
     state = _fast_row(score, rules, **control)
     if "limit" in control:
         state.masked[0, 5:] = False
-    if control.get("phase") == SLOW:
-        state.inside[0, 5:] = False
+    if control.get("stage") == SLOW:
+        state.candidate[0, 5:] = False
     ops.decide_cycle(state, rules)
     assert state.cycle.item() == 1 or state.block.item() == 1 or state.done.item() == 1
     assert (state.n_history.item(), state.history.tolist()) == (0, [[0, 0]])
@@ -400,22 +406,26 @@ def test_a_look_ahead_is_for_the_next_cycle_of_the_block(ops, rules, control, sc
 @IMPLEMENTATIONS
 def test_a_look_ahead_waits_for_the_end_of_the_cycle(ops):
     rules = SlowFast().rules(look_ahead=4)
-    state = _fast_row(AHEAD, rules, e=6)
+    state = _fast_row(AHEAD, rules, span_end=6)
     ops.decide_cycle(state, rules)
-    assert (state.phase.item(), state.k.item(), state.n_history.item()) == (FAST, 2, 2)
+    assert (state.stage.item(), state.stage_step.item(), state.n_history.item()) == (FAST, 2, 2)
     assert state.history.tolist() == [[3, 3]]
 
 
 WAITING = {
-    "slow": ("decide_cycle", SlowFast(), {"phase": SLOW, "determined": 0, "e": -1, "n_history": 1, "k": 7}),
+    "slow": (
+        "decide_cycle",
+        SlowFast(),
+        {"stage": SLOW, "determined": 0, "span_end": -1, "n_history": 1, "stage_step": 7},
+    ),
     "fast": ("decide_cycle", SlowFast(), {}),
-    "fixed": ("decide_cycle", SlowFast.preset("llada-reference", eos_stop=True), {"phase": SLOW, "k": 5}),
-    "zeros": ("decide_cycle", SlowFast.preset("dream-reference", eos_stop=True), {"phase": SLOW, "determined": 0}),
+    "fixed": ("decide_cycle", SlowFast.preset("llada-reference", eos_stop=True), {"stage": SLOW, "stage_step": 5}),
+    "zeros": ("decide_cycle", SlowFast.preset("dream-reference", eos_stop=True), {"stage": SLOW, "determined": 0}),
     "threshold": ("decide_block", Threshold(block_length=None, tau=0.5), {}),
     "paced": ("decide_block", Threshold(block_length=5, tau=0.5, steps=3), {"quota": 2}),
-    "even": ("decide_block", FixedSteps(steps=2, eos_stop=True), {"quota": 3, "k": 0}),
-    "timesteps": ("decide_block", FixedSteps(steps=2, metric="entropy"), {"k": 1}),
-    "random": ("decide_block", FixedSteps(steps=2, metric="origin"), {"quota": 3, "k": 1}),
+    "even": ("decide_block", FixedSteps(steps=2, eos_stop=True), {"quota": 3, "stage_step": 0}),
+    "timesteps": ("decide_block", FixedSteps(steps=2, metric="entropy"), {"stage_step": 1}),
+    "random": ("decide_block", FixedSteps(steps=2, metric="origin"), {"quota": 3, "stage_step": 1}),
 }
 
 
@@ -429,7 +439,7 @@ def test_a_row_waits_for_its_row_list(ops, op, sampler, control):
     state.control[0, COLUMN["block_steps"]] = 2
     state.shares = torch.full((1, 2), 0.5, device=DEVICE)
     state.uniform = torch.zeros((1, 20), device=DEVICE)
-    state.inside.fill_(False)
+    state.candidate.fill_(False)
     before = copied(state)
     getattr(ops, op)(state, rules)
     assert (state.step.item(), state.done.item(), state.fault.item()) == (4, 0, 0)
@@ -448,27 +458,27 @@ def test_a_row_waits_for_its_row_list(ops, op, sampler, control):
 def test_a_row_does_not_wait_where_there_is_nothing_to_decide(ops):
     """A slow stage that has decided everything but has steps to go; one whose window holds given positions only."""
     rules = SlowFast.preset("llada-reference", block_length=5).rules(partial=True)
-    state = _fast_row({}, rules, phase=SLOW, s=3, determined=0)
+    state = _fast_row({}, rules, stage=SLOW, span_start=3, determined=0)
     state.masked[0, 3:7] = False
-    state.inside.fill_(False)
+    state.candidate.fill_(False)
     ops.decide_cycle(state, rules)
-    assert (state.k.item(), state.n_history.item()) == (2, 3)
+    assert (state.stage_step.item(), state.n_history.item()) == (2, 3)
 
     for span_cap, k in ((1, 2), (2, 2), (3, 1), (None, 1)):
         rules = SlowFast().rules(partial=True, span_cap=span_cap)
-        state = _fast_row({}, rules, phase=SLOW, determined=0)
-        state.inside.fill_(False)
+        state = _fast_row({}, rules, stage=SLOW, determined=0)
+        state.candidate.fill_(False)
         ops.decide_cycle(state, rules)
-        assert state.k.item() == k, span_cap
+        assert state.stage_step.item() == k, span_cap
 
 
 @IMPLEMENTATIONS
 def test_a_row_that_has_something_listed_goes_on_with_it(ops):
     rules = SlowFast().rules(partial=True)
-    state = _fast_row({4: 0.9, 5: 0.9}, rules, e=6)
-    state.inside[0, 5] = False
+    state = _fast_row({4: 0.9, 5: 0.9}, rules, span_end=6)
+    state.candidate[0, 5] = False
     ops.decide_cycle(state, rules)
-    assert (state.k.item(), state.masked[0, 4:6].tolist()) == (2, [False, True])
+    assert (state.stage_step.item(), state.masked[0, 4:6].tolist()) == (2, [False, True])
 
 
 @IMPLEMENTATIONS
@@ -476,11 +486,13 @@ def test_a_stable_step_fills_its_span(ops):
     """Its horizon is 4 again, from which on the end-of-text at 8 does not count: what is over 0.85 in ``[2, 6)`` and
     the best position, 8, are filled."""
     rules = SlowFast(eos_horizon=False, share_stable=True).rules()
-    state = _fast_row({4: 0.86, 5: 0.9, 6: 0.05, 7: 0.1, 8: 0.95}, rules, phase=SLOW, e=-1, determined=0, n_history=1)
+    state = _fast_row(
+        {4: 0.86, 5: 0.9, 6: 0.05, 7: 0.1, 8: 0.95}, rules, stage=SLOW, span_end=-1, determined=0, n_history=1
+    )
     state.history.copy_(torch.tensor([[4, 0]]))
     state.token[0, 8] = EOS
     ops.decide_cycle(state, rules)
-    assert (state.phase.item(), state.s.item(), state.cycle.item(), state.n_history.item()) == (SLOW, 6, 1, 0)
+    assert (state.stage.item(), state.span_start.item(), state.cycle.item(), state.n_history.item()) == (SLOW, 6, 1, 0)
     assert state.masked[0, 4:].tolist() == [False, False, True, True, False, True, True, True]
 
 
@@ -501,7 +513,7 @@ def test_generations_by_row_lists_end(seed, capacity, span_cap):
     rows = [[1, 1] + [MASK if rng.random() < share else 1 for _ in range(length)] for share in (1.0, 0.5)]
     twin = DecodeState.allocate(
         rows, [2, 2], mask_id=MASK, eos_id=EOS, window=2, block_length=sampler.block_length,
-        seeds=[0] * 2, caps=[sampler.step_cap(length) + length] * 2, dials=sampler.dials(),
+        seeds=[0] * 2, caps=[sampler.step_cap(length) + length] * 2, sampling=sampler.sampling_values(),
         device=torch.device("cpu"), trace=True,
     )  # fmt: skip
     rules = sampler.rules(look_ahead=ahead, partial=True, span_cap=span_cap)
@@ -514,7 +526,7 @@ def test_generations_by_row_lists_end(seed, capacity, span_cap):
         for ops, state in states.items():
             sizes, place = ((2, capacity), (2, capacity), 2), state.tokens.device
             lists = [torch.empty(size, dtype=torch.int32, device=place) for size in sizes]
-            ops.plan(state, *lists, **how)
+            ops.list_positions(state, *lists, **how)
             seen = (state.position == lists[1][..., None]).any(1)
             state.token.copy_(token)
             state.score.copy_(score).masked_fill_(~seen, -math.inf)
@@ -532,13 +544,14 @@ def test_generations_by_row_lists_end(seed, capacity, span_cap):
 def test_nan_ends_its_own_row_only(ops, rules, op):
     state = DecodeState.allocate(
         [[1] + [MASK] * 15] * 3, [1] * 3, mask_id=MASK, eos_id=EOS, window=getattr(rules, "window", 1),
-        block_length=rules.block_length, seeds=[0] * 3, caps=[100] * 3, dials=PAPER.dials(), device=DEVICE, trace=True,
+        block_length=rules.block_length, seeds=[0] * 3, caps=[100] * 3, sampling=PAPER.sampling_values(),
+        device=DEVICE, trace=True,
     )  # fmt: skip
     state.control[:, COLUMN["step"]] = 5
     state.control[:, COLUMN["block_steps"]] = 3
     state.score.copy_(torch.rand((3, 16), generator=torch.Generator().manual_seed(0)))
     state.shares, state.uniform = torch.full((3, 3), 0.5, device=DEVICE), torch.rand((3, 50), device=DEVICE)
-    torch_impl.look(state, by_stage=op == "decide_cycle", span_cap=getattr(rules, "span_cap", None))
+    torch_impl.mark_candidates(state, by_stage=op == "decide_cycle", span_cap=getattr(rules, "span_cap", None))
     before, clean = copied(state), copied(state)
     getattr(ops, op)(clean, rules)
     state.score[1, 4] = math.nan
@@ -557,7 +570,7 @@ def test_nan_ends_its_own_row_only(ops, rules, op):
 def _state() -> DecodeState:
     rng = random.Random(0)
     state = random_state(rng, CYCLES["paper"], 2, 12)
-    look_and_score(rng, state, CYCLES["paper"], faults=False)
+    mark_and_score(rng, state, CYCLES["paper"], faults=False)
     return copied(state)
 
 
@@ -568,10 +581,10 @@ def _state() -> DecodeState:
         ({"score": torch.float16}, "score has dtype float16, not float32"),
         ({"masked": "narrow"}, r"masked has shape \[2, 11\]"),
         ({"tokens": "strided"}, "tokens has strides"),
-        ({"inside": "meta"}, "inside is on device 'meta'"),
+        ({"candidate": "meta"}, "candidate is on device 'meta'"),
         ({"history": "narrow"}, r"history has shape \[2, 1\]"),
-        ({"dials": torch.float64}, "dials has dtype float64, not float32"),
-        ({"dials": "narrow"}, r"dials has shape \[2, 4\]"),
+        ({"sampling": torch.float64}, "sampling has dtype float64, not float32"),
+        ({"sampling": "narrow"}, r"sampling has shape \[2, 4\]"),
     ],
 )
 def test_states_are_checked(change, named):
@@ -651,4 +664,4 @@ def test_row_lists_are_checked(how, named):
     }
     options = {name: value for name, value in how.items() if name not in lists}
     with pytest.raises(ValueError, match=named):
-        triton_impl.plan(_state(), **lists, by_stage=True, **options)
+        triton_impl.list_positions(_state(), **lists, by_stage=True, **options)

@@ -11,7 +11,7 @@ def waiting(state, first: torch.Tensor, stop: torch.Tensor) -> torch.Tensor:
     Such a row counts the step and does not change otherwise: only the step cap can end it.
     """
     undecided = state.masked & (state.position >= first[:, None]) & (state.position < stop[:, None])
-    return undecided.any(1) & ~state.inside.any(1)
+    return undecided.any(1) & ~state.candidate.any(1)
 
 
 def commit(state, fill: torch.Tensor, *, eos_stop: bool) -> None:
@@ -42,9 +42,9 @@ def finish_step(state, running: torch.Tensor, over: torch.Tensor) -> None:
     state.done.masked_fill_(over | stuck, 1)
 
 
-def inside_scores(state) -> torch.Tensor:
+def candidate_scores(state) -> torch.Tensor:
     """Return ``state.score`` at candidates, -inf elsewhere."""
-    return state.score.masked_fill(~state.inside, float("-inf"))
+    return state.score.masked_fill(~state.candidate, float("-inf"))
 
 
 def first_masked(state, first: torch.Tensor) -> torch.Tensor:

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 
 from ...kernels.control import FAST, SLOW
-from .commit import commit, finish_step, first_masked, inside_scores, mark_faults, waiting
-from .plan import stage_range
+from .commit import candidate_scores, commit, finish_step, first_masked, mark_faults, waiting
+from .mark_candidates import stage_range
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,8 @@ def _horizon(state, scores: torch.Tensor, moves: torch.Tensor, rules: CycleRules
     Returns the rows that became stable in this step.
     """
     furthest = _furthest(state, scores, rules)
-    estimate = torch.where(furthest >= 0, furthest + 1, state.s + 1)
-    estimating = moves & (state.phase == SLOW) & (state.determined == 0)
+    estimate = torch.where(furthest >= 0, furthest + 1, state.span_start + 1)
+    estimating = moves & (state.stage == SLOW) & (state.determined == 0)
 
     slot = state.history_slot == (state.n_history % rules.window)[:, None]
     pushed = torch.where(slot, (estimate - state.block_start)[:, None], state.history)
@@ -94,8 +94,8 @@ def _horizon(state, scores: torch.Tensor, moves: torch.Tensor, rules: CycleRules
     else:
         mean = total // count.clamp(min=1)
     span_end = torch.where(stable, estimate, mean + state.block_start)
-    last = state.k == rules.k_max - 1
-    state.e.copy_(torch.where(estimating & (full | last), span_end, state.e))
+    last = state.stage_step == rules.k_max - 1
+    state.span_end.copy_(torch.where(estimating & (full | last), span_end, state.span_end))
     state.determined.copy_(torch.where(estimating & full & (stable | last), 1, state.determined))
     state.estimate.copy_(torch.where(estimating, estimate, -1))
     state.spread.copy_(torch.where(estimating & full, spread, float("nan")))
@@ -104,11 +104,11 @@ def _horizon(state, scores: torch.Tensor, moves: torch.Tensor, rules: CycleRules
 
 def _fill(state, scores: torch.Tensor, rules: CycleRules) -> torch.Tensor:
     """Mark the positions to commit: all over the threshold if there are enough, else the best one."""
-    slow = state.phase == SLOW
+    slow = state.stage == SLOW
     enough = torch.where(slow, rules.min_parallel_slow, rules.min_parallel)
     high = _over(scores, torch.where(slow, state.tau_slow, state.tau), rules)
     best = state.position == scores.argmax(1, keepdim=True)
-    return torch.where((high.sum(1) >= enough)[:, None], high, best) & state.inside
+    return torch.where((high.sum(1) >= enough)[:, None], high, best) & state.candidate
 
 
 def _shared_fill(state, scores: torch.Tensor, stable: torch.Tensor, rules: CycleRules) -> torch.Tensor:
@@ -118,14 +118,14 @@ def _shared_fill(state, scores: torch.Tensor, stable: torch.Tensor, rules: Cycle
     """
     # the slow window that was scored reaches past the span, whose end ``e`` this step has just set
     high = _over(scores, state.tau, rules)
-    high &= state.position < state.e[:, None]
+    high &= state.position < state.span_end[:, None]
     return high & (stable & (high.sum(1) >= rules.min_parallel))[:, None]
 
 
 def _seed(state, seeding: torch.Tensor, rules: CycleRules) -> None:
     """Start the history of the ``seeding`` rows with the horizon found in the look-ahead beyond ``e``."""
-    stop = torch.minimum(state.e + rules.look_ahead, state.block_end)
-    ahead = state.masked & (state.position >= state.e[:, None]) & (state.position < stop[:, None])
+    stop = torch.minimum(state.span_end + rules.look_ahead, state.block_end)
+    ahead = state.masked & (state.position >= state.span_end[:, None]) & (state.position < stop[:, None])
     furthest = _furthest(state, state.score.masked_fill(~ahead, float("-inf")), rules)
     seeding = seeding & (furthest >= 0)
     state.n_history.masked_fill_(seeding, 1)
@@ -136,18 +136,18 @@ def _seed(state, seeding: torch.Tensor, rules: CycleRules) -> None:
 def _advance(state, moves: torch.Tensor, rules: CycleRules) -> None:
     """Move rows to the fast stage, the next cycle, the next block or the end, from the masks left."""
     running = state.done == 0
-    slow = state.phase == SLOW
+    slow = state.stage == SLOW
     state.step.add_(running)
-    state.k.add_(moves)
-    first = first_masked(state, state.s)
+    state.stage_step.add_(moves)
+    first = first_masked(state, state.span_start)
     nothing_left = first >= state.length
-    slow_over = state.k >= rules.k_max
+    slow_over = state.stage_step >= rules.k_max
     if rules.slow_end != "fixed":
         slow_over = slow_over | (first >= state.block_end)
     if rules.slow_end == "stable":
         slow_over = slow_over | (state.determined == 1)
-    stage_over = moves & torch.where(slow, slow_over, first >= state.e)
-    to_fast = stage_over & slow & (first < state.e)
+    stage_over = moves & torch.where(slow, slow_over, first >= state.span_end)
+    to_fast = stage_over & slow & (first < state.span_end)
     cycle_over = stage_over & ~to_fast
     block_over = cycle_over & (first >= state.block_end)
     following = first
@@ -158,16 +158,16 @@ def _advance(state, moves: torch.Tensor, rules: CycleRules) -> None:
     over = (block_over & (following >= state.length)) | (running & nothing_left & rules.eos_stop)
     finish_step(state, running, over)
 
-    state.phase.copy_(torch.where(to_fast, FAST, torch.where(cycle_over, SLOW, state.phase)))
-    state.k.masked_fill_(to_fast | cycle_over, 0)
-    state.s.copy_(torch.where(cycle_over, state.e, state.s))
+    state.stage.copy_(torch.where(to_fast, FAST, torch.where(cycle_over, SLOW, state.stage)))
+    state.stage_step.masked_fill_(to_fast | cycle_over, 0)
+    state.span_start.copy_(torch.where(cycle_over, state.span_end, state.span_start))
     state.cycle.add_(cycle_over)
     state.determined.copy_(torch.where(to_fast, 1, torch.where(cycle_over, 0, state.determined)))
     state.n_history.masked_fill_(cycle_over, 0)
     state.history.masked_fill_(cycle_over[:, None], 0)
     if rules.look_ahead:
         _seed(state, cycle_over & ~slow & ~block_over & (state.done == 0), rules)
-    state.e.masked_fill_(cycle_over, -1)
+    state.span_end.masked_fill_(cycle_over, -1)
     if rules.block_length is not None:
         enter_block(state, block_over, following, rules.block_length)
 
@@ -179,7 +179,7 @@ def enter_block(state, entering: torch.Tensor, position: torch.Tensor, block_len
     state.block.copy_(torch.where(entering, index, state.block))
     state.block_start.copy_(torch.where(entering, begin, state.block_start))
     state.block_end.copy_(torch.where(entering, torch.minimum(begin + block_length, state.end), state.block_end))
-    state.s.copy_(torch.where(entering, begin, state.s))
+    state.span_start.copy_(torch.where(entering, begin, state.span_start))
     state.cycle.masked_fill_(entering, 0)
 
 
@@ -190,7 +190,7 @@ def decide(state, rules: CycleRules, *, slow: bool = True) -> None:
     With ``look_ahead``, rows in their fast stage also have choices at positions from ``e`` on, and ``score`` is -inf
     wherever there is none; NaN is no candidate there.
     """
-    scores = inside_scores(state)
+    scores = candidate_scores(state)
     mark_faults(state, scores)
     moves = state.done == 0
     if rules.partial:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .commit import commit, finish_step, first_masked, inside_scores, mark_faults, rank_by_score, waiting
+from .commit import candidate_scores, commit, finish_step, first_masked, mark_faults, rank_by_score, waiting
 from .cycle import enter_block
 
 
@@ -31,27 +31,27 @@ class BlockRules:
 
 def _share(state) -> torch.Tensor:
     """Return the share of undecided positions that each row's schedule commits at this step."""
-    return state.shares.gather(1, state.k.clamp(max=state.shares.shape[1] - 1)[:, None])[:, 0]
+    return state.shares.gather(1, state.stage_step.clamp(max=state.shares.shape[1] - 1)[:, None])[:, 0]
 
 
-def _count(state, inside: torch.Tensor, moves: torch.Tensor, rules: BlockRules) -> torch.Tensor:
+def _count(state, candidate: torch.Tensor, moves: torch.Tensor, rules: BlockRules) -> torch.Tensor:
     """Count the positions that each row commits in this step of a fixed schedule."""
-    left = inside.sum(1)
+    left = candidate.sum(1)
     if rules.schedule == "timesteps":
-        count = torch.where(state.k == state.block_steps - 1, left, (left.float() * _share(state)).long())
-        return torch.where(state.k < state.block_steps, count, 0)
+        count = torch.where(state.stage_step == state.block_steps - 1, left, (left.float() * _share(state)).long())
+        return torch.where(state.stage_step < state.block_steps, count, 0)
     done = 1 if rules.opening == "first" else 0  # the opening forward is not one of the steps that share the rest
-    steps, k = (state.block_steps - done).clamp(min=1), state.k - done
+    steps, k = (state.block_steps - done).clamp(min=1), state.stage_step - done
     state.quota.copy_(torch.where(moves & (k == 0), left, state.quota))
     return torch.where(k < steps, state.quota // steps + (k < state.quota % steps), 0)
 
 
 def _threshold_fill(
-    state, inside: torch.Tensor, scores: torch.Tensor, moves: torch.Tensor, rules: BlockRules
+    state, candidate: torch.Tensor, scores: torch.Tensor, moves: torch.Tensor, rules: BlockRules
 ) -> torch.Tensor:
     """Mark the best position and all that reach the threshold; with a quota, only that many of the best."""
     best = state.position == scores.argmax(1, keepdim=True)
-    fill = ((scores >= state.tau[:, None]) | best) & inside
+    fill = ((scores >= state.tau[:, None]) | best) & candidate
     if rules.paced_steps is not None:
         base = (state.end - state.start + rules.paced_steps - 1) // rules.paced_steps
         quota = base + state.quota
@@ -60,16 +60,16 @@ def _threshold_fill(
     return fill
 
 
-def _random_fill(state, inside: torch.Tensor, rules: BlockRules) -> torch.Tensor:
+def _random_fill(state, candidate: torch.Tensor, rules: BlockRules) -> torch.Tensor:
     """Mark each masked position with the schedule's probability, from the row's own stream of uniform numbers.
 
     The stream advances by the number of masked positions, in their order, as a host generator would be read.
     """
-    place = inside.cumsum(1) - 1 + state.quota[:, None]
+    place = candidate.cumsum(1) - 1 + state.quota[:, None]
     drawn = state.uniform.gather(1, place.clamp(0, state.uniform.shape[1] - 1))
-    state.quota.add_(inside.sum(1))
-    last = state.k >= state.block_steps - 1
-    return inside & (last[:, None] | (drawn < _share(state)[:, None]))
+    state.quota.add_(candidate.sum(1))
+    last = state.stage_step >= state.block_steps - 1
+    return candidate & (last[:, None] | (drawn < _share(state)[:, None]))
 
 
 def decide(state, rules: BlockRules, *, slow: bool = True) -> None:
@@ -77,21 +77,21 @@ def decide(state, rules: BlockRules, *, slow: bool = True) -> None:
 
     ``slow`` is ignored: it matches the signature of the cycle machine; blocks have no stages.
     """
-    inside, scores = state.inside, inside_scores(state)
+    candidate, scores = state.candidate, candidate_scores(state)
     mark_faults(state, scores)
     moves = state.done == 0
     if rules.partial:
         moves &= ~waiting(state, state.block_start, state.block_end)
     if rules.by_threshold:
-        fill = _threshold_fill(state, inside, scores, moves, rules)
+        fill = _threshold_fill(state, candidate, scores, moves, rules)
     elif rules.at_random:
-        fill = _random_fill(state, inside, rules)
+        fill = _random_fill(state, candidate, rules)
     else:
-        fill = (rank_by_score(scores) < _count(state, inside, moves, rules)[:, None]) & inside
+        fill = (rank_by_score(scores) < _count(state, candidate, moves, rules)[:, None]) & candidate
     if rules.opening == "first":
-        lowest = torch.where(inside, state.position, state.length).amin(1, keepdim=True)
-        opening = inside & (state.position == lowest)
-        fill = torch.where((state.k == 0)[:, None], opening, fill)
+        lowest = torch.where(candidate, state.position, state.length).amin(1, keepdim=True)
+        opening = candidate & (state.position == lowest)
+        fill = torch.where((state.stage_step == 0)[:, None], opening, fill)
     fill &= moves[:, None]
     if state.events is not None:
         state.record_event(state.control.clone(), state.history.clone())
@@ -103,17 +103,17 @@ def _advance(state, moves: torch.Tensor, rules: BlockRules) -> None:
     """Move rows to the next step of the block, the next block that has masks, or the end."""
     running = state.done == 0
     state.step.add_(running)
-    state.k.add_(moves)
+    state.stage_step.add_(moves)
     over = first_masked(state, state.block_start) >= state.block_end
     if rules.opening != "normal":
-        over &= (state.k >= 2) | rules.eos_stop
+        over &= (state.stage_step >= 2) | rules.eos_stop
     elif not rules.by_threshold and not rules.eos_stop:
-        over &= state.k >= state.block_steps  # the references run every step of their schedule
+        over &= state.stage_step >= state.block_steps  # the references run every step of their schedule
     if not rules.by_threshold:
-        over |= state.k >= (state.block_steps.clamp(min=2) if rules.opening == "first" else state.block_steps)
+        over |= state.stage_step >= (state.block_steps.clamp(min=2) if rules.opening == "first" else state.block_steps)
     over &= moves
     following = first_masked(state, state.block_end)
     finish_step(state, running, over & (following >= state.length))
-    state.k.masked_fill_(over, 0)
+    state.stage_step.masked_fill_(over, 0)
     if rules.block_length is not None:
         enter_block(state, over, following, rules.block_length)

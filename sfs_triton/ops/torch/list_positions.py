@@ -1,32 +1,13 @@
-"""Candidates of a step, and the list of positions that it forwards, in plain torch."""
+"""List of positions that a step forwards, in plain torch."""
 
 from __future__ import annotations
 
 import torch
 
-from ...kernels.control import SLOW
+from .mark_candidates import stage_range
 
 
-def stage_range(state, by_stage: bool, span_cap: int | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the range of positions that each row decides on: first and one past the last, ``[B]`` each."""
-    if not by_stage:
-        return state.block_start, state.block_end
-    capped = state.block_end if span_cap is None else torch.minimum(state.block_end, state.s + span_cap)
-    return state.s, torch.where(state.phase == SLOW, capped, state.e)
-
-
-def look(state, *, by_stage: bool, span_cap: int | None = None) -> torch.Tensor:
-    """Mark the candidates of the step, boolean ``[B, L]``, in ``state.inside``.
-
-    ``by_stage``: from ``s`` to the block's end (at most ``span_cap`` positions) in the slow stage, to ``e`` in the fast
-    one; otherwise the block. Undecided positions of running rows only.
-    """
-    first, stop = stage_range(state, by_stage, span_cap)
-    after = state.position >= torch.where(state.done == 0, first, state.length)[:, None]
-    return torch.logical_and(state.masked & after, state.position < stop[:, None], out=state.inside)
-
-
-def plan(
+def list_positions(
     state,
     rows: torch.Tensor,
     target: torch.Tensor,
@@ -38,14 +19,14 @@ def plan(
     shift: int = 0,
     stale: bool = True,
 ) -> None:
-    """Plan the list of positions of a step, in place: ``rows``, ``target`` int32 ``[B, C]``, ``count`` int32 ``[B]``.
+    """List the positions of a step, in place: ``rows``, ``target`` int32 ``[B, C]``, ``count`` int32 ``[B]``.
 
     At most ``C`` positions of each running row, in this order of claim: dirty ones; those that the step decides (and,
     with ``shift``, the rows before them, which predict them); ``look_ahead`` positions beyond; with ``stale`` all
     others, those that were not listed for longest first. Within a class positions ascend; of equally old ones the
     lowest are taken. ``target`` is the position that a listed row predicts, if that is to be decided or looked ahead
-    at. Listed positions are no longer dirty and are noted in ``state.forwarded``; ``state.inside`` is where the step
-    decides.
+    at. Listed positions are no longer dirty and are noted in ``state.forwarded``; ``state.candidate`` marks the
+    positions that the step decides.
     """
     batch, length = state.masked.shape
     capacity, place = rows.shape[1], state.position
@@ -77,7 +58,7 @@ def plan(
     used = torch.arange(capacity, device=place.device) < count[:, None]
     rows.copy_(torch.where(used, order, -1))
     target.copy_(torch.where(used & shows.gather(1, order), order + shift, -1))
-    inside = chosen & predicts
-    state.inside.copy_(inside.roll(shift, 1) if shift else inside)  # the last row predicts nothing, so none wraps
+    decides = chosen & predicts
+    state.candidate.copy_(decides.roll(shift, 1) if shift else decides)  # the last row predicts nothing: none wraps
     state.dirty.logical_and_(~chosen)
     state.forwarded.copy_(torch.where(chosen, state.step[:, None], state.forwarded))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 
-def post(
+def publish(
     sources: Sequence[torch.Tensor], rings: Sequence[torch.Tensor], tick: torch.Tensor, bell: torch.Tensor
 ) -> None:
     """``ring[tick % depth] = source`` for each, ``rings[i]`` being ``[depth, *sources[i].shape]``; then ``tick += 1``

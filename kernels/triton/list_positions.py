@@ -1,6 +1,6 @@
-"""Candidates of a step, and the list of positions that it forwards: one launch per step for a whole batch.
+"""List of positions that a step forwards, and its candidates: one launch per step for a whole batch.
 
-The row list is that of a region cache: at most ``C`` positions of each canvas row, in this order of claim: dirty ones
+The list is that of a region cache: at most ``C`` positions of each canvas row, in this order of claim: dirty ones
 (committed since they were last forwarded), those that the step decides, a look-ahead beyond them, and stale ones, those
 not forwarded for longest first. Within a class positions ascend.
 """
@@ -13,35 +13,19 @@ import triton.language as tl
 
 from .check import check_tensor, refuse_unless
 from .commit import (
-    BLOCK_END,
-    BLOCK_START,
     DONE,
     LIMIT,
     MAX_LENGTH,
     MAX_REGISTERS,
     N_CONTROL,
-    PHASE,
     STEP,
-    E,
-    S,
     ScanConfig,
     check_canvas,
     scan_config,
 )
 from .cost import Cost
 from .launch import launch
-
-
-@triton.jit
-def _window(control_ptr, span_cap, BY_STAGE: tl.constexpr, HAS_SPAN_CAP: tl.constexpr):
-    """Return the range in which a running row decides: the block, or the window of its stage in the block."""
-    first = tl.load(control_ptr + (S if BY_STAGE else BLOCK_START)).to(tl.int32)
-    stop = tl.load(control_ptr + BLOCK_END).to(tl.int32)
-    if BY_STAGE:
-        if HAS_SPAN_CAP:
-            stop = tl.minimum(stop, first + span_cap)
-        stop = tl.where(tl.load(control_ptr + PHASE) == 0, stop, tl.load(control_ptr + E).to(tl.int32))
-    return first, stop
+from .mark_candidates import stage_range
 
 
 @triton.jit
@@ -86,33 +70,13 @@ def _stale_before(
     return tl.sum(total, axis=0)
 
 
-@triton.jit(do_not_specialize=["length", "span_cap"])
-def _look_kernel(
-    masked_ptr,
-    control_ptr,
-    inside_ptr,
-    length,
-    span_cap,
-    BY_STAGE: tl.constexpr,
-    HAS_SPAN_CAP: tl.constexpr,
-    BLOCK_L: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)
-    control_ptr += row * N_CONTROL
-    first, stop = _window(control_ptr, span_cap, BY_STAGE, HAS_SPAN_CAP)
-    stop = tl.where(tl.load(control_ptr + DONE) != 0, 0, stop)
-    place = tl.program_id(1) * BLOCK_L + tl.arange(0, BLOCK_L)
-    masked = tl.load(masked_ptr + row * length + place, mask=place < length, other=0) != 0
-    tl.store(inside_ptr + row * length + place, masked & (place >= first) & (place < stop), mask=place < length)
-
-
 @triton.jit(do_not_specialize=["length", "capacity", "span_cap", "look_ahead"])
-def _plan_kernel(
+def _list_positions_kernel(
     masked_ptr,
     control_ptr,
     dirty_ptr,
     forwarded_ptr,
-    inside_ptr,
+    candidate_ptr,
     rows_ptr,
     target_ptr,
     count_ptr,
@@ -132,10 +96,10 @@ def _plan_kernel(
     masked_ptr += row * length
     dirty_ptr += row * length
     forwarded_ptr += row * length
-    inside_ptr += row * length
+    candidate_ptr += row * length
     rows_ptr += row * capacity
     target_ptr += row * capacity
-    first, stop = _window(control_ptr, span_cap, BY_STAGE, HAS_SPAN_CAP)
+    first, stop = stage_range(control_ptr, span_cap, BY_STAGE, HAS_SPAN_CAP)
     step = tl.load(control_ptr + STEP).to(tl.int32)
     limit = tl.where(
         tl.load(control_ptr + DONE) != 0, 0, tl.load(control_ptr + LIMIT).to(tl.int32)
@@ -152,7 +116,7 @@ def _plan_kernel(
         n_dirty += (kind == 0).to(tl.int32)
         n_decides += (kind == 1).to(tl.int32)
         n_ahead += (kind == 2).to(tl.int32)
-        tl.store(inside_ptr + place, tl.zeros([BLOCK_L], tl.int1), mask=place < length)
+        tl.store(candidate_ptr + place, tl.zeros([BLOCK_L], tl.int1), mask=place < length)
     for begin in range(0, capacity, BLOCK_C):
         entry = begin + tl.arange(0, BLOCK_C)
         tl.store(rows_ptr + entry, tl.full([BLOCK_C], -1, tl.int32), mask=entry < capacity)
@@ -201,56 +165,18 @@ def _plan_kernel(
         tl.debug_barrier()  # another thread may still load what this one stores
         tl.store(rows_ptr + slot, place, mask=listed)
         tl.store(target_ptr + slot, tl.where(seen, place + SHIFT, -1), mask=listed)
-        tl.store(inside_ptr + place + SHIFT, decides, mask=listed & decides)
+        tl.store(candidate_ptr + place + SHIFT, decides, mask=listed & decides)
         tl.store(dirty_ptr + place, tl.zeros([BLOCK_L], tl.int1), mask=listed)
         tl.store(forwarded_ptr + place, tl.zeros([BLOCK_L], tl.int64) + step, mask=listed)
     tl.store(count_ptr + row, tl.minimum(next_stale, capacity))
 
 
-def look(
-    masked: torch.Tensor,
-    control: torch.Tensor,
-    inside: torch.Tensor,
-    *,
-    by_stage: bool,
-    span_cap: int | None = None,
-    config: ScanConfig | None = None,
-) -> None:
-    """Mark in ``inside`` the candidates of the step of each running row.
-
-    Args:
-        masked, inside: bool ``[B, L]``; ``inside`` is overwritten.
-        control: int64 ``[B, n]``, the columns of :data:`~sfs_triton.kernels.control.CONTROL`.
-        by_stage: the cycle machine looks from ``s`` to the block's end in its slow stage, to ``e`` in its fast one;
-            other samplers look at their block.
-        span_cap: most candidates of the slow stage, counted from ``s``.
-    """
-    batch, length = check_canvas(control, masked=(masked, torch.bool), inside=(inside, torch.bool))
-    refuse_unless(span_cap is None or span_cap >= 1, f"span_cap={span_cap} is not positive")
-    if batch == 0 or length == 0:
-        return
-    config = config or scan_config(length)
-    launch(
-        _look_kernel,
-        (batch, triton.cdiv(length, config.BLOCK_L)),
-        masked_ptr=masked,
-        control_ptr=control,
-        inside_ptr=inside,
-        length=length,
-        span_cap=min(span_cap or 0, MAX_LENGTH),  # positions are added up in 32 bits
-        BY_STAGE=by_stage,
-        HAS_SPAN_CAP=span_cap is not None,
-        BLOCK_L=config.BLOCK_L,
-        num_warps=config.num_warps,
-    )
-
-
-def plan(
+def list_positions(
     masked: torch.Tensor,
     control: torch.Tensor,
     dirty: torch.Tensor,
     forwarded: torch.Tensor,
-    inside: torch.Tensor,
+    candidate: torch.Tensor,
     rows: torch.Tensor,
     target: torch.Tensor,
     count: torch.Tensor,
@@ -262,13 +188,13 @@ def plan(
     stale: bool = True,
     config: ScanConfig | None = None,
 ) -> None:
-    """Plan the list of positions of a step for ``B`` canvases, and its candidates. Rows that are done list nothing.
+    """List the positions of a step for ``B`` canvases, and mark its candidates. Rows that are done list nothing.
 
     Args:
-        masked, control, by_stage, span_cap: as for :func:`look`.
+        masked, control, by_stage, span_cap: as for :func:`~sfs_triton.kernels.mark_candidates.mark_candidates`.
         dirty: bool ``[B, L]``; cleared at listed positions.
         forwarded: int64 ``[B, L]``, step at which a position was last listed; set to this step at listed ones.
-        inside: bool ``[B, L]``, overwritten: the positions that the step decides, if the row they need is listed.
+        candidate: bool ``[B, L]``, overwritten: the positions that the step decides, if the row they need is listed.
         rows: int32 ``[B, C]``, overwritten: the listed positions, then -1.
         target: int32 ``[B, C]``, overwritten: the position whose token a listed row of the model predicts, where that
             is one to decide or to look ahead at; else -1.
@@ -280,7 +206,7 @@ def plan(
 
     Positions from the row's limit on are never listed.
     """
-    canvas = {"masked": (masked, torch.bool), "dirty": (dirty, torch.bool), "inside": (inside, torch.bool)}
+    canvas = {"masked": (masked, torch.bool), "dirty": (dirty, torch.bool), "candidate": (candidate, torch.bool)}
     batch, length = check_canvas(control, **canvas, forwarded=(forwarded, torch.int64))
     check_tensor("rows", rows, dtype=torch.int32, shape=[batch, None], device=control.device, dense=True)
     check_tensor("target", target, dtype=torch.int32, shape=rows.shape, device=control.device, dense=True)
@@ -293,13 +219,13 @@ def plan(
         return
     config = config or scan_config(length)
     launch(
-        _plan_kernel,
+        _list_positions_kernel,
         (batch,),
         masked_ptr=masked,
         control_ptr=control,
         dirty_ptr=dirty,
         forwarded_ptr=forwarded,
-        inside_ptr=inside,
+        candidate_ptr=candidate,
         rows_ptr=rows,
         target_ptr=target,
         count_ptr=count,
@@ -318,6 +244,6 @@ def plan(
     )
 
 
-def plan_cost(batch: int, length: int, capacity: int) -> Cost:
-    """Flags and ages of every position once, the flag of where to look written, and the list."""
+def list_positions_cost(batch: int, length: int, capacity: int) -> Cost:
+    """Flags and ages of every position once, the flag of candidates written, and the list."""
     return Cost(bytes=batch * (length * (1 + 1 + 8 + 1) + capacity * (4 + 4 + 1 + 8)), flops=8 * batch * length)

@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bench.common.testing import Guards, poison
-from sfs_triton.kernels import post as kernel
+from sfs_triton.kernels import publish as kernel
 from sfs_triton.kernels.launch import recording
-from sfs_triton.kernels.post import PostConfig, post, post_config
-from sfs_triton.ops.torch import post as twin
+from sfs_triton.kernels.publish import PublishConfig, publish, publish_config
+from sfs_triton.ops.torch import publish as twin
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.bool, torch.uint8, torch.int32, torch.int64, torch.float32, torch.float64)
@@ -21,10 +21,10 @@ def values(generator: torch.Generator, shape: tuple[int, ...], dtype: torch.dtyp
     return (torch.randn(shape, generator=generator) * 100).to(torch.int64 if dtype == torch.bool else dtype).to(dtype)
 
 
-def assert_post(shapes: list[tuple[int, ...]], dtypes: list[torch.dtype], depth: int, start: int, n: int, **options):
-    """Post ``n`` times from ``start`` ticks on: a slot holds the last that was posted to it, or still poison."""
+def assert_publish(shapes: list[tuple[int, ...]], dtypes: list[torch.dtype], depth: int, start: int, n: int, **options):
+    """Publish ``n`` times from ``start`` ticks on: a slot holds the last that was published to it, or still poison."""
     generator = torch.Generator().manual_seed(depth)
-    for function in (post, twin.post):
+    for function in (publish, twin.publish):
         guards = Guards(DEVICE)
         kinds = list(zip(shapes, dtypes, strict=True))
         sources = [guards.empty(*shape, dtype=dtype) for shape, dtype in kinds]
@@ -35,7 +35,7 @@ def assert_post(shapes: list[tuple[int, ...]], dtypes: list[torch.dtype], depth:
             for source, ring in zip(sources, slots, strict=True):
                 ring[time % depth] = values(generator, source.shape, source.dtype)
                 source.copy_(ring[time % depth])
-            function(sources, rings, tick, bell, **(options if function is post else {}))
+            function(sources, rings, tick, bell, **(options if function is publish else {}))
             assert tick.item() == bell.item() == time + 1
             for source, ring, slot in zip(sources, rings, slots, strict=True):
                 assert torch.equal(_bits(ring.cpu()), _bits(torch.stack(slot)))
@@ -59,26 +59,26 @@ SHAPES = st.sampled_from([(), (1,), (0,), (7,), (2, 22), (3, 0), (3, 1, 5), (2, 
     with_bell=st.booleans(),
 )
 def test_equals_its_twin_and_a_list(kinds, depth, start, size, with_bell):
-    options = {} if size is None else {"config": PostConfig(size, 1, with_bell)}
-    assert_post([shape for shape, _ in kinds], [dtype for _, dtype in kinds], depth, start, 3, **options)
+    options = {} if size is None else {"config": PublishConfig(size, 1, with_bell)}
+    assert_publish([shape for shape, _ in kinds], [dtype for _, dtype in kinds], depth, start, 3, **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 def test_large_sources(dtype):
-    assert_post([(2, 40_000), (16, 22)], [dtype, torch.int64], 3, 2, 2)
+    assert_publish([(2, 40_000), (16, 22)], [dtype, torch.int64], 3, 2, 2)
 
 
 @pytest.mark.parametrize(
     ("sizes", "launches"),
-    [([], ["post"]), ([0], ["post"]), ([8192], ["post"]), ([8193], ["copy", "post"]), ([50, 9000], ["copy", "post"]),
-     ([9000, 9000], ["copy", "copy", "post"]), ([50, 60], ["copy", "post"])],
+    [([], ["publish"]), ([0], ["publish"]), ([8192], ["publish"]), ([8193], ["copy", "publish"]),
+     ([50, 9000], ["copy", "publish"]), ([9000, 9000], ["copy", "copy", "publish"]), ([50, 60], ["copy", "publish"])],
 )  # fmt: skip
 def test_the_smallest_source_goes_with_the_bell(sizes, launches):
     sources = [torch.empty(size, dtype=torch.int64, device="meta") for size in sizes]
     rings = [torch.empty((4, size), dtype=torch.int64, device="meta") for size in sizes]
     tick, bell = (torch.empty(1, dtype=torch.int64, device="meta") for _ in range(2))
     with recording() as recorded:
-        post(sources, rings, tick, bell)
+        publish(sources, rings, tick, bell)
     assert [launch.kernel.__name__.strip("_").removesuffix("_kernel") for launch in recorded] == launches
     together = [size for size in sizes if 0 < size <= 8192]
     last = recorded[-1].arguments
@@ -86,19 +86,19 @@ def test_the_smallest_source_goes_with_the_bell(sizes, launches):
 
 
 def test_configuration():
-    assert [post_config(n, itemsize) for n, itemsize in ((0, 1), (44, 8), (8192, 8), (8193, 8), (65536, 1))] == [
-        PostConfig(1, 1, True),
-        PostConfig(64, 1, True),
-        PostConfig(4096, 16, True),
-        PostConfig(1024, 4, False),
-        PostConfig(32768, 16, True),
+    assert [publish_config(n, itemsize) for n, itemsize in ((0, 1), (44, 8), (8192, 8), (8193, 8), (65536, 1))] == [
+        PublishConfig(1, 1, True),
+        PublishConfig(64, 1, True),
+        PublishConfig(4096, 16, True),
+        PublishConfig(1024, 4, False),
+        PublishConfig(32768, 16, True),
     ]
 
 
 def test_the_twin_needs_no_data():
     source, ring = torch.empty((2, 3), device="meta"), torch.empty((4, 2, 3), device="meta")
     tick, bell = (torch.empty(1, dtype=torch.int64, device="meta") for _ in range(2))
-    twin.post([source], [ring], tick, bell)
+    twin.publish([source], [ring], tick, bell)
 
 
 def test_refuses_what_it_cannot_take(device):
@@ -106,7 +106,7 @@ def test_refuses_what_it_cannot_take(device):
     ring = torch.zeros((4, 2, 3), device=device)
     tick, bell = (torch.zeros(1, dtype=torch.int64, device=device) for _ in range(2))
     fine = {"sources": [source], "rings": [ring], "tick": tick, "bell": bell}
-    post(**fine)
+    publish(**fine)
     for message, changes in {
         "1 sources and 0 rings": {"rings": []},
         r"sources\[0\] has dtype float16": {"sources": [source.half()], "rings": [ring.half()]},
@@ -125,7 +125,7 @@ def test_refuses_what_it_cannot_take(device):
         "bell is on device 'meta'": {"bell": bell.to("meta")},
     }.items():
         with pytest.raises(ValueError, match=message):
-            post(**{**fine, **changes})
+            publish(**{**fine, **changes})
     assert bell.item() == 1
 
 
@@ -150,26 +150,26 @@ def test_places_that_kernels_can_reach():
 
 
 @pytest.mark.gpu
-def test_a_host_hears_the_bell_and_finds_what_was_posted():
-    """The host only reads memory while a graph of posts is replayed; a slot is complete once its number shows it."""
+def test_a_host_reads_the_number_and_finds_what_was_published():
+    """The host only reads memory while a graph publishes; a slot is complete once its number is there."""
     sources = [torch.zeros(n, dtype=torch.int64, device="cuda") for n in (50, 100_000)]
     rings = [torch.zeros((64, len(source)), dtype=torch.int64, pin_memory=True) for source in sources]
     tick, bell = torch.zeros(1, dtype=torch.int64, device="cuda"), torch.zeros(1, dtype=torch.int64, pin_memory=True)
-    post(sources, rings, tick, bell)  # compiled before it is captured
+    publish(sources, rings, tick, bell)  # compiled before it is captured
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for source in sources:
             source.add_(1)
-        post(sources, rings, tick, bell)
+        publish(sources, rings, tick, bell)
     for _ in range(60):
         graph.replay()
     seen = bell.numpy()  # the same memory
-    heard = 1
-    while heard < 61:
+    last = 1
+    while last < 61:
         now = int(seen[0])
-        for time in range(heard, now):
+        for time in range(last, now):
             assert all((ring[time] == time).all() for ring in rings)
-        heard = now
+        last = now
     torch.cuda.synchronize()
     assert tick.item() == bell.item() == 61

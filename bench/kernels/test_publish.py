@@ -7,8 +7,8 @@ from functools import partial
 import torch
 
 from sfs_triton.kernels.control import CONTROL
-from sfs_triton.kernels.post import post, post_cost
-from sfs_triton.ops.torch import post as twin
+from sfs_triton.kernels.publish import publish, publish_cost
+from sfs_triton.ops.torch import publish as twin
 
 from .case import Case
 from .harness import benchmark_of
@@ -41,14 +41,14 @@ def cases(toy: bool = False) -> list[Case]:
     return [
         Case(
             name=f"{'toy-' if toy else ''}{batch}x{length}-{name}",
-            kernel=post,
-            twin=twin.post,
+            kernel=publish,
+            twin=twin.publish,
             build=partial(_build, shapes=shapes, depth=8),
-            cost=post_cost(sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in shapes)),
+            cost=publish_cost(sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in shapes)),
         )
         for batch, length in sizes
         for name, shapes in _shapes(batch, length).items()
     ]
 
 
-test_post = benchmark_of(cases)
+test_publish = benchmark_of(cases)

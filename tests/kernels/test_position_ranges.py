@@ -10,15 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bench.common.testing import Guards
-from sfs_triton.kernels import reach as kernel
+from sfs_triton.kernels import position_ranges as kernel
 from sfs_triton.kernels.control import COLUMN, CONTROL, FAST, SLOW
 from sfs_triton.kernels.launch import recording
-from sfs_triton.kernels.reach import ReachConfig, reach_config
+from sfs_triton.kernels.position_ranges import PositionRangesConfig, position_ranges_config
 from sfs_triton.ops import torch_backend as torch_impl
 from sfs_triton.ops import triton_backend as triton_impl
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-NUMBERS = ("limit", "phase", "k", "e", "block_start", "block_end", "done")
+NUMBERS = ("limit", "stage", "stage_step", "span_end", "block_start", "block_end", "done")
 
 
 def as_state(control: torch.Tensor) -> SimpleNamespace:
@@ -40,9 +40,9 @@ def by_hand(numbers: dict[str, int], capacity: int | None, to_span_end: bool, bl
     if n.done:
         return [-1] * (capacity or 0), 0, [0, 0, 0, 0]
     first, stop, keys = 0, n.limit, n.limit
-    if to_span_end and n.phase == FAST and n.k > 0:
-        stop = keys = min(n.e, n.limit)
-    if block is not None and n.k > 0:
+    if to_span_end and n.stage == FAST and n.stage_step > 0:
+        stop = keys = min(n.span_end, n.limit)
+    if block is not None and n.stage_step > 0:
         first = n.block_start
         if block == "own":
             stop = min(n.block_end, n.limit)
@@ -52,7 +52,7 @@ def by_hand(numbers: dict[str, int], capacity: int | None, to_span_end: bool, bl
     return rows + [-1] * ((capacity or 0) - len(rows)), len(rows), [0, keys, 0, 0]
 
 
-def assert_reach(numbers: list[dict[str, int]], capacity: int | None, **how) -> None:
+def assert_position_ranges(numbers: list[dict[str, int]], capacity: int | None, **how) -> None:
     guards = Guards(DEVICE)
     state = make(guards, numbers)
     before = state.control.clone()
@@ -61,7 +61,7 @@ def assert_reach(numbers: list[dict[str, int]], capacity: int | None, **how) -> 
         rows = None if capacity is None else guards.empty(len(numbers), capacity, dtype=torch.int32)
         count = guards.empty(len(numbers), dtype=torch.int32)
         key_range = guards.empty(len(numbers), 4, dtype=torch.int32)
-        ops.reach(state, rows, count, key_range, **how)
+        ops.position_ranges(state, rows, count, key_range, **how)
         assert count.tolist() == [count for _, count, _ in wanted]
         assert key_range.tolist() == [keys for *_, keys in wanted]
         assert rows is None or rows.tolist() == [rows for rows, *_ in wanted]
@@ -73,13 +73,13 @@ def assert_reach(numbers: list[dict[str, int]], capacity: int | None, **how) -> 
 def rows_of_numbers(draw) -> dict[str, int]:
     limit = draw(st.integers(0, 50))
     start, end = sorted(draw(st.tuples(st.integers(0, 60), st.integers(0, 60))))
-    phase = draw(st.sampled_from([SLOW, FAST]))
+    stage = draw(st.sampled_from([SLOW, FAST]))
     known = st.integers(0, 60)
     return {
         "limit": limit,
-        "phase": phase,
-        "k": draw(st.integers(0, 2)),
-        "e": draw(known if phase == FAST else known | st.just(-1)),
+        "stage": stage,
+        "stage_step": draw(st.integers(0, 2)),
+        "span_end": draw(known if stage == FAST else known | st.just(-1)),
         "block_start": start,
         "block_end": end,
         "done": draw(st.sampled_from([0, 0, 0, 1])),
@@ -94,30 +94,33 @@ def rows_of_numbers(draw) -> dict[str, int]:
     capacity=st.none() | st.integers(1, 80),
 )
 def test_equals_its_twin_and_a_loop(numbers, capacity, to_span_end, block):
-    assert_reach(numbers, capacity, to_span_end=to_span_end, block=block)
+    assert_position_ranges(numbers, capacity, to_span_end=to_span_end, block=block)
 
 
-NUMBERS_OF_A_STEP = {"limit": 2100, "phase": FAST, "k": 2, "e": 900, "block_start": 700, "block_end": 1900, "done": 0}
+NUMBERS_OF_A_STEP = {
+    **{"limit": 2100, "stage": FAST, "stage_step": 2, "span_end": 900},
+    **{"block_start": 700, "block_end": 1900, "done": 0},
+}
 
 
 @pytest.mark.parametrize(("capacity", "size"), [(1200, 512), (2048, 1024), (4000, None)])
 def test_lists_of_several_programs(monkeypatch, capacity, size):
     if size:
-        monkeypatch.setattr(kernel, "reach_config", lambda capacity: ReachConfig(size, 1))
-    numbers = [NUMBERS_OF_A_STEP, NUMBERS_OF_A_STEP | {"done": 1}, NUMBERS_OF_A_STEP | {"k": 0}]
+        monkeypatch.setattr(kernel, "position_ranges_config", lambda capacity: PositionRangesConfig(size, 1))
+    numbers = [NUMBERS_OF_A_STEP, NUMBERS_OF_A_STEP | {"done": 1}, NUMBERS_OF_A_STEP | {"stage_step": 0}]
     for block in (None, "rest", "own"):
-        assert_reach(numbers, capacity, to_span_end=False, block=block)
+        assert_position_ranges(numbers, capacity, to_span_end=False, block=block)
 
 
 def test_a_row_that_is_done_reads_nothing_of_its_span():
     """Its span may be unknown, which is -1."""
-    numbers = NUMBERS_OF_A_STEP | {"e": -1, "done": 1}
-    assert_reach([numbers], 8, to_span_end=True, block="own")
+    numbers = NUMBERS_OF_A_STEP | {"span_end": -1, "done": 1}
+    assert_position_ranges([numbers], 8, to_span_end=True, block="own")
 
 
 def test_configuration_and_grid():
-    assert [reach_config(n) for n in (0, 1, 32, 1024, 4096)] == [
-        ReachConfig(*sizes) for sizes in ((16, 1), (16, 1), (32, 1), (1024, 8), (1024, 8))
+    assert [position_ranges_config(n) for n in (0, 1, 32, 1024, 4096)] == [
+        PositionRangesConfig(*sizes) for sizes in ((16, 1), (16, 1), (32, 1), (1024, 8), (1024, 8))
     ]
     control = torch.empty((3, len(CONTROL)), dtype=torch.int64, device="meta")
     rows, count, key_range = (
@@ -125,7 +128,7 @@ def test_configuration_and_grid():
     )
     for listed, grid in ((rows, (3, 3)), (None, (3, 1))):
         with recording() as recorded:
-            kernel.reach(control, listed, count, key_range, to_span_end=True, block=None)
+            kernel.position_ranges(control, listed, count, key_range, to_span_end=True, block=None)
         assert [launch.grid for launch in recorded] == [grid]
 
 
@@ -133,7 +136,7 @@ def test_the_twin_needs_no_data():
     state = as_state(torch.empty((3, len(CONTROL)), dtype=torch.int64, device="meta"))
     rows, count, key_range = (torch.empty(s, dtype=torch.int32, device="meta") for s in ((3, 25), (3,), (3, 4)))
     for listed in (rows, None):
-        torch_impl.reach(state, listed, count, key_range, to_span_end=True, block="own")
+        torch_impl.position_ranges(state, listed, count, key_range, to_span_end=True, block="own")
 
 
 @pytest.mark.parametrize(
@@ -162,4 +165,4 @@ def test_arguments_are_checked(changes, named):
         for name, value in how.items()
     }
     with pytest.raises(ValueError, match=named):
-        kernel.reach(**how)
+        kernel.position_ranges(**how)

@@ -7,7 +7,7 @@ import torch
 from ...kernels.control import FAST
 
 
-def reach(
+def position_ranges(
     state,
     rows: torch.Tensor | None,
     count: torch.Tensor,
@@ -28,11 +28,11 @@ def reach(
 
     A row that is done has no positions and no keys.
     """
-    running, later = state.done == 0, state.k > 0
+    running, later = state.done == 0, state.stage_step > 0
     limit = torch.where(running, state.limit, 0)
     first, stop, keys = torch.zeros_like(limit), limit, limit
     if to_span_end:
-        stop = keys = torch.where(running & later & (state.phase == FAST), torch.minimum(state.e, limit), limit)
+        stop = keys = torch.where(running & later & (state.stage == FAST), torch.minimum(state.span_end, limit), limit)
     if block is not None:
         first = torch.where(later, state.block_start, first)
         if block == "own":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 
-def place(
+def scatter_choices(
     state,
     token: torch.Tensor,
     score: torch.Tensor,

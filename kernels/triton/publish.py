@@ -31,7 +31,9 @@ def _copy_kernel(source_ptr, ring_ptr, tick_ptr, n, depth, BLOCK_N: tl.constexpr
 
 
 @triton.jit(do_not_specialize=["depth"])
-def _post_kernel(source_ptr, ring_ptr, tick_ptr, bell_ptr, n, depth, HAS_SOURCE: tl.constexpr, BLOCK_N: tl.constexpr):
+def _publish_kernel(
+    source_ptr, ring_ptr, tick_ptr, bell_ptr, n, depth, HAS_SOURCE: tl.constexpr, BLOCK_N: tl.constexpr
+):
     tick = tl.load(tick_ptr)
     if HAS_SOURCE:
         ring_ptr += tick % depth * n
@@ -44,29 +46,29 @@ def _post_kernel(source_ptr, ring_ptr, tick_ptr, bell_ptr, n, depth, HAS_SOURCE:
 
 
 @dataclass(frozen=True)
-class PostConfig:
+class PublishConfig:
     BLOCK_N: int
     num_warps: int
     with_bell: bool
 
 
-def post_config(n: int, itemsize: int) -> PostConfig:
+def publish_config(n: int, itemsize: int) -> PublishConfig:
     """Return the launch for a source of ``n`` elements: 64 bytes per thread at a time.
 
     Up to 64 KiB the program that stores ``bell`` copies it: two iterations of 32 KiB, which take less than a launch.
     """
     with_bell = n * itemsize <= 65536
     block = min(triton.next_power_of_2(max(n, 1)), (32768 if with_bell else 8192) // itemsize)
-    return PostConfig(BLOCK_N=block, num_warps=max(1, block * itemsize // 2048), with_bell=with_bell)
+    return PublishConfig(BLOCK_N=block, num_warps=max(1, block * itemsize // 2048), with_bell=with_bell)
 
 
-def post(
+def publish(
     sources: Sequence[torch.Tensor],
     rings: Sequence[torch.Tensor],
     tick: torch.Tensor,
     bell: torch.Tensor,
     *,
-    config: PostConfig | None = None,
+    config: PublishConfig | None = None,
 ) -> None:
     """``ring[tick % depth] = source`` for each source, then ``tick += 1``, then ``bell = tick``.
 
@@ -95,10 +97,10 @@ def post(
     pairs = [(source, ring) for source, ring in zip(sources, rings, strict=True) if source.numel()]
     pairs.sort(key=lambda pair: -pair[0].nbytes)
     last = None
-    if pairs and (config or post_config(pairs[-1][0].numel(), pairs[-1][0].itemsize)).with_bell:
+    if pairs and (config or publish_config(pairs[-1][0].numel(), pairs[-1][0].itemsize)).with_bell:
         last = pairs.pop()
     for source, ring in pairs:
-        copy = config or post_config(source.numel(), source.itemsize)
+        copy = config or publish_config(source.numel(), source.itemsize)
         launch(
             _copy_kernel,
             (triton.cdiv(source.numel(), copy.BLOCK_N),),
@@ -111,9 +113,9 @@ def post(
             num_warps=copy.num_warps,
         )
     n, itemsize = (0, 1) if last is None else (last[0].numel(), last[0].itemsize)
-    config = config or post_config(n, itemsize)
+    config = config or publish_config(n, itemsize)
     launch(
-        _post_kernel,
+        _publish_kernel,
         (1,),
         source_ptr=None if last is None else _words(last[0]),
         ring_ptr=None if last is None else _words(last[1]),
@@ -139,6 +141,6 @@ def _check_place(name: str, x: torch.Tensor, device: torch.device) -> None:
     refuse_unless(x.is_pinned(), f"{name} is in memory of the host that is not pinned")
 
 
-def post_cost(n_bytes: int) -> Cost:
+def publish_cost(n_bytes: int) -> Cost:
     """The sources read and their slots written once; the tick read and written, and the bell."""
     return Cost(bytes=2 * n_bytes + 3 * 8, flops=0)

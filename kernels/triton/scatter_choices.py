@@ -16,7 +16,7 @@ _MAX_SLOTS = 2**30  # slots are numbered in 32 bits
 
 
 @triton.jit(do_not_specialize=["n_entries", "n_slots_row", "length"])
-def _place_kernel(
+def _scatter_choices_kernel(
     token_ptr,
     score_ptr,
     target_ptr,
@@ -50,18 +50,18 @@ def _place_kernel(
 
 
 @dataclass(frozen=True)
-class PlaceConfig:
+class ScatterChoicesConfig:
     BLOCK_R: int
     num_warps: int
 
 
-def place_config(n_entries: int) -> PlaceConfig:
+def scatter_choices_config(n_entries: int) -> ScatterChoicesConfig:
     """Choose entries and warps per program: two entries per thread, with three dependent loads each."""
     block = min(512, max(32, triton.next_power_of_2(n_entries)))
-    return PlaceConfig(BLOCK_R=block, num_warps=max(1, block // 64))
+    return ScatterChoicesConfig(BLOCK_R=block, num_warps=max(1, block // 64))
 
 
-def place(
+def scatter_choices(
     token: torch.Tensor,
     score: torch.Tensor,
     target: torch.Tensor,
@@ -70,7 +70,7 @@ def place(
     *,
     which: torch.Tensor | None = None,
     row: torch.Tensor | None = None,
-    config: PlaceConfig | None = None,
+    config: ScatterChoicesConfig | None = None,
 ) -> None:
     """``canvas_token[row, position] = token`` and ``canvas_score[row, position] = score`` for all entries of a list.
 
@@ -106,9 +106,9 @@ def place(
     check_index("target", target, -1, length)
     if n_entries == 0:
         return
-    config = config or place_config(n_entries)
+    config = config or scatter_choices_config(n_entries)
     launch(
-        _place_kernel,
+        _scatter_choices_kernel,
         (triton.cdiv(n_entries, config.BLOCK_R),),
         token_ptr=token,
         score_ptr=score,
@@ -127,6 +127,6 @@ def place(
     )
 
 
-def place_cost(n_entries: int) -> Cost:
+def scatter_choices_cost(n_entries: int) -> Cost:
     """Choice, slot and position of every entry read, and its place on the canvas written."""
     return Cost(bytes=n_entries * (4 + 4 + 4 + 4 + 8 + 4), flops=0)

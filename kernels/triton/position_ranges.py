@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .check import check_tensor, refuse_unless
-from .commit import BLOCK_END, BLOCK_START, DONE, LIMIT, MAX_LENGTH, N_CONTROL, PHASE, E, K
+from .commit import BLOCK_END, BLOCK_START, DONE, LIMIT, MAX_LENGTH, N_CONTROL, SPAN_END, STAGE, STAGE_STEP
 from .control import CONTROL
 from .cost import Cost
 from .launch import launch
@@ -18,7 +18,7 @@ BLOCKS = (None, "rest", "own")
 
 
 @triton.jit(do_not_specialize=["capacity"])
-def _reach_kernel(
+def _position_ranges_kernel(
     control_ptr,
     rows_ptr,
     count_ptr,
@@ -38,11 +38,11 @@ def _reach_kernel(
     stop = limit
     keys = limit
     if TO_SPAN_END:
-        fast = (tl.load(control_ptr + PHASE) != 0) & (tl.load(control_ptr + K) > 0)
-        keys = tl.where(running & fast, tl.minimum(tl.load(control_ptr + E).to(tl.int32), limit), limit)
+        fast = (tl.load(control_ptr + STAGE) != 0) & (tl.load(control_ptr + STAGE_STEP) > 0)
+        keys = tl.where(running & fast, tl.minimum(tl.load(control_ptr + SPAN_END).to(tl.int32), limit), limit)
         stop = keys
     if BY_BLOCK:
-        later = tl.load(control_ptr + K) > 0
+        later = tl.load(control_ptr + STAGE_STEP) > 0
         first = tl.where(later, tl.load(control_ptr + BLOCK_START).to(tl.int32), first)
         if OWN_BLOCK:
             stop = tl.where(later, tl.minimum(tl.load(control_ptr + BLOCK_END).to(tl.int32), limit), stop)
@@ -58,18 +58,18 @@ def _reach_kernel(
 
 
 @dataclass(frozen=True)
-class ReachConfig:
+class PositionRangesConfig:
     BLOCK_C: int
     num_warps: int
 
 
-def reach_config(capacity: int) -> ReachConfig:
+def position_ranges_config(capacity: int) -> PositionRangesConfig:
     """Choose list entries per program, and warps: a store of 16 bytes per thread where there are that many."""
     block = min(1024, max(16, triton.next_power_of_2(capacity)))
-    return ReachConfig(BLOCK_C=block, num_warps=max(1, block // 128))
+    return PositionRangesConfig(BLOCK_C=block, num_warps=max(1, block // 128))
 
 
-def reach(
+def position_ranges(
     control: torch.Tensor,
     rows: torch.Tensor | None,
     count: torch.Tensor,
@@ -77,7 +77,7 @@ def reach(
     *,
     to_span_end: bool,
     block: str | None,
-    config: ReachConfig | None = None,
+    config: PositionRangesConfig | None = None,
 ) -> None:
     """The positions ``[first, stop)`` that each of ``B`` canvas rows forwards and the keys ``[0, keys)`` they see.
 
@@ -103,9 +103,9 @@ def reach(
     if batch == 0:
         return
     capacity = 0 if rows is None else rows.shape[1]
-    config = config or reach_config(capacity)
+    config = config or position_ranges_config(capacity)
     launch(
-        _reach_kernel,
+        _position_ranges_kernel,
         (batch, max(1, triton.cdiv(capacity, config.BLOCK_C))),
         control_ptr=control,
         rows_ptr=rows,
@@ -121,6 +121,6 @@ def reach(
     )
 
 
-def reach_cost(batch: int, capacity: int) -> Cost:
+def position_ranges_cost(batch: int, capacity: int) -> Cost:
     """Seven numbers of each row read; the list, its count and the key range written."""
     return Cost(bytes=batch * (7 * 8 + 4 * capacity + 4 + 16), flops=batch * capacity)

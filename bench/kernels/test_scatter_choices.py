@@ -7,7 +7,7 @@ from functools import partial
 import torch
 
 from sfs_triton import SlowFast
-from sfs_triton.kernels.place import place_cost
+from sfs_triton.kernels.scatter_choices import scatter_choices_cost
 from sfs_triton.ops import torch_backend as torch_impl
 from sfs_triton.ops import triton_backend as triton_impl
 
@@ -39,14 +39,14 @@ def cases(toy: bool = False) -> list[Case]:
     return [
         Case(
             name=f"{'toy-' if toy else ''}{batch}x{prompt + response}-{listed}{'-some' if some else ''}",
-            kernel=triton_impl.place,
-            twin=torch_impl.place,
+            kernel=triton_impl.scatter_choices,
+            twin=torch_impl.scatter_choices,
             build=partial(_build, listed=listed, some=some, batch=batch, prompt=prompt, response=response),
-            cost=place_cost(batch * listed // (2 if some else 1)),
+            cost=scatter_choices_cost(batch * listed // (2 if some else 1)),
         )
         for batch, prompt, response, listed in sizes
         for some in (False, True)
     ]
 
 
-test_place = benchmark_of(cases)
+test_scatter_choices = benchmark_of(cases)

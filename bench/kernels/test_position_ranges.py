@@ -8,7 +8,7 @@ import torch
 
 from sfs_triton import SlowFast
 from sfs_triton.kernels.control import COLUMN, FAST
-from sfs_triton.kernels.reach import reach_cost
+from sfs_triton.kernels.position_ranges import position_ranges_cost
 from sfs_triton.ops import torch_backend as torch_impl
 from sfs_triton.ops import triton_backend as triton_impl
 
@@ -20,7 +20,7 @@ from .states import decode_state
 def _build(device: torch.device, *, capacity: int | None, to_span_end: bool, block: str | None, **sizes: int) -> dict:
     """Put all sequences in the second step of a fast stage whose span is half of the response."""
     state = decode_state(SlowFast(), device=device, **sizes)
-    for name, value in {"phase": FAST, "k": 1, "e": sizes["prompt"] + sizes["response"] // 2}.items():
+    for name, value in {"stage": FAST, "stage_step": 1, "span_end": sizes["prompt"] + sizes["response"] // 2}.items():
         state.control[:, COLUMN[name]] = value
     batch = sizes["batch"]
     return {
@@ -38,8 +38,8 @@ def cases(toy: bool = False) -> list[Case]:
     return [
         Case(
             name=f"{'toy-' if toy else ''}{batch}x{prompt + response}-{name}",
-            kernel=triton_impl.reach,
-            twin=torch_impl.reach,
+            kernel=triton_impl.position_ranges,
+            twin=torch_impl.position_ranges,
             build=partial(
                 _build,
                 capacity=capacity,
@@ -49,11 +49,11 @@ def cases(toy: bool = False) -> list[Case]:
                 prompt=prompt,
                 response=response,
             ),
-            cost=reach_cost(batch, capacity or 0),
+            cost=position_ranges_cost(batch, capacity or 0),
         )
         for batch, prompt, response in sizes
         for name, capacity, block in (("span", None, None), ("rest", response, "rest"), ("own", response // 8, "own"))
     ]
 
 
-test_reach = benchmark_of(cases)
+test_position_ranges = benchmark_of(cases)

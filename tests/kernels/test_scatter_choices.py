@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from bench.common.testing import Guards
 from sfs_triton import SlowFast
-from sfs_triton.kernels import place as kernel
+from sfs_triton.kernels import scatter_choices as kernel
 from sfs_triton.kernels.launch import recording
-from sfs_triton.kernels.place import PlaceConfig, place_config
+from sfs_triton.kernels.scatter_choices import ScatterChoicesConfig, scatter_choices_config
 from sfs_triton.ops import torch_backend as torch_impl
 from sfs_triton.ops import triton_backend as triton_impl
 from sfs_triton.runner.state import DecodeState
@@ -26,7 +26,7 @@ def make(guards: Guards, batch: int, length: int) -> DecodeState:
     """A state whose choices are poison between guard bands."""
     state = DecodeState.allocate(
         [[0] * length] * batch, [0] * batch, mask_id=1, eos_id=2, window=1, block_length=None,
-        seeds=[0] * batch, caps=[1] * batch, dials=SlowFast().dials(), device=DEVICE, trace=False,
+        seeds=[0] * batch, caps=[1] * batch, sampling=SlowFast().sampling_values(), device=DEVICE, trace=False,
     )  # fmt: skip
     size = batch * length + 1
     return dataclasses.replace(
@@ -74,7 +74,7 @@ def by_hand(token: torch.Tensor, score: torch.Tensor, lists: dict, listed: int) 
         token[row, place], score[row, place] = choice, lists["score"][entry]
 
 
-def assert_place(seed: int, n_canvas: int, length: int, batch: int, listed: int, mode: str) -> None:
+def assert_scatter_choices(seed: int, n_canvas: int, length: int, batch: int, listed: int, mode: str) -> None:
     guards = Guards(DEVICE)
     lists = random_list(random.Random(seed), n_canvas, length, batch, listed, mode)
     inputs = tensors(guards, lists, listed)
@@ -85,7 +85,7 @@ def assert_place(seed: int, n_canvas: int, length: int, batch: int, listed: int,
     for ops in (triton_impl, torch_impl):
         mine = make(guards, n_canvas, length)
         spare = mine.choice_token[-1].item()
-        ops.place(mine, **inputs)
+        ops.scatter_choices(mine, **inputs)
         assert mine.token.tolist() == wanted[0].tolist()
         assert torch.equal(mine.score.cpu().view(torch.int32), wanted[1].view(torch.int32))  # NaN and all
         if ops is triton_impl:
@@ -105,15 +105,15 @@ def assert_place(seed: int, n_canvas: int, length: int, batch: int, listed: int,
     listed=st.integers(0, 40),
 )
 def test_equals_its_twin_and_a_loop(mode, seed, n_canvas, length, batch, listed):
-    assert_place(seed, n_canvas, length, min(batch, n_canvas), listed, mode)
+    assert_scatter_choices(seed, n_canvas, length, min(batch, n_canvas), listed, mode)
 
 
 @pytest.mark.parametrize("mode", ["slots", "which and row"])
 @pytest.mark.parametrize("size", [32, 1024, None])
 def test_entries_of_several_programs(monkeypatch, mode, size):
     if size:
-        monkeypatch.setattr(kernel, "place_config", lambda n: PlaceConfig(size, 1))
-    assert_place(0, 5, 700, 4, 300, mode)
+        monkeypatch.setattr(kernel, "scatter_choices_config", lambda n: ScatterChoicesConfig(size, 1))
+    assert_scatter_choices(0, 5, 700, 4, 300, mode)
 
 
 def test_an_idle_entry_reads_no_slot():
@@ -125,20 +125,20 @@ def test_an_idle_entry_reads_no_slot():
     for ops in (triton_impl, torch_impl):
         state = make(guards, 1, 9)
         before = state.token.clone()
-        ops.place(state, token, score, lines[1:], which=which)
+        ops.scatter_choices(state, token, score, lines[1:], which=which)
         assert (state.token != before).nonzero().tolist() == [[0, 5]] and state.token[0, 5] == 8
     guards.check()
 
 
 def test_configuration():
-    assert [place_config(n) for n in (1, 32, 128, 2048)] == [
-        PlaceConfig(*sizes) for sizes in ((32, 1), (32, 1), (128, 2), (512, 8))
+    assert [scatter_choices_config(n) for n in (1, 32, 128, 2048)] == [
+        ScatterChoicesConfig(*sizes) for sizes in ((32, 1), (32, 1), (128, 2), (512, 8))
     ]
     target, token = (torch.empty(s, dtype=torch.int32, device="meta") for s in ((16, 128), (2048,)))
     score = torch.empty(2048, device="meta")
     canvas = torch.empty((16, 900), dtype=torch.int64, device="meta"), torch.empty((16, 900), device="meta")
     with recording() as recorded:
-        kernel.place(token, score, target, *canvas)
+        kernel.scatter_choices(token, score, target, *canvas)
     assert [launch.grid for launch in recorded] == [(4,)]
 
 
@@ -148,8 +148,8 @@ def test_the_row_may_be_int32():
     inputs = tensors(guards, lists, 6)
     for ops in (triton_impl, torch_impl):
         one, other = make(guards, 4, 20), make(guards, 4, 20)
-        ops.place(one, **inputs)
-        ops.place(other, **{**inputs, "row": inputs["row"].int()})
+        ops.scatter_choices(one, **inputs)
+        ops.scatter_choices(other, **{**inputs, "row": inputs["row"].int()})
         assert one.token.tolist() == other.token.tolist()
 
 
@@ -160,8 +160,8 @@ def test_the_twin_needs_no_data():
     )
     token, target = (torch.empty(s, dtype=torch.int32, device="meta") for s in ((6,), (2, 3)))
     score, row = torch.empty(6, device="meta"), torch.empty(2, dtype=torch.int64, device="meta")
-    torch_impl.place(state, token, score, target)
-    torch_impl.place(state, token[:4], score[:4], target, which=token[:4], row=row)
+    torch_impl.scatter_choices(state, token, score, target)
+    torch_impl.scatter_choices(state, token[:4], score[:4], target, which=token[:4], row=row)
 
 
 def test_values_are_checked_in_debug_mode(monkeypatch):
@@ -169,7 +169,7 @@ def test_values_are_checked_in_debug_mode(monkeypatch):
     guards = Guards(DEVICE)
     state = make(guards, 2, 9)
     inputs = tensors(guards, random_list(random.Random(1), 2, 9, 2, 3, "which and row"), 3)
-    triton_impl.place(state, **inputs)
+    triton_impl.scatter_choices(state, **inputs)
     for name, value, message in (
         ("target", 9, r"target holds values in \[.*9\], not in \[-1, 9\)"),
         ("target", -2, "target holds values"),
@@ -179,7 +179,7 @@ def test_values_are_checked_in_debug_mode(monkeypatch):
         spoiled = inputs[name].clone()
         spoiled.view(-1)[0] = value
         with pytest.raises(ValueError, match=message):
-            triton_impl.place(state, **{**inputs, name: spoiled})
+            triton_impl.scatter_choices(state, **{**inputs, name: spoiled})
 
 
 def test_refuses_what_it_cannot_take(device):
@@ -191,7 +191,7 @@ def test_refuses_what_it_cannot_take(device):
         "canvas_score": torch.zeros((2, 9), device=device),
     }
     fine = {"token": token, "score": score, "target": target, **canvas}
-    kernel.place(**fine, row=row)
+    kernel.scatter_choices(**fine, row=row)
     for message, changes in {
         r"token has shape \[5\]": {"token": token[:5]},
         "token has dtype int64": {"token": token.long()},
@@ -217,4 +217,4 @@ def test_refuses_what_it_cannot_take(device):
         "row has dtype float32": {"row": row.float()},
     }.items():
         with pytest.raises(ValueError, match=message):
-            kernel.place(**{**fine, **changes})
+            kernel.scatter_choices(**{**fine, **changes})

@@ -1,4 +1,4 @@
-"""Candidate positions of a step, and the position list that it forwards."""
+"""List of positions that a step forwards."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from functools import partial
 import torch
 
 from sfs_triton import SlowFast
-from sfs_triton.kernels.plan import plan_cost
+from sfs_triton.kernels.list_positions import list_positions_cost
 from sfs_triton.ops import torch_backend as torch_impl
 from sfs_triton.ops import triton_backend as triton_impl
 
@@ -29,29 +29,17 @@ def _build(device: torch.device, *, capacity: int, shift: int, **sizes: int) -> 
 def cases(toy: bool = False) -> list[Case]:
     prefix = "toy-" if toy else ""
     sizes = [(2, 8, 24, 16)] if toy else [(1, 1100, 1024, 128), (16, 4096, 4096, 128)]
-    lists = [
+    return [
         Case(
             name=f"{prefix}{batch}x{prompt + response}-{capacity}{'-shift' if shift else ''}",
-            kernel=triton_impl.plan,
-            twin=torch_impl.plan,
+            kernel=triton_impl.list_positions,
+            twin=torch_impl.list_positions,
             build=partial(_build, capacity=capacity, shift=shift, batch=batch, prompt=prompt, response=response),
-            cost=plan_cost(batch, prompt + response, capacity),
+            cost=list_positions_cost(batch, prompt + response, capacity),
         )
         for batch, prompt, response, capacity in sizes
         for shift in (0, 1)
     ]
-    batch, prompt, response, _ = sizes[0]
-    look = partial(decode_state, SlowFast(), batch=batch, prompt=prompt, response=response)
-    return lists + [
-        Case(
-            name=f"{prefix}look-{batch}x{prompt + response}{'' if by_stage else '-block'}",
-            kernel=triton_impl.look,
-            twin=torch_impl.look,
-            build=lambda device, by_stage=by_stage: {"state": look(device=device), "by_stage": by_stage},
-            cost=plan_cost(batch, prompt + response, 0),
-        )
-        for by_stage in (True, False)
-    ]
 
 
-test_plan = benchmark_of(cases)
+test_list_positions = benchmark_of(cases)
