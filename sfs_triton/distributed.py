@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import distributed
 
-from .errors import ArgumentError, RankFailure, RowFault, require
+from .errors import ArgumentError, RankFailure, SequenceFault, require
 
 PATIENCE = "SFS_TRITON_PATIENCE"  # environment: seconds that a rank waits for the others; loading takes part of them
 _DEFAULT_PATIENCE = 600.0
@@ -173,7 +173,7 @@ class ProcessGroup(Group):
             self._thread = threading.get_ident()
             try:
                 yield
-            except RowFault:
+            except SequenceFault:
                 raise  # the same error on all ranks
             except BaseException as error:
                 self.leave(f"a generation ended with {type(error).__name__}: {error}")

@@ -19,7 +19,7 @@ class UnsupportedConfigError(CheckpointError):
     """The checkpoint's configuration needs a computation that this package does not support."""
 
 
-class RowFault(SfsError):
+class SequenceFault(SfsError):
     """Some sequences could not be finished. ``finished`` has the :class:`Generation` of each of the others."""
 
     def __init__(self, message: str, finished: dict | None = None):
@@ -27,11 +27,11 @@ class RowFault(SfsError):
         self.finished = finished or {}
 
 
-class NumericalFault(RowFault, ArithmeticError):
-    """The model produced NaN; names the row and the step."""
+class NumericalFault(SequenceFault, ArithmeticError):
+    """The model produced NaN; names the sequence and the step."""
 
 
-class StepCapExceeded(RowFault, RuntimeError):
+class StepCapExceeded(SequenceFault, RuntimeError):
     """A generation took more steps than its sampler can need. A bug, or a sampler that makes no progress."""
 
 

@@ -1,4 +1,4 @@
-"""Every sampler with every cache policy that it goes with, the loops that step them, and the criterion of equality."""
+"""Every sampler with every cache policy that it goes with, the executions, and the criterion of equality."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ from sfs_triton import (
     SlowFast,
     Threshold,
 )
-from sfs_triton.decoding.caching import CachePolicy, Shape
-from sfs_triton.runner import EagerLoop, Loop, ReplayLoop, Step
+from sfs_triton.decoding.caching import CachePolicy
+from sfs_triton.decoding.step_plan import Forward
+from sfs_triton.runner import CudaGraphs, Eager, Execution, ModelRunner
 
 PROMPTS = [
     [3, 14, 15, 92, 65, 35, 89, 79, 32, 38],
@@ -76,35 +77,36 @@ SOME_PAIRS = [
 ]
 
 
-def stand_in(step: Step, shape: Shape) -> Callable[[], None]:
+def stand_in(runner: ModelRunner, shape: Forward) -> Callable[[], None]:
     """Replace a graph on a GPU: warm up as a capture does, and replay by running the step."""
-    step.run([shape])
-    step.mailbox.posted += 1
-    return lambda: step.run([shape])
+    runner.warm_up(shape)
+    return lambda: runner.run_padded(shape)
 
 
 class Roomy:
-    """A loop whose canvases are longer than they need to be."""
+    """An execution whose canvases are longer than they need to be."""
 
-    def __init__(self, loop: Loop, more: int):
-        self._loop, self._more, self.name = loop, more, loop.name
-        self.prepare, self.run = loop.prepare, loop.run
+    def __init__(self, execution: Execution, more: int):
+        self._execution, self._more = execution, more
+
+    def __getattr__(self, name: str):
+        return getattr(self._execution, name)
 
     def canvas_length(self, longest: int, most: int) -> int:
         return min(longest + self._more, most)
 
 
-LOOPS: dict[str, Callable[[], Loop]] = {
-    "tight": lambda: EagerLoop(tight=True),
-    "fixed": lambda: EagerLoop(tight=False),
-    "replay": lambda: ReplayLoop(capture=stand_in),
+EXECUTIONS: dict[str, Callable[[], Execution]] = {
+    "exact": lambda: Eager(exact=True),
+    "padded": lambda: Eager(exact=False),
+    "graphs": lambda: CudaGraphs(capture=stand_in),
 }
 
 
-def engine_with(engine: Engine, loop: Loop | str = "tight") -> Engine:
-    """An engine of its own on the same model, stepped by ``loop``."""
+def engine_with(engine: Engine, execution: Execution | str = "exact") -> Engine:
+    """An engine of its own on the same model, with this execution."""
     mine = Engine(engine.model, engine.text)
-    mine._loops.loop = LOOPS[loop]() if isinstance(loop, str) else loop
+    mine._execution.current = EXECUTIONS[execution]() if isinstance(execution, str) else execution
     return mine
 
 
@@ -112,11 +114,11 @@ def assert_same(mine: Sequence[Generation] | Generation, wanted: Sequence[Genera
     """Compare all but the time taken; confidences to the tolerance of another order of summation."""
     if isinstance(wanted, Generation):
         mine, wanted = [mine], [wanted]
-    for index, (row, other) in enumerate(zip(mine, wanted, strict=True)):
+    for index, (one, other) in enumerate(zip(mine, wanted, strict=True)):
         for name in (field.name for field in fields(Generation) if field.name not in ("seconds", "trace")):
-            assert getattr(row, name) == getattr(other, name), f"row {index}: {name}"
-        assert (row.trace is None) == (other.trace is None)
-        for step, told in zip(row.trace or [], other.trace or [], strict=True):
-            assert replace(step, confidence=[]) == replace(told, confidence=[]), f"row {index}: step {told.step}"
+            assert getattr(one, name) == getattr(other, name), f"sequence {index}: {name}"
+        assert (one.trace is None) == (other.trace is None)
+        for step, told in zip(one.trace or [], other.trace or [], strict=True):
+            assert replace(step, confidence=[]) == replace(told, confidence=[]), f"sequence {index}: step {told.step}"
             looked, there = ([float("nan") if c is None else c for c in s.confidence] for s in (step, told))
             torch.testing.assert_close(looked, there, rtol=0, atol=1e-4, equal_nan=True)

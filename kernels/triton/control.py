@@ -6,30 +6,37 @@ needs triton.
 
 from __future__ import annotations
 
-CONTROL = (
-    "start",  # first position that may be decoded
-    "end",  # one past the last one
-    "limit",  # positions from here on follow a committed end-of-text
-    "block",
-    "block_start",
-    "block_end",
-    "span_start",
-    "span_end",  # one past the last position of the cycle's span; -1 while it is not known
-    "stage",  # SLOW or FAST
-    "stage_step",  # steps done in the stage (block samplers: in the block)
-    "cycle",
-    "determined",
-    "n_history",
-    "estimate",
-    "block_steps",  # fixed schedules: steps of a block
-    "quota",  # block samplers: count carried from step to step
-    "step",  # forwards done (NFE)
-    "cap",  # most steps that the sampler can need
-    "masks_left",  # undecided positions
-    "listed",  # positions that the last step forwarded
-    "done",
-    "fault",  # 0, or 1 + the step whose logits held NaN, or -1 - the step at which the cap was reached
-)
+from typing import NamedTuple
+
+
+class Progress(NamedTuple):
+    """Progress of one sequence, as it is on the device or as the host last read it."""
+
+    start: int  # first position that may be decoded
+    end: int  # one past the last one
+    limit: int  # positions from here on follow a committed end-of-text
+    block: int
+    block_start: int
+    block_end: int
+    span_start: int
+    span_end: int  # one past the last position of the cycle's span; -1 while it is not known
+    stage: int  # SLOW or FAST
+    stage_step: int  # steps done in the stage (block samplers: in the block)
+    cycle: int
+    determined: int
+    n_history: int
+    estimate: int
+    block_steps: int  # fixed schedules: steps of a block
+    quota: int  # block samplers: count carried from step to step
+    step: int  # forwards done (NFE)
+    cap: int  # most steps that the sampler can need
+    masks_left: int  # undecided positions
+    listed: int  # positions that the last step forwarded
+    done: int
+    fault: int  # 0, or 1 + the step whose logits held NaN, or -1 - the step at which the cap was reached
+
+
+CONTROL = Progress._fields
 COLUMN = {name: index for index, name in enumerate(CONTROL)}
 
 SLOW, FAST = 0, 1  # values of "stage"

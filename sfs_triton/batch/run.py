@@ -8,15 +8,13 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..decoding.caching import CachePolicy, NoCache
 from ..decoding.params import DecodingParams
-from ..decoding.samplers import Sampler, SlowFast
 from ..engine import Engine, load
-from ..errors import ArgumentError, RowFault, require
+from ..errors import ArgumentError, SequenceFault, require
 from .files import BatchError, Parts, Row, Survey, file_format, read_rows
 
 __all__ = ["BatchError", "BatchSettings", "Summary", "in_process", "run_batch"]
@@ -30,46 +28,36 @@ class BatchSettings:
     """Model and decoding parameters for a file of prompts.
 
     Args:
-        model, device, dtype, impl, loop: as for :func:`sfs_triton.load`.
-        sampler, cache, raw: as for ``Engine.generate``.
-        gen_length: default of rows that set none.
-        seed: the row on line n takes ``seed + n - 1`` unless it sets its own.
+        model, device, dtype, quantization, backend, cuda_graphs: as for :func:`sfs_triton.load`.
+        params: decoding parameters of rows that set none of their own. The row on line n takes ``seed + n - 1``.
+        apply_chat_template: as for ``Engine.generate``.
         batch: number of rows decoded together.
     """
 
     model: str = "embedded"
-    sampler: Sampler = field(default_factory=SlowFast)
-    cache: CachePolicy = field(default_factory=NoCache)
-    gen_length: int = 128
-    seed: int = 0
-    raw: bool = False
+    params: DecodingParams = field(default_factory=DecodingParams)
+    apply_chat_template: bool = True
     batch: int = 8
     device: str | None = None
     dtype: str | None = None
-    weights: str | None = None
-    impl: str | None = None
-    loop: str | None = None
+    quantization: str | None = None
+    backend: str | None = None
+    cuda_graphs: bool | None = None
 
     def __post_init__(self) -> None:
-        for name in ("gen_length", "batch"):
-            value = getattr(self, name)
-            require(isinstance(value, int) and value > 0, f"{name}={value!r} is not a positive integer")
-        require(isinstance(self.seed, int) and 0 <= self.seed < 2**62, f"seed={self.seed!r} is not in [0, 2**62)")
-        _ = self.params  # built for its checks
-
-    @property
-    def params(self) -> DecodingParams:
-        """Decoding parameters with the defaults of the first row."""
-        return DecodingParams(sampler=self.sampler, cache=self.cache, gen_length=self.gen_length, seed=self.seed)
+        fine = isinstance(self.batch, int) and self.batch > 0
+        require(fine, f"batch={self.batch!r} is not a positive integer")
+        require(isinstance(self.params, DecodingParams), f"params={self.params!r} is not a DecodingParams")
+        require(self.params.seed < 2**62, f"seed={self.params.seed!r} is not in [0, 2**62)")
 
     def described(self) -> dict[str, Any]:
         """Return all settings that the answers depend on, ready for JSON."""
         return {
             "model": self.model,
             **self.params.to_dict(),
-            "raw": self.raw,
+            "apply_chat_template": self.apply_chat_template,
             "dtype": self.dtype,
-            "weights": self.weights,
+            "quantization": self.quantization,
         }
 
     def open_engine(self) -> Engine:
@@ -78,10 +66,13 @@ class BatchSettings:
         Raises:
             ArgumentError, CheckpointError: it cannot be loaded, or has no tokenizer.
         """
-        engine = load(self.model, self.device, self.dtype, self.impl, self.loop, weights=self.weights)
+        engine = load(
+            self.model, self.device, self.dtype, self.backend, self.cuda_graphs, quantization=self.quantization
+        )
         require(engine.text is not None, f"model={self.model!r} has no tokenizer.json, which a text prompt needs")
         room = engine.spec.max_length
-        require(self.gen_length < room, f"gen_length={self.gen_length}: the model has only {room} positions")
+        length = self.params.gen_length
+        require(length < room, f"gen_length={length}: the model has only {room} positions")
         return engine
 
 
@@ -167,36 +158,35 @@ def answer(engine: Engine, settings: BatchSettings, rows: Sequence[Row]) -> Fini
     results, good = {}, []
     for row in rows:
         try:
-            good.append((row, _encode(engine, settings, row)))
+            params = settings.params
+            seed = params.seed + row.line - 1 if row.seed is None else row.seed
+            params = replace(params, gen_length=row.gen_length or params.gen_length, seed=seed)
+            good.append((row, _encode(engine, settings, row, params.gen_length), params))
         except ArgumentError as error:
             results[row.line] = {"id": row.id, "error": str(error)}
     if good:
-        results |= _generate(engine, settings, good)
+        results |= _generate(engine, good)
     return [(row.key, results[row.line]) for row in rows]
 
 
-def _encode(engine: Engine, settings: BatchSettings, row: Row) -> list[int]:
+def _encode(engine: Engine, settings: BatchSettings, row: Row, length: int) -> list[int]:
     """Return the token ids of a row's prompt, with the checks of ``Engine.generate``."""
-    ids, length = engine.encode(row.prompt, settings.raw, row.line), row.gen_length or settings.gen_length
-    engine.check_room(row.line, len(ids), length)
+    ids = engine.encode(row.prompt, settings.apply_chat_template, row.line)
+    engine.check_length(row.line, len(ids), length)
     mask = engine.spec.mask_id
     require(mask not in ids, f"prompt {row.line} holds the mask id {mask}")
-    settings.sampler.check_length(length)
     return ids
 
 
-def _generate(engine: Engine, settings: BatchSettings, good: list[tuple[Row, list[int]]]) -> dict[int, dict[str, Any]]:
+def _generate(engine: Engine, good: list[tuple[Row, list[int], DecodingParams]]) -> dict[int, dict[str, Any]]:
     """Return the output of valid rows, by line."""
-    lengths = [row.gen_length or settings.gen_length for row, _ in good]
-    seeds = [settings.seed + row.line - 1 if row.seed is None else row.seed for row, _ in good]
-    how = {"sampler": settings.sampler, "cache": settings.cache}
     why = ""
     try:
-        made = dict(enumerate(engine.generate([ids for _, ids in good], gen_length=lengths, seed=seeds, **how)))
-    except RowFault as fault:
+        made = dict(enumerate(engine.generate([ids for _, ids, _ in good], [params for *_, params in good])))
+    except SequenceFault as fault:
         made, why = fault.finished, f"{type(fault).__name__}: {fault} (rows of its batch)"
     results = {}
-    for index, (row, _) in enumerate(good):
+    for index, (row, _, params) in enumerate(good):
         if index not in made:
             results[row.line] = {"id": row.id, "error": why}
             continue
@@ -207,8 +197,8 @@ def _generate(engine: Engine, settings: BatchSettings, good: list[tuple[Row, lis
             "response_tokens": len(made[index].tokens),
             "nfe": made[index].nfe,
             "tokens_per_forward": made[index].tokens_per_forward,
-            "gen_length": lengths[index],
-            "seed": seeds[index],
+            "gen_length": params.gen_length,
+            "seed": params.seed,
         }
     return results
 

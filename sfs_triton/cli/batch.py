@@ -9,7 +9,6 @@ from typing import Annotated, Any
 import typer
 
 from ..batch.run import BatchSettings, run_batch
-from ..decoding.params import parse_cache
 from ..errors import require
 
 
@@ -25,8 +24,7 @@ def batch(
     """Answer a file of prompts. A run that was stopped resumes when it is started again."""
     require(workers >= 0, f"--workers {workers} is negative")
     settings = BatchSettings(
-        sampler=request.make_sampler(),
-        cache=parse_cache(request.cache),
+        params=request.settings(),
         batch=batch_size,
         **{name: getattr(request, name) for name in _SHARED},
     )
@@ -47,7 +45,7 @@ def batch(
     typer.echo(f"wrote {out}: {done.rows} rows{kept}, {done.errors} with an error, in {done.seconds:.1f} s", err=True)
 
 
-_SHARED = ("model", "gen_length", "seed", "raw", "device", "dtype", "weights", "impl", "loop")
+_SHARED = ("model", "device", "dtype", "quantization", "backend", "cuda_graphs", "apply_chat_template")
 
 
 def _tell(done: int, rows: int) -> None:

@@ -19,10 +19,9 @@ from ..decoding.caching import POLICIES
 from ..decoding.params import parse_cache, parse_sampler
 from ..decoding.samplers import PRESETS, SAMPLERS, Sampler
 from ..distributed import Group, check_started, join, joined, world
-from ..engine import DTYPES, WEIGHTS, Engine, Generation, load
+from ..engine import DTYPES, QUANTIZATIONS, Engine, Generation, load
 from ..errors import ArgumentError, MissingDependencyError, SfsError, require
-from ..ops.dispatch import IMPLEMENTATIONS
-from ..runner.choose import LOOPS
+from ..ops.dispatch import BACKENDS
 from ..text.codec import check_size
 from ..version import __version__
 from ..view.printable import printable, printable_json
@@ -99,15 +98,16 @@ class Request:
     cfg_scale: Annotated[float, typer.Option(help="Classifier-free guidance; 0 is off.")] = 0.0
     eos_stop: Annotated[bool, typer.Option(help="Stop decoding at the first end-of-text.")] = False
     seed: Annotated[int, typer.Option(help="Of the noise, for temperatures above 0.")] = 0
-    raw: Annotated[bool, typer.Option("--raw", help="Use the prompt as it is, without the chat template.")] = False
+    apply_chat_template: Annotated[
+        bool, typer.Option("--chat-template/--no-chat-template", help="Make the prompt a user turn, or use it as it is.")
+    ] = True
     device: Annotated[str | None, typer.Option(help="Default: a GPU if there is one.", show_default=False)] = None
     dtype: Annotated[str | None, typer.Option(metavar="|".join(DTYPES), help="Default: by device.")] = None
-    weights: Annotated[str | None, typer.Option(metavar="|".join(WEIGHTS), help="Default: as --dtype.")] = None
-    impl: Annotated[
-        str | None, typer.Option(metavar="|".join(IMPLEMENTATIONS), help="Of the operations. Default: torch.")
+    quantization: Annotated[str | None, typer.Option(metavar="|".join(QUANTIZATIONS), help="Default: none.")] = None
+    backend: Annotated[
+        str | None, typer.Option(metavar="|".join(BACKENDS), help="Of the operations. Default: torch.")
     ] = None
-
-    loop: Annotated[str | None, typer.Option(metavar="|".join(LOOPS), help="Default: eager.")] = None
+    cuda_graphs: Annotated[bool | None, typer.Option(help="Replay captured steps. Default: no.")] = None
     tensor_parallel: Annotated[int, typer.Option(help="Processes that share the model, started by torchrun.")] = 1
 
     def text(self) -> str:
@@ -139,8 +139,8 @@ class Request:
         return Settings(sampler=sampler, cache=policy, gen_length=self.gen_length, seed=self.seed, **more)
 
     def load(self, group: Group | int = 1) -> Engine:
-        how = {"weights": self.weights, "tensor_parallel": group}
-        return load(self.model, self.device, self.dtype, self.impl, self.loop, **how)
+        how = {"quantization": self.quantization, "tensor_parallel": group}
+        return load(self.model, self.device, self.dtype, self.backend, self.cuda_graphs, **how)
 
     def label(self) -> str:
         """Return a short description of sampler and cache, for summaries and titles."""
@@ -171,23 +171,15 @@ class Job:
         return cls(request, prompt, settings, engine)
 
     def run(self, **options: Any) -> Generation:
-        how = self.settings
-        return self.engine.generate(
-            self.prompt,
-            gen_length=how.gen_length,
-            sampler=how.sampler,
-            cache=how.cache,
-            seed=how.seed,
-            raw=self.request.raw,
-            **options,
-        )
+        options["apply_chat_template"] = self.request.apply_chat_template
+        return self.engine.generate(self.prompt, self.settings, **options)
 
 
 def _summary(result: Generation, label: str) -> str:
     rate = len(result.tokens) / max(result.seconds, 1e-9)
     return (
         f"NFE {result.nfe} | TPF {result.tokens_per_forward:.2f} | {rate:,.1f} tokens/s | "
-        f"{result.rows_forwarded:,} rows forwarded | {len(result.tokens)} tokens in {result.seconds:.2f} s | {label}"
+        f"{result.positions_forwarded:,} positions forwarded | {len(result.tokens)} tokens in {result.seconds:.2f} s | {label}"
     )
 
 
@@ -349,7 +341,7 @@ def _build_app() -> typer.Typer:
     alone = {"tensor_parallel": 1}
     built.command(cls=_prompt_command())(_takes_request(generate))
     built.command(cls=_prompt_command())(_takes_request(plot, **alone))
-    built.command()(_takes_request(chat, prompt="", raw=False, **alone))
+    built.command()(_takes_request(chat, prompt="", apply_chat_template=True, **alone))
     from ..serve.command import serve
     from .batch import batch
 

@@ -1,91 +1,49 @@
 """Cache policies: the positions of the canvas that a step forwards, and the tensors it keeps for later steps.
 
 A policy is a frozen description; it never launches anything. On the device, ``position_ranges`` or ``list_positions``
-(:mod:`sfs_triton.ops`) compute the positions of every canvas from its state. On the host, :meth:`CachePolicy.tight` and
-:meth:`CachePolicy.fixed` give the size of the step that holds them: exact, from the state as last read, or one of a few
-padded sizes for which graphs are captured.
+(:mod:`sfs_triton.ops`) compute the positions of every canvas from its state. On the host, :meth:`CachePolicy.exact` and
+:meth:`CachePolicy.padded` give the shape of the forward that holds them: exact, from the progress as last read, or one
+of a few padded shapes for which graphs are captured.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 from ..errors import require
+from ..kernels.control import FAST, Progress
 from ..models.cache import FeatureCache, Features, KVCache
+from .samplers import Sampler
+from .step_plan import Forward, Positions
 
-_COARSE = 64  # prompt lengths are rounded for fixed shapes, so that more prompts share them
-
-
-class RowView(NamedTuple):
-    """Progress of one sequence, as the host last read it."""
-
-    index: int
-    start: int
-    limit: int  # one past the last position that is still computed
-    block_start: int
-    block_end: int
-    e: int
-    fast: bool
-    k: int  # steps done in this stage or block
-    step: int
-    wanted: int  # upper bound of the number of candidates
+_COARSE = 64  # prompt lengths are rounded for padded shapes, so that more prompts share them
 
 
-class Span(NamedTuple):
-    """Positions ``[first, stop)`` that a canvas forwards, and the keys ``[0, keys)`` that they attend to."""
+class BatchBounds(NamedTuple):
+    """Bounds of the sequences that a persistent batch accepts."""
 
-    first: int
-    stop: int
-    keys: int
-
-
-class Canvas(NamedTuple):
-    """Bounds of the sequences that a batch must accept: canvas length, and min/max over the sequences."""
-
-    length: int
+    length: int  # positions of a canvas
     shortest_prompt: int
     longest_prompt: int
-    window: int  # most candidates of a step per sequence
-    block_length: int | None
-
-
-class Shape(NamedTuple):
-    """Shape of a step: all that the host must know to launch it, and the key of a captured graph.
-
-    ``kind`` is the source of the positions: ``"same"``, ``[first, first + size)`` of every canvas, with all keys before
-    ``keys``; ``"prefix"``, the first ``size`` of each canvas, of which the device sets the number in use; ``"list"``, a
-    list of ``size`` that holds one contiguous range; ``"plan"``, a planned list of ``size``. ``targets`` is the room
-    for positions to decide; ``ragged``: canvases differ in their keys. ``members`` are the slots to forward: a tuple of
-    them, the number of leading ones in the order that ``Step.aim`` sets, or None for all. With ``aimed`` only the
-    canvases that ``Step.aim`` selects take the step; all others keep their state.
-    """
-
-    kind: str
-    first: int
-    size: int
-    keys: int
-    targets: int
-    ragged: bool = False
-    features: Features | None = None
-    members: tuple[int, ...] | int | None = None
-    aimed: bool = False
+    masks: int  # most undecided positions of a sequence
+    response: int  # most positions of a sequence from the end of its prompt on
 
 
 @dataclass(frozen=True)
 class CachePolicy:
-    """Base of all policies. ``to_span_end`` and ``block`` are the arguments of ``position_ranges``."""
+    """Base of all policies. ``to_span_end`` and ``block`` are arguments of ``position_ranges``."""
 
     name: ClassVar[str]
     by_block: ClassVar[bool] = False
-    by_prompt: ClassVar[bool] = False  # fixed shapes depend on prompt lengths
+    by_prompt: ClassVar[bool] = False  # padded shapes depend on prompt lengths
     store: ClassVar[type | None] = None
     to_span_end: ClassVar[bool] = False
     block: ClassVar[str | None] = None
-    foreseen: ClassVar[bool] = True  # the step number alone gives the fixed shape
-    period: ClassVar[int] = 1  # of the fixed shapes, in steps
+    static_schedule: ClassVar[bool] = True  # the step number alone gives the padded shape
+    period: ClassVar[int] = 1  # of the padded shapes, in steps
 
     span_cap: ClassVar[int | None] = None
     look_ahead: ClassVar[int] = 0
@@ -104,59 +62,81 @@ class CachePolicy:
         """Return the most steps that decide nothing while ``length`` positions are decoded."""
         return 0
 
-    def span(self, row: RowView) -> Span:
-        """Return the range that a step forwards; the host's twin of ``position_ranges``."""
-        if self.block is not None and row.k > 0:
-            return Span(
-                row.block_start, row.limit if self.block == "rest" else min(row.block_end, row.limit), row.limit
-            )
-        needed = min(row.e, row.limit) if self.to_span_end and row.fast and row.k > 0 else row.limit
-        return Span(0, needed, needed)
+    def span(self, progress: Progress) -> tuple[int, int, int]:
+        """Return the range ``first, stop`` that a step forwards, and one past its last key.
 
-    def planned(self, step: int) -> bool:
-        """Return whether a step forwards a planned list of positions."""
+        The host's twin of ``position_ranges``.
+        """
+        limit = progress.limit
+        if self.block is not None and progress.stage_step > 0:
+            return progress.block_start, limit if self.block == "rest" else min(progress.block_end, limit), limit
+        later_fast = progress.stage == FAST and progress.stage_step > 0
+        needed = min(progress.span_end, limit) if self.to_span_end and later_fast else limit
+        return 0, needed, needed
+
+    def candidates(self, progress: Progress, sampler: Sampler) -> int:
+        """Return an upper bound of the number of positions that a step can decide, or needs the scores of."""
+        first, stop = progress.block_start, progress.block_end
+        if sampler.by_stage:
+            first = progress.span_start
+            slow_stop = min(stop, first + (self.span_cap or stop))
+            stop = progress.span_end if progress.stage == FAST else slow_stop
+        return min(max(stop - first, 0), progress.masks_left)
+
+    def lists(self, step: int) -> bool:
+        """Return whether a step forwards a list of positions that the device fills by priority."""
         return False
 
-    def covered(self, row: RowView, listed: int) -> int:
-        """Count the positions that a step's forward covers; ``listed`` is the count of its planned list."""
-        span = self.span(row)
-        return listed if self.planned(row.step) else span.stop - span.first
+    def covered(self, progress: Progress, listed: int) -> int:
+        """Count the positions that a step's forward covers; ``listed`` is the count of its list."""
+        first, stop, _ = self.span(progress)
+        return listed if self.lists(progress.step) else stop - first
 
-    def recomputed(self, row: RowView, covered: int) -> int:
+    def recomputed(self, progress: Progress, covered: int) -> int:
         """Count the positions, of those covered, that go through the layers."""
         return covered
 
-    def together(self, rows: Sequence[RowView]) -> list[list[RowView]]:
-        """Group the sequences that can take a step of exact shapes together."""
-        return [list(rows)]
+    def together(self, batch: Mapping[int, Progress]) -> list[list[int]]:
+        """Group the slots whose sequences can take a step of exact shapes together."""
+        return [list(batch)]
 
-    def tight(self, rows: Sequence[RowView], canvas: Canvas) -> list[Shape]:
-        """Return exact shapes for these sequences: one per distinct span."""
-        groups: dict[Shape, list[RowView]] = {}
-        for row in rows:
-            first, stop, keys = self.span(row)
-            shape = Shape("same", first, stop - first, keys, 0, features=self._features(row.step, row.start, row.start))
-            groups.setdefault(shape, []).append(row)
+    def exact(self, batch: Mapping[int, Progress], sampler: Sampler) -> list[tuple[Forward, list[int]]]:
+        """Return the forwards of a step of exact shapes with their slots: one per distinct range of positions."""
+        groups: dict[Forward, list[int]] = {}
+        for slot, at in batch.items():
+            first, stop, keys = self.span(at)
+            features = self._features(at.step, at.start, at.start)
+            shape = Forward(Positions.RANGE, first, stop - first, keys, 0, features=features)
+            groups.setdefault(shape, []).append(slot)
         return [
-            shape._replace(targets=max(1, *(r.wanted for r in group)), members=tuple(r.index for r in group))
-            for shape, group in groups.items()
+            (shape._replace(targets=self._most_candidates(batch, slots, sampler), canvases=len(slots)), slots)
+            for shape, slots in groups.items()
         ]
 
-    def fixed(self, canvas: Canvas, step: int, opening: bool) -> Shape:
-        """Return the padded shape that holds step number ``step`` of any sequence within the bounds ``canvas``.
+    def _most_candidates(self, batch: Mapping[int, Progress], slots: Iterable[int], sampler: Sampler) -> int:
+        return max(1, *(self.candidates(batch[slot], sampler) for slot in slots))
 
-        ``opening``: the step is the first of its block; it makes no difference where the shape is ``foreseen``.
+    def padded(self, bounds: BatchBounds, sampler: Sampler, step: int, opening: bool) -> Forward:
+        """Return the padded shape that holds step number ``step`` of any sequence within ``bounds``.
+
+        ``opening``: the step is the first of its block; it makes no difference with a static schedule.
         """
         # prompt lengths are bounds here: the shortest rounded down and the longest up, so that every sequence fits and
         # batches of similar prompts share their graphs
-        shape = Shape("prefix", 0, canvas.length, canvas.length, canvas.window, ragged=True)
-        longest = min(canvas.length, _coarse(canvas.longest_prompt + _COARSE - 1))
-        return shape._replace(features=self._features(step, _coarse(canvas.shortest_prompt), longest))
+        longest = min(bounds.length, _coarse(bounds.longest_prompt + _COARSE - 1))
+        features = self._features(step, _coarse(bounds.shortest_prompt), longest)
+        window = self._window(bounds, sampler)
+        return Forward(Positions.PREFIX, 0, bounds.length, bounds.length, window, ragged=True, features=features)
 
-    def shapes(self, canvas: Canvas) -> list[Shape]:
-        """Return every shape that :meth:`fixed` can return."""
-        every = (self.fixed(canvas, step, opening) for step in range(self.period) for opening in (True, False))
-        return list(dict.fromkeys(every))
+    def shapes(self, bounds: BatchBounds, sampler: Sampler) -> list[Forward]:
+        """Return every shape that :meth:`padded` can return."""
+        every = ((step, opening) for step in range(self.period) for opening in (True, False))
+        return list(dict.fromkeys(self.padded(bounds, sampler, *each) for each in every))
+
+    def _window(self, bounds: BatchBounds, sampler: Sampler) -> int:
+        """Return the most candidates that a step of any sequence within ``bounds`` can have."""
+        limits = (bounds.masks, sampler.block_length, self.span_cap if sampler.by_stage else None, bounds.length)
+        return max(1, min(n for n in limits if n is not None))
 
     def _features(self, step: int, shortest: int, longest: int) -> Features | None:
         return None
@@ -179,17 +159,18 @@ class PrefixCache(CachePolicy):
     by_prompt = True
     store = KVCache
     block = "rest"
-    foreseen = False
+    static_schedule = False
 
     def opening(self, shifted: bool) -> str:
         return "first" if shifted else "repeat"
 
-    def fixed(self, canvas: Canvas, step: int, opening: bool) -> Shape:
-        size = canvas.length if opening else self._most(canvas)
-        return Shape("list", 0, size, canvas.length, canvas.window, ragged=True)
+    def padded(self, bounds: BatchBounds, sampler: Sampler, step: int, opening: bool) -> Forward:
+        size = bounds.length if opening else self._most(bounds, sampler)
+        return Forward(Positions.BLOCK, 0, size, bounds.length, self._window(bounds, sampler), ragged=True)
 
-    def _most(self, canvas: Canvas) -> int:
-        return canvas.length - _coarse(canvas.shortest_prompt)
+    def _most(self, bounds: BatchBounds, sampler: Sampler) -> int:
+        """Return the most positions that a step after a block's first forwards."""
+        return bounds.length - _coarse(bounds.shortest_prompt)
 
 
 @dataclass(frozen=True)
@@ -200,8 +181,8 @@ class DualCache(PrefixCache):
     by_prompt = False  # but without a block length
     block = "own"
 
-    def _most(self, canvas: Canvas) -> int:
-        return min(canvas.length, canvas.block_length or super()._most(canvas))
+    def _most(self, bounds: BatchBounds, sampler: Sampler) -> int:
+        return min(bounds.length, sampler.block_length or super()._most(bounds, sampler))
 
 
 @dataclass(frozen=True)
@@ -233,9 +214,10 @@ class RefreshCache(CachePolicy):
         due = (step % self.prompt_interval == 0, step % self.response_interval == 0)
         return Features(*due, self.ratio, shortest, longest)
 
-    def recomputed(self, row: RowView, covered: int) -> int:
-        due, stop = self._features(row.step, row.start, row.start), self.span(row).stop
-        return row.start * due.prompt + (stop - row.start if due.response else due.moved(stop))
+    def recomputed(self, progress: Progress, covered: int) -> int:
+        start, (_, stop, _) = progress.start, self.span(progress)
+        due = self._features(progress.step, start, start)
+        return start * due.prompt + (stop - start if due.response else due.moved(stop))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -277,31 +259,32 @@ class RegionCache(CachePolicy):
     def extra_steps(self, length: int) -> int:
         return -(-length // self.capacity) + 1  # steps whose list is full of dirty positions
 
-    def planned(self, step: int) -> bool:
+    def lists(self, step: int) -> bool:
         return step > 0 and (self.refresh_every is None or step % self.refresh_every > 0)
 
-    def together(self, rows: Sequence[RowView]) -> list[list[RowView]]:
-        groups = [[row for row in rows if self.planned(row.step) == planned] for planned in (False, True)]
+    def together(self, batch: Mapping[int, Progress]) -> list[list[int]]:
+        groups = [[slot for slot, at in batch.items() if self.lists(at.step) == listed] for listed in (False, True)]
         return [group for group in groups if group]
 
-    def tight(self, rows: Sequence[RowView], canvas: Canvas) -> list[Shape]:
-        if not self.planned(rows[0].step):
-            return super().tight(rows, canvas)
-        limits = {row.limit for row in rows}
+    def exact(self, batch: Mapping[int, Progress], sampler: Sampler) -> list[tuple[Forward, list[int]]]:
+        if not all(self.lists(at.step) for at in batch.values()):
+            return super().exact(batch, sampler)
+        limits = {at.limit for at in batch.values()}
         size = min(self.capacity, max(limits))
-        targets = min(size, max(1, *(row.wanted + self.look_ahead for row in rows)))
-        members = tuple(row.index for row in rows)
-        return [Shape("plan", 0, size, max(limits), targets, ragged=len(limits) > 1, members=members)]
+        targets = min(size, self._most_candidates(batch, batch, sampler) + self.look_ahead)
+        shape = Forward(Positions.LIST, 0, size, max(limits), targets, ragged=len(limits) > 1, canvases=len(batch))
+        return [(shape, list(batch))]
 
     @property
     def period(self) -> int:
         return self.refresh_every or 2
 
-    def fixed(self, canvas: Canvas, step: int, opening: bool) -> Shape:
-        if not self.planned(step):
-            return super().fixed(canvas, step, opening)
-        size = min(self.capacity, canvas.length)
-        return Shape("plan", 0, size, canvas.length, min(size, canvas.window + self.look_ahead), ragged=True)
+    def padded(self, bounds: BatchBounds, sampler: Sampler, step: int, opening: bool) -> Forward:
+        if not self.lists(step):
+            return super().padded(bounds, sampler, step, opening)
+        size = min(self.capacity, bounds.length)
+        targets = min(size, self._window(bounds, sampler) + self.look_ahead)
+        return Forward(Positions.LIST, 0, size, bounds.length, targets, ragged=True)
 
 
 def _coarse(length: int) -> int:

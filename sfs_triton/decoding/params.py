@@ -2,15 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, NamedTuple
 
-from ..errors import require
+from ..errors import ArgumentError, require
 from .caching import POLICIES, CachePolicy, NoCache
 from .samplers import PRESETS, SAMPLERS, Sampler, SlowFast
 
 SEEDS = 2**63  # seeds are below it: kernels take them as int64
+
+
+# old names of arguments, refused with the new one
+RENAMED = {"raw": "apply_chat_template", "impl": "backend", "loop": "cuda_graphs", "weights": "quantization"}
+
+
+class BatchKey(NamedTuple):
+    """What sequences must share to be in one persistent batch.
+
+    ``sampler`` has its per-sequence parameters blanked. ``trace``, ``frames``: publish the inputs of each decision, and
+    the canvases after each step.
+    """
+
+    sampler: Sampler
+    cache: CachePolicy
+    trace: bool = False
+    frames: bool = False
+
+    def serves(self, other: BatchKey) -> bool:
+        """Return whether sequences of another key can join this batch: at least as much is published."""
+        alike = (self.sampler, self.cache) == (other.sampler, other.cache)
+        return alike and self.trace >= other.trace and self.frames >= other.frames
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,10 +63,49 @@ class DecodingParams:
 
     @classmethod
     def parse(
-        cls, sampler: str | Mapping | Sampler = "slowfast", cache: str | Mapping | CachePolicy = "none", **numbers: Any
+        cls,
+        sampler: str | Mapping | Sampler | None = None,
+        cache: str | Mapping | CachePolicy | None = None,
+        **numbers: Any,
     ) -> DecodingParams:
-        """Build from names, from ``{"kind": name, option: value}`` or from records; :meth:`to_dict` is the inverse."""
-        return cls(sampler=parse_sampler(sampler), cache=parse_cache(cache), **numbers)
+        """Build from names, from ``{"kind": name, option: value}`` or from records; :meth:`to_dict` is the inverse.
+
+        None is the default: the paper's SlowFast, without a cache.
+        """
+        records = {
+            "sampler": parse_sampler("slowfast" if sampler is None else sampler),
+            "cache": parse_cache("none" if cache is None else cache),
+        }
+        return cls(**records, **numbers)
+
+    @classmethod
+    def per_prompt(
+        cls, count: int, params: DecodingParams | Sequence[DecodingParams] | None = None, **fields: Any
+    ) -> list[DecodingParams]:
+        """Return the parameters of ``count`` prompts: from one record, from a list of them, or from ``fields``.
+
+        One record or seed serves all prompts, with ``seed + i`` for prompt ``i``; ``gen_length`` and ``seed`` may be
+        lists with one number per prompt.
+        """
+        if params is not None:
+            require(not fields, f"params goes without {', '.join(map(repr, fields))}: they are fields of the record")
+            listed = list(params) if isinstance(params, Sequence) else None
+            for each in listed or [params]:
+                require(isinstance(each, DecodingParams), f"params={each!r} is not a DecodingParams")
+            if listed is not None:
+                require(len(listed) == count, f"params has {len(listed)} entries for {count} prompts")
+                return listed
+            return [replace(params, seed=params.seed + index) for index in range(count)]
+        refuse_unknown("generate", set(fields) - {"sampler", "cache", "gen_length", "seed"})
+        seed = fields.pop("seed", 0)
+        seeds = [seed + index for index in range(count)] if _is_integer(seed) else _listed("seed", seed, count)
+        lengths = _listed("gen_length", fields.pop("gen_length", 128), count)
+        base = cls.parse(**fields, gen_length=lengths[0], seed=seeds[0])
+        return [replace(base, gen_length=n, seed=s) for n, s in zip(lengths, seeds, strict=True)]
+
+    def batch_key(self, trace: bool = False, frames: bool = False) -> BatchKey:
+        """Return the key of the persistent batches in which these parameters can be decoded."""
+        return BatchKey(self.sampler.batch_key(), self.cache, trace, frames)
 
     def to_dict(self) -> dict[str, Any]:
         """Return all parameters, ready for JSON."""
@@ -142,6 +203,25 @@ def check_options(owner: str, options: Mapping[str, Any], allowed: set[str]) -> 
     has = f"it has {', '.join(sorted(allowed))}" if allowed else "it has none"
     for name in options:
         require(name in allowed, f"{owner} has no option {name!r}; {has}")
+
+
+def refuse_unknown(function: str, names: set[str]) -> None:
+    """Raise for keyword arguments that ``function`` does not have: ArgumentError with the new name of a renamed one."""
+    for name in sorted(names):
+        if name in RENAMED:
+            raise ArgumentError(f"{function}() has no argument {name!r} any more: it is called {RENAMED[name]!r}")
+        raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
+
+
+def _listed(name: str, value: Any, count: int) -> list[int]:
+    """Return ``count`` integers: the given ones, or one repeated."""
+    listed = isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+    require(listed or _is_integer(value), f"{name}={value!r} is neither an integer nor a sequence of them")
+    values = list(value) if listed else [value] * count
+    require(len(values) == count, f"{name}={value!r} has {len(values)} entries for {count} prompts")
+    for each in values:
+        require(_is_integer(each), f"{name}={each!r} is not an integer")
+    return values
 
 
 def _is_integer(value: Any) -> bool:

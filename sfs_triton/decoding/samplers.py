@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields, replace
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
@@ -63,6 +63,9 @@ class Sampler:
     cfg_scale: float = 0.0
     eos_stop: bool = False
 
+    by_stage: ClassVar[bool] = False  # works in cycles of a slow and a fast stage, not block by block
+    block_length = None
+
     def __post_init__(self) -> None:
         _check_number("temperature", self.temperature)
         require(
@@ -92,7 +95,7 @@ class Sampler:
         """True if ``top_p`` is below 1."""
         return self.top_p is not None and self.top_p < 1
 
-    def form(self) -> Sampler:
+    def batch_key(self) -> Sampler:
         """Return this sampler with its per-sequence numbers (:meth:`sampling_values`) blanked.
 
         Sequences can share a batch if their forms are equal."""
@@ -102,12 +105,24 @@ class Sampler:
         """Return the per-sequence parameters."""
         return SamplingValues(self.temperature or 1.0, self.top_p if self.has_nucleus else math.inf)
 
+    def block_steps(self, length: int) -> int:
+        """Return the steps that a schedule gives to each block of ``length`` response positions; 0 without one."""
+        return 0
+
+    def schedule_sizes(self, longest: int) -> dict[str, int]:
+        """Return the sizes of the tensors that hold a sequence's schedule, for responses of up to ``longest``."""
+        return {}
+
+    def schedule(self, length: int, seed: int) -> dict[str, list[float] | torch.Tensor]:
+        """Return the values of those tensors for one sequence."""
+        return {}
+
     def check_cache(self, policy) -> None:
         """Refuse a cache policy that does not work with this sampler."""
 
     def check_length(self, length: int) -> None:
         """Refuse a response length that is not a multiple of the block length."""
-        block = getattr(self, "block_length", None)
+        block = self.block_length
         require(block is None or length % block == 0, f"gen_length={length} is not a multiple of block_length={block}")
 
 
@@ -160,6 +175,8 @@ class SlowFast(Sampler):
     eos_horizon: bool = True
     name: str = "paper"
 
+    by_stage = True
+
     def __post_init__(self) -> None:
         Sampler.__post_init__(self)
         for name in ("tau_min", "tau_high", "spread_limit"):
@@ -188,8 +205,8 @@ class SlowFast(Sampler):
         _check_choice("preset", name, tuple(PRESETS))
         return PRESETS[name].replace(**changes)
 
-    def form(self) -> SlowFast:
-        return replace(super().form(), tau_min=1.0, tau_high=1.0, tau_slow=None, name="")
+    def batch_key(self) -> SlowFast:
+        return replace(super().batch_key(), tau_min=1.0, tau_high=1.0, tau_slow=None, name="")
 
     def sampling_values(self) -> SamplingValues:
         never = math.inf if self.tau_slow is None else self.tau_slow
@@ -308,8 +325,8 @@ class Threshold(Sampler):
             if getattr(self, name) is not None:
                 _check_integer(name, getattr(self, name))
 
-    def form(self) -> Threshold:
-        return replace(super().form(), tau=1.0)
+    def batch_key(self) -> Threshold:
+        return replace(super().batch_key(), tau=1.0)
 
     def sampling_values(self) -> SamplingValues:
         return super().sampling_values()._replace(tau=self.tau)
@@ -367,9 +384,9 @@ class FixedSteps(Sampler):
                 f"what a step commits over a whole block, so set block_length below {policy.capacity / 2:g}",
             )
 
-    def form(self) -> FixedSteps:
+    def batch_key(self) -> FixedSteps:
         """Blank the number of steps as well, unless steps follow a time schedule."""
-        form = super().form()
+        form = super().batch_key()
         return replace(form, steps=None, eps=FixedSteps.eps) if self.metric == "confidence" else form
 
     def draw(self) -> Draw:
@@ -391,6 +408,25 @@ class FixedSteps(Sampler):
         """Return the share of undecided positions that Dream's time schedule commits per step of a block (float32)."""
         times = torch.linspace(1, self.eps, self.block_steps(length) + 1, dtype=torch.float32)
         return (1 - times[1:] / times[:-1]).tolist()
+
+    def schedule_sizes(self, longest: int) -> dict[str, int]:
+        if self.metric == "confidence":
+            return {}
+        steps = [(length, self.block_steps(length)) for length in range(1, longest + 1)]
+        sizes = {"shares": max(count for _, count in steps)}
+        if self.metric == "origin":
+            sizes["uniform"] = max(length * count for length, count in steps)
+        return sizes
+
+    def schedule(self, length: int, seed: int) -> dict[str, list[float] | torch.Tensor]:
+        if self.metric == "confidence":
+            return {}
+        values = {"shares": self.shares(length)}
+        if self.metric == "origin":  # positions at random
+            source = torch.Generator().manual_seed(seed)
+            count = len(values["shares"]) * length
+            values["uniform"] = torch.rand(count, generator=source, dtype=torch.float32)
+        return values
 
     def rules(
         self, opening: str = "normal", *, look_ahead: int = 0, partial: bool = False, span_cap: int | None = None

@@ -18,18 +18,18 @@ class Transformer:
     """RMSNorm, rotary attention (MHA or GQA) and SwiGLU over ``spec.n_layers`` layers.
 
     :meth:`forward` returns normalised hidden states, :meth:`head` maps rows of them to logits: callers combine and
-    select hidden states first, so that no unused logits are computed. ``impl`` selects the implementation of the
+    select hidden states first, so that no unused logits are computed. ``backend`` selects the implementation of the
     operations, ``"torch"`` or ``"triton"``; None is the default for the weights' device.
 
     A rank of a ``group`` has the ``weights`` of its part (:func:`~sfs_triton.models.load_weights`), whose sizes are
     ``local``; ``spec`` is the whole model's. Ranks make the same calls; hidden states are whole on each of them.
     """
 
-    def __init__(self, spec: ModelSpec, weights: Weights, impl: str | None = None, group: Group = ALONE):
+    def __init__(self, spec: ModelSpec, weights: Weights, backend: str | None = None, group: Group = ALONE):
         self.spec, self.weights = spec, weights
         self.group, self.local = group, spec.shard(group.size)
         self._vocabulary = Vocabulary(group, spec.vocab_size) if group.size > 1 else None
-        self.ops: Ops = implementation(impl, self.device)
+        self.ops: Ops = operations(backend, self.device)
         self._cos, self._sin = rope_tables(0, spec.head_dim, spec.rope_theta, self.device)
         self._position = torch.arange(0, device=self.device)
         self._outgrown: list[tuple[torch.Tensor, ...]] = []

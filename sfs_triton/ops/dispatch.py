@@ -1,6 +1,6 @@
-"""One name per operation, for all implementations. Models, samplers and loops call these and nothing below.
+"""One name per operation, for all back ends. Models, samplers and runners call these and nothing below.
 
-``implementation`` picks once, for a device: plain torch (:mod:`sfs_triton.ops.torch`) or Triton kernels
+``operations`` picks once, for a device: plain torch (:mod:`sfs_triton.ops.torch`) or Triton kernels
 (:mod:`sfs_triton.kernels`).
 """
 
@@ -22,7 +22,7 @@ from .torch.linear import Matrix, Quantised, quantize
 from .torch.rope_cache import rope_tables
 from .torch.select import BlockRules
 
-IMPLEMENTATIONS = ("torch", "triton")
+BACKENDS = ("torch", "triton")
 
 
 @dataclass(frozen=True)
@@ -127,20 +127,20 @@ def _choose_together(
     return token, score
 
 
-def check_implementation(impl: str | None) -> None:
-    """Raise :class:`~sfs_triton.errors.ArgumentError` unless ``impl`` is None or one of :data:`IMPLEMENTATIONS`."""
-    require(impl is None or impl in IMPLEMENTATIONS, f"impl={impl!r} is not one of {IMPLEMENTATIONS}")
+def check_backend(backend: str | None) -> None:
+    """Raise :class:`~sfs_triton.errors.ArgumentError` unless ``backend`` is None or one of :data:`BACKENDS`."""
+    require(backend is None or backend in BACKENDS, f"backend={backend!r} is not one of {BACKENDS}")
 
 
-def implementation(impl: str | None, device: torch.device) -> Ops:
-    """Return the operations for ``device``, all by ``impl``; None is torch. ``publish`` is a kernel on every GPU.
+def operations(backend: str | None, device: torch.device) -> Ops:
+    """Return the operations for ``device``, all by ``backend``; None is torch. ``publish`` is a kernel on every GPU.
 
     Raises:
-        ArgumentError: ``impl`` is unknown, or cannot run on ``device``.
-        MissingDependencyError: ``impl="triton"`` and triton is not installed.
+        ArgumentError: ``backend`` is unknown, or cannot run on ``device``.
+        MissingDependencyError: ``backend="triton"`` and triton is not installed.
     """
-    check_implementation(impl)
-    module = _module(impl or "torch", device)
+    check_backend(backend)
+    module = _module(backend or "torch", device)
     ops = Ops(**{field.name: getattr(module, field.name) for field in fields(Ops)})
     if device.type != "cuda":
         return ops
@@ -148,18 +148,18 @@ def implementation(impl: str | None, device: torch.device) -> Ops:
     return replace(ops, publish=_module("triton", device).publish)
 
 
-def _module(impl: str, device: torch.device):
-    if impl == "triton":
+def _module(backend: str, device: torch.device):
+    if backend == "triton":
         try:
             import triton
         except ImportError:
-            raise MissingDependencyError("impl='triton' needs the package triton: pip install triton") from None
+            raise MissingDependencyError("backend='triton' needs the package triton: pip install triton") from None
         if device.type != "cuda" and not triton.knobs.runtime.interpret:
             raise ArgumentError(
-                f"impl='triton' cannot run on device {str(device)!r}: kernels need a GPU, or TRITON_INTERPRET=1 in the "
+                f"backend='triton' cannot run on device {str(device)!r}: kernels need a GPU, or TRITON_INTERPRET=1 in the "
                 "environment before triton is imported (slow; for tests)"
             )
-    return importlib.import_module(f".{impl}_backend", __package__)
+    return importlib.import_module(f".{backend}_backend", __package__)
 
 
 __all__ = [
@@ -169,8 +169,8 @@ __all__ = [
     "Matrix",
     "Ops",
     "Quantised",
-    "check_implementation",
-    "implementation",
+    "check_backend",
+    "operations",
     "quantize",
     "rope_tables",
 ]

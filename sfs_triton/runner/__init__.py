@@ -1,9 +1,6 @@
-"""Execution of steps: one step as device work, and the loops that launch it."""
+"""Execution of steps: every device tensor of a persistent batch, and the ways to launch its steps."""
 
-from .choose import Loop, LoopChoice, check_loop
-from .cuda_graph import ReplayLoop
-from .eager import EagerLoop
-from .report import Report
-from .step import Step
+from .execution import CudaGraphs, Eager, Execution, ExecutionChoice, Outputs, check_cuda_graphs
+from .model_runner import ModelRunner
 
-__all__ = ["EagerLoop", "Loop", "LoopChoice", "ReplayLoop", "Report", "Step", "check_loop"]
+__all__ = ["CudaGraphs", "Eager", "Execution", "ExecutionChoice", "ModelRunner", "Outputs", "check_cuda_graphs"]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..kernels.control import COLUMN, CONTROL, SAMPLING
+from ..kernels.control import COLUMN, CONTROL, SAMPLING, Progress
 
 
 def send(there: torch.Tensor, values: list | torch.Tensor) -> None:
@@ -170,8 +170,8 @@ class DecodeState:
         cap: int,
         sampling: Sequence[float],
         block_steps: int = 0,
-    ) -> list[int]:
-        """Put a canvas into a slot whose sequence is done, in stream order; return its control numbers.
+    ) -> Progress:
+        """Put a canvas into a slot whose sequence is done, in stream order; return its progress.
 
         ``cap`` is its step limit, ``sampling`` are its sampler's parameters, and ``block_steps`` is the number of steps
         that a schedule gives to each block.
@@ -187,7 +187,7 @@ class DecodeState:
             "cap": min(cap, 2**31 - 1),  # kernels count in 32 bits
             **{"masks_left": len(masks), "done": int(not masks)},
         }
-        control = [values.get(column, 0) for column in CONTROL]
+        progress = Progress(*(values.get(column, 0) for column in CONTROL))
         send(self.tokens[slot], row + [self.eos_id] * (self.length - end))
         masked = self.masked[slot]
         torch.eq(self.tokens[slot], self.mask_id, out=masked)
@@ -199,8 +199,8 @@ class DecodeState:
         fresh = {"commit_step": -1, "forwarded": -1, "spread": float("nan")}
         for name in ("candidate", "token", "score", "fill", "dirty", "history", *fresh):
             getattr(self, name)[slot : slot + 1].fill_(fresh.get(name, 0))
-        send(self.control[slot], control)  # last: this marks the slot as running
-        return control
+        send(self.control[slot], list(progress))  # last: this marks the slot as running
+        return progress
 
     def record_event(self, control: torch.Tensor, history: torch.Tensor) -> None:
         """Record the inputs of this decision: ``control`` and ``history`` as they are before the commit."""

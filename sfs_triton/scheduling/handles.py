@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from concurrent import futures
 from contextlib import AbstractContextManager, ExitStack
 
-from ..errors import RowFault, require
+from ..errors import SequenceFault, require
 from .outputs import Frame, Generation
 from .run import Run
 
@@ -39,7 +39,7 @@ class Stream(Iterator[Frame]):
                 frame = next(self._frames, None)
                 if frame is None:
                     self._done = self._run.results()
-        except RowFault as fault:
+        except SequenceFault as fault:
             self._failure = fault  # raised by result(); iteration itself ends normally
         except Exception as failure:
             self._failure = failure
@@ -65,10 +65,10 @@ class Stream(Iterator[Frame]):
             raise RuntimeError("this stream was closed before its end")
         return self._done[0] if self._single else self._done
 
-    def drop(self, row: int) -> None:
+    def drop(self, index: int) -> None:
         """End one sequence before its next step; the others continue. Its result is its present canvas.
 
-        A step that the loop ``replay`` has already queued still runs.
+        A step that is already queued still runs.
 
         Raises:
             RuntimeError: the stream has not yielded its first frame yet, or has ended.
@@ -76,8 +76,8 @@ class Stream(Iterator[Frame]):
         """
         with self._lock:
             if self._run is None or self._closed:
-                raise RuntimeError("a row can be dropped between the first frame of a stream and its end")
-            self._run.drop(row)
+                raise RuntimeError("a sequence can be dropped between the first frame of a stream and its end")
+            self._run.drop(index)
 
     def close(self) -> None:
         """Stop, after a step that another thread may be running. Closing again has no effect."""

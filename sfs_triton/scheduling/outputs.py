@@ -17,9 +17,9 @@ class Frame:
     commit_step: list[list[int]]
     running: list[bool]
     fast: list[bool]
-    span: list[tuple[int, int]]  # [s, e) of each row; e is -1 while it is not known
+    span: list[tuple[int, int]]  # [s, e) of each sequence; e is -1 while it is not known
     committed: list[list[int]] = field(default_factory=list)  # the positions that this step filled
-    settled: list[int] = field(default_factory=list)  # all from the row's start to before here is decided
+    settled: list[int] = field(default_factory=list)  # all from its start to before here is decided
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Generation:
 
     ``tokens`` is the response up to and including its first end-of-text; ``canvas`` holds prompt and response.
     ``nfe`` counts steps of the sampler, ``forwards`` calls of the model (two per step under guidance),
-    ``rows_forwarded`` positions that went through the layers, ``full_forwards`` steps that covered the whole canvas;
+    ``positions_forwarded`` positions that went through the layers, ``full_forwards`` steps that covered the whole canvas;
     ``forward_lengths`` is the number of positions that each step's forward covered.
     """
 
@@ -38,12 +38,12 @@ class Generation:
     prompt_length: int
     nfe: int
     forwards: int
-    rows_forwarded: int
+    positions_forwarded: int
     full_forwards: int
     forward_lengths: list[int]
     commit_step: list[int]  # for each canvas position: the step that filled it, -1 if it was given
     masks_left: int  # 0 but where a sampler's own bounds leave some (``max_cycles``, Dream's one-step blocks)
-    seconds: float  # of the steps of all rows beside it, while it was there; without the time spent in on_step
+    seconds: float  # of all steps of its batch while it held a slot, without the time spent in on_step
     trace: list[StepTrace] | None = None
 
     @property
@@ -66,7 +66,7 @@ class Generation:
             "nfe": self.nfe,
             "forwards": self.forwards,
             "tokens_per_forward": self.tokens_per_forward,
-            "rows_forwarded": self.rows_forwarded,
+            "positions_forwarded": self.positions_forwarded,
             "seconds": self.seconds,
             "tokens_per_second": len(self.tokens) / max(self.seconds, 1e-9),
         }

@@ -2,35 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from ..errors import require
 from ..models import ModelSpec
 from ..text.codec import TextCodec
 from .outputs import Frame, Generation
 from .scheduler import Scheduler
-from .sequence import Row, fault_of
+from .sequence import Sequence, fault_of
 
 
 class Run:
-    """Run one request on its own scheduler: one frame per round with steps, then :meth:`results`."""
+    """Run the sequences of one request on their own scheduler: one frame per round with steps, then :meth:`results`."""
 
-    def __init__(self, scheduler: Scheduler, rows: Sequence[Row], spec: ModelSpec, text: TextCodec | None):
-        self._scheduler, self._rows, self._spec, self._text = scheduler, rows, spec, text
-        self._begun = False
-        for row in rows:
-            scheduler.submit(row)
+    def __init__(self, scheduler: Scheduler, sequences: list[Sequence], spec: ModelSpec, text: TextCodec | None):
+        self._scheduler, self._sequences, self._spec, self._text = scheduler, sequences, spec, text
+        self._started = False
+        for sequence in sequences:
+            scheduler.submit(sequence)
 
     def close(self) -> None:
         """Stop at any point."""
         self._scheduler.close()
 
-    def advance(self) -> list[Row] | None:
+    def advance(self) -> list[Sequence] | None:
         """Run the next round; return the sequences that took a step, None at the end."""
-        self._begun = True
-        while not all(row.over for row in self._rows):
-            if moved := self._scheduler.step():
-                return moved
+        self._started = True
+        while not all(sequence.finished for sequence in self._sequences):
+            if stepped := self._scheduler.step():
+                return stepped
         return None
 
     def drop(self, index: int) -> None:
@@ -43,28 +43,27 @@ class Run:
             RuntimeError: no step has been taken yet.
             ArgumentError: there is no such sequence.
         """
-        require(
-            0 <= index < len(self._rows), f"row={index} is not one of the {len(self._rows)} rows of this generation"
-        )
-        if not self._begun:
-            raise RuntimeError(f"row {index} cannot be dropped before the first step")
-        self._scheduler.drop(self._rows[index])
+        count = len(self._sequences)
+        require(0 <= index < count, f"index={index} is not one of the {count} sequences of this generation")
+        if not self._started:
+            raise RuntimeError(f"sequence {index} cannot be dropped before the first step")
+        self._scheduler.drop(self._sequences[index])
 
     def frames(self) -> Iterator[Frame]:
-        while (moved := self.advance()) is not None:
-            yield self._frame(set(moved))
+        while (stepped := self.advance()) is not None:
+            yield self._frame(set(stepped))
 
-    def _frame(self, moved: set[Row]) -> Frame:
-        rows = self._rows
+    def _frame(self, stepped: set[Sequence]) -> Frame:
+        every = self._sequences
         return Frame(
-            step=max(row.steps for row in moved) - 1,
-            tokens=[row.tokens for row in rows],
-            commit_step=[row.commit_step for row in rows],
-            running=[row.running for row in rows],
-            fast=[row.fast for row in rows],
-            span=[row.span for row in rows],
-            committed=[row.last_committed if row in moved else [] for row in rows],
-            settled=[row.settled for row in rows],
+            step=max(sequence.steps for sequence in stepped) - 1,
+            tokens=[sequence.tokens for sequence in every],
+            commit_step=[sequence.commit_step for sequence in every],
+            running=[sequence.running for sequence in every],
+            fast=[sequence.fast for sequence in every],
+            span=[sequence.span for sequence in every],
+            committed=[sequence.last_committed if sequence in stepped else [] for sequence in every],
+            settled=[sequence.settled for sequence in every],
         )
 
     def results(self) -> list[Generation]:
@@ -73,7 +72,8 @@ class Run:
         Raises:
             NumericalFault, StepCapExceeded: some sequences failed; ``finished`` has the others, by index.
         """
-        done = {index: row.result(self._spec, self._text) for index, row in enumerate(self._rows) if not row.fault}
-        if (error := fault_of(self._rows, done)) is not None:
+        every = enumerate(self._sequences)
+        done = {index: each.result(self._spec, self._text) for index, each in every if not each.fault}
+        if (error := fault_of(self._sequences, done)) is not None:
             raise error
         return list(done.values())

@@ -11,7 +11,7 @@ from typing import Any
 
 from .options import Wanted
 from .protocol import Common
-from .rows import Event, Failed, Finished, Started, Stepped
+from .jobs import Event, Failed, Finished, Started, Stepped
 
 
 @dataclass(slots=True)
@@ -79,7 +79,7 @@ class Style:
 
     @property
     def _seed(self) -> int:
-        return self.wanted.request.seeds[0]
+        return self.wanted.sequence.params.seed
 
     def _usage(self, done: Finished) -> dict[str, Any]:
         given = self.wanted.given

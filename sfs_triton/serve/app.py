@@ -26,7 +26,7 @@ from .guard import Guard, refuse
 from .metrics import Metrics
 from .options import prepare
 from .protocol import Answer, ChatRequest, Common, CompletionRequest, ErrorBody, ModelCard, ModelList, parse
-from .rows import Job
+from .jobs import Job
 from .settings import ServeSettings
 from .sse import Answering, Inbox
 from .worker import Worker

@@ -15,10 +15,9 @@ from ..decoding.caching import POLICIES
 from ..decoding.params import parse_cache, parse_sampler
 from ..decoding.samplers import PRESETS, SAMPLERS, Sampler
 from ..distributed import world
-from ..engine import DTYPES, WEIGHTS, load
+from ..engine import DTYPES, QUANTIZATIONS, load
 from ..errors import ArgumentError, MissingDependencyError, require
-from ..ops.dispatch import IMPLEMENTATIONS
-from ..runner.choose import LOOPS
+from ..ops.dispatch import BACKENDS
 from .settings import ServeSettings
 
 KEY_VARIABLE = "SFS_API_KEY"
@@ -41,7 +40,7 @@ def serve(
     default_tokens: Annotated[int, typer.Option(help="max_tokens if not said.")] = _LIMITS.default_tokens,
     max_tokens: Annotated[int | None, typer.Option(help="Most that may be asked for.", show_default=False)] = None,
     max_batch: Annotated[int, typer.Option(help="Rows that are decoded side by side.")] = _LIMITS.max_batch,
-    max_lanes: Annotated[int, typer.Option(help="Settings that may have rows at a time.")] = _LIMITS.max_lanes,
+    max_batches: Annotated[int, typer.Option(help="Settings that may have rows at a time.")] = _LIMITS.max_batches,
     cache_memory: Annotated[
         float | None,
         typer.Option(help="GiB for all caches. Default: half of a CPU's.", show_default=False),
@@ -52,11 +51,11 @@ def serve(
     grace: Annotated[float, typer.Option(help="Seconds to finish work when told to stop.")] = _LIMITS.grace,
     device: Annotated[str | None, typer.Option(help="Default: a GPU if there is one.", show_default=False)] = None,
     dtype: Annotated[str | None, typer.Option(metavar="|".join(DTYPES), help="Default: by device.")] = None,
-    weights: Annotated[str | None, typer.Option(metavar="|".join(WEIGHTS), help="Default: as --dtype.")] = None,
-    impl: Annotated[
-        str | None, typer.Option(metavar="|".join(IMPLEMENTATIONS), help="Of the operations. Default: torch.")
+    quantization: Annotated[str | None, typer.Option(metavar="|".join(QUANTIZATIONS), help="Default: none.")] = None,
+    backend: Annotated[
+        str | None, typer.Option(metavar="|".join(BACKENDS), help="Of the operations. Default: torch.")
     ] = None,
-    loop: Annotated[str | None, typer.Option(metavar="|".join(LOOPS), help="Default: eager.")] = None,
+    cuda_graphs: Annotated[bool | None, typer.Option(help="Replay captured steps. Default: no.")] = None,
 ) -> None:
     """Serve a model through OpenAI's HTTP interface, until SIGINT or SIGTERM."""
     _need_libraries()
@@ -74,7 +73,7 @@ def serve(
         default_tokens=default_tokens,
         max_tokens=max_tokens,
         max_batch=max_batch,
-        max_lanes=max_lanes,
+        max_batches=max_batches,
         cache_memory=_bytes(cache_memory),
         max_queue=max_queue,
         time_limit=time_limit,
@@ -83,7 +82,7 @@ def serve(
     )
     settings.sampler.check_cache(settings.cache)
     with _listen(settings) as listener:  # fail on a busy port before gigabytes are read
-        run(load(model, device, dtype, impl, loop, weights=weights), settings, listener)
+        run(load(model, device, dtype, backend, cuda_graphs, quantization=quantization), settings, listener)
 
 
 def run(engine: Any, settings: ServeSettings, listener: socket.socket) -> None:

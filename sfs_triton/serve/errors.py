@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from ..errors import ArgumentError, OutOfDeviceMemory, RowFault
+from ..errors import ArgumentError, OutOfDeviceMemory, SequenceFault
 
 _LONGEST = 1000  # characters of a message: some quote their input
 _KINDS = {401: "authentication_error", 408: "timeout_error", 429: "rate_limit_error", 504: "timeout_error"}
@@ -73,6 +73,6 @@ def from_failure(error: Exception) -> ApiError:
         return from_argument(error)
     if isinstance(error, OutOfDeviceMemory):
         return ApiError(400, str(error), code="out_of_memory")
-    if isinstance(error, RowFault):
+    if isinstance(error, SequenceFault):
         return ApiError(500, str(error), code="numerical_fault")
     return ApiError(500, "the generation failed; the server's log has the reason", code="internal_error")

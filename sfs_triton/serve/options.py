@@ -11,20 +11,19 @@ from typing import Any
 
 from ..decoding.caching import POLICIES, CachePolicy, RefreshCache
 from ..decoding.params import (
+    DecodingParams,
     cache_options,
-    cache_to_dict,
     check_options,
     named,
     parse_cache,
     parse_sampler,
     sampler_options,
-    sampler_to_dict,
 )
 from ..decoding.samplers import SAMPLERS, Sampler
 from ..engine import Engine
 from ..errors import ArgumentError, require
 from ..models.spec import ModelSpec
-from ..scheduling.request import Request
+from ..scheduling.sequence import Sequence as InFlight
 from ..text.codec import CHARACTERS
 from .errors import ApiError, from_argument, too_long
 from .protocol import ChatRequest, Common
@@ -36,18 +35,16 @@ _INTERVAL, _NUMBER = 256, 1e4  # largest refresh interval, and largest number th
 
 @dataclass(frozen=True)
 class Wanted:
-    """A checked request for the engine: one canvas, of which ``[first, stop)`` is the answer."""
+    """A checked request for the engine: one sequence, of whose canvas ``[first, stop)`` is the answer."""
 
-    request: Request
+    sequence: InFlight
     first: int
     stop: int
-    sampler: dict[str, Any]  # its name and settings, for frames
-    cache: dict[str, Any]
 
     @property
     def given(self) -> int:
         """Number of tokens given by the prompt and the suffix."""
-        return len(self.request.canvases[0]) - (self.stop - self.first)
+        return len(self.sequence.canvas) - (self.stop - self.first)
 
 
 def prepare(engine: Engine, settings: ServeSettings, body: Common) -> Wanted:
@@ -66,16 +63,16 @@ def prepare(engine: Engine, settings: ServeSettings, body: Common) -> Wanted:
         sampler.check_cache(cache)
     length = _length(engine, settings, body, (len(prompt), len(suffix)), sampler)
     seed = secrets.randbelow(2**31) if body.seed is None else body.seed
-    how = {"sampler": sampler, "cache": cache, "seed": seed, "trace": bool(body.frames), "frames": True}
+    # with a suffix, blocks count from the canvas' first position, and any length goes
+    gen_length = (sampler.block_length or 1) if suffix else length
     with _blamed("cache" if body.sampler is None else "sampler"):  # the remaining check: their compatibility
-        if suffix:
-            _check_infilling(engine.spec, prompt, cache)
-            canvas = prompt + [engine.spec.mask_id] * length + suffix
-            request = Request([canvas], [0], sampler, cache, [seed], bool(body.frames), True)
-        else:
-            request, _ = engine.request(prompt, gen_length=length, **how)
-    first = len(prompt)
-    return Wanted(request, first, first + length, sampler_to_dict(sampler), cache_to_dict(cache))
+        params = DecodingParams(sampler=sampler, cache=cache, gen_length=gen_length, seed=seed)
+    if suffix:
+        _check_infilling(engine.spec, prompt, cache)
+    first, mask = len(prompt), engine.spec.mask_id
+    start, canvas = 0 if suffix else first, prompt + [mask] * length + suffix
+    sequence = InFlight(params, canvas, start, mask, trace=bool(body.frames), frames=True)
+    return Wanted(sequence, first, first + length)
 
 
 def sampler_for(body: Common, default: Sampler, spec: ModelSpec) -> Sampler:

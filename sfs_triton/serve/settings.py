@@ -11,7 +11,7 @@ from ..decoding.samplers import Sampler, SlowFast
 from ..errors import require
 
 KEY_LENGTH = 8  # minimum characters of an API key
-LARGEST = {"max_batch": 1024, "max_lanes": 64}  # slots are allocated at the start
+LARGEST = {"max_batch": 1024, "max_batches": 64}  # slots are allocated at the start
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,7 @@ class ServeSettings:
             context only).
         max_batch: sequences per persistent batch, which share a cache policy and :meth:`Sampler.form
             <sfs_triton.Sampler.form>`.
-        max_lanes: maximum number of persistent batches, one per batch key or canvas length.
+        max_batches: maximum number of persistent batches, one per batch key or canvas length.
         cache_memory: maximum bytes of caches and canvases. None: on a CPU half of the memory that is free when the
             server starts, on a GPU its free memory.
         max_queue: maximum number of waiting requests; more are refused with 429.
@@ -48,7 +48,7 @@ class ServeSettings:
     default_tokens: int = 128
     max_tokens: int | None = None
     max_batch: int = 8
-    max_lanes: int = 4
+    max_batches: int = 4
     cache_memory: int | None = None
     max_queue: int = 64
     time_limit: float = 300.0
@@ -57,7 +57,7 @@ class ServeSettings:
     grace: float = 30.0
 
     def __post_init__(self) -> None:
-        least = {"default_tokens": 1, "max_batch": 1, "max_lanes": 1, "max_queue": 1, "max_body": 1024}
+        least = {"default_tokens": 1, "max_batch": 1, "max_batches": 1, "max_queue": 1, "max_body": 1024}
         optional = {name: 1 for name in ("max_tokens", "cache_memory") if getattr(self, name) is not None}
         for name, smallest in {**least, **optional}.items():
             _check_count(name, getattr(self, name), smallest)

@@ -11,7 +11,7 @@ from starlette.responses import JSONResponse, Response
 from .answers import Style
 from .errors import ApiError
 from .guard import refuse
-from .rows import Event, Failed, Finished, Job
+from .jobs import Event, Failed, Finished, Job
 from .worker import Worker
 
 _QUIET = 15.0  # seconds after which a comment keeps a silent stream open

@@ -13,13 +13,14 @@ from pathlib import Path
 
 import torch
 
+from ..decoding.params import BatchKey
 from ..engine import Engine
 from ..errors import OutOfDeviceMemory, require
-from ..scheduling.request import Kind
-from ..scheduling.scheduler import Scheduler, room_around, smallest_room
-from ..scheduling.sequence import Row, fault_of
+from ..scheduling.scheduler import Scheduler, bounds_around, least_bounds
+from ..scheduling.sequence import Sequence as InFlight
+from ..scheduling.sequence import fault_of
 from .errors import ApiError, busy, from_failure, stopped, stopping, too_late
-from .rows import Failed, Finished, Follower, Job
+from .jobs import Failed, Finished, Follower, Job
 from .settings import ServeSettings
 
 logger = logging.getLogger("sfs_triton")
@@ -35,8 +36,8 @@ class Watch:
     def joined(self) -> None:
         """A sequence has got its slot."""
 
-    def step(self, rows: int) -> None:
-        """``rows`` sequences took a step together."""
+    def step(self, sequences: int) -> None:
+        """This many sequences took a step together."""
 
     def ended(self, how: str, tokens: int, nfe: int) -> None:
         """A job has finished: "stop" or "length" with its answer; else "left", "late" or "failed"."""
@@ -54,14 +55,14 @@ class Worker:
         self._engine, self._settings, self._watch = engine, settings, watch or Watch()
         most = engine.spec.max_length
         memory = settings.cache_memory or _half_of_what_is_free(engine.model.device)
-        kind = Kind(settings.sampler.form(), settings.cache, trace=False, frames=True)
-        least = engine.lanes.bytes_needed(kind, 1, smallest_room(most))
+        key = BatchKey(settings.sampler.batch_key(), settings.cache, trace=False, frames=True)
+        least = engine.batches.bytes_needed(key, 1, least_bounds(most))
         require(memory is None or least <= memory, f"cache_memory={memory}: the shortest canvas takes {least} bytes")
         self._scheduler = Scheduler(
-            engine.lanes,
-            lambda row: room_around(row, most),
+            engine.batches,
+            lambda sequence: bounds_around(sequence, most),
             slots=settings.max_batch,
-            most=settings.max_lanes,
+            most=settings.max_batches,
             memory=memory,
             joined=self._joined,
         )
@@ -72,7 +73,7 @@ class Worker:
         self._broken = False  # True once the thread has failed
         self._mean = 1.0  # seconds per answer, from its sequence's start
         self._pieces: dict[int, str] = {}
-        self._followers: dict[Row, Follower] = {}  # of unfinished jobs
+        self._followers: dict[InFlight, Follower] = {}  # of unfinished jobs
 
     @property
     def waiting(self) -> int:
@@ -139,11 +140,11 @@ class Worker:
         try:
             while self._receive():
                 try:
-                    moved = self._scheduler.step()
+                    stepped = self._scheduler.step()
                 except Exception as error:
                     self._recover(error)
                 else:
-                    self._after_step(moved)
+                    self._after_step(stepped)
         except BaseException:
             self._broken = True
             logger.critical("the engine's thread has failed, and no requests are taken any more", exc_info=True)
@@ -169,59 +170,59 @@ class Worker:
             return False
         engine = self._engine
         for job in arrived:
-            (row,) = Row.of(job.wanted.request, engine.spec.mask_id)
-            self._followers[row] = Follower(job, engine.text, engine.spec, self._piece)
-            self._scheduler.submit(row)
-        for row, follower in list(self._followers.items()):
+            sequence = job.wanted.sequence
+            self._followers[sequence] = Follower(job, engine.text, engine.spec, self._piece)
+            self._scheduler.submit(sequence)
+        for sequence, follower in list(self._followers.items()):
             if follower.job.left:
-                self._part(row, None, "left")
+                self._part(sequence, None, "left")
             elif (error := self._late(follower.job)) is not None:
-                self._part(row, error, "late")
+                self._part(sequence, error, "late")
         return True
 
-    def _joined(self, row: Row) -> None:
-        self._followers[row].begin()
+    def _joined(self, sequence: InFlight) -> None:
+        self._followers[sequence].begin()
         self._watch.joined()
 
-    def _after_step(self, moved: list[Row]) -> None:
-        """Emit the steps of ``moved`` sequences, and the answers of finished ones."""
-        if moved:
-            self._watch.step(len(moved))
-        for row in moved:
-            if (follower := self._followers.get(row)) is not None and not row.fault:
-                with self._blamed(row):
-                    follower.see(row)
+    def _after_step(self, stepped: list[InFlight]) -> None:
+        """Emit the steps of ``stepped`` sequences, and the answers of finished ones."""
+        if stepped:
+            self._watch.step(len(stepped))
+        for sequence in stepped:
+            if (follower := self._followers.get(sequence)) is not None and not sequence.fault:
+                with self._blamed(sequence):
+                    follower.see(sequence)
                     if follower.job.over:
-                        self._part(row, None, "left")
-        for row, follower in list(self._followers.items()):
-            if row.over and row.fault:
-                error = fault_of([row], {})
+                        self._part(sequence, None, "left")
+        for sequence, follower in list(self._followers.items()):
+            if sequence.finished and sequence.fault:
+                error = fault_of([sequence], {})
                 logger.error("%s", error)
-                self._part(row, from_failure(error), "failed")
-            elif row.over:  # with undecided positions, by its sampler's own limits
-                with self._blamed(row):
-                    follower.end(row.result(self._engine.spec, None))
-                    self._part(row, None, "left")
+                self._part(sequence, from_failure(error), "failed")
+            elif sequence.finished:  # with undecided positions, by its sampler's own limits
+                with self._blamed(sequence):
+                    follower.end(sequence.result(self._engine.spec, None))
+                    self._part(sequence, None, "left")
 
     @contextmanager
-    def _blamed(self, row: Row) -> Iterator[None]:
+    def _blamed(self, sequence: InFlight) -> Iterator[None]:
         """On an error while a sequence's output is emitted, end only that sequence."""
         try:
             yield
         except Exception as error:
-            logger.error("an answer could not be told of", exc_info=error)
-            if row in self._followers:
-                self._part(row, from_failure(error), "failed")
+            logger.error("the output of a sequence could not be emitted", exc_info=error)
+            if sequence in self._followers:
+                self._part(sequence, from_failure(error), "failed")
 
-    def _part(self, row: Row, error: ApiError | None, how: str) -> None:
+    def _part(self, sequence: InFlight, error: ApiError | None, how: str) -> None:
         """Remove a sequence. Its job gets ``error`` unless it has its answer; None: there is no client left."""
-        job = self._followers.pop(row).job
+        job = self._followers.pop(sequence).job
         if isinstance(job.outcome, Finished):
             self._watch.ended(job.outcome.reason, job.outcome.tokens, job.outcome.nfe)
             self._mean += _SMOOTH * (job.outcome.seconds - self._mean)
         self._end(job, error, how)
-        if not row.over:
-            self._scheduler.drop(row)
+        if not sequence.finished:
+            self._scheduler.drop(sequence)
 
     def _recover(self, error: Exception) -> None:
         """End the sequences whose persistent batch failed."""
@@ -229,9 +230,9 @@ class Worker:
             logger.warning("a generation was refused: %s", error)
         else:
             logger.error("a generation failed", exc_info=error)
-        for row in self._scheduler.fallen:
-            if row in self._followers:
-                self._part(row, from_failure(error), "failed")
+        for sequence in self._scheduler.failed:
+            if sequence in self._followers:
+                self._part(sequence, from_failure(error), "failed")
 
     def _late(self, job: Job) -> ApiError | None:
         """Return the error for a job past its time limit, else None."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..models import ModelSpec
 from ..scheduling.outputs import Generation
-from ..scheduling.sequence import Row
+from ..scheduling.sequence import Sequence as InFlight
 from ..scheduling.trace import StepTrace
 from ..text.codec import UNFINISHED, TextCodec
 from .errors import ApiError
@@ -149,18 +149,18 @@ class Follower:
             if self.job.stream:
                 self.job.tell(Started(self._opening() if self.job.frames else None))
 
-    def see(self, row: Row) -> None:
+    def see(self, sequence: InFlight) -> None:
         """Emit the sequence's last step, and finish the job if its answer is complete."""
         job, first, stop = self.job, self.job.wanted.first, self.job.wanted.stop
-        trace = row.take_trace()
-        self._nfe = row.steps
-        canvas, settled = row.tokens, min(row.settled, stop)
-        filled = not row.running and not self._open(canvas)
+        trace = sequence.take_trace()
+        self._nfe = sequence.steps
+        canvas, settled = sequence.tokens, min(sequence.settled, stop)
+        filled = not sequence.running and not self._open(canvas)
         grown, self._told = settled > self._told, max(settled, self._told)
         new, watched = "", job.stream or job.stops
         if watched and (grown or filled):
             new = self._text.take(self._answer(canvas[first:settled]), filled)
-        shown = self._frame(row, trace) if job.frames and trace is not None else None
+        shown = self._frame(sequence, trace) if job.frames and trace is not None else None
         if job.stream and (new or shown):
             job.tell(Stepped(new, shown))
         if self._text.stopped_at is not None:
@@ -199,24 +199,25 @@ class Follower:
 
     def _opening(self) -> dict[str, Any]:
         wanted = self.job.wanted
+        params = wanted.sequence.params.to_dict()
         return {
             "type": "start",
             "prompt_length": wanted.first,
             "response_length": wanted.stop - wanted.first,
-            "suffix_length": len(wanted.request.canvases[0]) - wanted.stop,
+            "suffix_length": len(wanted.sequence.canvas) - wanted.stop,
             "mask_id": self._spec.mask_id,
             "eos_id": self._spec.eos_id,
-            "sampler": wanted.sampler,
-            "cache": wanted.cache,
-            "seed": wanted.request.seeds[0],
+            "sampler": params["sampler"],
+            "cache": params["cache"],
+            "seed": params["seed"],
         }
 
-    def _frame(self, row: Row, trace: StepTrace) -> dict[str, Any]:
+    def _frame(self, sequence: InFlight, trace: StepTrace) -> dict[str, Any]:
         """Return the step's changes as a frame; positions count from the answer's first."""
-        wanted, canvas = self.job.wanted, row.tokens
+        wanted, canvas = self.job.wanted, sequence.tokens
         first, size = wanted.first, wanted.stop - wanted.first
-        start = wanted.request.starts[0]
-        block = start - first + trace.block * (wanted.sampler.get("block_length") or 0)
+        start, sampler = sequence.start, sequence.params.sampler
+        block = start - first + trace.block * (sampler.block_length or 0)
         committed = []
         for place in trace.committed:
             score = trace.confidence[place]
@@ -229,7 +230,7 @@ class Follower:
                     "confidence": round(score, 5) if fine else None,
                 }
             )
-        closed = wanted.request.sampler.eos_stop and self._first_end(row)
+        closed = sampler.eos_stop and self._first_end(sequence)
         return {
             "type": "step",
             "step": trace.step,
@@ -238,15 +239,15 @@ class Follower:
             "cycle": trace.cycle,
             "span": [max(0, block + trace.s), None if trace.e is None else min(size, max(0, block + trace.e))],
             "committed": committed,
-            "settled": max(0, min(row.settled, wanted.stop) - first),
+            "settled": max(0, min(sequence.settled, wanted.stop) - first),
             "masks_left": canvas[first : wanted.stop].count(self._spec.mask_id),
             "closed_from": closed if closed else None,
-            "rows_forwarded": trace.rows_forwarded,
+            "positions_forwarded": trace.positions_forwarded,
             "seconds": round(time.monotonic() - self._began, 6),
         }
 
-    def _first_end(self, row: Row) -> int | None:
+    def _first_end(self, sequence: InFlight) -> int | None:
         """Return one past the leftmost committed end-of-text, counted from the answer's first position, or None."""
         first, stop = self.job.wanted.first, self.job.wanted.stop
-        pairs = zip(row.tokens[first:stop], row.commit_step[first:stop], strict=True)
+        pairs = zip(sequence.tokens[first:stop], sequence.commit_step[first:stop], strict=True)
         return next((n + 1 for n, (token, at) in enumerate(pairs) if token == self._spec.eos_id and at >= 0), None)

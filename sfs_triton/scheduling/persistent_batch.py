@@ -1,0 +1,229 @@
+"""A persistent batch: fixed device buffers whose slots hold sequences that share one batch key."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from ..decoding.caching import BatchBounds
+from ..decoding.params import BatchKey
+from ..decoding.step_plan import StepOutput
+from ..errors import OutOfDeviceMemory, SfsError
+from ..kernels.control import Progress
+from ..models import Transformer
+from ..runner import Execution, ExecutionChoice, ModelRunner, Outputs
+from .planner import StepPlanner
+from .sequence import Sequence
+
+_PATIENCE = 60.0  # seconds to wait for the final state of a sequence
+
+
+class PersistentBatch:
+    """A persistent batch: a fixed number of slots for canvases of at most ``bounds.length`` positions.
+
+    Sequences join and leave between steps. This changes values on the device only, so nothing is captured again, and
+    the others get the results that they would get alone. A free slot holds a sequence that is done.
+    """
+
+    def __init__(self, model: Transformer, key: BatchKey, slots: int, bounds: BatchBounds, choice: ExecutionChoice):
+        self.model, self.key, self.slots, self.length, self._choice = model, key, slots, bounds.length, choice
+        self._response = bounds.response
+        full = False
+        try:
+            self.runner = ModelRunner(model, key, slots, bounds.length, bounds.response)
+        except RuntimeError as error:
+            if not is_lack_of_memory(error):
+                raise
+            full = True
+        if model.group.any(full):  # partial allocations are free again here
+            raise OutOfDeviceMemory(self._no_memory())
+        self._sequences: list[Sequence | None] = [None] * slots
+        self._ending: list[int] = []  # slots of done sequences whose final state has not been read
+        self._outputs: Outputs | None = None  # of the execution, while it runs
+        self.healthy = True  # False: must not be used again
+
+    def _no_memory(self) -> str:
+        model, needed = self.model, ModelRunner.bytes_needed(self.model, self.key, self.slots, self.length)
+        text = (
+            f"{self.slots} canvases of {self.length} positions with cache={self.key.cache.name!r} need "
+            f"{needed / 2**30:.2f} GiB on {str(model.device)!r}"
+        )
+        if model.device.type != "cuda":
+            return text + "; use fewer or shorter canvases"
+        kept = torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)  # by torch, unused
+        free = torch.cuda.mem_get_info(model.device)[0] + kept
+        fits = int(self.length * free / needed)
+        return (
+            text + f", and {free / 2**30:.2f} GiB are free: {self.slots} canvases of up to {fits} positions would fit"
+        )
+
+    # ---------------------------------------------------------------------------------------------- joining, leaving
+
+    def serves(self, key: BatchKey, slots: int, bounds: BatchBounds) -> bool:
+        """Return whether a new persistent batch with these arguments would be equal to this one."""
+        responses_fit = not key.sampler.schedule_sizes(1) or self._response == bounds.response
+        return (self.key, self.slots, self.length) == (key, slots, bounds.length) and responses_fit
+
+    def prepare(self, bounds: BatchBounds) -> None:
+        """Prepare for sequences within these bounds; capture the graphs that are missing. All slots must be free."""
+        self.bounds = bounds
+        execution = self._plan_for(bounds)
+        try:
+            with torch.inference_mode(), torch.device("cpu"):
+                execution.prepare(self._planner, self.runner)
+        except RuntimeError as error:
+            full = is_lack_of_memory(error)
+            if full or isinstance(error, SfsError) or not self._choice.fall_back(execution, error):
+                self._abandon()
+                if full:
+                    raise OutOfDeviceMemory(self._no_memory()) from error
+                raise
+            self._plan_for(bounds)
+
+    def _plan_for(self, bounds: BatchBounds) -> Execution:
+        """Start a planner for the present execution; return the execution."""
+        self._execution = self._choice.current
+        exact = self._execution.is_exact(self.slots)
+        bounds = bounds._replace(length=self.length)
+        self._planner = StepPlanner(self.key.sampler, self.key.cache, self.slots, bounds, exact)
+        return self._execution
+
+    @property
+    def sequences(self) -> list[Sequence]:
+        """Return the sequences that hold a slot."""
+        return [sequence for sequence in self._sequences if sequence is not None]
+
+    @property
+    def free(self) -> int:
+        """Return the number of free slots."""
+        return self._sequences.count(None)
+
+    def join(self, sequence: Sequence) -> bool:
+        """Put a sequence into a free slot; return whether it has anything to decide. Then the next round includes it."""
+        slot = self._sequences.index(None)
+        self._sequences[slot] = sequence
+        return self._put(slot, sequence)
+
+    def _put(self, slot: int, sequence: Sequence) -> bool:
+        params = sequence.params
+        progress = self.runner.put(
+            slot, sequence.canvas, sequence.start, params.sampler, params.seed, sequence.step_cap
+        )
+        self._planner.join(slot, progress)
+        if progress.done:
+            sequence.progress = progress
+            self._end(slot)
+        return not progress.done
+
+    def drop(self, sequence: Sequence) -> None:
+        """End a running sequence before its next step; the others are not affected. A step that is already queued still
+        runs, but its output is ignored."""
+        slot = self._sequences.index(sequence)
+        self.runner.end(slot)
+        self._end(slot)
+
+    def _end(self, slot: int) -> None:
+        self._planner.leave(slot)
+        self.runner.publish_final(slot)
+        self._ending.append(slot)
+
+    def release(self, wait: bool) -> list[Sequence]:
+        """Read the final states that have arrived, or all with ``wait``; free the slots and return the sequences."""
+        released = []
+        for slot in list(self._ending):
+            if wait or self.runner.has_final(slot):
+                sequence = self._sequences[slot]
+                sequence.finish(self.runner.read_final(slot, _PATIENCE))
+                self._sequences[slot] = None
+                self._ending.remove(slot)
+                released.append(sequence)
+        return released
+
+    # ---------------------------------------------------------------------------------------------------------- steps
+
+    def advance(self) -> tuple[list[Sequence], list[Sequence]]:
+        """Run one round, in which every running sequence takes a step.
+
+        Returns the sequences that took one, and those whose final state has been read: they have left their slots.
+        """
+        start, here, stepped = time.perf_counter(), self.sequences, []
+        try:
+            while (step := self._next_output()) is not None:
+                output, before = step
+                stepped += self._record(output, before)
+                if output.completes_round and stepped:
+                    break
+            # all ranks of a group must free slots at the same step, whenever the copies arrive
+            released = self.release(wait=self.model.group.size > 1 or len(self._ending) == len(here))
+        except BaseException:
+            self._abandon()
+            raise
+        seconds = time.perf_counter() - start
+        for sequence in here:
+            sequence.seconds += seconds
+        return stepped, released
+
+    def _record(self, output: StepOutput, before: dict[int, Progress]) -> list[Sequence]:
+        """Update the sequences that took a step. Not those that repeat one after a fall-back: return the others."""
+        updated = []
+        for slot, earlier in before.items():
+            sequence = self._sequences[slot]
+            if earlier.step >= sequence.steps:
+                sequence.record(slot, earlier, output)
+                updated.append(sequence)
+            if output.progress[slot].done:
+                self._end(slot)
+        return updated
+
+    def _next_output(self) -> tuple[StepOutput, dict[int, Progress]] | None:
+        """Return the next step's output and the progress before it; None if nothing runs.
+
+        If the execution fails on the device, restart all running sequences on the one below it.
+        """
+        while True:
+            if self._outputs is None:
+                self._outputs = self._execution.run(self._planner, self.runner)
+            try:
+                step = next(self._outputs, None)
+            except RuntimeError as error:  # torch raises CUDA errors as this
+                hopeless = isinstance(error, SfsError) or is_lack_of_memory(error)
+                if hopeless or not self._choice.fall_back(self._execution, error):
+                    raise
+                self._restart()
+                continue
+            if step is None:
+                self._outputs = None
+            return step
+
+    def _restart(self) -> None:
+        self._outputs = None
+        self._plan_for(self.bounds)
+        for slot, sequence in enumerate(self._sequences):
+            if sequence is not None and slot not in self._ending:
+                self._put(slot, sequence)
+
+    def close(self) -> None:
+        """Stop at any point: sequences keep their present state, and all slots become free."""
+        if self._outputs is not None:
+            try:
+                self._outputs.close()
+            except BaseException:
+                self._abandon()
+                raise
+            self._outputs = None
+        self.runner.end()
+        for slot in range(self.slots):
+            self._planner.leave(slot)
+        self._ending, self._sequences = [], [None] * self.slots
+
+    def _abandon(self) -> None:
+        """Give this batch up: the device may still write to its memory."""
+        if self.healthy:
+            self.healthy = False
+            self.runner.abandon()
+
+
+def is_lack_of_memory(error: BaseException) -> bool:
+    """Return whether torch reports lack of memory: by class for a GPU, by message for the host."""
+    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
