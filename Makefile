@@ -49,7 +49,7 @@ bench: install
 	$(BIN)/python bench/throughput.py $(ARGS)
 
 bench-all: install
-	$(BIN)/python bench/all.py $(ARGS)
+	$(BIN)/python -m bench.all $(ARGS)
 
 bench-kernels: install
 	$(BIN)/python -m pytest bench/kernels --benchmark-json=bench/results/kernels.json $(ARGS)
@@ -81,7 +81,7 @@ fuzz: install
 
 soak: install
 	$(BIN)/python -m pip install --quiet -e ".[serve]"
-	$(BIN)/python -m bench.soak --minutes $(MINUTES) $(ARGS)
+	$(BIN)/python -m bench.server.soak --minutes $(MINUTES) $(ARGS)
 
 audit: install
 	-$(BIN)/python -m pip install --quiet pip-audit

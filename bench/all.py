@@ -1,10 +1,10 @@
 """Everything that can be measured without a GPU, in under a quarter of an hour: ``make bench-all``.
 
-    python bench/all.py                          into bench/results/<machine>/<date>-<commit>/
-    python bench/all.py --only table,sizes --out DIR
+    python -m bench.all                          into bench/results/<machine>/<date>-<commit>/
+    python -m bench.all --only table,sizes --out DIR
 
 Each job is a process of its own, and one that fails does not end the others; the exit status is then 1. ``run.json``
-says how each ended. What a GPU can show is in ``bench/gpu_suite.py``.
+says how each ended. What a GPU can show: ``python -m bench.gpu``.
 """
 
 from __future__ import annotations
@@ -19,14 +19,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parent.parent
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
+import torch
 
-import torch  # noqa: E402
-
-from bench.figures import machine  # noqa: E402
-from bench.measured import replace_file  # noqa: E402
+from bench import ROOT
+from bench.common.figures import machine
+from bench.common.measured import replace_file
 
 RESULTS = ROOT / "bench" / "results"
 RAW = "benchmark.json"  # what pytest-benchmark writes, of which the figures are kept
@@ -56,14 +53,18 @@ JOBS = (
         "sweep",
         "accuracy against tokens a forward, on a few problems",
         (
-            *("-m", "bench.sweep", "--tasks", "records", "--limit", "8", "--most-steps", "8"),
+            *("-m", "bench.quality.sweep", "--tasks", "records", "--limit", "8", "--most-steps", "8"),
             *("--json", "{out}/sweep.json"),
         ),
     ),
-    Job("cost-model", "what a step should cost at 8B", ("-m", "bench.cost_model", "--json", "{out}/cost-model.json")),
+    Job(
+        "cost-model",
+        "what a step should cost at 8B",
+        ("-m", "bench.cost.cost_model", "--json", "{out}/cost-model.json"),
+    ),
     Job("speed", "the eager loop beside plain PyTorch", (*PYTEST, "bench/test_speed.py")),
     Job("kernels", "every kernel against its twin, at toy sizes", (*PYTEST, "bench/kernels")),
-    Job("suite", "the steps of the GPU suite, as toys, which leave no record", ("bench/gpu_suite.py", "--toy")),
+    Job("suite", "the steps of the GPU suite, as toys, which leave no record", ("-m", "bench.gpu", "--toy")),
 )
 
 

@@ -17,7 +17,7 @@ import torch
 
 import sfs_triton
 from bench.baselines import BASELINES, PlainModel
-from bench.work import read_work
+from bench.quality.work import read_work
 
 GOLDEN = Path(__file__).resolve().parent.parent / "tests" / "golden"
 GEN_LENGTH, ROUNDS, FEW = 128, 7, 3  # fewer on the embedded model, whose forwards are longer and vary less

@@ -7,8 +7,8 @@
     python bench/throughput.py --geometry llada-8b --prompt-length 1100 --gen-length 1024 --batch 1,4,16
     torchrun --nproc-per-node 2 bench/throughput.py --tensor-parallel 2 --model GSAI-ML/LLaDA-8B-Instruct
 
-The line with --geometry runs the embedded model in LLaDA-8B's sizes (``bench/inflate.py``), with solved problems before
-each one. Under torchrun only rows by sfs_triton are run, by all processes together.
+The line with --geometry runs the embedded model in LLaDA-8B's sizes (``bench/shapes/inflate.py``), with solved problems
+before each one. Under torchrun only rows by sfs_triton are run, by all processes together.
 
 Rows by "plain torch" are the baselines of ``bench/baselines``, which decode one prompt at a time. All run in one
 process, and alternate batch by batch. Tokens are response tokens up to and including the end-of-text, counted the same
@@ -32,14 +32,14 @@ from rich.progress import Progress  # noqa: E402
 from rich.table import Table  # noqa: E402
 
 import sfs_triton  # noqa: E402
-from bench import chart, rows  # noqa: E402
+from bench.common import chart, rows  # noqa: E402
+from bench.common.figures import machine  # noqa: E402
+from bench.common.tally import Tally  # noqa: E402
+from bench.cost.visits import Bench  # noqa: E402
 from bench.embedded import problems  # noqa: E402
-from bench.figures import machine  # noqa: E402
-from bench.geometry import GEOMETRIES  # noqa: E402
-from bench.inflate import dense, inflate  # noqa: E402
-from bench.tally import Tally  # noqa: E402
-from bench.visits import Bench  # noqa: E402
-from bench.work import Work, read_work  # noqa: E402
+from bench.quality.work import Work, read_work  # noqa: E402
+from bench.shapes.geometry import GEOMETRIES  # noqa: E402
+from bench.shapes.inflate import dense, inflate  # noqa: E402
 from sfs_triton import distributed as parallel  # noqa: E402
 from sfs_triton.runner.choose import LOOPS  # noqa: E402
 

@@ -30,12 +30,12 @@ REVIEWED: dict[str, dict[str, str]] = {
     "bench/embedded/tasks.py": {"B608": "text for a model to be trained on, never sent to a database"},
     "bench/eval/inside.py": {"B102": "HumanEval's programs are run to be scored; SECURITY.md says how"},
     "bench/eval/sandbox.py": {"B603": "starts the sandbox that those programs run in"},
-    "bench/figures.py": {"B603": OWN, "B607": "git, as whoever runs the benchmark has it"},
+    "bench/common/figures.py": {"B603": OWN, "B607": "git, as whoever runs the benchmark has it"},
     "bench/gpu/environment.py": {"B603": OWN},
     "bench/gpu/supervise.py": {"B603": OWN},
-    "bench/gpu_suite.py": {"B603": OWN},
+    "bench/gpu/__main__.py": {"B603": OWN},
     "bench/kernels/resources.py": {"B603": OWN},
-    "bench/loopback.py": {"B603": OWN, "B607": "git, as whoever runs the benchmark has it"},
+    "bench/server/loopback.py": {"B603": OWN, "B607": "git, as whoever runs the benchmark has it"},
     "sfs_triton/text/chat_template.py": {
         "B603": "this package's own file; what strangers wrote goes through standard input"
     },

@@ -12,13 +12,14 @@ from pathlib import Path
 import pytest
 
 import sfs_triton
-from bench import rows, throughput
+from bench import throughput
+from bench.common import rows
+from bench.common.figures import wilson_interval
+from bench.common.tally import Done, Tally, Visit
+from bench.cost.visits import BASELINE_OF, Bench
 from bench.embedded import problems
-from bench.figures import wilson_interval
-from bench.inflate import inflate
-from bench.tally import Done, Tally, Visit
-from bench.visits import BASELINE_OF, Bench
-from bench.work import few_shot, read_work
+from bench.quality.work import few_shot, read_work
+from bench.shapes.inflate import inflate
 
 KEYS = {
     *("by", "sampler", "preset", "cache", "impl", "loop", "batch", "nfe", "tpf", "tokens_per_second", "speedup"),
@@ -132,8 +133,8 @@ def test_a_sampled_visit_costs_its_steps_times_all(engine, monkeypatch):
     big = inflate(engine, "toy-512", "cpu", "float32")
     bench, ticks = Bench(big, 32, sampled_steps=4), iter(range(1000))
     canvases = []
-    monkeypatch.setattr("bench.visits.vanilla.step", lambda model, canvas, *_: canvases.append(canvas.tolist()))
-    monkeypatch.setattr("bench.visits.time.perf_counter", lambda: float(next(ticks)))
+    monkeypatch.setattr("bench.cost.visits.vanilla.step", lambda model, canvas, *_: canvases.append(canvas.tolist()))
+    monkeypatch.setattr("bench.cost.visits.time.perf_counter", lambda: float(next(ticks)))
     row = next(row for row in rows.every_row(32) if row.who == PLAIN and row.sampler == "vanilla")
     visit = bench.visit(row, [[1, 2, 3]], Done(20, 4, 4, 140, "", tuple(range(100, 132))))
     assert bench.extrapolates(row) and (visit.seconds, visit.pace) == (32.0, 1.0)

@@ -8,9 +8,19 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from bench import cost_model, step_count  # noqa: E402
-from bench.cost_model import CEILINGS, Cycle, forecast, shares  # noqa: E402
-from bench.step_count import IMPLS, META, NAMES, Meter, Setting, count_vanilla, kinds, spec_of, steps_of  # noqa: E402
+from bench.cost import cost_model, step_count  # noqa: E402
+from bench.cost.cost_model import CEILINGS, Cycle, forecast, shares  # noqa: E402
+from bench.cost.step_count import (  # noqa: E402
+    IMPLS,
+    META,
+    NAMES,
+    Meter,
+    Setting,
+    count_vanilla,
+    kinds,
+    spec_of,
+    steps_of,
+)
 
 SETTING, H200 = Setting(), CEILINGS["h200"]
 STEPS = [(impl, name, kind) for impl in IMPLS for name in NAMES for kind in kinds(SETTING, name)]
@@ -32,7 +42,7 @@ def test_the_document_has_the_tables_that_the_code_now_gives():
     text = cost_model.DOC.read_text()
     if f"Counted with torch {cost_model.minor(torch.__version__)}." not in text:
         pytest.skip("the document was counted with another release of torch")
-    assert cost_model.rendered(text, cost_model.doc_tables()) == text, "run python -m bench.cost_model --write-doc"
+    assert cost_model.rendered(text, cost_model.doc_tables()) == text, "run python -m bench.cost.cost_model --write-doc"
 
 
 def test_tables_are_renewed(tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ transcripts, only the options of the typed commands are checked.
 from __future__ import annotations
 
 import argparse
-import importlib
+import importlib.util
 import io
 import os
 import re
@@ -115,7 +115,8 @@ def _module(words: list[str]) -> tuple[str, list[str]]:
         return {"sfs-eval": "sfs_triton.integrations.sfs_eval", "torchrun": "torch.distributed.run"}[program], options
     assert Path(program).name == "python", f"no way to check the options of {program}"
     if options[0] == "-m":
-        return options[1], options[2:]
+        package = importlib.util.find_spec(options[1]).submodule_search_locations is not None
+        return f"{options[1]}.__main__" if package else options[1], options[2:]
     return options[0].removesuffix(".py").replace("/", "."), options[1:]
 
 
@@ -131,16 +132,18 @@ ALLOWED = [
     Allowed(r"make ", "takes minutes, and installs into the checkout", check_make),
     Allowed(r"pip install ", "needs a network", check_extras),
     Allowed(r"python bench/throughput\.py .*--geometry", "needs a GPU", check_parsed),
-    Allowed(r"python bench/gpu_suite\.py", "needs a GPU", check_parsed),
-    Allowed(r"python bench/inflate\.py", "writes 16 GB", check_parsed),
-    Allowed(r"python bench/report\.py", "writes into the checkout", check_parsed),
-    Allowed(r"python -m bench\.cost_model --write-doc", "writes into the checkout", check_parsed),
-    Allowed(r"python -m bench\.sweep", "takes an hour; tests/test_sweep.py runs a small one", check_parsed),
-    Allowed(r"python -m bench\.quantised", "takes minutes; tests/test_quantised.py runs a small one", check_parsed),
-    Allowed(r"python -m bench\.serve_load", "takes two minutes", check_parsed),
-    Allowed(r"python -m bench\.soak", "takes half an hour; tests/test_soak.py runs a short one", check_parsed),
-    Allowed(r"python -m bench\.determinism", "takes minutes, and writes into the checkout", check_parsed),
-    Allowed(r"python -m bench\.reliability", "writes into the checkout", check_parsed),
+    Allowed(r"python -m bench\.gpu", "needs a GPU", check_parsed),
+    Allowed(r"python -m bench\.shapes\.inflate", "writes 16 GB", check_parsed),
+    Allowed(r"python -m bench\.report", "writes into the checkout", check_parsed),
+    Allowed(r"python -m bench\.cost\.cost_model --write-doc", "writes into the checkout", check_parsed),
+    Allowed(r"python -m bench\.quality\.sweep", "takes an hour; tests/test_sweep.py runs a small one", check_parsed),
+    Allowed(
+        r"python -m bench\.quality\.quantised", "takes minutes; tests/test_quantised.py runs a small one", check_parsed
+    ),
+    Allowed(r"python -m bench\.server\.serve_load", "takes two minutes", check_parsed),
+    Allowed(r"python -m bench\.server\.soak", "takes half an hour; tests/test_soak.py runs a short one", check_parsed),
+    Allowed(r"python -m bench\.server\.determinism", "takes minutes, and writes into the checkout", check_parsed),
+    Allowed(r"python -m bench\.server\.reliability", "writes into the checkout", check_parsed),
     Allowed(r"python tests/conformance\.py", "takes minutes; tests/test_conformance.py runs it", check_parsed),
     Allowed(r"torchrun .* -m sfs_triton\.cli ", "tests/test_parallel.py runs two ranks", check_ranks),
     Allowed(r"(torchrun|accelerate launch) ", "tests/test_lm_eval.py runs two ranks", check_parsed),
@@ -378,7 +381,7 @@ def test_a_block_that_nobody_knows_is_found(tmp_path):
         with pytest.raises(AssertionError, match="exit code 1"):
             reader.follow([Block("bash", "false", 1)])
         with pytest.raises(pytest.fail.Exception, match="exit code 2"):
-            reader.follow([Block("bash", "python bench/report.py --nothing", 1)])
+            reader.follow([Block("bash", "python -m bench.report --nothing", 1)])
 
 
 # ------------------------------------------------------------------------------------------------- links and tables

@@ -19,7 +19,9 @@ pytest.importorskip("matplotlib")
 from matplotlib.figure import Figure  # noqa: E402
 
 from bench import all as bench_all  # noqa: E402
-from bench import chart, measured, soak, throughput  # noqa: E402
+from bench import throughput  # noqa: E402
+from bench.common import chart, measured  # noqa: E402
+from bench.server import soak  # noqa: E402
 from sfs_triton import ArgumentError  # noqa: E402
 from sfs_triton.chat import conversation as chat  # noqa: E402
 from sfs_triton.view import plot  # noqa: E402

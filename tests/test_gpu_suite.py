@@ -17,7 +17,8 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from bench import gpu_suite, step_count  # noqa: E402
+from bench.cost import step_count  # noqa: E402
+from bench.gpu import __main__ as gpu_suite  # noqa: E402
 from bench.gpu import clock, engine, generation, model, parts, record, smoke, supervise, trace, warm_up  # noqa: E402
 from bench.gpu.steps import STEPS, Step, allotted, interpreted, missing  # noqa: E402
 
@@ -263,7 +264,7 @@ def test_the_time_is_over(tmp_path):
 def test_an_interruption_loses_nothing(tmp_path):
     code = f"""
 import sys; sys.path.insert(0, {str(ROOT)!r})
-from bench import gpu_suite
+from bench.gpu import __main__ as gpu_suite
 from bench.gpu.steps import Step
 hello = Step("environment", "", (("-c", {HELLO % True!r}),), 5, 20)
 slow = Step("slow", "", (("-c", {(PARTS % "time.sleep(60)")!r}),), 5, 50)
@@ -403,8 +404,8 @@ def test_every_step_runs_as_a_toy(tmp_path):
     """Covers all of the suite's own code that needs no CUDA."""
     out = tmp_path / "toy.jsonl"
     done = subprocess.run(
-        [sys.executable, ROOT / "bench" / "gpu_suite.py", "--toy", "--minutes", "9", "--out", out],
-        cwd=tmp_path,
+        [sys.executable, "-m", "bench.gpu", "--toy", "--minutes", "9", "--out", out],
+        cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=500,
@@ -423,7 +424,7 @@ def test_every_step_runs_as_a_toy(tmp_path):
 
 
 COMPILED = """
-from bench import step_count
+from bench.cost import step_count
 from bench.gpu import warm_up
 
 found, setting, every = warm_up.jobs_of(warm_up.ENGINE, False), step_count.Setting(), set()

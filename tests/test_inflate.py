@@ -17,9 +17,9 @@ import torch
 from safetensors.torch import load_file
 
 import sfs_triton
-from bench import geometry, inflate, inflation
 from bench.common.testing import assert_within_budget
 from bench.embedded import problems, tasks
+from bench.shapes import geometry, inflate, inflation
 from sfs_triton import ArgumentError, CheckpointError, OutOfDeviceMemory, RefreshCache, RegionCache, SlowFast, Threshold
 from sfs_triton.engine import EMBEDDED
 from sfs_triton.models import Transformer, load_weights, read_spec

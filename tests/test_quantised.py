@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sfs_triton
-from bench import quantised as bench_quantised
 from bench.baselines import PlainModel
-from bench.step_count import Setting, kinds, steps_of
+from bench.cost.step_count import Setting, kinds, steps_of
+from bench.quality import quantised as bench_quantised
 from sfs_triton import ArgumentError, CheckpointError, Engine, FixedSteps, SlowFast
 from sfs_triton.distributed import Group
 from sfs_triton.models import Transformer, load_weights, read_spec
@@ -380,6 +380,6 @@ def test_tables_of_the_page_are_those_of_the_record():
     root = Path(__file__).parents[1]
     (path,) = (root / "bench" / "results").glob("*/*-quantised.json")
     page = (root / "docs" / "quantised.md").read_text()
-    renew = "run python -m bench.quantised --json RECORD --write-doc docs/quantised.md"
+    renew = "run python -m bench.quality.quantised --json RECORD --write-doc docs/quantised.md"
     assert bench_quantised.tables(json.loads(path.read_text())) in page, renew
     assert bench_quantised.costs() in page, renew

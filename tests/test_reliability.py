@@ -11,14 +11,14 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
-from bench import reliability, soak  # noqa: E402
+from bench.server import reliability, soak  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "reliability.md"
 
 
 def test_the_page_in_the_repository_is_current(capsys):
-    assert reliability.main(["--check"]) == 0, "run python -m bench.reliability"
+    assert reliability.main(["--check"]) == 0, "run python -m bench.server.reliability"
     assert "is current" in capsys.readouterr().out
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from bench import report
+from bench.common.rows import Row
+from bench.common.tally import Done, Tally, Visit
 from bench.gpu import record, targets
-from bench.rows import Row
-from bench.tally import Done, Tally, Visit
+from bench.report import __main__ as report
 from sfs_triton import SlowFast
 
 GPU = "NVIDIA H200"
@@ -82,7 +82,7 @@ def _row(text: str, begin: str) -> list[str]:
 
 
 def test_the_page_in_the_repository_is_current(capsys):
-    assert report.main(["--check"]) == 0, "run python bench/report.py"
+    assert report.main(["--check"]) == 0, "run python -m bench.report"
     assert "is current" in capsys.readouterr().out
 
 

@@ -16,8 +16,8 @@ pytest.importorskip("typer")
 
 import httpx  # noqa: E402
 
-from bench import soak, soak_requests  # noqa: E402
-from bench.loopback import Server, check_loopback, own_server  # noqa: E402
+from bench.server import soak, soak_requests  # noqa: E402
+from bench.server.loopback import Server, check_loopback, own_server  # noqa: E402
 
 from .test_serve import Running, serving  # noqa: E402
 

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from bench import aup, measured, policies, sweep, sweep_summary
+from bench.common import measured
 from bench.embedded.carried import carried
 from bench.embedded.tasks import Problem
+from bench.quality import aup, policies, sweep, sweep_summary
 from sfs_triton import FixedSteps, NoCache, RegionCache, SlowFast, Threshold
 
 ROOT = Path(__file__).parent.parent

@@ -23,7 +23,8 @@ from pathlib import Path
 from types import FrameType, ModuleType
 from typing import Any, NamedTuple
 
-ROOT = Path(__file__).resolve().parents[2]
+from bench import ROOT
+
 PACKAGE, KERNELS = "sfs_triton", "kernels"  # kernels/triton/ is installed as sfs_triton.kernels
 TOPS = (PACKAGE, KERNELS, "bench", "tests")
 LONGEST_FUNCTION, LONGEST_PAGE = 60, 1200  # lines, words

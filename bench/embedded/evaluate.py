@@ -10,8 +10,8 @@ import json
 import time
 
 import sfs_triton
+from bench.common.figures import wilson_interval
 from bench.embedded import problems, tasks
-from bench.figures import wilson_interval
 
 SAMPLERS = {
     "vanilla": sfs_triton.FixedSteps(),

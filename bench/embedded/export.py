@@ -14,10 +14,12 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from bench import ROOT
+
 from .train import RECIPES, Run
 from .vocabulary import BOS, CHAT_TEMPLATE, EOS, MASK
 
-DEFAULT = Path(__file__).resolve().parents[2] / "sfs_triton" / "embedded"
+DEFAULT = ROOT / "sfs_triton" / "embedded"
 
 
 def export(run: Run, out: Path) -> None:

@@ -11,18 +11,17 @@ import importlib.util
 import json
 import sys
 from collections import Counter
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 
 import sfs_triton
+from bench import ROOT
 from bench.common.testing import brisk_interpreter
 
 from . import parts
 
-ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = ROOT / "tests" / "golden"
 STRIDE = 60  # part number i has cases i, i + 60, ... of every file
 TOY_STRIDE = 2000

@@ -1,5 +1,5 @@
 """The engine's steps at LLaDA-8B's sizes, with random weights: by each implementation, of every policy, in the shapes
-that graphs are captured for; launched one by one and replayed, beside what ``bench.cost_model`` predicts. Then whole
+that graphs are captured for; launched one by one and replayed, beside the prediction of :mod:`bench.cost`. Then whole
 generations: calls of the host, kernels and waits.
 
 Every step starts from the same place, half of the response decided, so replays do the same work each time.
@@ -17,8 +17,8 @@ from unittest import mock
 
 import torch
 
-from bench.cost_model import CEILINGS
-from bench.step_count import Kind, kinds, steps_of
+from bench.cost.cost_model import CEILINGS
+from bench.cost.step_count import Kind, kinds, steps_of
 from sfs_triton import Engine
 from sfs_triton.decoding.caching import Shape
 from sfs_triton.models import Transformer

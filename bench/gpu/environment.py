@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from bench.figures import machine
+from bench.common.figures import machine
 
 from . import parts
 

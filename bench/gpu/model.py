@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from bench.step_count import Kind, Setting, spec_of
+from bench.cost.step_count import Kind, Setting, spec_of
 from sfs_triton.decoding.caching import Shape
 from sfs_triton.kernels.control import COLUMN, CONTROL, FAST, SLOW
 from sfs_triton.models import ModelSpec, Transformer, Weights

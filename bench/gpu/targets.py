@@ -9,9 +9,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from bench import ROOT
+
 from .record import read
 
-RESULTS = Path(__file__).resolve().parents[1] / "results"
+RESULTS = ROOT / "bench" / "results"
 Line = dict[str, Any]
 
 STEP_MS, STRETCH_MS, MACHINE_SHARE, COPY_SHARE, HEAD_FACTOR = 4.7, 4.1, 0.02, 0.85, 1.15

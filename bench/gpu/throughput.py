@@ -1,8 +1,8 @@
 """Generations at LLaDA-8B's sizes: every row of the main benchmark, one problem at a time, round robin.
 
-With ``bench/inflate.py`` the model is the embedded one in those sizes, so that tokens per forward and answers are real,
-if a small model's. Without it weights are random: then milliseconds per step are meaningful, tokens are not. Whether
-they differ between the two, since the one's activations are mostly zeros, is measured as well.
+With :mod:`bench.shapes.inflate` the model is the embedded one in those sizes, so that tokens per forward and answers
+are real, if a small model's. Without it weights are random: then milliseconds per step are meaningful, tokens are not.
+Whether they differ between the two, since the one's activations are mostly zeros, is measured as well.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from typing import Any
 import torch
 
 import sfs_triton
-from bench import geometry, inflate, rows
-from bench.step_count import kinds
-from bench.tally import Done, Tally
-from bench.visits import Bench as Visits
-from bench.work import Question, Work, read_work
+from bench.common import rows
+from bench.common.tally import Done, Tally
+from bench.cost.step_count import kinds
+from bench.cost.visits import Bench as Visits
+from bench.quality.work import Question, Work, read_work
+from bench.shapes import geometry, inflate
 from sfs_triton import Engine
 from sfs_triton.models import ModelSpec, Transformer
 

@@ -22,10 +22,10 @@ from unittest import mock
 
 import torch
 
-from bench import step_count
+from bench.cost import step_count
+from bench.cost.step_count import NAMES, Setting, kinds
 from bench.kernels.resources import CompilingDriver, operations
 from bench.kernels.resources import launches as launches_of
-from bench.step_count import NAMES, Setting, kinds
 from sfs_triton.kernels.launch import Launch, recording
 
 from . import parts

@@ -14,8 +14,8 @@ import pytest
 import torch
 import triton
 
+from bench.common.figures import machine
 from bench.common.testing import assert_within_budget
-from bench.figures import machine
 from sfs_triton.kernels.cost import Cost
 
 from .case import Case

@@ -22,12 +22,13 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bench import ROOT
+
 if TYPE_CHECKING:
     from sfs_triton.kernels.launch import Launch
 
     from .case import Case
 
-ROOT = Path(__file__).resolve().parents[2]
 TABLE = ROOT / "kernels" / "resources.json"
 TARGETS = (80, 90, 100)
 TABLE_TARGET = 90

@@ -29,7 +29,7 @@ it is always the same: the MLP of an extra first layer writes it.
 
 **Left out: ``dream-7b``.** Its rotary base has none of the frequencies the model has learned to use, its 4 key/value
 heads cannot hold the model's 8, and it wants a position's logits from the row before, where the model has none. A model
-for it would have to be trained. :func:`bench.inflate.dense` has its shapes with random weights, for times alone.
+for it would have to be trained. :func:`bench.shapes.inflate.dense` has its shapes with random weights, for times alone.
 """
 
 from __future__ import annotations

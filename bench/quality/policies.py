@@ -1,7 +1,7 @@
 """Measure each option of the region cache on the embedded model: accuracy, steps, rows, full forwards.
 
-    python -m bench.policies --limit 200 --json bench/results/policies.json
-    python -m bench.policies --json bench/results/policies.json --write-doc docs/caches.md
+    python -m bench.quality.policies --limit 200 --json bench/results/policies.json
+    python -m bench.quality.policies --json bench/results/policies.json --write-doc docs/caches.md
 
 The first line measures; the second puts the tables into a page, between its markers.
 """
@@ -16,10 +16,10 @@ from pathlib import Path
 import torch
 
 import sfs_triton
-from bench import measured
+from bench.common import measured
+from bench.common.figures import machine
+from bench.common.measured import GEN_LENGTH, Variant, decode
 from bench.embedded import problems, tasks
-from bench.figures import machine
-from bench.measured import GEN_LENGTH, Variant, decode
 from sfs_triton import NoCache, RefreshCache, RegionCache, SlowFast, Threshold
 
 

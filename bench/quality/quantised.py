@@ -1,10 +1,10 @@
 """Measure float8 weights on the embedded model: tokens, right answers, steps, and the choices of one forward.
 
-    python -m bench.quantised --limit 100 --json bench/results/quantised.json
-    python -m bench.quantised --json bench/results/quantised.json --write-doc docs/quantised.md
+    python -m bench.quality.quantised --limit 100 --json bench/results/quantised.json
+    python -m bench.quality.quantised --json bench/results/quantised.json --write-doc docs/quantised.md
 
 The first line measures, with float32 as the reference; an interrupted run resumes where it stopped.
-The second puts its tables, and what :mod:`bench.cost_model` predicts, into a page, between markers.
+The second puts its tables, and what :mod:`bench.cost.cost_model` predicts, into a page, between markers.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from typing import NamedTuple
 import torch
 
 import sfs_triton
-from bench import measured
-from bench.cost_model import CEILINGS
+from bench.common import measured
+from bench.common.figures import machine
+from bench.common.measured import GEN_LENGTH, Variant, decode
+from bench.cost.cost_model import CEILINGS
+from bench.cost.step_count import Setting, kinds, steps_of
 from bench.embedded import tasks
 from bench.embedded.carried import carried
-from bench.figures import machine
-from bench.measured import GEN_LENGTH, Variant, decode
-from bench.step_count import Setting, kinds, steps_of
 from sfs_triton import NoCache, SlowFast
 from sfs_triton.models.weights import Weights
 

@@ -8,8 +8,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from bench.chart import save
-from bench.sweep_summary import DEFAULT, Method, Summary
+from bench.common.chart import save
+
+from .sweep_summary import DEFAULT, Method, Summary
 
 LOOKS = {  # colour, marker and its size, one hue a sampler
     "SlowFast paper": ("#d95f02", "o", 5.5),

@@ -11,11 +11,10 @@ import torch
 
 from bench.baselines import BASELINES, Decoded, PlainModel, vanilla
 from bench.baselines.autoregressive import LLAMA_3_8B, Decoder, Geometry, build
+from bench.common.rows import AUTOREGRESSIVE, OURS, PLAIN, Row
+from bench.common.tally import Done, Visit
 from sfs_triton import Engine
 from sfs_triton.models import ModelSpec, Transformer
-
-from .rows import AUTOREGRESSIVE, OURS, PLAIN, Row
-from .tally import Done, Visit
 
 BASELINE_OF = {
     ("vanilla", "none"): "vanilla",

@@ -1,7 +1,7 @@
 """Measure where one seed stops giving the same tokens: answers of the embedded model, compared with solo runs.
 
-    python -m bench.determinism                 # writes a record below bench/results/
-    python -m bench.determinism --prompts 4 --out determinism.json
+    python -m bench.server.determinism                 # writes a record below bench/results/
+    python -m bench.server.determinism --prompts 4 --out determinism.json
 
 Everything is decoded on the CPU. Each line compares one way of decoding with another, answer by answer.
 """
@@ -18,11 +18,13 @@ from pathlib import Path
 import torch
 
 import sfs_triton
-from bench.figures import machine
-from bench.loopback import ROOT, environment, table_prompt
-from bench.measured import replace_file
+from bench import ROOT
+from bench.common.figures import machine
+from bench.common.measured import replace_file
 from sfs_triton import Engine, Generation, SlowFast
 from sfs_triton.runner import EagerLoop
+
+from .loopback import environment, table_prompt
 
 RECORDS = ROOT / "bench" / "results" / "amd-epyc-2-cores"
 SETTINGS = {

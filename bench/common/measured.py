@@ -9,8 +9,9 @@ from typing import NamedTuple
 
 import sfs_triton
 from bench.embedded import problems, tasks
-from bench.figures import wilson_interval
 from sfs_triton.decoding.caching import CachePolicy
+
+from .figures import wilson_interval
 
 GEN_LENGTH, BATCH, SEED = 128, 16, 1  # a sequence of a batch decodes as it would alone
 

@@ -1,8 +1,8 @@
 """Run every GPU benchmark within a time budget, in one command (for short GPU loans).
 
-    python bench/gpu_suite.py                        nine minutes; the record goes under bench/results/
-    python bench/gpu_suite.py --minutes 5 --only environment,warm-up,smoke,engine
-    python bench/gpu_suite.py --dry-run              the steps, with the time limit of each
+    python -m bench.gpu                              nine minutes; the record goes under bench/results/
+    python -m bench.gpu --minutes 5 --only environment,warm-up,smoke,engine
+    python -m bench.gpu --dry-run                    the steps, with the time limit of each
 
 Every step is a process of its own with a limit, in a group of its own: one that fails, hangs or takes its context with
 it is a line in the record, and the next goes on. Lines are written at once (:mod:`bench.gpu.record`), so that an
@@ -25,13 +25,10 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
-
-from bench.gpu import record, supervise  # noqa: E402
-from bench.gpu.steps import ENVIRONMENT, STEPS, Step, allotted, interpreted, missing  # noqa: E402
-from bench.gpu.targets import RESULTS, Record, target_rows  # noqa: E402
+from bench import ROOT
+from bench.gpu import record, supervise
+from bench.gpu.steps import ENVIRONMENT, STEPS, Step, allotted, interpreted, missing
+from bench.gpu.targets import RESULTS, Record, target_rows
 
 NO_TESTS = 5  # pytest's exit status where none is left
 RESTARTS = 6
@@ -230,7 +227,9 @@ def _targets(log: record.Log) -> list[str]:
 
 
 def parse(argv: Sequence[str] | None, steps: Sequence[Step]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--minutes", type=float, default=9.0, help="for everything; default 9")
     parser.add_argument("--only", help=f"comma-separated; of {', '.join(step.name for step in steps)}")
     parser.add_argument("--out", type=Path, metavar="PATH.jsonl", help="default bench/results/<gpu>/<date>-<commit>")

@@ -1,7 +1,7 @@
 """Load on a server of this package: clients that ask again and again for a while, and what they met with.
 
-    python -m bench.serve_load --clients 8 --seconds 120 --out load.json            # starts a server of its own
-    python -m bench.serve_load --url http://127.0.0.1:8000 --clients 8 --seconds 10  # asks one that runs
+    python -m bench.server.serve_load --clients 8 --seconds 120 --out load.json            # starts a server of its own
+    python -m bench.server.serve_load --url http://127.0.0.1:8000 --clients 8 --seconds 10  # asks one that runs
 
 Prints one JSON object: requests, errors by kind, latency, tokens, and the server's resident memory along the way.
 Only loopback is loaded.
@@ -21,8 +21,9 @@ from pathlib import Path
 
 import httpx
 
-from bench.loopback import RESIDENT, check_loopback, counted, environment, own_server, quantiles, table_prompt
-from bench.measured import replace_file
+from bench.common.measured import replace_file
+
+from .loopback import RESIDENT, check_loopback, counted, environment, own_server, quantiles, table_prompt
 
 MAX_CLIENTS, MAX_SECONDS = 256, 600
 

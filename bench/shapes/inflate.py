@@ -1,10 +1,10 @@
 """Write the embedded model into the exact shapes of a large one, with the function that it has.
 
-    python bench/inflate.py --geometry llada-8b OUT     a checkpoint that sfs_triton.load(OUT) reads
+    python -m bench.shapes.inflate --geometry llada-8b OUT     a checkpoint that sfs_triton.load(OUT) reads
     engine = inflate(sfs_triton.load("embedded", "cpu", "float32"), "llada-8b")     in a GPU's memory, without a file
 
 The large model computes what the small one does, so a benchmark at its size has a trained model's slow and fast stages,
-and answers that can be checked. :mod:`bench.inflation` defines the mapping, and says why ``dream-7b`` is left out:
+and answers that can be checked. :mod:`.inflation` defines the mapping, and says why ``dream-7b`` is left out:
 :func:`dense` has its shapes with random weights, for times alone.
 """
 
@@ -19,23 +19,20 @@ import shutil
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
-import torch  # noqa: E402
-from safetensors import SafetensorError  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
+import sfs_triton
+from sfs_triton import ArgumentError, CheckpointError, Engine, OutOfDeviceMemory
+from sfs_triton.engine import DTYPES, EMBEDDED
+from sfs_triton.models import ModelSpec, Transformer
+from sfs_triton.models.weights import INDEX_FILE
+from sfs_triton.ops.dispatch import implementation
+from sfs_triton.runner import check_loop
 
-import sfs_triton  # noqa: E402
-from bench.geometry import GEOMETRIES, assemble, geometry_spec, layout, parameters, randomise  # noqa: E402
-from bench.inflation import Plan  # noqa: E402
-from sfs_triton import ArgumentError, CheckpointError, Engine, OutOfDeviceMemory  # noqa: E402
-from sfs_triton.engine import DTYPES, EMBEDDED  # noqa: E402
-from sfs_triton.models import ModelSpec, Transformer  # noqa: E402
-from sfs_triton.models.weights import INDEX_FILE  # noqa: E402
-from sfs_triton.ops.dispatch import implementation  # noqa: E402
-from sfs_triton.runner import check_loop  # noqa: E402
+from .geometry import GEOMETRIES, assemble, geometry_spec, layout, parameters, randomise
+from .inflation import Plan
 
 SHARD_BYTES = 2 * 10**9
 README = """The embedded model of sfs_triton (Apache-2.0) in the shapes of a large model, for measurements.

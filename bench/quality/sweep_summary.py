@@ -1,4 +1,4 @@
-"""Summarise a record of :mod:`bench.sweep`: tokens per forward, accuracies and areas with intervals, and tables."""
+"""Summarise a record of :mod:`.sweep`: tokens per forward, accuracies and areas with intervals, and tables."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bench import aup
+from . import aup
 
 ALONE = "one change to paper"  # settings that are no sweep: they have no area
 DEFAULT = ("SlowFast paper", "tau_high 0.85")  # the setting with which the others are compared

@@ -1,7 +1,7 @@
 """Run mixed requests for a long time and check that the server's state is unchanged: ``make soak``.
 
-    python -m bench.soak --minutes 30      # half an hour; writes a record below bench/results/
-    python -m bench.soak --minutes 5 --out soak.json
+    python -m bench.server.soak --minutes 30      # half an hour; writes a record below bench/results/
+    python -m bench.server.soak --minutes 5 --out soak.json
 
 Starts a server of its own on loopback. Clients ask for chats and completions, whole and streamed, with frames, stop
 strings and gaps to fill in, with several samplers, caches, temperatures and lengths; some leave, some send invalid
@@ -30,9 +30,11 @@ from urllib.parse import urlsplit
 import httpx
 import numpy as np
 
-from bench.loopback import RESIDENT, ROOT, Server, counted, environment, own_server, quantiles
-from bench.measured import replace_file
-from bench.soak_requests import CHAT, FIXED, Ask, any_of_all, garbage
+from bench import ROOT
+from bench.common.measured import replace_file
+
+from .loopback import RESIDENT, Server, counted, environment, own_server, quantiles
+from .soak_requests import CHAT, FIXED, Ask, any_of_all, garbage
 
 RECORDS = ROOT / "bench" / "results" / "amd-epyc-2-cores"
 MAX_BATCH, MAX_LANES, TIME_LIMIT = 8, 4, 15.0

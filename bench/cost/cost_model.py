@@ -1,10 +1,10 @@
 """Predict the cost of a step at given ceilings, and the fastest cache policy. Nothing is timed.
 
-    python -m bench.cost_model --geometry llada-8b --policy region --capacity 128 --prompt 1100 --response 1024
-    python -m bench.cost_model --slow 3 --fast 2 --tokens 20 --refresh-cycles 8 --batch 1 --json out.json
-    python -m bench.cost_model --write-doc          the tables of docs/cost-model.md
+    python -m bench.cost.cost_model --geometry llada-8b --policy region --capacity 128 --prompt 1100 --response 1024
+    python -m bench.cost.cost_model --slow 3 --fast 2 --tokens 20 --refresh-cycles 8 --batch 1 --json out.json
+    python -m bench.cost.cost_model --write-doc          the tables of docs/cost-model.md
 
-:mod:`bench.step_count` counts a step's launches; this module converts them to time.
+:mod:`bench.cost.step_count` counts a step's launches; this module converts them to time.
 """
 
 from __future__ import annotations
@@ -23,25 +23,15 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
+from bench import ROOT
+from bench.common.measured import replace_file
 from bench.kernels.case import GEOMETRIES
-from bench.measured import replace_file
-from bench.step_count import (
-    IMPLS,
-    NAMES,
-    PARTS,
-    STYLES,
-    Count,
-    Kind,
-    Setting,
-    Tally,
-    count_vanilla,
-    kinds,
-    steps_of,
-)
 from sfs_triton.engine import WEIGHTS
 from sfs_triton.kernels.cost import Cost
 
-DOC = Path(__file__).resolve().parent.parent / "docs" / "cost-model.md"
+from .step_count import IMPLS, NAMES, PARTS, STYLES, Count, Kind, Setting, Tally, count_vanilla, kinds, steps_of
+
+DOC = ROOT / "docs" / "cost-model.md"
 
 
 @dataclass(frozen=True)

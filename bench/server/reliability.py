@@ -1,4 +1,4 @@
-"""Renders the figures of ``docs/reliability.md`` from the records: ``python -m bench.reliability``.
+"""Renders the figures of ``docs/reliability.md`` from the records: ``python -m bench.server.reliability``.
 
 Records are the newest ``*-soak.json``, ``*-determinism.json`` and ``*-serve-load.json`` below ``bench/results/``. Each
 fills what is between its markers on the page; the picture is drawn beside it.
@@ -14,10 +14,10 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from bench.chart import save
-from bench.cpu_pages import table
-from bench.loopback import ROOT
-from bench.measured import marked, replace_file
+from bench import ROOT
+from bench.common.chart import save
+from bench.common.measured import marked, replace_file
+from bench.report.cpu_pages import table
 
 RESULTS, PAGE = ROOT / "bench" / "results", ROOT / "docs" / "reliability.md"
 PICTURE = "soak.png"

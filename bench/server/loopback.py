@@ -14,16 +14,15 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from urllib.parse import urlsplit
 
 import httpx
 import torch
 
 import sfs_triton
-from bench.figures import machine
+from bench import ROOT
+from bench.common.figures import machine
 
-ROOT = Path(__file__).resolve().parent.parent
 NAMES = ("Ann", "Bob", "Kim", "Leo", "Mia", "Tom")
 RESIDENT = "process_resident_memory_bytes"
 _START, _STOP = 120.0, 60.0  # seconds that a server may take to start and to stop

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from bench.chart import COLOURS, draw_throughput, save
+from bench.common.chart import COLOURS, draw_throughput, save
 from bench.gpu.targets import Line, Record
 
 TITLES = {"steps": "steps at 8B, replayed", "throughput": "tokens a second and accuracy"}

@@ -1,7 +1,7 @@
 """Accuracy under parallelism: tokens per forward of each sampler, and their cost in correct answers.
 
-    python -m bench.sweep --limit 500 --json bench/results/sweep.json
-    python -m bench.sweep --json bench/results/sweep.json --write-doc docs/settings.md
+    python -m bench.quality.sweep --limit 500 --json bench/results/sweep.json
+    python -m bench.quality.sweep --json bench/results/sweep.json --write-doc docs/settings.md
 
 The first line measures: an interrupted run resumes where it stopped. The second puts tables into a page, between its
 markers, and pictures beside it.
@@ -17,12 +17,14 @@ from pathlib import Path
 import torch
 
 import sfs_triton
-from bench import measured, sweep_chart, sweep_summary
+from bench.common import measured
+from bench.common.figures import machine
+from bench.common.measured import Variant
 from bench.embedded import tasks
 from bench.embedded.carried import carried
-from bench.figures import machine
-from bench.measured import Variant
 from sfs_triton import DualCache, FixedSteps, NoCache, PrefixCache, RegionCache, SlowFast, Threshold
+
+from . import sweep_chart, sweep_summary
 
 Check = Callable[[tasks.Problem, str], bool]  # whether an answer is right
 TASKS: dict[str, tuple[str, Check]] = {  # kind of problems, and their check

@@ -1,7 +1,7 @@
-"""Renders ``docs/benchmarks.md``, and the README's main table, from the records: ``python bench/report.py``.
+"""Renders ``docs/benchmarks.md``, and the README's main table, from the records: ``python -m bench.report``.
 
-A record is a file ``bench/results/<gpu>/<date>-<commit>.jsonl`` as ``bench/gpu_suite.py`` writes it; of lines about the
-same part of the same step the last counts. What no record says stays empty. Only figures of the same machine are
+A record is a file ``bench/results/<gpu>/<date>-<commit>.jsonl`` as ``python -m bench.gpu`` writes it; of lines about
+the same part of the same step the last counts. What no record says stays empty. Only figures of the same machine are
 compared with each other; what others have published stands beside them with its conditions, and ratios to it are
 marked.
 """
@@ -16,16 +16,15 @@ from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parent.parent
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
+from bench import ROOT
+from bench.baselines import AUTOREGRESSIVE, BASELINES
+from bench.common import measured
+from bench.common.figures import wilson_interval
+from bench.gpu import charts as gpu_charts
+from bench.gpu.record import BAD
+from bench.gpu.targets import RESULTS, Line, Record, best_step, gaps, records, target_rows
 
-from bench import gpu_charts, measured  # noqa: E402
-from bench.baselines import AUTOREGRESSIVE, BASELINES  # noqa: E402
-from bench.cpu_pages import CpuRun, cpu_section, newest, readme_part, table  # noqa: E402
-from bench.figures import wilson_interval  # noqa: E402
-from bench.gpu.record import BAD  # noqa: E402
-from bench.gpu.targets import RESULTS, Line, Record, best_step, gaps, records, target_rows  # noqa: E402
+from .cpu_pages import CpuRun, cpu_section, newest, readme_part, table
 
 DOC, README = ROOT / "docs" / "benchmarks.md", ROOT / "README.md"
 
@@ -333,10 +332,10 @@ def baselines_section() -> str:
 HEAD = """\
 # Benchmarks
 
-Rendered from the records under `bench/results/` by `python bench/report.py`; do not edit. A record is what one run of
+Rendered from the records under `bench/results/` by `python -m bench.report`; do not edit. A record is what one run of
 
 ```
-python bench/gpu_suite.py --minutes 9     # on a machine with a GPU: bench/results/<gpu>/<date>-<commit>.jsonl
+python -m bench.gpu --minutes 9           # on a machine with a GPU: bench/results/<gpu>/<date>-<commit>.jsonl
 make bench-all                            # on any: bench/results/<machine>/<date>-<commit>/
 ```
 
@@ -420,7 +419,7 @@ def pages(results: Path, out: Path, readme: Path) -> dict[Path, str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__.splitlines()[0])
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the records")
     parser.add_argument("--out", type=Path, default=DOC)
     parser.add_argument("--readme", type=Path, default=README, help="whose main table is renewed")
