@@ -23,7 +23,7 @@ import torch
 
 from bench import ROOT
 from bench.common.figures import machine
-from bench.common.measured import replace_file
+from bench.common.pages import replace_file
 
 RESULTS = ROOT / "bench" / "results"
 RAW = "benchmark.json"  # what pytest-benchmark writes, of which the figures are kept

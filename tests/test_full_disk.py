@@ -20,7 +20,8 @@ from matplotlib.figure import Figure  # noqa: E402
 
 from bench import all as bench_all  # noqa: E402
 from bench import throughput  # noqa: E402
-from bench.common import chart, measured  # noqa: E402
+from bench.common import chart, pages  # noqa: E402
+from bench.quality import measured  # noqa: E402
 from bench.server import soak  # noqa: E402
 from sfs_triton import ArgumentError  # noqa: E402
 from sfs_triton.chat import conversation as chat  # noqa: E402
@@ -60,7 +61,7 @@ def _condensed(path: Path) -> None:
 WRITERS: dict[str, Callable[[Path], None]] = {
     "a record of a benchmark": lambda path: throughput.write_json({"rows": ["r" * LARGE]}, path),
     "a record that grows": lambda path: measured.keep({"lines": []}, {"line": "l" * LARGE}, path),
-    "a record of a soak": lambda path: measured.replace_file(path, soak.as_text({"log": "x" * LARGE})),
+    "a record of a soak": lambda path: pages.replace_file(path, soak.as_text({"log": "x" * LARGE})),
     "what bench-all keeps": _condensed,
     "a chart": lambda path: chart.save(_figure(), path),
     "a picture (sfs plot)": lambda path: plot.save(_figure(), path),

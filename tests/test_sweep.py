@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from bench.common import measured
+from bench.common import pages
 from bench.embedded.carried import carried
 from bench.embedded.tasks import Problem
-from bench.quality import aup, policies, sweep, sweep_summary
+from bench.quality import aup, measured, policies, sweep, sweep_summary
 from sfs_triton import FixedSteps, NoCache, RegionCache, SlowFast, Threshold
 
 ROOT = Path(__file__).parent.parent
@@ -248,11 +248,11 @@ def test_what_is_no_record(text, tmp_path):
 
 def test_pages_that_cannot_be_written(tmp_path):
     with pytest.raises(SystemExit, match="nowhere.md: No such file"):
-        measured.write_doc(tmp_path / "nowhere.md", "sweep", str)
+        pages.write_doc(tmp_path / "nowhere.md", "sweep", str)
     page = tmp_path / "page.md"
     page.write_text("<!-- sweep: end --><!-- sweep: begin -->")
     with pytest.raises(SystemExit, match="no marker '<!-- sweep: begin -->'"):
-        measured.write_doc(page, "sweep", str)
+        pages.write_doc(page, "sweep", str)
     assert [p.name for p in tmp_path.iterdir()] == ["page.md"]
 
 

@@ -1,7 +1,8 @@
-"""Figures for tables: intervals and the description of the machine that produced them."""
+"""Figures for tables: intervals, percentiles and the description of the machine that produced them."""
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import subprocess
@@ -18,6 +19,15 @@ def wilson_interval(correct: int, n: int, z: float = 1.96) -> tuple[float, float
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * (share * (1 - share) / n + z * z / (4 * n * n)) ** 0.5
     return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def percentile(samples: list[float], share: float) -> float:
+    """Linear between the two samples nearest to ``share`` (0 to 1) of the way through them in order."""
+    ordered = sorted(samples)
+    place = share * (len(ordered) - 1)
+    low = math.floor(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (place - low) * (ordered[high] - ordered[low])
 
 
 def _cpu_name() -> str:

@@ -7,9 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from bench.kernels.timing import percentile
-
-from .figures import wilson_interval
+from .figures import percentile, wilson_interval
 from .rows import Row
 
 

@@ -24,7 +24,7 @@ import torch
 import triton
 
 from bench import ROOT
-from bench.common.measured import replace_file
+from bench.common.pages import replace_file
 from bench.kernels.case import GEOMETRIES
 from sfs_triton.engine import WEIGHTS
 from sfs_triton.kernels.cost import Cost

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from bench.kernels.timing import percentile
+from bench.common.figures import percentile
 
 Work = Callable[[], object]
 

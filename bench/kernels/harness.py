@@ -14,13 +14,13 @@ import pytest
 import torch
 import triton
 
-from bench.common.figures import machine
+from bench.common.figures import machine, percentile
 from bench.common.testing import assert_within_budget
 from sfs_triton.kernels.cost import Cost
 
 from .case import Case
 from .structure import leaves, with_tensors
-from .timing import Ceilings, Stopwatch, Timing, percentile
+from .timing import Ceilings, Stopwatch, Timing
 
 # How far floats may be off beyond torch's error in the same dtype, as a share of the largest value: float32 sums in
 # another order differ by as much.

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from bench.common.figures import percentile
 from sfs_triton.kernels.cost import Cost
 
 from .structure import leaves
@@ -44,15 +45,6 @@ class Timing:
     method: str
     launches: int  # a sample is the mean of so many
     l2: str | None
-
-
-def percentile(samples: list[float], share: float) -> float:
-    """Linear between the two samples nearest to ``share`` (0 to 1) of the way through them in order."""
-    ordered = sorted(samples)
-    place = share * (len(ordered) - 1)
-    low = math.floor(place)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (place - low) * (ordered[high] - ordered[low])
 
 
 def l2_state(cost: Cost, ceilings: Ceilings, wish: str) -> str:

@@ -16,11 +16,13 @@ from pathlib import Path
 import torch
 
 import sfs_triton
-from bench.common import measured
+from bench.common import pages
 from bench.common.figures import machine
-from bench.common.measured import GEN_LENGTH, Variant, decode
 from bench.embedded import problems, tasks
 from sfs_triton import NoCache, RefreshCache, RegionCache, SlowFast, Threshold
+
+from . import measured
+from .measured import GEN_LENGTH, Variant, decode
 
 
 def variants() -> list[Variant]:
@@ -128,7 +130,7 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(arguments.threads)
     if arguments.write_doc:
         record = measured.read(arguments.json)
-        measured.write_doc(arguments.write_doc, "policies", lambda: tables(record))
+        pages.write_doc(arguments.write_doc, "policies", lambda: tables(record))
         return 0
     for kind in arguments.tasks.split(","):
         if kind not in problems.DIFFICULTY:

@@ -23,15 +23,17 @@ from typing import NamedTuple
 import torch
 
 import sfs_triton
-from bench.common import measured
+from bench.common import pages
 from bench.common.figures import machine
-from bench.common.measured import GEN_LENGTH, Variant, decode
 from bench.cost.cost_model import CEILINGS
 from bench.cost.step_count import Setting, kinds, steps_of
 from bench.embedded import tasks
 from bench.embedded.carried import carried
 from sfs_triton import NoCache, SlowFast
 from sfs_triton.models.weights import Weights
+
+from . import measured
+from .measured import GEN_LENGTH, Variant, decode
 
 TASKS = {"records": ("records", tasks.correct), "carried": ("words", carried)}
 FORWARD = "one forward"
@@ -249,8 +251,8 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(arguments.threads)
     if arguments.write_doc:
         record = measured.read(arguments.json)
-        measured.write_doc(arguments.write_doc, "quantised", lambda: tables(record))
-        measured.write_doc(arguments.write_doc, "costs", costs)
+        pages.write_doc(arguments.write_doc, "quantised", lambda: tables(record))
+        pages.write_doc(arguments.write_doc, "costs", costs)
         return 0
     for task in arguments.tasks.split(","):
         if task not in TASKS:

@@ -17,14 +17,14 @@ from pathlib import Path
 import torch
 
 import sfs_triton
-from bench.common import measured
+from bench.common import pages
 from bench.common.figures import machine
-from bench.common.measured import Variant
 from bench.embedded import tasks
 from bench.embedded.carried import carried
 from sfs_triton import DualCache, FixedSteps, NoCache, PrefixCache, RegionCache, SlowFast, Threshold
 
-from . import sweep_chart, sweep_summary
+from . import measured, sweep_chart, sweep_summary
+from .measured import Variant
 
 Check = Callable[[tasks.Problem, str], bool]  # whether an answer is right
 TASKS: dict[str, tuple[str, Check]] = {  # kind of problems, and their check
@@ -120,7 +120,7 @@ def run(arguments: argparse.Namespace) -> None:
 def write_doc(record: dict, page: Path) -> None:
     """Tables between the page's markers, pictures beside it."""
     found = sweep_summary.summaries(record)
-    measured.write_doc(page, "sweep", lambda: sweep_summary.tables(found))
+    pages.write_doc(page, "sweep", lambda: sweep_summary.tables(found))
     sweep_chart.draw_accuracy(found, page.with_name(f"{page.stem}-accuracy.png"))
     sweep_chart.draw_aup(found, page.with_name(f"{page.stem}-aup.png"))
 

@@ -18,13 +18,13 @@ from typing import NamedTuple
 
 from bench import ROOT
 from bench.baselines import AUTOREGRESSIVE, BASELINES
-from bench.common import measured
 from bench.common.figures import wilson_interval
+from bench.common.pages import marked, replace_file, table
 from bench.gpu import charts as gpu_charts
 from bench.gpu.record import BAD
 from bench.gpu.targets import RESULTS, Line, Record, best_step, gaps, records, target_rows
 
-from .cpu_pages import CpuRun, cpu_section, newest, readme_part, table
+from .cpu_pages import CpuRun, cpu_section, newest, readme_part
 
 DOC, README = ROOT / "docs" / "benchmarks.md", ROOT / "README.md"
 
@@ -414,7 +414,7 @@ def pages(results: Path, out: Path, readme: Path) -> dict[Path, str]:
     found = {out: render(records(results), cpus, root)}
     if cpus:
         part = readme_part(cpus[-1], root)
-        found[readme] = measured.marked(readme.read_text(encoding="utf-8"), "table", part)
+        found[readme] = marked(readme.read_text(encoding="utf-8"), "table", part)
     return found
 
 
@@ -433,7 +433,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         stale = [p for p, text in wanted.items() if not p.is_file() or p.read_text(encoding="utf-8") != text]
         for path in wanted:
             if not arguments.check:
-                measured.replace_file(path, wanted[path])
+                replace_file(path, wanted[path])
             told = ("not current" if path in stale else "current") if arguments.check else "written"
             print(f"{path} is {told}")
         if not arguments.check:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from bench.common.pages import table
 
 Line = dict[str, Any]
 
@@ -30,11 +32,6 @@ def newest(results: Path) -> list[CpuRun]:
         runs.pop(run.folder.parent.name, None)
         runs[run.folder.parent.name] = run
     return list(runs.values())
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
-    return "\n".join([*lines, *(f"| {' | '.join(map(str, row))} |" for row in rows)])
 
 
 def where(about: Line) -> str:

@@ -20,7 +20,7 @@ import torch
 import sfs_triton
 from bench import ROOT
 from bench.common.figures import machine
-from bench.common.measured import replace_file
+from bench.common.pages import replace_file
 from sfs_triton import Engine, Generation, SlowFast
 from sfs_triton.runner import EagerLoop
 

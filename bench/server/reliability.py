@@ -16,8 +16,7 @@ from matplotlib.figure import Figure
 
 from bench import ROOT
 from bench.common.chart import save
-from bench.common.measured import marked, replace_file
-from bench.report.cpu_pages import table
+from bench.common.pages import marked, replace_file, table
 
 RESULTS, PAGE = ROOT / "bench" / "results", ROOT / "docs" / "reliability.md"
 PICTURE = "soak.png"

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import httpx
 
-from bench.common.measured import replace_file
+from bench.common.pages import replace_file
 
 from .loopback import RESIDENT, check_loopback, counted, environment, own_server, quantiles, table_prompt
 

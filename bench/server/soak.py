@@ -31,7 +31,7 @@ import httpx
 import numpy as np
 
 from bench import ROOT
-from bench.common.measured import replace_file
+from bench.common.pages import replace_file
 
 from .loopback import RESIDENT, Server, counted, environment, own_server, quantiles
 from .soak_requests import CHAT, FIXED, Ask, any_of_all, garbage

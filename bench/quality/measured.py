@@ -1,17 +1,17 @@
-"""Helpers shared by measurements on held-out problems: variants, decoding, records that grow by line, marked pages."""
+"""Helpers shared by measurements on held-out problems: variants, decoding, and records that grow by line."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import sfs_triton
+from bench.common.figures import wilson_interval
+from bench.common.pages import replace_file
 from bench.embedded import problems, tasks
 from sfs_triton.decoding.caching import CachePolicy
-
-from .figures import wilson_interval
 
 GEN_LENGTH, BATCH, SEED = 128, 16, 1  # a sequence of a batch decodes as it would alone
 
@@ -74,38 +74,3 @@ def keep(record: dict, line: dict, path: Path) -> None:
     head = json.dumps({**rest, "lines": []}, indent=1).removesuffix("]\n}")
     lines = ",\n".join("  " + json.dumps(line) for line in record["lines"])
     replace_file(path, f"{head}\n{lines}\n ]\n}}\n")
-
-
-def replace_file(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def marked(text: str, name: str, part: str) -> str:
-    """``text`` with ``part`` between its markers of ``name``.
-
-    Raises:
-        ValueError: it has no such markers.
-    """
-    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-    head, _, rest = text.partition(begin)
-    _, closed, tail = rest.partition(end)
-    if not closed:
-        raise ValueError(f"no marker {begin!r} with {end!r} after it")
-    return head + begin + "\n" + part + end + tail
-
-
-def write_doc(page: Path, name: str, render: Callable[[], str]) -> None:
-    """Replace the text between the page's markers of ``name`` by the result of ``render``."""
-    try:
-        marked(page.read_text(encoding="utf-8"), name, "")  # refused before anything is rendered
-        replace_file(page, marked(page.read_text(encoding="utf-8"), name, render()))
-    except OSError as error:
-        raise SystemExit(f"error: --write-doc {page}: {error.strerror}") from None
-    except ValueError as error:
-        raise SystemExit(f"error: --write-doc {page}: {error}") from None
