@@ -18,9 +18,9 @@ from bench.cost.step_count import (  # noqa: E402
     Setting,
     count_vanilla,
     kinds,
-    spec_of,
     steps_of,
 )
+from bench.shapes.geometry import REAL  # noqa: E402
 
 SETTING, H200 = Setting(), CEILINGS["h200"]
 STEPS = [(impl, name, kind) for impl in IMPLS for name in NAMES for kind in kinds(SETTING, name)]
@@ -71,7 +71,7 @@ def test_a_fixed_step_takes_nothing_from_the_host(impl, name, kind):
 
 def test_products_of_a_region_step_by_hand():
     """All positions in 31 layers; in the last, queries and everything after attention only for the head's positions."""
-    spec, rows, looked_at = spec_of("llada-8b"), 128, 64
+    spec, rows, looked_at = REAL["llada-8b"], 128, 64
     d, after = spec.d_model, spec.d_model**2 + 3 * spec.d_model * spec.mlp
     each = 3 * d * d + after
     flops = 2 * (31 * rows * each + rows * 2 * d * d + looked_at * (d * d + after))
@@ -93,7 +93,7 @@ def test_launches_have_the_costs_of_their_own_files(impl, name, kind):
     wanted = {"attention.attention", "lm_head.lm_head", "norm.rms_norm", "publish.publish"}
     assert wanted | {"scatter_choices.scatter_choices"} <= launched
     attention = sum(kernel.name == "attention.attention" for kernel in step.kernels)
-    assert attention == spec_of("llada-8b").n_layers
+    assert attention == REAL["llada-8b"].n_layers
 
 
 def test_a_launch_without_a_cost_counts_its_tensors(monkeypatch):

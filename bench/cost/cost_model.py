@@ -25,7 +25,7 @@ import triton
 
 from bench import ROOT
 from bench.common.pages import replace_file
-from bench.kernels.case import GEOMETRIES
+from bench.shapes.geometry import REAL
 from sfs_triton.engine import WEIGHTS
 from sfs_triton.kernels.cost import Cost
 
@@ -323,7 +323,7 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     default, cycle = Setting(), Cycle()
-    parser.add_argument("--geometry", choices=tuple(GEOMETRIES), default=default.geometry)
+    parser.add_argument("--geometry", choices=tuple(REAL), default=default.geometry)
     parser.add_argument("--policy", choices=NAMES, action="append", help="whose steps to show; may be repeated")
     parser.add_argument("--impl", choices=IMPLS, action="append", help="what implements the operations; default: both")
     parser.add_argument("--weights", choices=WEIGHTS, help="as for sfs_triton.load; default: bfloat16")

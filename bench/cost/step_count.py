@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from bench.baselines import PlainModel, vanilla
-from bench.kernels.case import GEOMETRIES
+from bench.shapes.geometry import REAL
 from sfs_triton.decoding.caching import CachePolicy, Shape
 from sfs_triton.decoding.params import parse_cache
 from sfs_triton.decoding.samplers import Sampler, SlowFast, Threshold
@@ -275,24 +275,6 @@ def launch_cost(launch: Launch) -> Cost:
 
 # ---------------------------------------------------------------------------------------------------------- counting
 
-_LLADA = {"family": "llada", "n_layers": 32, "max_length": 4096, "rope_theta": 5e5, "norm_eps": 1e-5}
-_ILLADA = {**_LLADA, "family": "illada", "tied_head": True, "mask_id": 5, "eos_id": 2, "pad_id": 1}
-_DREAM = {"family": "dream", "n_layers": 28, "max_length": 2048, "rope_theta": 1e6, "norm_eps": 1e-6}
-_MORE: dict[str, dict[str, Any]] = {
-    "llada-8b": {**_LLADA, "mask_id": 126336, "eos_id": 126081, "pad_id": 126081},
-    "illada-8b": _ILLADA,
-    "dream-7b": {
-        **_DREAM,
-        **{"qkv_bias": True, "shifted": True, "mask_id": 151666, "eos_id": 151643, "pad_id": 151643},
-    },
-}
-
-
-def spec_of(geometry: str) -> ModelSpec:
-    sizes = GEOMETRIES[geometry]
-    named = {"n_heads": sizes.n_heads, "n_kv_heads": sizes.n_kv_heads, "mlp": sizes.mlp}
-    return ModelSpec(d_model=sizes.d_model, vocab_size=sizes.vocab, **named, **_MORE[geometry])
-
 
 @dataclass(frozen=True)
 class Setting:
@@ -316,7 +298,7 @@ class Setting:
         for name in ("prompt", "response", "batch", "capacity", "span_cap", "block_length", "span"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} is not positive")
-        most = spec_of(self.geometry).max_length
+        most = REAL[self.geometry].max_length
         if self.prompt + self.response > most:
             raise ValueError(f"prompt={self.prompt} and response={self.response} exceed {self.geometry}'s {most}")
 
@@ -385,7 +367,7 @@ class Steps:
 
     def __init__(self, setting: Setting, impl: str, name: str):
         self._setting, self._meter, self._done = setting, Meter(), {}
-        spec, policy = spec_of(setting.geometry), setting.policy(name)
+        spec, policy = REAL[setting.geometry], setting.policy(name)
         sampler, longest = setting.sampler(policy), setting.prompt + setting.response
         fixed = setting.style == "fixed"
         state = DecodeState.blank(
@@ -448,7 +430,7 @@ def count_vanilla(setting: Setting) -> Count:
     """Count the launches of a step of plain PyTorch: all logits of the canvas, the softmax of all, and no cache."""
     meter = Meter()
     with torch.device(META):
-        model = PlainModel(meta_model(spec_of(setting.geometry), "torch", meter))
+        model = PlainModel(meta_model(REAL[setting.geometry], "torch", meter))
         canvas = torch.empty(setting.prompt + setting.response, dtype=torch.int64)
         model.ensure_rope_length(len(canvas))
     with torch.inference_mode(), meter, meter.part("forward"):

@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import torch
 
-from bench.cost.step_count import Kind, Setting, spec_of
+from bench.cost.step_count import Kind, Setting
+from bench.shapes.geometry import REAL
 from sfs_triton.decoding.caching import Shape
 from sfs_triton.kernels.control import COLUMN, CONTROL, FAST, SLOW
 from sfs_triton.models import ModelSpec, Transformer, Weights
@@ -27,7 +28,7 @@ TOY_IDS = {"mask_id": 499, "eos_id": 498, "pad_id": 498, "max_length": 256}
 
 def sizes(toy: bool) -> tuple[ModelSpec, Setting, torch.dtype]:
     """Sizes of the model and of its decoding, and the number format."""
-    spec = spec_of("llada-8b")
+    spec = REAL["llada-8b"]
     if toy:
         return replace(spec, **TOY_SIZES, **TOY_IDS), TOY_SETTING, torch.float32
     return spec, Setting(), torch.bfloat16

@@ -3,36 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
+from bench.shapes.geometry import REAL
 from sfs_triton.kernels.cost import Cost
+from sfs_triton.models import ModelSpec
+
+TOY_SIZES = {"d_model": 64, "n_heads": 4, "n_kv_heads": 2, "mlp": 96, "vocab_size": 500}
+TOY = {"toy": replace(REAL["llada-8b"], **TOY_SIZES)}
 
 
-@dataclass(frozen=True)
-class Geometry:
-    """Sizes of a model, as its checkpoint's configuration has them."""
-
-    d_model: int
-    n_heads: int
-    n_kv_heads: int
-    head_dim: int
-    mlp: int
-    vocab: int
-
-    @property
-    def qkv(self) -> int:
-        return (self.n_heads + 2 * self.n_kv_heads) * self.head_dim
-
-
-GEOMETRIES = {
-    "llada-8b": Geometry(d_model=4096, n_heads=32, n_kv_heads=32, head_dim=128, mlp=12288, vocab=126464),
-    "illada-8b": Geometry(d_model=4096, n_heads=32, n_kv_heads=8, head_dim=128, mlp=14336, vocab=155136),
-    "dream-7b": Geometry(d_model=3584, n_heads=28, n_kv_heads=4, head_dim=128, mlp=18944, vocab=152064),
-}
-TOY = {"toy": Geometry(d_model=64, n_heads=4, n_kv_heads=2, head_dim=16, mlp=96, vocab=500)}
+def geometries(toy: bool) -> dict[str, ModelSpec]:
+    """Return the models whose shapes kernels are measured in, by name."""
+    return TOY if toy else REAL
 
 
 @dataclass(frozen=True)

@@ -8,18 +8,21 @@ from functools import partial
 import torch
 
 from sfs_triton.kernels.attention import attention, attention_cost
+from sfs_triton.models import ModelSpec
 from sfs_triton.ops.torch import attention as twin
 
-from .case import GEOMETRIES, TOY, Case, Geometry, random
+from .case import Case, geometries, random
 from .harness import benchmark_of
 
 
 def _build(
-    device: torch.device, *, geometry: Geometry, batch: int, n_queries: int, n_keys: int, dtype: torch.dtype
+    device: torch.device, *, geometry: ModelSpec, batch: int, n_queries: int, n_keys: int, dtype: torch.dtype
 ) -> dict:
     """All of a cache's keys, lengths and rows by pointer, as a step calls it."""
     g = geometry
-    qkv = random(batch, n_queries, g.qkv, device=device, dtype=dtype).unflatten(-1, (-1, g.head_dim))
+    qkv = random(batch, n_queries, g.q_width + 2 * g.kv_width, device=device, dtype=dtype).unflatten(
+        -1, (-1, g.head_dim)
+    )
     cache = random(2, batch, g.n_kv_heads, n_keys, g.head_dim, device=device, dtype=dtype).transpose(2, 3)
     whole = torch.tensor([[0, n_keys, 0, 0]], dtype=torch.int32).expand(batch, 4).contiguous()
     return {
@@ -63,7 +66,7 @@ def cases(toy: bool = False) -> list[Case]:
             ),
             libraries=LIBRARIES,
         )
-        for name, geometry in (TOY if toy else GEOMETRIES).items()
+        for name, geometry in geometries(toy).items()
         for batch, n_queries, n_keys in shapes
     ]
 

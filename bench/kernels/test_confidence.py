@@ -9,7 +9,7 @@ import torch
 from sfs_triton.kernels.confidence import confidence, confidence_cost
 from sfs_triton.ops.torch import confidence as twin
 
-from .case import GEOMETRIES, TOY, Case, random
+from .case import Case, geometries, random
 from .harness import benchmark_of
 
 VARIANTS = {
@@ -43,10 +43,10 @@ def cases(toy: bool = False) -> list[Case]:
             name=f"{name}-{n_rows}{suffix}",
             kernel=confidence,
             twin=_twin,
-            build=partial(_build, n_rows=n_rows, n_columns=geometry.vocab, dtype=dtype, settings=settings),
-            cost=confidence_cost(n_rows, geometry.vocab, dtype.itemsize),
+            build=partial(_build, n_rows=n_rows, n_columns=geometry.vocab_size, dtype=dtype, settings=settings),
+            cost=confidence_cost(n_rows, geometry.vocab_size, dtype.itemsize),
         )
-        for name, geometry in (TOY if toy else GEOMETRIES).items()
+        for name, geometry in geometries(toy).items()
         for n_rows, suffix, settings in shapes
     ]
 

@@ -9,15 +9,15 @@ import torch
 from sfs_triton.kernels.gather import compact, compact_cost, embedding, embedding_cost
 from sfs_triton.ops.torch import gather as twin
 
-from .case import GEOMETRIES, TOY, Case, random
+from .case import Case, geometries, random
 from .harness import benchmark_of
 
 
 def _build_embedding(device: torch.device, *, geometry, length: int, n_rows: int | None, dtype: torch.dtype) -> dict:
     scope = {} if n_rows is None else {"position": torch.randint(length, (1, n_rows), device=device, dtype=torch.int32)}
     return {
-        "table": random(geometry.vocab, geometry.d_model, device=device, dtype=dtype),
-        "tokens": torch.randint(geometry.vocab, (1, length), device=device),
+        "table": random(geometry.vocab_size, geometry.d_model, device=device, dtype=dtype),
+        "tokens": torch.randint(geometry.vocab_size, (1, length), device=device),
         **scope,
     }
 
@@ -37,7 +37,7 @@ def cases(toy: bool = False) -> list[Case]:
             build=partial(_build_embedding, geometry=geometry, length=length, n_rows=n, dtype=dtype),
             cost=embedding_cost(n or length, geometry.d_model, dtype.itemsize),
         )
-        for name, geometry in (TOY if toy else GEOMETRIES).items()
+        for name, geometry in geometries(toy).items()
         for n in (None, n_rows)
     ]
     sizes = [(1, 100, 16), (3, 40, 40)] if toy else [

@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 
 from sfs_triton.kernels.linear import linear, linear_cost
+from sfs_triton.models import ModelSpec
 from sfs_triton.ops.torch import linear as twin
 
-from .case import GEOMETRIES, TOY, Case, Geometry, random
+from .case import Case, geometries, random
 from .harness import benchmark_of
 
 
@@ -42,10 +43,10 @@ def _cublas(*, x: torch.Tensor, dense: torch.Tensor, residual: torch.Tensor | No
     return F.linear(x, dense) if residual is None else torch.addmm(residual, x, dense.T)
 
 
-def _projections(geometry: Geometry) -> dict[str, tuple[int, int, bool]]:
+def _projections(geometry: ModelSpec) -> dict[str, tuple[int, int, bool]]:
     """Columns out, columns in, and whether it ends in a residual addition."""
     return {
-        "qkv": (geometry.qkv, geometry.d_model, False),
+        "qkv": (geometry.q_width + 2 * geometry.kv_width, geometry.d_model, False),
         "attn_out": (geometry.d_model, geometry.n_heads * geometry.head_dim, True),
         "gate_up": (2 * geometry.mlp, geometry.d_model, False),
         "down": (geometry.d_model, geometry.mlp, True),
@@ -63,7 +64,7 @@ def cases(toy: bool = False) -> list[Case]:
             cost=linear_cost(n_rows, n_out, n_in, dtype.itemsize, residual),
             libraries={"cublas": _cublas},
         )
-        for name, geometry in (TOY if toy else GEOMETRIES).items()
+        for name, geometry in geometries(toy).items()
         for projection, (n_out, n_in, residual) in _projections(geometry).items()
         for n_rows in ((4,) if toy else (16, 128))
     ]

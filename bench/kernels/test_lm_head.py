@@ -8,10 +8,11 @@ import torch
 
 from sfs_triton.kernels.lm_head import lm_head, lm_head_cost, lm_head_partials
 from sfs_triton.kernels.partials import merge_partials, merge_partials_cost
+from sfs_triton.models import ModelSpec
 from sfs_triton.ops.torch import lm_head as twin
 from sfs_triton.ops.torch.linear import quantize
 
-from .case import GEOMETRIES, TOY, Case, Geometry, random
+from .case import Case, geometries, random
 from .harness import benchmark_of
 
 SHARDS = 4
@@ -62,14 +63,14 @@ def _build_merge(device: torch.device, *, n_rows: int) -> dict:
 
 def _case(
     name: str,
-    geometry: Geometry,
+    geometry: ModelSpec,
     n_rows: int,
     dtype: torch.dtype,
     noise: bool = False,
     shards: int = 1,
     float8: bool = False,
 ) -> Case:
-    sizes = {"n_rows": n_rows, "n_columns": geometry.vocab // shards, "n_features": geometry.d_model}
+    sizes = {"n_rows": n_rows, "n_columns": geometry.vocab_size // shards, "n_features": geometry.d_model}
     return Case(
         name=f"{name}-{n_rows}{'-float8' * float8}{'-noise' * noise}{'-shard' * (shards > 1)}",
         kernel=lm_head if shards == 1 else lm_head_partials,
@@ -82,11 +83,12 @@ def _case(
 def cases(toy: bool = False) -> list[Case]:
     dtype = torch.float32 if toy else torch.bfloat16
     sizes = [(4, False), (4, True)] if toy else [(16, False), (64, False), (128, False), (64, True)]
-    geometries = TOY if toy else GEOMETRIES
     found = [
-        _case(name, geometry, n_rows, dtype, noise) for name, geometry in geometries.items() for n_rows, noise in sizes
+        _case(name, geometry, n_rows, dtype, noise)
+        for name, geometry in geometries(toy).items()
+        for n_rows, noise in sizes
     ]
-    name, geometry = next(iter(geometries.items()))
+    name, geometry = next(iter(geometries(toy).items()))
     if not toy:  # the tiles that are left
         found += [_case(name, geometry, *at) for at in ((32, dtype, False), (16, dtype, True), (32, dtype, True))]
     with_codes = sizes if toy else [*sizes, (32, False), (16, True), (32, True)]

@@ -9,7 +9,7 @@ import torch
 from sfs_triton.kernels.mlp import silu_mul, silu_mul_cost
 from sfs_triton.ops.torch import mlp as twin
 
-from .case import GEOMETRIES, TOY, Case, random
+from .case import Case, geometries, random
 from .harness import benchmark_of
 
 
@@ -28,7 +28,7 @@ def cases(toy: bool = False) -> list[Case]:
             build=partial(_build, n_rows=n_rows, n_columns=geometry.mlp, dtype=dtype),
             cost=silu_mul_cost(n_rows, geometry.mlp, dtype.itemsize),
         )
-        for name, geometry in (TOY if toy else GEOMETRIES).items()
+        for name, geometry in geometries(toy).items()
         for n_rows in rows
     ]
 

@@ -9,7 +9,7 @@ import torch
 from sfs_triton.kernels.norm import rms_norm, rms_norm_cost
 from sfs_triton.ops.torch import norm as twin
 
-from .case import GEOMETRIES, TOY, Case, random
+from .case import Case, geometries, random
 from .harness import benchmark_of
 
 
@@ -30,7 +30,7 @@ def cases(toy: bool = False) -> list[Case]:
             build=partial(_build, n_rows=n_rows, n_columns=geometry.d_model, residual=residual, dtype=dtype),
             cost=rms_norm_cost(n_rows, geometry.d_model, dtype.itemsize, residual),
         )
-        for name, geometry in (TOY if toy else GEOMETRIES).items()
+        for name, geometry in geometries(toy).items()
         for n_rows in rows
         for residual in (False, True)
     ]

@@ -7,17 +7,18 @@ from functools import partial
 import torch
 
 from sfs_triton.kernels.rope_cache import rope_cache, rope_cache_cost
+from sfs_triton.models import ModelSpec
 from sfs_triton.ops.torch.rope_cache import rope_cache as twin
 from sfs_triton.ops.torch.rope_cache import rope_tables
 
-from .case import GEOMETRIES, TOY, Case, Geometry, random
+from .case import Case, geometries, random
 from .harness import benchmark_of
 
 
-def _build(device: torch.device, *, geometry: Geometry, n_rows: int, dtype: torch.dtype) -> dict:
+def _build(device: torch.device, *, geometry: ModelSpec, n_rows: int, dtype: torch.dtype) -> dict:
     """Views of one fused projection, a store with heads outside positions, scattered positions."""
     g, length = geometry, max(2124, n_rows)
-    qkv = random(1, n_rows, g.qkv, device=device, dtype=dtype).unflatten(-1, (-1, g.head_dim))
+    qkv = random(1, n_rows, g.q_width + 2 * g.kv_width, device=device, dtype=dtype).unflatten(-1, (-1, g.head_dim))
     q, k, v = qkv.split((g.n_heads, g.n_kv_heads, g.n_kv_heads), 2)
     cache = torch.zeros(2, 1, g.n_kv_heads, length, g.head_dim, device=device, dtype=dtype).transpose(2, 3)
     cos, sin = rope_tables(length, g.head_dim, 500000.0, torch.device("cpu"))
@@ -39,7 +40,7 @@ def cases(toy: bool = False) -> list[Case]:
             build=partial(_build, geometry=geometry, n_rows=n_rows, dtype=dtype),
             cost=rope_cache_cost(n_rows, geometry.n_heads, geometry.n_kv_heads, geometry.head_dim, dtype.itemsize),
         )
-        for name, geometry in (TOY if toy else GEOMETRIES).items()
+        for name, geometry in geometries(toy).items()
         for n_rows in rows
     ]
 

@@ -1,45 +1,49 @@
-"""Shapes of large models: tensors by their parts, random weights, and a model's weights made in place."""
+"""Shapes of large models: their specs, tensors by their parts, random weights, and a model's weights made in place."""
 
 from __future__ import annotations
 
 import math
 import zlib
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import replace
 
 import torch
 
-from bench.kernels import case
 from sfs_triton import ArgumentError
 from sfs_triton.models import ModelSpec, Weights
 from sfs_triton.models.weights import LLADA_NAMES, LLAMA_NAMES, LayerWeights, expected_shapes
 
-_LLADA = {"family": "llada", "rope_theta": 500000.0, "norm_eps": 1e-5, "max_length": 4096}
-_ILLADA = {**_LLADA, "family": "illada", "tied_head": True}
-_DREAM = {"family": "dream", "rope_theta": 1e6, "norm_eps": 1e-6, "max_length": 2048, "qkv_bias": True, "shifted": True}
+_LLADA = {"n_layers": 32, "rope_theta": 5e5, "norm_eps": 1e-5, "max_length": 4096}
+_DREAM = {"n_layers": 28, "rope_theta": 1e6, "norm_eps": 1e-6, "max_length": 2048, "qkv_bias": True, "shifted": True}
+_LLADA_IDS = {"mask_id": 126336, "eos_id": 126081, "pad_id": 126081}
+_ILLADA_IDS = {"mask_id": 5, "eos_id": 2, "pad_id": 1}
+_DREAM_IDS = {"mask_id": 151666, "eos_id": 151643, "pad_id": 151643}
 
 
-def _sizes(name: str) -> dict[str, int]:
-    sizes = asdict(case.GEOMETRIES[name])
-    return {"vocab_size": sizes.pop("vocab"), **{key: size for key, size in sizes.items() if key != "head_dim"}}
+def _spec(family: str, d_model: int, heads: tuple[int, int], mlp: int, vocab_size: int, **rest) -> ModelSpec:
+    """Make a spec; ``heads`` are those of queries, and those of keys and values."""
+    return ModelSpec(
+        family, d_model=d_model, n_heads=heads[0], n_kv_heads=heads[1], mlp=mlp, vocab_size=vocab_size, **rest
+    )
 
 
-def _toy(n_layers: int, d_model: int, n_heads: int, n_kv_heads: int, **rest) -> dict:
-    sizes = {"n_layers": n_layers, "d_model": d_model, "n_heads": n_heads, "n_kv_heads": n_kv_heads}
-    return {**_LLADA, **sizes, "mlp": 896, "vocab_size": 2000, **rest}
+def _toy(family: str, n_layers: int, d_model: int, heads: tuple[int, int], **rest) -> ModelSpec:
+    return _spec(family, d_model, heads, 896, 2000, **{**_LLADA, "n_layers": n_layers}, **_ILLADA_IDS, **rest)
 
 
-# What ModelSpec takes, but for the special tokens' ids: those stay what they are. The toys are for tests. Nobody
-# here has seen iLLaDA's rotary base, eps and greatest length; they are taken to be LLaDA's.
-GEOMETRIES: dict[str, dict] = {
-    "llada-8b": {**_LLADA, "n_layers": 32, **_sizes("llada-8b")},
-    "illada-8b": {**_ILLADA, "n_layers": 32, **_sizes("illada-8b")},
-    "dream-7b": {**_DREAM, "n_layers": 28, **_sizes("dream-7b")},
-    "toy-512": _toy(4, 512, 16, 16),  # no layer more
-    "toy-768": _toy(5, 768, 12, 12),  # more of everything
-    "toy-1024": _toy(5, 1024, 8, 8),  # all factors are powers of two, as in the real ones
-    "toy-tied": _toy(5, 1024, 32, 16, **_ILLADA),
+# iLLaDA's rotary base, eps and greatest length are taken to be LLaDA's: its configuration was not at hand.
+REAL = {
+    "llada-8b": _spec("llada", 4096, (32, 32), 12288, 126464, **_LLADA, **_LLADA_IDS),
+    "illada-8b": _spec("illada", 4096, (32, 8), 14336, 155136, **_LLADA, **_ILLADA_IDS, tied_head=True),
+    "dream-7b": _spec("dream", 3584, (28, 4), 18944, 152064, **_DREAM, **_DREAM_IDS),
 }
+TOYS = {  # for tests of inflation
+    "toy-512": _toy("llada", 4, 512, (16, 16)),  # no layer more
+    "toy-768": _toy("llada", 5, 768, (12, 12)),  # more of everything
+    "toy-1024": _toy("llada", 5, 1024, (8, 8)),  # all factors are powers of two, as in the real ones
+    "toy-tied": _toy("illada", 5, 1024, (32, 16), tied_head=True),
+}
+GEOMETRIES = {**REAL, **TOYS}
 
 
 def geometry_spec(geometry: str | ModelSpec, small: ModelSpec) -> ModelSpec:
@@ -49,7 +53,7 @@ def geometry_spec(geometry: str | ModelSpec, small: ModelSpec) -> ModelSpec:
     if geometry not in GEOMETRIES:
         raise ArgumentError(f"geometry={geometry!r} is not one of {tuple(GEOMETRIES)}")
     ids = {key: getattr(small, key) for key in ("mask_id", "eos_id", "pad_id", "bos_id")}
-    return ModelSpec(**GEOMETRIES[geometry], **ids)
+    return replace(GEOMETRIES[geometry], **ids)
 
 
 LAYER_PARTS = ("attn_norm", "q", "k", "v", "o", "mlp_norm", "gate", "up", "down")
