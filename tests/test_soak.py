@@ -106,7 +106,7 @@ def test_each_figure_can_fail_its_check(name, value, check):
     assert [told for told, fine in soak.judge({**FINE, name: value}).items() if not fine] == [check]
 
 
-def _asked(server: Running, *asks: soak_requests.Ask) -> soak.Tally:
+def _asked(server: Running, *asks: soak_requests.Ask) -> soak.SoakCounts:
     async def run():
         async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
             its = soak.Soak(client, options(server))

@@ -29,7 +29,7 @@ from bench.shapes.geometry import REAL
 from sfs_triton.engine import WEIGHTS
 from sfs_triton.kernels.cost import Cost
 
-from .step_count import IMPLS, NAMES, PARTS, STYLES, Count, Kind, Setting, Tally, count_vanilla, kinds, steps_of
+from .step_count import IMPLS, NAMES, PARTS, STYLES, Count, KernelTotals, Kind, Setting, count_vanilla, kinds, steps_of
 
 DOC = ROOT / "docs" / "cost-model.md"
 
@@ -43,7 +43,7 @@ class Ceilings:
     seconds_per_launch: float  # what a kernel takes beyond its work
     source: str
 
-    def part_seconds(self, part: Tally) -> float:
+    def part_seconds(self, part: KernelTotals) -> float:
         """Return the time of a part: its work at the roofline, plus its launches."""
         floor = Cost(part.bytes, part.flops).floor(self.bytes_per_second, self.flops_per_second)
         return floor + part.launches * self.seconds_per_launch

@@ -77,7 +77,7 @@ class Kernel(NamedTuple):
     flops: int
 
 
-class Tally(NamedTuple):
+class KernelTotals(NamedTuple):
     """Sums over some kernels."""
 
     launches: int
@@ -93,17 +93,17 @@ class Count:
     host_copies: int = 0
 
     @cached_property
-    def parts(self) -> dict[str, Tally]:
-        return {part: _tally(kernel for kernel in self.kernels if kernel.part == part) for part in PARTS}
+    def parts(self) -> dict[str, KernelTotals]:
+        return {part: _totals(kernel for kernel in self.kernels if kernel.part == part) for part in PARTS}
 
     @property
-    def total(self) -> Tally:
-        return _tally(self.kernels)
+    def total(self) -> KernelTotals:
+        return _totals(self.kernels)
 
 
-def _tally(kernels: Iterable[Kernel]) -> Tally:
+def _totals(kernels: Iterable[Kernel]) -> KernelTotals:
     kernels = list(kernels)
-    return Tally(len(kernels), sum(kernel.bytes for kernel in kernels), sum(kernel.flops for kernel in kernels))
+    return KernelTotals(len(kernels), sum(kernel.bytes for kernel in kernels), sum(kernel.flops for kernel in kernels))
 
 
 _NO_KERNEL = {"empty", "new_empty", "empty_like", "empty_strided", "_unsafe_view", "_reshape_alias"}

@@ -29,7 +29,7 @@ MAX_CLIENTS, MAX_SECONDS = 256, 600
 
 
 @dataclass
-class Tally:
+class LoadCounts:
     """Counts of all clients' outcomes."""
 
     seconds: list[float] = field(default_factory=list)
@@ -41,7 +41,7 @@ class Tally:
     memory: list[tuple[float, int]] = field(default_factory=list)
 
 
-async def ask(client: httpx.AsyncClient, options: argparse.Namespace, rng: random.Random, tally: Tally) -> None:
+async def ask(client: httpx.AsyncClient, options: argparse.Namespace, rng: random.Random, tally: LoadCounts) -> None:
     """One request, streamed or not, counted."""
     stream = rng.random() < options.streams
     body = {"messages": [{"role": "user", "content": table_prompt(rng)}], "max_tokens": rng.choice(options.lengths)}
@@ -71,7 +71,7 @@ async def ask(client: httpx.AsyncClient, options: argparse.Namespace, rng: rando
     tally.nfe += usage["nfe"]
 
 
-async def read_stream(answer: httpx.Response, began: float, tally: Tally) -> dict | None:
+async def read_stream(answer: httpx.Response, began: float, tally: LoadCounts) -> dict | None:
     """The usage of a stream that came to its end."""
     usage, shown, done = None, False, False
     async for line in answer.aiter_lines():
@@ -86,7 +86,7 @@ async def read_stream(answer: httpx.Response, began: float, tally: Tally) -> dic
     return usage if done else None
 
 
-async def one_client(client: httpx.AsyncClient, number: int, options, tally: Tally, end: float) -> None:
+async def one_client(client: httpx.AsyncClient, number: int, options, tally: LoadCounts, end: float) -> None:
     rng = random.Random(options.seed + number)
     while time.perf_counter() < end:
         try:
@@ -95,7 +95,7 @@ async def one_client(client: httpx.AsyncClient, number: int, options, tally: Tal
             tally.errors[type(error).__name__] += 1
 
 
-async def watch_memory(client: httpx.AsyncClient, tally: Tally, every: float) -> None:
+async def watch_memory(client: httpx.AsyncClient, tally: LoadCounts, every: float) -> None:
     began = time.perf_counter()
     while True:
         page = (await client.get("/metrics")).text
@@ -107,9 +107,9 @@ async def load(url: str, options: argparse.Namespace) -> dict:
     """All clients at once, for as long as was asked."""
     headers = {"Authorization": f"Bearer {os.environ['SFS_API_KEY']}"} if os.environ.get("SFS_API_KEY") else {}
     limits = httpx.Limits(max_connections=options.clients + 1)
-    tally = Tally()
+    tally = LoadCounts()
     async with httpx.AsyncClient(base_url=url, headers=headers, limits=limits, timeout=120) as client:
-        await ask(client, options, random.Random(0), Tally())  # warm
+        await ask(client, options, random.Random(0), LoadCounts())  # warm
         watch = asyncio.create_task(watch_memory(client, tally, max(0.5, options.seconds / 24)))
         began = time.perf_counter()
         end = began + options.seconds
@@ -120,7 +120,7 @@ async def load(url: str, options: argparse.Namespace) -> dict:
     return report(options, tally, took, page)
 
 
-def report(options: argparse.Namespace, tally: Tally, took: float, page: str) -> dict:
+def report(options: argparse.Namespace, tally: LoadCounts, took: float, page: str) -> dict:
     values = counted(page)
     memory = [size for _, size in tally.memory]
     half = memory[len(memory) // 2 :]

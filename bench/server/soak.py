@@ -50,7 +50,7 @@ _ENOUGH = 20  # failures that are printed in full
 
 
 @dataclass
-class Tally:
+class SoakCounts:
     """Counts of all clients' outcomes."""
 
     outcomes: Counter = field(default_factory=Counter)  # by kind and outcome
@@ -71,7 +71,7 @@ class Soak:
     """Clients of one server, and what they keep in mind."""
 
     def __init__(self, client: httpx.AsyncClient, options: argparse.Namespace):
-        self.client, self.options, self.tally = client, options, Tally()
+        self.client, self.options, self.tally = client, options, SoakCounts()
         self.first: dict[int, dict] = {}  # first answer to each fixed request
         self.began = time.perf_counter()
         self._go, self._busy = asyncio.Event(), 0
@@ -292,7 +292,7 @@ def slope(samples: Sequence[tuple[float, float]], warm_up: float) -> tuple[float
     return fitted, 1.96 * error
 
 
-def report(options: argparse.Namespace, tally: Tally, rest: dict[str, float], slots: list[int]) -> dict:
+def report(options: argparse.Namespace, tally: SoakCounts, rest: dict[str, float], slots: list[int]) -> dict:
     warm_up = 60 * options.minutes * WARM_UP
     fitted, half = slope(tally.rested, warm_up)
     kinds: dict[str, dict[str, int]] = {}
