@@ -13,6 +13,7 @@ import sfs_triton
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "sfs_triton"
+BENCH = ROOT / "bench"
 KERNELS = ROOT / "kernels" / "triton"
 
 # The house plan: each room of the package, and the rooms that it may import. ``__init__`` is the package's own file.
@@ -45,6 +46,24 @@ ROOMS = {
         *("distributed", "version", "errors"),
     ),
 }
+BENCH_ROOMS = {
+    "__init__": (),
+    "common": ("__init__",),
+    "embedded": ("common", "__init__"),
+    "eval": ("embedded",),
+    "baselines": (),
+    "shapes": ("embedded",),
+    "kernels": ("shapes", "common", "__init__"),
+    "cost": ("shapes", "baselines", "common", "__init__"),
+    "quality": ("cost", "embedded", "common"),
+    "server": ("common", "__init__"),
+    "gpu": ("quality", "cost", "kernels", "shapes", "common", "__init__"),
+    "report": ("gpu", "baselines", "common", "__init__"),
+    "throughput": ("quality", "cost", "shapes", "embedded", "common"),
+    "test_speed": ("quality", "baselines"),
+    "all": ("common", "__init__"),
+}
+TABLES = {PACKAGE: ROOMS, BENCH: BENCH_ROOMS}
 
 
 def test_exports_are_pinned():
@@ -111,46 +130,52 @@ def _imports(path: Path, package: str) -> set[str]:
     return found
 
 
-def _room(module: str) -> str | None:
-    """Return the room that a module of the package belongs to; None for modules of other packages."""
+def _room(module: str, top: Path) -> str | None:
+    """Return the room of ``top`` that a module belongs to; None for modules of other packages."""
     parts = module.split(".")
-    if parts[0] != "sfs_triton":
+    if parts[0] != top.name:
         return None
-    exists = len(parts) > 1 and ((PACKAGE / parts[1]).is_dir() or (PACKAGE / f"{parts[1]}.py").exists())
+    exists = len(parts) > 1 and ((top / parts[1]).is_dir() or (top / f"{parts[1]}.py").exists())
     return parts[1] if exists else "__init__"
 
 
-def _sources() -> list[tuple[str, str, Path]]:
-    """Return the room, the package and the path of every file."""
+def _sources() -> list[tuple[Path, str, str, Path]]:
+    """Return the top folder, the room, the package and the path of every file."""
     rows = []
-    for path in sorted(PACKAGE.rglob("*.py")):
-        parts = path.relative_to(PACKAGE).with_suffix("").parts
-        rows.append((parts[0], ".".join(("sfs_triton", *parts[:-1])), path))
+    for top in TABLES:
+        for path in sorted(top.rglob("*.py")):
+            parts = path.relative_to(top).with_suffix("").parts
+            rows.append((top, parts[0], ".".join((top.name, *parts[:-1])), path))
     return rows
 
 
-def _imported_rooms(path: Path, package: str) -> set[str]:
-    """Return the rooms that a file imports from; ``__init__`` where a name is in no module of the package."""
-    return {_room(module) for module in _imports(path, package) if module != "sfs_triton"} - {None}
+def _imported_rooms(path: Path, package: str, top: Path) -> set[str]:
+    """Return the rooms of ``top`` that a file imports from; ``__init__`` where a name is in no module of it."""
+    return {_room(module, top) for module in _imports(path, package) if module != top.name} - {None}
 
 
-@pytest.mark.parametrize(("room", "package", "path"), _sources(), ids=lambda v: v.name if isinstance(v, Path) else "")
-def test_files_import_only_what_their_room_may(room, package, path):
-    assert room in ROOMS, f"{path.name} is in no room of the house plan: add {room!r} to ROOMS"
-    wrong = _imported_rooms(path, package) - {room, *ROOMS[room]}
+@pytest.mark.parametrize(
+    ("top", "room", "package", "path"), _sources(), ids=lambda v: v.name if isinstance(v, Path) else ""
+)
+def test_files_import_only_what_their_room_may(top, room, package, path):
+    rooms = TABLES[top]
+    assert room in rooms, f"{path.name} is in no room of {top.name}/: add {room!r} to its table"
+    wrong = _imported_rooms(path, package, top) - {room, *rooms[room]}
     assert not wrong, f"{path.name} of {room!r} imports {sorted(wrong)}"
 
 
-def test_imports_point_down():
+@pytest.mark.parametrize("top", TABLES, ids=lambda top: top.name)
+def test_imports_point_down(top):
     """A room may import only rooms that stand above it in the table, so there is no circle."""
-    for index, (room, below) in enumerate(ROOMS.items()):
-        assert set(below) <= set(list(ROOMS)[:index]), room
+    rooms = list(TABLES[top])
+    for index, (room, below) in enumerate(TABLES[top].items()):
+        assert set(below) <= set(rooms[:index]), room
 
 
 def test_an_unknown_module_has_no_room(tmp_path):
     path = tmp_path / "x.py"
     path.write_text("from .engine import load\nfrom .nowhere import x\nimport sfs_triton.decoding.samplers\n")
-    assert _imported_rooms(path, "sfs_triton") == {"engine", "__init__", "decoding"}
+    assert _imported_rooms(path, "sfs_triton", PACKAGE) == {"engine", "__init__", "decoding"}
 
 
 def test_kernels_import_only_torch_triton_and_siblings():
