@@ -15,6 +15,7 @@ PACKAGES = [
     "sfs_triton.cli",
     "sfs_triton.decoding",
     "sfs_triton.integrations",
+    "sfs_triton.integrations.transformers",
     "sfs_triton.kernels",
     "sfs_triton.models",
     "sfs_triton.ops",

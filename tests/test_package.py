@@ -40,7 +40,10 @@ ROOMS = {
         *("batch", "serve", "engine", "scheduling", "runner", "decoding", "models", "ops", "text", "distributed"),
         *("version", "errors"),
     ),
-    "__init__": ("integrations", "engine", "scheduling", "decoding", "version", "errors"),
+    "integrations/transformers": (
+        *("engine", "scheduling", "runner", "decoding", "models", "ops", "text", "errors"),
+    ),
+    "__init__": ("integrations", "integrations/transformers", "engine", "scheduling", "decoding", "version", "errors"),
     "cli": (
         *("integrations", "chat", "batch", "serve", "view", "engine", "runner", "decoding", "ops", "text"),
         *("distributed", "version", "errors"),
@@ -136,7 +139,10 @@ def _room(module: str, top: Path) -> str | None:
     if parts[0] != top.name:
         return None
     exists = len(parts) > 1 and ((top / parts[1]).is_dir() or (top / f"{parts[1]}.py").exists())
-    return parts[1] if exists else "__init__"
+    if not exists:
+        return "__init__"
+    library = len(parts) > 2 and parts[1] == "integrations" and (top / "integrations" / parts[2]).is_dir()
+    return "/".join(parts[1:3]) if library else parts[1]
 
 
 def _sources() -> list[tuple[Path, str, str, Path]]:
@@ -145,7 +151,7 @@ def _sources() -> list[tuple[Path, str, str, Path]]:
     for top in TABLES:
         for path in sorted(top.rglob("*.py")):
             parts = path.relative_to(top).with_suffix("").parts
-            rows.append((top, parts[0], ".".join((top.name, *parts[:-1])), path))
+            rows.append((top, _room(".".join((top.name, *parts)), top), ".".join((top.name, *parts[:-1])), path))
     return rows
 
 

@@ -35,7 +35,7 @@ from transformers import (  # noqa: E402
 import sfs_triton  # noqa: E402
 from sfs_triton import ArgumentError, CheckpointError, FixedSteps, SlowFast, Threshold  # noqa: E402
 from sfs_triton.integrations import transformers as integration  # noqa: E402
-from sfs_triton.integrations import transformers_engines as engines_of  # noqa: E402
+from sfs_triton.integrations.transformers import engines as engines_of  # noqa: E402
 from sfs_triton.models import read_spec  # noqa: E402
 
 from .conftest import GOLDEN, MODELS  # noqa: E402
@@ -132,7 +132,7 @@ def test_what_is_saved_is_what_was_loaded(tmp_path, name, shared):
 def test_an_auto_map_is_never_followed_and_nobody_is_asked(monkeypatch, name, trust, auto):
     monkeypatch.setattr("builtins.input", lambda *a: pytest.fail("transformers asked about remote code"))
     model = _load(name, auto, trust_remote_code=trust)
-    assert type(model).__module__ == "sfs_triton.integrations.transformers_models"
+    assert type(model).__module__ == "sfs_triton.integrations.transformers.models"
     assert "auto_map" in json.loads((GOLDEN / "models" / name / "config.json").read_text())
 
 

@@ -25,11 +25,12 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MaskedLMOutput
 from transformers.utils.generic import can_return_tuple
 
-from ..errors import require
-from ..models import ModelSpec, read_spec
-from ..models.weights import LLADA_NAMES, LLAMA_NAMES
-from ..ops.dispatch import rope_tables
-from ..ops.torch.norm import rms_norm
+from ...errors import require
+from ...models import ModelSpec, read_spec
+from ...models.weights import LLADA_NAMES, LLAMA_NAMES
+from ...ops.dispatch import rope_tables
+from ...ops.torch.norm import rms_norm
+from .generate import Drafts, custom_generate
 
 ROPE_KEYS = ("rope_parameters", "rope_scaling", "rope_theta")
 STANDARD_NAMES = {  # transformers' configuration names, and those of LLaDA's config.json
@@ -241,8 +242,6 @@ class MaskedDiffusionModel(PreTrainedModel, GenerationMixin):
         **kwargs: Any,
     ) -> Any:
         """Call ``GenerationMixin.generate``, by default with :func:`sfs_triton.custom_generate`."""
-        from .transformers import Drafts, custom_generate  # imports this module
-
         if kwargs.setdefault("custom_generate", custom_generate) is not custom_generate:
             if tokenizer is not None:
                 kwargs["tokenizer"] = tokenizer

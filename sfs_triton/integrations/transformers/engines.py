@@ -12,13 +12,13 @@ import torch
 from torch import nn
 from torch.utils.dlpack import from_dlpack, to_dlpack
 
-from ..engine import DTYPES, Engine
-from ..errors import ArgumentError, CheckpointError, require
-from ..models import ModelSpec, Transformer, Weights, read_spec
-from ..models.weights import LLADA_NAMES, LLAMA_NAMES, LayerWeights, expected_shapes
-from ..ops.dispatch import implementation
-from ..runner import check_loop
-from ..text.codec import TextCodec, check_unicode
+from ...engine import DTYPES, Engine
+from ...errors import ArgumentError, CheckpointError, require
+from ...models import ModelSpec, Transformer, Weights, read_spec
+from ...models.weights import LLADA_NAMES, LLAMA_NAMES, LayerWeights, expected_shapes
+from ...ops.dispatch import implementation
+from ...runner import check_loop
+from ...text.codec import TextCodec, check_unicode
 
 
 class _Known(NamedTuple):

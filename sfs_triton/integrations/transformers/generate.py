@@ -1,9 +1,4 @@
-"""transformers: engines on the weights of a loaded model, ``generate(custom_generate=...)``, and registered classes.
-
-Importing this module registers the classes of :mod:`.transformers_models`, so that ``AutoModelForMaskedLM`` and the
-other automatic classes load LLaDA, iLLaDA and Dream checkpoints without remote code. The classes need version 5;
-the rest also works with version 4, which the checkpoints' own code needs.
-"""
+"""``hf_model.generate(custom_generate=...)``: check its settings, generate with an engine, return its output."""
 
 from __future__ import annotations
 
@@ -13,29 +8,22 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import Cache, GenerationConfig, MaxLengthCriteria
+from transformers.generation import (
+    EosTokenCriteria,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+from transformers.utils import ModelOutput
 
-from ..decoding.caching import CachePolicy
-from ..decoding.samplers import Sampler, SlowFast
-from ..errors import ArgumentError, MissingDependencyError, require
-from ..models import ModelSpec
-from ..scheduling.outputs import Frame, Generation
-from ..text.codec import TextCodec
-from .transformers_engines import TokenizerCodec, accelerate, as_codec, engine_of
-
-try:
-    import transformers
-    from transformers import Cache, GenerationConfig, MaxLengthCriteria
-    from transformers.generation import (
-        EosTokenCriteria,
-        TemperatureLogitsWarper,
-        TopKLogitsWarper,
-        TopPLogitsWarper,
-    )
-    from transformers.utils import ModelOutput
-except ImportError as error:
-    raise MissingDependencyError(f'this needs transformers ({error}): pip install "sfs_triton[hf]"') from error
-
-__all__ = ["Drafts", "MaskedDiffusionOutput", "TokenizerCodec", "accelerate", "custom_generate"]
+from ...decoding.caching import CachePolicy
+from ...decoding.samplers import Sampler, SlowFast
+from ...errors import ArgumentError, require
+from ...models import ModelSpec
+from ...scheduling.outputs import Frame, Generation
+from ...text.codec import TextCodec
+from .engines import as_codec, engine_of
 
 HONOURED = {  # settings of a GenerationConfig that custom_generate reads, or that do not affect its result
     *("max_length", "max_new_tokens", "do_sample", "temperature", "top_p", "top_k"),
@@ -48,11 +36,6 @@ INSTEAD = {
 }
 IGNORED = {"attention_mask", "logits_to_keep", "past_key_values", "position_ids", "use_cache"}  # or read separately
 WARPERS = {TemperatureLogitsWarper: "temperature", TopKLogitsWarper: "top_k", TopPLogitsWarper: "top_p"}
-
-if int(transformers.__version__.split(".")[0]) >= 5:
-    from .transformers_models import register
-
-    register()
 
 
 @dataclass
