@@ -15,6 +15,7 @@ PACKAGES = [
     "sfs_triton.cli",
     "sfs_triton.decoding",
     "sfs_triton.integrations",
+    "sfs_triton.integrations.lm_eval",
     "sfs_triton.integrations.transformers",
     "sfs_triton.kernels",
     "sfs_triton.models",
@@ -75,6 +76,6 @@ setup(
     ],
     extras_require=EXTRAS,
     entry_points={
-        "console_scripts": ["sfs = sfs_triton.cli.main:main", "sfs-eval = sfs_triton.integrations.sfs_eval:main"]
+        "console_scripts": ["sfs = sfs_triton.cli.main:main", "sfs-eval = sfs_triton.cli.evaluate:main"]
     },
 )

@@ -239,7 +239,7 @@ def evaluate(prompts: list[str], together: int) -> tuple[list[str], int, int] | 
     from lm_eval.api.instance import Instance
 
     from sfs_triton.integrations.lm_eval import DiffusionLM
-    from sfs_triton.integrations.lm_eval_ranks import leave
+    from sfs_triton.integrations.lm_eval.ranks import leave
 
     try:
         made = DiffusionLM("embedded", cache="region", device="cpu", tensor_parallel=together, batch_size=2)

@@ -112,7 +112,7 @@ def _module(words: list[str]) -> tuple[str, list[str]]:
     if program == "accelerate":
         return "accelerate.commands.launch", options[1:]
     if program in ("sfs-eval", "torchrun"):
-        return {"sfs-eval": "sfs_triton.integrations.sfs_eval", "torchrun": "torch.distributed.run"}[program], options
+        return {"sfs-eval": "sfs_triton.cli.evaluate", "torchrun": "torch.distributed.run"}[program], options
     assert Path(program).name == "python", f"no way to check the options of {program}"
     if options[0] == "-m":
         package = importlib.util.find_spec(options[1]).submodule_search_locations is not None

@@ -113,7 +113,7 @@ def saved(*given, **named):
     save(*given, **named)
 
 EvaluationTracker.save_results_aggregated = saved
-from sfs_triton.integrations.sfs_eval import main
+from sfs_triton.cli.evaluate import main
 main()
 """
 

@@ -27,11 +27,11 @@ import sfs_triton  # noqa: E402
 from bench.embedded import evaluate, problems, tasks  # noqa: E402
 from bench.eval import sandbox  # noqa: E402
 from sfs_triton import ArgumentError, FixedSteps, RegionCache, SlowFast, Threshold  # noqa: E402
+from sfs_triton.cli import evaluate as command  # noqa: E402
 from sfs_triton.engine import EMBEDDED  # noqa: E402
-from sfs_triton.integrations import lm_eval as integration  # noqa: E402
-from sfs_triton.integrations import sfs_eval  # noqa: E402
-from sfs_triton.integrations.lm_eval import DiffusionLM  # noqa: E402
-from sfs_triton.integrations.lm_eval_settings import make_settings, read_wish  # noqa: E402
+from sfs_triton.integrations.lm_eval import DiffusionLM, costs  # noqa: E402
+from sfs_triton.integrations.lm_eval import model as integration  # noqa: E402
+from sfs_triton.integrations.lm_eval.settings import make_settings, read_wish  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 TASKS = ROOT / "bench" / "eval" / "tasks"
@@ -310,7 +310,7 @@ import lm_eval.tasks._index as index
 own = index.TaskIndex._iter_yaml_files
 index.TaskIndex._iter_yaml_files = staticmethod(lambda root: [] if root.name == "tasks" and "lm_eval" in root.parts
                                                 else own(root))
-from sfs_triton.integrations.sfs_eval import main
+from sfs_triton.cli.evaluate import main
 """
 
 
@@ -333,10 +333,10 @@ def test_command_line(tmp_path):
 
 def test_console_script(monkeypatch, capsys):
     (script,) = entry_points(group="console_scripts", name="sfs-eval")
-    assert script.value == "sfs_triton.integrations.sfs_eval:main"
+    assert script.value == "sfs_triton.cli.evaluate:main"
     _executes(monkeypatch, ArgumentError("tau=3 is\nbad"))
     with pytest.raises(SystemExit) as caught:
-        sfs_eval.main()
+        command.main()
     assert caught.value.code == 2 and capsys.readouterr().err == "error: tau=3 is bad\n"
 
 
@@ -352,16 +352,16 @@ def _executes(monkeypatch, error):
 
 def test_errors_while_decoding_keep_their_traceback(monkeypatch, capsys, model):
     made = model()
-    monkeypatch.setattr(sfs_eval, "TALLIES", [made.tally])
+    monkeypatch.setattr(costs, "TALLIES", [made.tally])
     _executes(monkeypatch, KeyError("a"))
     with pytest.raises(SystemExit) as caught:
-        sfs_eval.main()
+        command.main()
     assert caught.value.code == 2 and "error: lm-eval: KeyError: 'a'" in capsys.readouterr().err
     monkeypatch.setattr(made.engine, "generate", lambda *given, **more: {}["b"])
     with pytest.raises(KeyError, match="b"):
         made.generate_until([_request()])
     with pytest.raises(KeyError, match="a"):
-        sfs_eval.main()
+        command.main()
 
 
 @pytest.fixture(scope="module")
@@ -425,7 +425,7 @@ def test_wrong_options_end_with_one_line(refused, case, said):
 
 
 def test_without_lm_eval_the_extra_is_named():
-    code = "import sys; sys.modules['lm_eval'] = None; from sfs_triton.integrations.sfs_eval import main; main()"
+    code = "import sys; sys.modules['lm_eval'] = None; from sfs_triton.cli.evaluate import main; main()"
     done = _python("-c", code)
     assert done.returncode == 2 and done.stderr.startswith("error: this needs lm-eval (")
     assert done.stderr.endswith('pip install "sfs_triton[eval]"\n') and done.stderr.count("\n") == 1

@@ -36,16 +36,14 @@ ROOMS = {
         *("engine", "scheduling", "runner", "decoding", "models", "ops", "text", "distributed", "version", "errors"),
     ),
     "chat": ("view", "engine", "scheduling", "decoding", "text", "errors"),
-    "integrations": (
-        *("batch", "serve", "engine", "scheduling", "runner", "decoding", "models", "ops", "text", "distributed"),
-        *("version", "errors"),
-    ),
-    "integrations/transformers": (
-        *("engine", "scheduling", "runner", "decoding", "models", "ops", "text", "errors"),
-    ),
+    "integrations": (),
+    "integrations/lm_eval": ("engine", "scheduling", "decoding", "text", "distributed", "version", "errors"),
+    "integrations/ray": ("batch", "serve", "engine", "errors"),
+    "integrations/transformers": ("engine", "scheduling", "runner", "decoding", "models", "ops", "text", "errors"),
     "__init__": ("integrations", "integrations/transformers", "engine", "scheduling", "decoding", "version", "errors"),
     "cli": (
-        *("integrations", "chat", "batch", "serve", "view", "engine", "runner", "decoding", "ops", "text"),
+        *("integrations", "integrations/lm_eval", "integrations/ray"),
+        *("chat", "batch", "serve", "view", "engine", "runner", "decoding", "ops", "text"),
         *("distributed", "version", "errors"),
     ),
 }
@@ -141,8 +139,9 @@ def _room(module: str, top: Path) -> str | None:
     exists = len(parts) > 1 and ((top / parts[1]).is_dir() or (top / f"{parts[1]}.py").exists())
     if not exists:
         return "__init__"
-    library = len(parts) > 2 and parts[1] == "integrations" and (top / "integrations" / parts[2]).is_dir()
-    return "/".join(parts[1:3]) if library else parts[1]
+    if parts[1] == "integrations" and len(parts) > 2 and parts[2] != "__init__":
+        return "/".join(parts[1:3])
+    return parts[1]
 
 
 def _sources() -> list[tuple[Path, str, str, Path]]:
@@ -178,10 +177,22 @@ def test_imports_point_down(top):
         assert set(below) <= set(rooms[:index]), room
 
 
+def test_integrations_import_neither_each_other_nor_the_command_line():
+    for room, below in ROOMS.items():
+        if room.startswith("integrations/"):
+            assert not {other for other in below if other == "cli" or other.startswith("integrations")}, room
+
+
 def test_an_unknown_module_has_no_room(tmp_path):
     path = tmp_path / "x.py"
     path.write_text("from .engine import load\nfrom .nowhere import x\nimport sfs_triton.decoding.samplers\n")
     assert _imported_rooms(path, "sfs_triton", PACKAGE) == {"engine", "__init__", "decoding"}
+
+
+def test_each_integration_is_a_room(tmp_path):
+    path = tmp_path / "x.py"
+    path.write_text("from ..integrations import ray\nfrom ..integrations.lm_eval.costs import Costs\n")
+    assert _imported_rooms(path, "sfs_triton.cli") == {"integrations", "integrations/ray", "integrations/lm_eval"}
 
 
 def test_kernels_import_only_torch_triton_and_siblings():

@@ -29,7 +29,7 @@ start=("$python" -m)
 if ((${RANKS:-1} > 1)); then start=("$python" -m torch.distributed.run --nproc_per_node "$RANKS" -m); fi
 
 for name in "$@"; do
-  command=("${start[@]}" sfs_triton.integrations.sfs_eval run --config "$here/paper/$family/$name.yaml"
+  command=("${start[@]}" sfs_triton.cli.evaluate run --config "$here/paper/$family/$name.yaml"
     --batch_size "${BATCH:-1}" --log_samples --output_path "${OUT:-eval-results}/$family/$name")
   if [[ -n ${MODEL_ARGS:-} ]]; then command+=(--model_args "$MODEL_ARGS"); fi
   if [[ -n ${LIMIT:-} ]]; then command+=(--limit "$LIMIT"); fi

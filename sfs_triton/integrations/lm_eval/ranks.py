@@ -14,11 +14,11 @@ from typing import Any, NoReturn
 import torch
 from torch import distributed
 
-from ..decoding.caching import CachePolicy
-from ..decoding.samplers import Sampler
-from ..distributed import Group, close, join
-from ..engine import Engine
-from ..errors import RankFailure, RowFault
+from ...decoding.caching import CachePolicy
+from ...decoding.samplers import Sampler
+from ...distributed import Group, close, join
+from ...engine import Engine
+from ...errors import RankFailure, RowFault
 
 PATIENCE = timedelta(days=7)  # ranks may wait long for others with long answers
 

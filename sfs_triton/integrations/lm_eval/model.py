@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..decoding.params import cache_to_dict, sampler_to_dict
-from ..engine import Engine, load
-from ..errors import MissingDependencyError, SfsError, require
-from ..scheduling.outputs import Generation
-from ..text.codec import TextCodec
-from ..version import __version__
+from ...decoding.params import cache_to_dict, sampler_to_dict
+from ...engine import Engine, load
+from ...errors import MissingDependencyError, SfsError, require
+from ...scheduling.outputs import Generation
+from ...text.codec import TextCodec
+from ...version import __version__
 
 try:
     import lm_eval.models  # noqa: F401  # before the model below: the registry is filled only while it is empty
@@ -25,12 +25,12 @@ try:
     from lm_eval.api.registry import register_model
     from tqdm import tqdm
 
-    from .lm_eval_settings import Wish, flag, make_settings, read_wish, whole
+    from .settings import Wish, flag, make_settings, read_wish, whole
 except ImportError as error:
     raise MissingDependencyError(f'this needs lm-eval ({error}): pip install "sfs_triton[eval]"') from error
 
-from .lm_eval_costs import TALLIES, Tally
-from .lm_eval_ranks import Ranks, Team
+from .costs import TALLIES, Tally
+from .ranks import Ranks, Team
 
 LM_EVALS_DEVICE = "cuda:0"  # lm-eval's default device
 

@@ -6,12 +6,15 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..errors import SfsError, require
-from .lm_eval_costs import TALLIES
-from .lm_eval_ranks import leave
+
+if TYPE_CHECKING:  # the module needs lm-eval, whose absence main() reports
+    from ..integrations.lm_eval.costs import Tally
 
 
 class RefusedError(SfsError):
@@ -20,27 +23,27 @@ class RefusedError(SfsError):
 
 def main() -> None:
     """Entry point of the console script ``sfs-eval``."""
-    try:
-        _evaluate()
-    except SfsError as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(2)
-    finally:
-        leave()
+    with ExitStack() as stack:
+        try:
+            from ..integrations.lm_eval import costs, ranks  # registers the model, or names the missing extra
+
+            stack.callback(ranks.leave)
+            _evaluate(costs.TALLIES)
+        except SfsError as error:
+            print("error: " + " ".join(str(error).split()), file=sys.stderr)
+            sys.exit(2)
     if os.environ.get("RANK", "0") == "0":
-        for tally in TALLIES:
+        for tally in costs.TALLIES:
             print(tally.table())
 
 
-def _evaluate() -> None:
-    """Run lm-eval's command line.
+def _evaluate(tallies: Sequence[Tally]) -> None:
+    """Run lm-eval's command line. ``tallies``: of the models that it creates.
 
     Raises:
         SfsError: lm-eval refuses a task, file or option before the first answer is decoded: it is missing or
             invalid. Later errors keep their traceback.
     """
-    from .lm_eval import DiffusionLM  # noqa: F401, I001  # registers the model, or names the missing extra
-
     from lm_eval._cli import HarnessCLI
     from lm_eval.utils import setup_logging
     from yaml import YAMLError
@@ -58,7 +61,7 @@ def _evaluate() -> None:
     except SfsError:
         raise
     except (ValueError, TypeError, KeyError, OSError, ImportError, YAMLError) as error:
-        if any(tally.begun for tally in TALLIES):
+        if any(tally.begun for tally in tallies):
             raise
         logging.getLogger("lm_eval").debug("refused", exc_info=True)
         kind = "" if type(error) is ValueError else f"{type(error).__name__}: "

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from ..scheduling.outputs import Generation
+from ...scheduling.outputs import Generation
 
 
 @dataclass(slots=True)

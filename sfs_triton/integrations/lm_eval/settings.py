@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 
 from lm_eval.models.utils import normalize_gen_kwargs
 
-from ..decoding.caching import POLICIES, CachePolicy
-from ..decoding.params import cache_options, parse_cache, parse_sampler, sampler_options
-from ..decoding.samplers import SAMPLERS, Sampler
-from ..errors import ArgumentError, require
+from ...decoding.caching import POLICIES, CachePolicy
+from ...decoding.params import cache_options, parse_cache, parse_sampler, sampler_options
+from ...decoding.samplers import SAMPLERS, Sampler
+from ...errors import ArgumentError, require
 
 
 def make_settings(sampler: str, cache: str, given: Mapping[str, Any]) -> tuple[Sampler, CachePolicy]:
