@@ -185,9 +185,9 @@ def test_loss_and_gradients(name):
     out = model(ids, labels=labels)
     places = (labels >= 0).nonzero().tolist()
     if model.spec.shifted:
-        places = [(row, at) for row, at in places if at]
-    rows = [out.logits[row, at - model.spec.shifted] for row, at in places]
-    wanted = nn.functional.cross_entropy(torch.stack(rows), torch.stack([labels[row, at] for row, at in places]))
+        places = [(index, at) for index, at in places if at]
+    logits = [out.logits[index, at - model.spec.shifted] for index, at in places]
+    wanted = nn.functional.cross_entropy(torch.stack(logits), torch.stack([labels[index, at] for index, at in places]))
     torch.testing.assert_close(out.loss, wanted)
     out.loss.backward()
     plain = {key: parameter.grad.clone() for key, parameter in model.named_parameters()}
@@ -317,7 +317,7 @@ def test_generates_what_a_loaded_checkpoint_does(engines, models, name, cache):
     prompts = [[1, 2, 3, 4, 5], [9, 8, 7]]
     engine = sfs_triton.accelerate(models[name])
     mine, wanted = (e.generate(prompts, gen_length=24, cache=cache) for e in (engine, engines[name]))
-    assert [(row.canvas, row.nfe) for row in mine] == [(row.canvas, row.nfe) for row in wanted]
+    assert [(one.canvas, one.nfe) for one in mine] == [(one.canvas, one.nfe) for one in wanted]
 
 
 class _Norm(nn.Module):
@@ -516,7 +516,7 @@ def test_wrappers_and_other_things():
     model = _load("llada-mha")
     with pytest.raises(ArgumentError, match="DataParallel around a model: pass hf_model.module"):
         sfs_triton.accelerate(nn.DataParallel(model))
-    with pytest.raises(ArgumentError, match="no torch module"):
+    with pytest.raises(ArgumentError, match="not a torch module"):
         sfs_triton.accelerate("GSAI-ML/LLaDA-8B-Instruct")
     with pytest.raises(ArgumentError, match="loop='nonsense'"):
         sfs_triton.accelerate(model, loop="nonsense")
@@ -526,7 +526,7 @@ def test_wrappers_and_other_things():
         sfs_triton.accelerate(model, AutoTokenizer.from_pretrained(EMBEDDED))
     assert len(str(caught.value)) < 200
     for wrong in (torch.tensor([1, 2]), [[1, 2]]):
-        with pytest.raises(ArgumentError, match=r"is no tensor of token ids \[B, L\]"):
+        with pytest.raises(ArgumentError, match=r"is not a tensor of token ids \[B, L\]"):
             model.generate(wrong, max_new_tokens=4)
     with pytest.raises(ArgumentError, match="assistant_model"):
         model.generate(torch.tensor([[1, 2]]), max_new_tokens=4, assistant_model=model)
@@ -598,13 +598,15 @@ def test_generate_gives_what_the_engine_gives(engines, models, name, sampler):
     ids = torch.tensor([[1, 2, 3, 4, 5], [496, 496, 9, 8, 7]])
     mask = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])
     done = _generate(models[name], ids, attention_mask=mask, max_new_tokens=16, sampler=sampler)
-    rows = engines[name].generate(prompts, gen_length=16, sampler=sampler)
-    width = max(len(row.tokens) for row in rows)
+    generations = engines[name].generate(prompts, gen_length=16, sampler=sampler)
+    width = max(len(generation.tokens) for generation in generations)
     assert done.sequences.shape == (2, 5 + width) and torch.equal(done.sequences[:, :5], ids)
-    for index, row in enumerate(rows):
-        assert done.sequences[index, 5:].tolist() == row.tokens + [496] * (width - len(row.tokens))
-    assert done.nfe.tolist() == [row.nfe for row in rows]
-    torch.testing.assert_close(done.tokens_per_forward.tolist(), [row.tokens_per_forward for row in rows])
+    for index, generation in enumerate(generations):
+        assert done.sequences[index, 5:].tolist() == generation.tokens + [496] * (width - len(generation.tokens))
+    assert done.nfe.tolist() == [generation.nfe for generation in generations]
+    torch.testing.assert_close(
+        done.tokens_per_forward.tolist(), [generation.tokens_per_forward for generation in generations]
+    )
     assert torch.equal(models[name].generate(ids, attention_mask=mask, max_length=21, sampler=sampler)[0], done[0])
 
 
@@ -615,10 +617,10 @@ def test_a_response_ends_with_its_end_of_text(records, embedded):
     given = tokenizer.apply_chat_template(chats, tokenizer_kwargs={"padding_side": "left"}, **options)
     assert given["attention_mask"].sum() < given["attention_mask"].numel()
     done = _generate(model, given["input_ids"], attention_mask=given["attention_mask"], max_new_tokens=64)
-    rows = embedded.generate([RECORDS, "15,44,79,50"], gen_length=64)
-    assert [len(row.tokens) < 64 for row in rows] == [True, True]
+    generations = embedded.generate([RECORDS, "15,44,79,50"], gen_length=64)
+    assert [len(generation.tokens) < 64 for generation in generations] == [True, True]
     texts = tokenizer.batch_decode(done.sequences[:, given["input_ids"].shape[1] :], skip_special_tokens=True)
-    assert texts == [row.text for row in rows]
+    assert texts == [generation.text for generation in generations]
     comma = tokenizer.convert_tokens_to_ids(",")
     short = _generate(model, given["input_ids"][1:, -8:], max_new_tokens=64, eos_token_id=[1, comma], pad_token_id=7)
     assert short.sequences[0, -1].item() in (1, comma)
@@ -630,9 +632,9 @@ def test_noise_comes_from_the_seed_and_the_configuration(engines, models):
         models["llada-gqa"], ids, max_new_tokens=16, do_sample=True, temperature=2.0, top_p=0.9, top_k=20, seed=[7, 9]
     )
     sampler = SlowFast(temperature=2.0, top_p=0.9, top_k=20)
-    rows = engines["llada-gqa"].generate(ids, gen_length=16, sampler=sampler, seed=[7, 9])
-    assert [row.nfe for row in rows] == done.nfe.tolist()
-    assert done.sequences[0, 3 : 3 + len(rows[0].tokens)].tolist() == rows[0].tokens
+    generations = engines["llada-gqa"].generate(ids, gen_length=16, sampler=sampler, seed=[7, 9])
+    assert [generation.nfe for generation in generations] == done.nfe.tolist()
+    assert done.sequences[0, 3 : 3 + len(generations[0].tokens)].tolist() == generations[0].tokens
     plain = _generate(models["llada-gqa"], ids, max_new_tokens=16, temperature=2.0, sampler=FixedSteps(temperature=0.0))
     assert plain.nfe.tolist() == [16, 16]
 
@@ -665,8 +667,8 @@ def test_stop_strings(records, how):
     wanted = _cut_behind(tokenizer, response, stop)
     assert done.sequences[0, width:].tolist() == wanted and 0 < len(wanted) < len(response)
     assert torch.equal(done.tokens_per_forward, whole.tokens_per_forward)
-    rows = model.generate(torch.cat((ids, ids)), stop_strings=[text[0]], tokenizer=tokenizer, **options)
-    assert rows.sequences[:, width:].tolist() == [_cut_behind(tokenizer, response, text[0])] * 2
+    both = model.generate(torch.cat((ids, ids)), stop_strings=[text[0]], tokenizer=tokenizer, **options)
+    assert both.sequences[:, width:].tolist() == [_cut_behind(tokenizer, response, text[0])] * 2
     none = model.generate(ids, stop_strings="never to be seen", tokenizer=tokenizer, **options)
     assert torch.equal(none.sequences, whole.sequences)
 
@@ -685,18 +687,18 @@ def test_stop_strings_where_generate_keeps_its_tokenizer(records):
     assert torch.equal(_generate(model, ids, **options).sequences, wanted.sequences)
     assert wanted.sequences.shape[1] < ids.shape[1] + 16 and model.generate(ids, **options).keys() == wanted.keys()
     for wrong in ([""], [3], ["a", None], 3):
-        with pytest.raises(ArgumentError, match="stop_strings=.* (which is no text|neither a text)"):
+        with pytest.raises(ArgumentError, match="stop_strings=.* (not a non-empty string|neither a string)"):
             _generate(model, ids, max_new_tokens=4, stop_strings=wrong)
     model.generation_config.stop_strings = ["x"]
     with pytest.raises(ArgumentError, match=r"model\.generation_config\.stop_strings=\['x'\]"):
         model.generate(ids, max_new_tokens=4)
 
 
-def test_lengths_of_rows(engines, models):
+def test_response_lengths_of_prompts(engines, models):
     ids = torch.tensor([[1, 2, 3], [4, 5, 6]])
     done = sfs_triton.custom_generate(models["llada-mha"], ids, gen_length=[8, 12], cache="region")
-    rows = engines["llada-mha"].generate(ids, gen_length=[8, 12], cache="region")
-    assert done.sequences[0].tolist() == [1, 2, 3, *rows[0].tokens, *[496] * (12 - len(rows[0].tokens))]
+    generations = engines["llada-mha"].generate(ids, gen_length=[8, 12], cache="region")
+    assert done.sequences[0].tolist() == [1, 2, 3, *generations[0].tokens, *[496] * (12 - len(generations[0].tokens))]
     direct = sfs_triton.custom_generate(models["llada-mha"], ids, generation_config=GenerationConfig(max_new_tokens=4))
     assert direct.sequences.shape == (2, 7)
     with pytest.raises(ArgumentError, match="max_new_tokens=None"):
@@ -715,12 +717,13 @@ def test_lengths_of_rows(engines, models):
         ({"max_time": 3.0}, "max_time=3.0"),
         ({"do_sample": True, "sampler": SlowFast(temperature=0.5)}, "sampler.temperature=0.5 are both given"),
         ({"do_sample": True, "sampler": 3}, "sampler=3"),
+        ({"do_sample": True, "sampler": "greedy"}, "sampler='greedy' is not one of"),
         ({"sampler": 3}, "sampler=3"),
         ({"on_step": 3}, "on_step=3"),
         ({"cache": "nonsense"}, "nonsense"),
         ({"gen_length": 0}, "gen_length=0"),
         ({"max_new_tokens": 10_000}, "the model allows 512"),
-        ({"attention_mask": torch.tensor([[1, 1, 0]])}, "row 0 is not padded on the left"),
+        ({"attention_mask": torch.tensor([[1, 1, 0]])}, "prompt 0 is padded elsewhere than on the left"),
         ({"attention_mask": torch.tensor([[0, 0, 0]])}, "prompt 0 is empty"),
         ({"stopping_criteria": StoppingCriteriaList([MaxTimeCriteria(1.0)])}, "MaxTimeCriteria"),
         ({"logits_processor": LogitsProcessorList([MinLengthLogitsProcessor(3, 0)])}, "MinLengthLogitsProcessor"),
@@ -772,8 +775,8 @@ def test_a_cache_by_name_where_generate_would_make_its_own(records, embedded, ho
     [
         ({"past_key_values": transformers.DynamicCache()}, None),
         ({"cache": transformers.DynamicCache()}, None),
-        ({"cache": _filled()}, "cache holds positions"),
-        ({"past_key_values": _filled()}, "past_key_values holds positions"),
+        ({"cache": _filled()}, "cache holds cached positions"),
+        ({"past_key_values": _filled()}, "past_key_values holds cached positions"),
         ({"position_ids": torch.tensor([[0, 1, 2]])}, None),
         ({"position_ids": torch.tensor([[5, 6, 7]])}, "position_ids"),
         ({"attention_mask": torch.ones(1, 4)}, "attention_mask is"),
@@ -827,7 +830,7 @@ def test_drafts_of_a_stream(models):
         drafts.end(torch.tensor([stream.result().tokens]))
     assert [len(value[0]) for kind, value in recorder.calls if kind == "draft"] == [8] * stream.result().nfe
     uneven = integration.Drafts(_Recorder())
-    with pytest.raises(ArgumentError, match=r"rows of one length, these have \[8, 9\]"):
+    with pytest.raises(ArgumentError, match=r"responses of one length, these have \[8, 9\]"):
         sfs_triton.custom_generate(models["llada-mha"], torch.tensor([[1], [2]]), gen_length=[8, 9], on_step=uneven)
 
 
@@ -844,7 +847,7 @@ def test_streamers_of_transformers(records, capsys):
     model.generate(ids, streamer=plain, **options)
     assert "".join(plain) == wanted
     streamer._takes_logits = True
-    with pytest.raises(ArgumentError, match="wants logits"):
+    with pytest.raises(ArgumentError, match="takes logits"):
         model.generate(ids, streamer=streamer, **options)
     with pytest.raises(ArgumentError, match="no put"):
         integration.Drafts(3)

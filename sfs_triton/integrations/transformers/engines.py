@@ -21,16 +21,16 @@ from ...runner import check_loop
 from ...text.codec import TextCodec, check_unicode
 
 
-class _Known(NamedTuple):
+class _SharedEngine(NamedTuple):
     """An engine on a model's weights, and the weights' addresses at its creation."""
 
     engine: Engine
-    places: tuple[int, ...]
+    addresses: tuple[int, ...]
     impl: str | None
     loop: str | None
 
 
-_ENGINES: weakref.WeakKeyDictionary[nn.Module, _Known] = weakref.WeakKeyDictionary()
+_ENGINES: weakref.WeakKeyDictionary[nn.Module, _SharedEngine] = weakref.WeakKeyDictionary()
 _LOCK = threading.RLock()
 
 
@@ -52,8 +52,8 @@ def accelerate(hf_model: nn.Module, impl: str | None = None, loop: str | None = 
     """
     _refuse_wrapped(hf_model)
     codec = as_codec(tokenizer)
-    fine = impl is None or isinstance(impl, str)
-    require(fine, f"impl={repr(impl)} is no name of an implementation; a tokenizer goes into tokenizer=")
+    valid = impl is None or isinstance(impl, str)
+    require(valid, f"impl={repr(impl)} is not the name of an implementation; a tokenizer goes into tokenizer=")
     with _LOCK, torch.inference_mode(False), torch.no_grad():
         spec = _spec(hf_model)
         llada = any(name == LLADA_NAMES["embedding"] for name, _ in hf_model.named_parameters())
@@ -63,14 +63,14 @@ def accelerate(hf_model: nn.Module, impl: str | None = None, loop: str | None = 
         implementation(impl, device)  # refuse before any weight is copied
         check_loop(loop, device)
         known = _ENGINES.get(hf_model)
-        if known is not None and known.places == _places(hf_model):
+        if known is not None and known.addresses == _addresses(hf_model):
             weights = known.engine.model.weights
         else:
-            weights = _share(parameters, spec, names)
+            weights = _shared_weights(parameters, spec, names)
             if device.type == "cuda":
                 torch.cuda.empty_cache()  # memory of the unfused weights: no other tensor has these sizes
         engine = Engine(Transformer(spec, weights, impl), codec, loop)
-        _ENGINES[hf_model] = _Known(engine, _places(hf_model), impl, loop)
+        _ENGINES[hf_model] = _SharedEngine(engine, _addresses(hf_model), impl, loop)
     return engine
 
 
@@ -80,22 +80,22 @@ def engine_of(model: nn.Module) -> Engine:
         known = _ENGINES.get(model)
         if known is None:
             return accelerate(model)
-        if known.places != _places(model):
+        if known.addresses != _addresses(model):
             return accelerate(model, known.impl, known.loop, known.engine.text)
         return known.engine
 
 
-def _places(model: nn.Module) -> tuple[int, ...]:
+def _addresses(model: nn.Module) -> tuple[int, ...]:
     return tuple(p.data_ptr() for p in model.parameters())
 
 
 def _refuse_wrapped(model: Any) -> None:
     """Refuse anything but a plain model."""
     name = type(model).__name__
-    require(isinstance(model, nn.Module), f"hf_model={repr(model)} is no torch module")
+    require(isinstance(model, nn.Module), f"hf_model={repr(model)} is not a torch module")
     require(
         not hasattr(model, "peft_config") and not getattr(model, "_hf_peft_config_loaded", False),
-        f"hf_model is a {name} with adapters, which are not computed here: merge them into the weights first "
+        f"hf_model is a {name} with adapters, which are not supported: merge them into the weights first "
         "(peft: merge_and_unload())",
     )
     inner = next((n for n in ("module", "_orig_mod") if isinstance(getattr(model, n, None), nn.Module)), None)
@@ -105,7 +105,7 @@ def _refuse_wrapped(model: Any) -> None:
     quantised = getattr(config, "quantization_config", None) or getattr(model, "quantization_method", None)
     require(
         not quantised and not getattr(model, "is_quantized", False),
-        f"hf_model is a {name} with quantised weights ({quantised}), which are not computed here: load it in "
+        f"hf_model is a {name} with quantised weights ({quantised}), which are not supported: load it in "
         f"one of {tuple(DTYPES)}",
     )
 
@@ -138,7 +138,10 @@ def _parameters(model: nn.Module, spec: ModelSpec, names: Mapping[str, str]) -> 
     first = present[names["embedding"]]
     for name, parameter in present.items():
         plain = type(parameter.data) is torch.Tensor
-        require(plain, f"{kind}: {name} is a {type(parameter.data).__name__}, spread or packed, no plain tensor")
+        require(
+            plain,
+            f"{kind}: {name} is a {type(parameter.data).__name__}, not a plain tensor: it is distributed or packed",
+        )
         where = parameter.device
         require(where.type != "meta", f"{kind}: {name} is on the device 'meta': it is offloaded, or was never loaded")
         require(where == first.device, f"{kind}: {name} is on {str(where)!r}, others on {str(first.device)!r}")
@@ -150,7 +153,7 @@ def _parameters(model: nn.Module, spec: ModelSpec, names: Mapping[str, str]) -> 
     return present
 
 
-def _share(parameters: Mapping[str, nn.Parameter], spec: ModelSpec, names: Mapping[str, str]) -> Weights:
+def _shared_weights(parameters: Mapping[str, nn.Parameter], spec: ModelSpec, names: Mapping[str, str]) -> Weights:
     """Return weights that share the parameters' memory; parameters of fused weights are moved into these."""
 
     def layer(index: int) -> LayerWeights:
@@ -203,8 +206,8 @@ class TokenizerCodec(TextCodec):
     """A :class:`TextCodec` of a transformers tokenizer, fast or slow."""
 
     def __init__(self, tokenizer: Any):
-        fine = all(callable(getattr(tokenizer, n, None)) for n in ("encode", "decode", "apply_chat_template"))
-        require(fine, f"tokenizer={repr(tokenizer)} is neither a tokenizer of transformers nor a TextCodec")
+        valid = all(callable(getattr(tokenizer, n, None)) for n in ("encode", "decode", "apply_chat_template"))
+        require(valid, f"tokenizer={repr(tokenizer)} is neither a tokenizer of transformers nor a TextCodec")
         names = getattr(tokenizer, "special_tokens_map", {}).items()
         special = {name: str(token) for name, token in names if isinstance(token, str)}
         super().__init__(tokenizer, getattr(tokenizer, "chat_template", None), special)

@@ -18,21 +18,22 @@ from transformers.generation import (
 from transformers.utils import ModelOutput
 
 from ...decoding.caching import CachePolicy
-from ...decoding.samplers import Sampler, SlowFast
+from ...decoding.params import parse_sampler
+from ...decoding.samplers import Sampler
 from ...errors import ArgumentError, require
 from ...models import ModelSpec
 from ...scheduling.outputs import Frame, Generation
 from ...text.codec import TextCodec
 from .engines import as_codec, engine_of
 
-HONOURED = {  # settings of a GenerationConfig that custom_generate reads, or that do not affect its result
+SUPPORTED = {  # settings of a GenerationConfig that custom_generate reads, or that do not affect its result
     *("max_length", "max_new_tokens", "do_sample", "temperature", "top_p", "top_k"),
     *("bos_token_id", "eos_token_id", "pad_token_id"),
     *("use_cache", "return_dict_in_generate", "disable_compile", "transformers_version"),
 }
 INSTEAD = {
     "guidance_scale": "sampler.cfg_scale (guidance_scale - 1) guides by a masked prompt",
-    "num_return_sequences": "repeat the prompt, each row draws its own noise",
+    "num_return_sequences": "repeat the prompt, each sequence draws its own noise",
 }
 IGNORED = {"attention_mask", "logits_to_keep", "past_key_values", "position_ids", "use_cache"}  # or read separately
 WARPERS = {TemperatureLogitsWarper: "temperature", TopKLogitsWarper: "top_k", TopPLogitsWarper: "top_p"}
@@ -55,17 +56,16 @@ class MaskedDiffusionOutput(ModelOutput):
 class Drafts:
     """Adapter of a transformers streamer to a generation: ``on_step=Drafts(streamer)``.
 
-    It gets the prompt (``put``), the response's canvas after each step (``put_draft``, if it has one), and at the end
-    the response (``put``, ``end``). With :meth:`Engine.stream`, call :meth:`begin`, then this with each frame, then
-    :meth:`end`.
+    The streamer gets the prompt (``put``), the response's canvas after each step (``put_draft``, if it has one), and at
+    the end the response (``put``, ``end``). With :meth:`Engine.stream`, call :meth:`begin`, then this object with each
+    frame, then :meth:`end`.
     """
 
     def __init__(self, streamer: Any):
-        fine = all(callable(getattr(streamer, name, None)) for name in ("put", "end"))
-        require(fine, f"streamer={streamer!r} has no put() and end()")
-        require(
-            not getattr(streamer, "_takes_logits", False), f"streamer={streamer!r} wants logits, which no step keeps"
-        )
+        valid = all(callable(getattr(streamer, name, None)) for name in ("put", "end"))
+        require(valid, f"streamer={streamer!r} has no put() and end()")
+        takes_logits = getattr(streamer, "_takes_logits", False)
+        require(not takes_logits, f"streamer={streamer!r} takes logits, which no step keeps")
         self._streamer, self._starts = streamer, None
 
     def begin(self, prompts: torch.Tensor, starts: Sequence[int] | None = None) -> None:
@@ -76,10 +76,10 @@ class Drafts:
     def __call__(self, frame: Frame) -> None:
         if callable(getattr(self._streamer, "put_draft", None)):
             starts = [0] * len(frame.tokens) if self._starts is None else self._starts
-            rows = [row[start:] for row, start in zip(frame.tokens, starts, strict=True)]
-            lengths = sorted({len(row) for row in rows})
-            require(len(lengths) == 1, f"on_step: a streamer takes rows of one length, these have {lengths} positions")
-            self._streamer.put_draft(torch.tensor(rows))
+            responses = [canvas[start:] for canvas, start in zip(frame.tokens, starts, strict=True)]
+            lengths = sorted({len(response) for response in responses})
+            require(len(lengths) == 1, f"on_step: a streamer takes responses of one length, these have {lengths}")
+            self._streamer.put_draft(torch.tensor(responses))
 
     def end(self, response: torch.Tensor) -> None:
         """Show the final responses ``[B, n]``."""
@@ -94,7 +94,7 @@ def custom_generate(
     stopping_criteria: Iterable[Any] | None = None,
     generation_config: GenerationConfig | None = None,
     *,
-    sampler: Sampler | None = None,
+    sampler: str | Sampler | None = None,
     cache: str | CachePolicy = "none",
     seed: int | Sequence[int] = 0,
     gen_length: int | Sequence[int] | None = None,
@@ -103,7 +103,7 @@ def custom_generate(
     tokenizer: Any = None,
     **model_kwargs: Any,
 ) -> MaskedDiffusionOutput:
-    """For ``hf_model.generate(..., custom_generate=sfs_triton.custom_generate, sampler=...)``.
+    """Generate with the model's engine: ``hf_model.generate(..., custom_generate=sfs_triton.custom_generate)``.
 
     Args:
         model: a model for :func:`accelerate`, which is called unless it was before.
@@ -113,8 +113,9 @@ def custom_generate(
         sampler, cache, seed, on_step: as for :meth:`Engine.generate`; ``on_step`` may be a :class:`Drafts`.
         gen_length: response positions, instead of the configuration's; one number, or one per prompt.
         stop_strings: cut each response after the token that completes the first of these. All positions are decoded.
-        tokenizer: finds them; default: the one given to :func:`accelerate`. ``generate`` does not pass its own
-            ``tokenizer=`` to a ``custom_generate`` (except in the classes of this package).
+        tokenizer: decodes responses to find the stop strings; default: the one given to :func:`accelerate`.
+            ``generate`` does not pass its own ``tokenizer=`` to a ``custom_generate``, except in the classes of this
+            package.
 
     Raises:
         ArgumentError: names the argument or setting and its value.
@@ -128,35 +129,36 @@ def custom_generate(
     sampler = _sampling(sampler, settings)
     prompts = _prompts(input_ids, model_kwargs)
     if gen_length is None:
-        room, width = settings.max_length, input_ids.shape[1]
-        gen_length = settings.max_new_tokens if settings.max_new_tokens is not None or room is None else room - width
-    require(gen_length is not None, "max_new_tokens=None: say how long the response is")
+        gen_length = settings.max_new_tokens
+        if gen_length is None and settings.max_length is not None:
+            gen_length = settings.max_length - input_ids.shape[1]
+    require(gen_length is not None, "max_new_tokens=None: the response needs a length")
     engine = engine_of(model)
-    stops = None if stop_strings is None else Stops(stop_strings, as_codec(tokenizer) or engine.text)
+    stops = None if stop_strings is None else StopStrings(stop_strings, as_codec(tokenizer) or engine.text)
     if isinstance(on_step, Drafts):
         on_step.begin(input_ids, [len(prompt) for prompt in prompts])
-    rows = engine.generate(prompts, gen_length=gen_length, sampler=sampler, cache=cache, seed=seed, on_step=on_step)
-    done = _output(input_ids, rows, settings, engine.spec, stops)
+    done = engine.generate(prompts, gen_length=gen_length, sampler=sampler, cache=cache, seed=seed, on_step=on_step)
+    output = _output(input_ids, done, settings, engine.spec, stops)
     if isinstance(on_step, Drafts):
-        on_step.end(done.sequences[:, input_ids.shape[1] :])
-    return done
+        on_step.end(output.sequences[:, input_ids.shape[1] :])
+    return output
 
 
 def _refuse_settings(model: nn.Module, settings: GenerationConfig) -> None:
     """Refuse non-default settings that would have no effect. A checkpoint's own additions are ignored."""
-    usual = GenerationConfig().to_dict()
+    defaults = GenerationConfig().to_dict()
     if hasattr(settings, "_get_default_generation_params"):  # transformers 5 fills them in at generation
-        usual |= settings._get_default_generation_params()
+        defaults |= settings._get_default_generation_params()
     own = getattr(model, "generation_config", None)
     own = {} if own is None else own.to_dict()
-    asked = settings.to_dict()
-    for name in sorted(asked, key=lambda name: name == "min_length"):  # derived from min_new_tokens
-        value = asked[name]
-        if name in HONOURED or name.startswith("_") or value is None or value == usual.get(name):
+    given = settings.to_dict()
+    for name in sorted(given, key=lambda name: name == "min_length"):  # last: derived from min_new_tokens
+        value = given[name]
+        if name in SUPPORTED or name.startswith("_") or value is None or value == defaults.get(name):
             continue
-        if name not in usual and name in own and value == own[name]:
+        if name not in defaults and name in own and value == own[name]:
             continue
-        hint = INSTEAD.get(name, "settings of a sampler go into sampler=" if name not in usual else "leave it out")
+        hint = INSTEAD.get(name, "settings of a sampler go into sampler=" if name not in defaults else "leave it out")
         raise ArgumentError(f"{name}={value!r} is not supported: {hint}")
 
 
@@ -166,25 +168,26 @@ def _refuse_processors(
     """Refuse logits processors and stopping criteria except those that ``generate`` derives from ``settings``."""
     for processor in processors or ():
         setting = WARPERS.get(type(processor))
-        mine = settings.do_sample and setting and getattr(processor, setting) == getattr(settings, setting)
-        require(mine, f"logits_processor={processor!r} is not supported: a step of a diffusion model has no next token")
+        derived = settings.do_sample and setting and getattr(processor, setting) == getattr(settings, setting)
+        require(
+            derived, f"logits_processor={processor!r} is not supported: a step of a diffusion model has no next token"
+        )
     for criterion in criteria or ():
         if type(criterion) is MaxLengthCriteria:
-            fine = criterion.max_length == settings.max_length
+            derived = criterion.max_length == settings.max_length
         else:
-            fine = type(criterion) is EosTokenCriteria and set(criterion.eos_token_id.tolist()) <= _ends(settings)
-        require(fine, f"stopping_criteria={criterion!r} is not supported: use max_new_tokens, or sampler.eos_stop")
+            derived = type(criterion) is EosTokenCriteria and set(criterion.eos_token_id.tolist()) <= _ends(settings)
+        require(derived, f"stopping_criteria={criterion!r} is not supported: use max_new_tokens, or sampler.eos_stop")
 
 
-def _sampling(sampler: Sampler | None, settings: GenerationConfig) -> Sampler | None:
+def _sampling(sampler: str | Sampler | None, settings: GenerationConfig) -> str | Sampler | None:
     """Return the sampler; with ``do_sample``, with the configuration's temperature, top-p and top-k."""
     if not settings.do_sample:
         return sampler
-    base = SlowFast() if sampler is None else sampler
-    require(isinstance(base, Sampler), f"sampler={sampler!r} is not a SlowFast, Threshold or FixedSteps")
+    base = parse_sampler("slowfast" if sampler is None else sampler)
     for name in ("temperature", "top_p", "top_k"):
         value = getattr(base, name)
-        require(not value, f"do_sample=True and sampler.{name}={value!r} are both given: which one is meant?")
+        require(not value, f"do_sample=True and sampler.{name}={value!r} are both given: leave one out")
     draw = {"temperature": 1.0 if settings.temperature is None else float(settings.temperature)}
     if settings.top_p is not None and settings.top_p < 1:
         draw["top_p"] = float(settings.top_p)
@@ -194,7 +197,7 @@ def _sampling(sampler: Sampler | None, settings: GenerationConfig) -> Sampler | 
 
 
 def _refuse_past(name: str, past: Any) -> None:
-    require(past is None or not past.get_seq_length(), f"{name} holds positions: give the whole prompt instead")
+    require(past is None or not past.get_seq_length(), f"{name} holds cached positions: pass the whole prompt instead")
 
 
 def _prompts(input_ids: torch.Tensor, model_kwargs: Mapping[str, Any]) -> list[list[int]]:
@@ -206,16 +209,16 @@ def _prompts(input_ids: torch.Tensor, model_kwargs: Mapping[str, Any]) -> list[l
     mask = model_kwargs.get("attention_mask")
     if mask is None:
         mask = torch.ones_like(input_ids)
-    fine = mask.shape == input_ids.shape
-    require(fine, f"attention_mask is {list(mask.shape)}, input_ids {list(input_ids.shape)}")
+    same = mask.shape == input_ids.shape
+    require(same, f"attention_mask is {list(mask.shape)}, input_ids {list(input_ids.shape)}")
     real = mask.bool()
-    for row, given in enumerate(real.tolist()):
-        require(given == sorted(given), f"attention_mask: row {row} is not padded on the left alone")
+    for index, given in enumerate(real.tolist()):
+        require(given == sorted(given), f"attention_mask: prompt {index} is padded elsewhere than on the left")
     positions = model_kwargs.get("position_ids")
     if positions is not None:
-        usual = (real.long().cumsum(-1) - 1).to(positions.device)
-        fine = positions.shape[-1] == usual.shape[-1] and ((positions == usual) | ~real.to(positions.device)).all()
-        require(bool(fine), f"position_ids={positions.tolist()!r} do not count the prompt's tokens from 0")
+        counted = (real.long().cumsum(-1) - 1).to(positions.device)
+        same = positions.shape[-1] == counted.shape[-1] and ((positions == counted) | ~real.to(positions.device)).all()
+        require(bool(same), f"position_ids={positions.tolist()!r} do not count the prompt's tokens from 0")
     return [ids[keep].tolist() for ids, keep in zip(input_ids, real.to(input_ids.device), strict=True)]
 
 
@@ -225,19 +228,20 @@ def _ends(settings: GenerationConfig) -> set[int]:
     return set() if ids is None else set(torch.as_tensor(ids).flatten().tolist())
 
 
-class Stops:
-    """Stop strings, and the tokenizer that finds them in a response's tokens."""
+class StopStrings:
+    """Stop strings, and the tokenizer to find them in a response's tokens."""
 
     def __init__(self, strings: str | Sequence[str], codec: TextCodec | None):
-        fine = isinstance(strings, (str, list, tuple))
-        require(fine, f"stop_strings={strings!r} is neither a text nor a list of them")
+        valid = isinstance(strings, (str, list, tuple))
+        require(valid, f"stop_strings={strings!r} is neither a string nor a list of strings")
         self.strings = (strings,) if isinstance(strings, str) else tuple(strings)
         for text in self.strings:
-            require(isinstance(text, str) and text != "", f"stop_strings={strings!r} holds {text!r}, which is no text")
+            valid = isinstance(text, str) and text != ""
+            require(valid, f"stop_strings={strings!r} holds {text!r}, which is not a non-empty string")
         require(
             codec is not None,
-            f"stop_strings={strings!r} cannot be found without a tokenizer: sfs_triton.accelerate(hf_model, "
-            "tokenizer=tokenizer) before (what generate gets as tokenizer= stays there)",
+            f"stop_strings={strings!r} cannot be found without a tokenizer: call sfs_triton.accelerate(hf_model, "
+            "tokenizer=tokenizer) first (generate does not pass its tokenizer= on)",
         )
         self._decode = codec.tokenizer.decode
 
@@ -246,30 +250,31 @@ class Stops:
 
         Special tokens count as text.
         """
-        if self._inside(tokens):
-            return tokens[: next(n for n in range(1, len(tokens) + 1) if self._inside(tokens[:n]))]
+        if self._stops_in(tokens):
+            return tokens[: next(n for n in range(1, len(tokens) + 1) if self._stops_in(tokens[:n]))]
         return tokens
 
-    def _inside(self, tokens: list[int]) -> bool:
+    def _stops_in(self, tokens: list[int]) -> bool:
         text = self._decode(tokens, skip_special_tokens=False)
-        return any(wanted in text for wanted in self.strings)
+        return any(stop in text for stop in self.strings)
 
 
 def _output(
     input_ids: torch.Tensor,
-    rows: Sequence[Generation],
+    generations: Sequence[Generation],
     settings: GenerationConfig,
     spec: ModelSpec,
-    stops: Stops | None,
+    stops: StopStrings | None,
 ) -> MaskedDiffusionOutput:
+    """Build the output: responses cut at their end-of-text and stop strings, then padded to one length."""
     ends = _ends(settings) or {spec.eos_id}
     pad = spec.pad_id if settings.pad_token_id is None else int(settings.pad_token_id)
     responses = []
-    for row in rows:
-        end = next((i + 1 for i, token in enumerate(row.response) if token in ends), len(row.response))
-        responses.append(row.response[:end])
+    for done in generations:
+        end = next((i + 1 for i, token in enumerate(done.response) if token in ends), len(done.response))
+        responses.append(done.response[:end])
     device = input_ids.device
-    nfe = torch.tensor([row.nfe for row in rows], device=device)
+    nfe = torch.tensor([done.nfe for done in generations], device=device)
     lengths = torch.tensor([len(tokens) for tokens in responses], device=device)
     if stops is not None:
         responses = [stops.cut(tokens) for tokens in responses]

@@ -90,7 +90,7 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps)
 
 
-def _place(root: nn.Module, name: str, module: nn.Module) -> None:
+def _set_module(root: nn.Module, name: str, module: nn.Module) -> None:
     """Register ``module`` under ``root`` so that its weight is named ``name``, or ``name`` + ``.weight``."""
     *path, last = name.removesuffix(".weight").split(".")
     for part in path:
@@ -114,13 +114,13 @@ class MaskedDiffusionLayer(GradientCheckpointingLayer):
         self.spec, self.names = spec, names
         d, kv, mlp = spec.d_model, spec.kv_width, spec.mlp
         for part, width in {"q": d, "k": kv, "v": kv}.items():
-            _place(self, names[part], nn.Linear(d, width, bias=spec.qkv_bias))
-        _place(self, names["o"], nn.Linear(d, d, bias=False))
+            _set_module(self, names[part], nn.Linear(d, width, bias=spec.qkv_bias))
+        _set_module(self, names["o"], nn.Linear(d, d, bias=False))
         for part in ("gate", "up"):
-            _place(self, names[part], nn.Linear(d, mlp, bias=False))
-        _place(self, names["down"], nn.Linear(mlp, d, bias=False))
+            _set_module(self, names[part], nn.Linear(d, mlp, bias=False))
+        _set_module(self, names["down"], nn.Linear(mlp, d, bias=False))
         for part in ("attn_norm", "mlp_norm"):
-            _place(self, names[part], RMSNorm(d, spec.norm_eps))
+            _set_module(self, names[part], RMSNorm(d, spec.norm_eps))
 
     def _apply_part(self, part: str, x: torch.Tensor) -> torch.Tensor:
         return self.get_submodule(self.names[part].removesuffix(".weight"))(x)
@@ -155,11 +155,11 @@ class MaskedDiffusionModel(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.spec = spec = read_spec(config.to_dict())
         self.names = names = LLADA_NAMES if spec.family == "llada" else LLAMA_NAMES
-        _place(self, names["embedding"], nn.Embedding(spec.vocab_size, spec.d_model))
+        _set_module(self, names["embedding"], nn.Embedding(spec.vocab_size, spec.d_model))
         layers = nn.ModuleList(MaskedDiffusionLayer(spec, names) for _ in range(spec.n_layers))
-        _place(self, names["layer"].removesuffix(".{layer}."), layers)
-        _place(self, names["norm"], RMSNorm(spec.d_model, spec.norm_eps))
-        _place(self, names["head"], nn.Linear(spec.d_model, spec.vocab_size, bias=False))
+        _set_module(self, names["layer"].removesuffix(".{layer}."), layers)
+        _set_module(self, names["norm"], RMSNorm(spec.d_model, spec.norm_eps))
+        _set_module(self, names["head"], nn.Linear(spec.d_model, spec.vocab_size, bias=False))
         if spec.tied_head:
             self._tied_weights_keys = {names["head"]: names["embedding"]}
         self.post_init()
@@ -171,13 +171,13 @@ class MaskedDiffusionModel(PreTrainedModel, GenerationMixin):
         return self._at("embedding")
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        _place(self, self.names["embedding"], value)
+        _set_module(self, self.names["embedding"], value)
 
     def get_output_embeddings(self) -> nn.Module:
         return self._at("head")
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        _place(self, self.names["head"], new_embeddings)
+        _set_module(self, self.names["head"], new_embeddings)
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
         """Resize as the base class does, and update LLaDA's second size key."""
@@ -208,13 +208,13 @@ class MaskedDiffusionModel(PreTrainedModel, GenerationMixin):
         labels: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
     ) -> MaskedLMOutput:
-        """Return logits ``[B, L, V]`` as the checkpoint's own code does: Dream's row ``i`` predicts position ``i + 1``.
+        """Return logits ``[B, L, V]`` as the checkpoint's own code does: Dream's at ``i`` predict position ``i + 1``.
 
         Args:
             input_ids: ``[B, L]``, with mask ids where tokens are to be predicted; or ``inputs_embeds [B, L, d]``.
             attention_mask: ``[B, L]``, 0 at positions that are not attended to; or boolean ``[B, 1, L, L]``.
-            labels: ``[B, L]``, the token at each position, -100 to ignore a position; Dream's rows are shifted
-                to match. The loss is the mean cross entropy, without the weights by mask ratio of diffusion training.
+            labels: ``[B, L]``, the token at each position, -100 to ignore a position; shifted for Dream to match its
+                logits. The loss is the mean cross entropy, without the weights by mask ratio of diffusion training.
         """
         require((input_ids is None) != (inputs_embeds is None), "give either input_ids or inputs_embeds")
         x = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
@@ -228,8 +228,8 @@ class MaskedDiffusionModel(PreTrainedModel, GenerationMixin):
         logits = self._at("head")(self._at("norm")(x))
         loss = None
         if labels is not None:
-            rows, targets = (logits[:, :-1], labels[:, 1:]) if spec.shifted else (logits, labels)
-            loss = F.cross_entropy(rows.flatten(0, 1).float(), targets.flatten())
+            predicted, targets = (logits[:, :-1], labels[:, 1:]) if spec.shifted else (logits, labels)
+            loss = F.cross_entropy(predicted.flatten(0, 1).float(), targets.flatten())
         return MaskedLMOutput(loss=loss, logits=logits)
 
     def generate(
@@ -247,15 +247,18 @@ class MaskedDiffusionModel(PreTrainedModel, GenerationMixin):
                 kwargs["tokenizer"] = tokenizer
             return super().generate(inputs, generation_config, streamer=streamer, **kwargs)
         ids = kwargs.get("input_ids", inputs)
-        fine = ids is None or isinstance(ids, torch.Tensor) and ids.dim() == 2
-        require(fine, f"input_ids={repr(ids)} is no tensor of token ids [B, L]")
-        require(kwargs.get("assistant_model") is None, "assistant_model is not supported: no step drafts for another")
+        valid = ids is None or isinstance(ids, torch.Tensor) and ids.dim() == 2
+        require(valid, f"input_ids={repr(ids)} is not a tensor of token ids [B, L]")
+        require(
+            kwargs.get("assistant_model") is None,
+            "assistant_model is not supported: a diffusion model decodes without drafts",
+        )
         kwargs["custom_generate"] = partial(custom_generate, tokenizer=tokenizer)
         if streamer is not None:
             require(kwargs.get("on_step") is None, "give either streamer or on_step")
             kwargs["on_step"] = Drafts(streamer)
         own = self.generation_config.stop_strings
-        require(own is None, f"model.generation_config.stop_strings={own!r}: give them to generate instead")
+        require(own is None, f"model.generation_config.stop_strings={own!r}: pass them to generate instead")
         stops = getattr(generation_config, "stop_strings", None)
         if stops is not None:  # generate would need a tokenizer, and not pass it on
             generation_config = copy(generation_config)
