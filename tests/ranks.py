@@ -235,7 +235,7 @@ def nested(model: str | Path) -> None:
 
 
 def evaluate(prompts: list[str], together: int) -> tuple[list[str], int, int] | str:
-    """Answers of lm-eval's model of this team to its share of the prompts, and which team of how many it is."""
+    """Return the answers to this group's share of the prompts, its number and the number of groups."""
     from lm_eval.api.instance import Instance
 
     from sfs_triton.integrations.lm_eval import DiffusionLM
@@ -246,9 +246,12 @@ def evaluate(prompts: list[str], together: int) -> tuple[list[str], int, int] | 
     except SystemExit as end:
         return f"ended with {end.code}"
     mine = prompts[made.rank :: made.world_size]
-    wishes = [{"until": [], "max_gen_toks": 32, "tau_high": 0.9}] * len(mine)
-    given = [Instance("generate_until", {}, w, i, ("t", i, 1)) for i, w in enumerate(zip(mine, wishes, strict=True))]
-    answers = made.generate_until(given, disable_tqdm=True)
+    gen_kwargs = [{"until": [], "max_gen_toks": 32, "tau_high": 0.9}] * len(mine)
+    requests = [
+        Instance("generate_until", {}, given, index, ("t", index, 1))
+        for index, given in enumerate(zip(mine, gen_kwargs, strict=True))
+    ]
+    answers = made.generate_until(requests, disable_tqdm=True)
     leave()
     return answers, made.rank, made.world_size
 

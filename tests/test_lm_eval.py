@@ -28,10 +28,11 @@ from bench.embedded import evaluate, problems, tasks  # noqa: E402
 from bench.eval import sandbox  # noqa: E402
 from sfs_triton import ArgumentError, FixedSteps, RegionCache, SlowFast, Threshold  # noqa: E402
 from sfs_triton.cli import evaluate as command  # noqa: E402
+from sfs_triton.decoding.params import DecodingParams  # noqa: E402
 from sfs_triton.engine import EMBEDDED  # noqa: E402
 from sfs_triton.integrations.lm_eval import DiffusionLM, costs  # noqa: E402
 from sfs_triton.integrations.lm_eval import model as integration  # noqa: E402
-from sfs_triton.integrations.lm_eval.settings import make_settings, read_wish  # noqa: E402
+from sfs_triton.integrations.lm_eval.settings import parse_gen_kwargs, parse_model_args  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 TASKS = ROOT / "bench" / "eval" / "tasks"
@@ -69,26 +70,26 @@ def _chat(embedded, question: str) -> str:
 
 
 def test_settings_by_name():
-    assert make_settings("slowfast", "none", {}) == (SlowFast(), sfs_triton.NoCache())
-    sampler, cache = make_settings("slowfast", "region", {"preset": "fast", "tau_min": 0.2, "capacity": 64})
+    assert parse_model_args("slowfast", "none", {}) == (SlowFast(), sfs_triton.NoCache())
+    sampler, cache = parse_model_args("slowfast", "region", {"preset": "fast", "tau_min": 0.2, "capacity": 64})
     assert sampler == SlowFast.preset("fast", tau_min=0.2) and cache == RegionCache(capacity=64)
-    assert make_settings("threshold", "dual", {"tau": 0.7})[0] == Threshold(tau=0.7)
-    assert make_settings("vanilla", "none", {"block_length": 8})[0] == FixedSteps(block_length=8)
+    assert parse_model_args("threshold", "dual", {"tau": 0.7})[0] == Threshold(tau=0.7)
+    assert parse_model_args("vanilla", "none", {"block_length": 8})[0] == FixedSteps(block_length=8)
 
 
 BAD = {
     "no model": ({}, "pretrained is missing"),
     "unknown model": ({"pretrained": "/no/such"}, "'/no/such' is not a folder"),
-    "unknown": ({"tua": 0.9}, "tua=0.9 is not known; given are sampler=slowfast, cache=none"),
-    "other sampler's": ({"tau": 0.9}, "tau=0.9 goes with sampler=threshold; given are sampler=slowfast"),
-    "other cache's": ({"cache": "refresh", "capacity": 8}, "capacity=8 goes with cache=region"),
-    "vanilla has no steps": ({"sampler": "vanilla", "steps": 8}, "steps=8 goes with sampler=threshold, sampler=fixed"),
+    "unknown": ({"tua": 0.9}, "model_args: sampler 'slowfast' with cache 'none' has no option 'tua'; it has"),
+    "other sampler's": ({"tau": 0.9}, "sampler 'slowfast' with cache 'none' has no option 'tau'"),
+    "other cache's": ({"cache": "refresh", "capacity": 8}, "with cache 'refresh' has no option 'capacity'; it has"),
+    "vanilla has no steps": ({"sampler": "vanilla", "steps": 8}, "sampler 'vanilla' with cache 'none' has no option"),
     "sampler": ({"sampler": "greedy"}, "sampler='greedy' is not one of"),
     "cache": ({"cache": "all"}, "cache='all' is not one of"),
     "preset": ({"preset": "quick"}, "preset='quick' is not one of"),
     "range": ({"tau_high": "high"}, "tau_high='high' is not a number from 0"),
     "pair": ({"cache": "dual"}, "cache='dual' works by block"),
-    "code": ({"trust_remote_code": True}, "trust_remote_code=True is not known"),
+    "code": ({"trust_remote_code": True}, "has no option 'trust_remote_code'"),
     "batch": ({"batch_size": "auto"}, "batch_size='auto' is not an integer"),
     "length": ({"max_gen_toks": 0}, "max_gen_toks=0 is not an integer of at least 1"),
     "flag": ({"truncation": "yes"}, "truncation='yes' is neither True nor False"),
@@ -117,31 +118,40 @@ def test_model_args_as_lm_eval_gives_them(monkeypatch, embedded):
     assert told["sampler"]["tau_high"] == 0.8 and told["sampler"]["k_max"] == 6 and told["cache"]["capacity"] == 64
 
 
-def test_what_a_request_asks_for():
+def _parsed(given, sampler):
+    return parse_gen_kwargs("sums", given, sampler, RegionCache(), 64)
+
+
+def _gen(sampler, gen_length, *until, cache=None):
+    return DecodingParams(sampler=sampler, cache=cache or RegionCache(), gen_length=gen_length), until
+
+
+def test_gen_kwargs_of_a_request():
     own = SlowFast(temperature=0.2, top_p=0.9)
-    assert read_wish("t", {"until": ["\n"], "do_sample": False, "temperature": 0.0}, own, 64) == (64, ("\n",), own)
-    sampled = read_wish("t", {"do_sample": True, "temperature": 0.8, "top_p": 1.0, "top_k": 5}, own, 64).sampler
+    assert _parsed({"until": ["\n"], "do_sample": False, "temperature": 0.0}, own) == _gen(own, 64, "\n")
+    sampled = _parsed({"do_sample": True, "temperature": 0.8, "top_p": 1.0, "top_k": 5}, own).params.sampler
     assert sampled == SlowFast(temperature=0.8, top_k=5)
-    wish = read_wish("t", {"until": "Q", "max_new_tokens": 32, "num_beams": 1, "tau_high": 0.5}, SlowFast(), 64)
-    assert wish == (32, ("Q",), SlowFast(tau_high=0.5))
+    given = {"until": "Q", "max_new_tokens": 32, "num_beams": 1, "tau_high": 0.5}
+    assert _parsed(given, SlowFast()) == _gen(SlowFast(tau_high=0.5), 32, "Q")
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
         ({"num_beams": 4}, "task 'sums': num_beams=4"),
-        ({"gen_length": 8}, "task 'sums': gen_kwargs gen_length=8 is no setting of SlowFast"),
+        ({"gen_length": 8}, "task 'sums': sampler 'slowfast' has no option 'gen_length'; it has"),
         ({"max_gen_toks": 0}, "task 'sums': max_gen_toks=0"),
         ({"max_gen_toks": "many"}, "task 'sums': gen_kwargs {'max_gen_toks': 'many'}: "),
         ({"do_sample": True, "temperature": "hot"}, "'temperature': 'hot'}: "),
         ({"until": [3]}, "task 'sums': until=[3] holds 3"),
-        ({"max_gen_toks": 20, "block_length": 16}, "gen_length=20 is not a multiple of block_length=16"),
-        ({"tau_high": -1}, "tau_high=-1"),
+        ({"max_gen_toks": 20, "block_length": 16}, "task 'sums': gen_length=20 is not a multiple of block_length=16"),
+        ({"tau_high": -1}, "task 'sums': tau_high=-1"),
+        ({"preset": "fast"}, "task 'sums': sampler 'slowfast' has no option 'preset'"),
     ],
 )
 def test_bad_gen_kwargs(given, message):
     with pytest.raises(ArgumentError) as caught:
-        read_wish("sums", given, SlowFast(), 64)
+        _parsed(given, SlowFast())
     assert message in str(caught.value)
 
 
@@ -224,7 +234,7 @@ def test_repeats_draw_anew_and_padding_costs_nothing(model, embedded):
     made = model(batch_size=2)
     answers = made.generate_until([request] * 3 + [other] * 3)  # lm-eval repeats a rank's last request as padding
     assert len(set(answers[:3])) > 1 and len(set(answers[3:])) == 1
-    assert made.tally.summary()["all"]["requests"] == 4
+    assert made.costs.summary()["all"]["requests"] == 4
 
 
 def test_an_engine_on_a_model_of_transformers(model, embedded):
@@ -250,7 +260,7 @@ def test_long_prompts(model, embedded):
     assert truncated and len(ids) == room and ids[0] == embedded.text.token_id("<|startoftext|>")
     assert ids[1:] == embedded.text.encode(text)[1 - room :]
     made.generate_until([_request(text)])
-    assert made.tally.summary()["all"]["truncated"] == 1
+    assert made.costs.summary()["all"]["truncated"] == 1
     with pytest.raises(ArgumentError, match="max_gen_toks=512"):
         model().generate_until([_request(max_gen_toks=512)])
 
@@ -260,7 +270,7 @@ def test_chat_template(model, embedded):
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "The answer"}]
     assert made.apply_chat_template(turns[:1]) == _chat(embedded, "Hi")
     assert made.apply_chat_template(turns, add_generation_prompt=False) == _chat(embedded, "Hi") + "The answer"
-    with pytest.raises(ArgumentError, match="no assistant's turn"):
+    with pytest.raises(ArgumentError, match="no assistant's turn to continue"):
         made.apply_chat_template(turns[:1], add_generation_prompt=False)
     assert made.chat_template(True) == embedded.text.template
     with pytest.raises(ArgumentError, match="apply_chat_template='other'"):
@@ -352,7 +362,7 @@ def _executes(monkeypatch, error):
 
 def test_errors_while_decoding_keep_their_traceback(monkeypatch, capsys, model):
     made = model()
-    monkeypatch.setattr(costs, "TALLIES", [made.tally])
+    monkeypatch.setattr(costs, "ALL_COSTS", [made.costs])
     _executes(monkeypatch, KeyError("a"))
     with pytest.raises(SystemExit) as caught:
         command.main()
@@ -405,14 +415,14 @@ print(json.dumps(found), file=sys.__stdout__)
     ("case", "said"),
     {
         "task": "Tasks not found: sfs_record",
-        "argument": "model_args: tua=1 is not known",
+        "argument": "model_args: sampler 'slowfast' with cache 'none' has no option 'tua'",
         "folder": "include_path='/no/such' is not a folder",
         "yaml": "Tasks not found: broken; ",
         "file": "ScannerError: mapping values are not allowed",
         "config": "Config file not found",
         "unsafe": "humaneval_offline which is marked as unsafe",
         "no tasks": "No tasks specified",
-        "output": "list.yaml' is no folder that can be written to",
+        "output": "list.yaml' is not a folder that can be written to",
     }.items(),
 )
 def test_wrong_options_end_with_one_line(refused, case, said):
@@ -622,8 +632,8 @@ def test_recipe(path, monkeypatch, embedded):
     made = DiffusionLM.create_from_arg_obj(dict(config.model_args))
     length = config.gen_kwargs["max_gen_toks"]
     usual = {"until": ["Question:"], "do_sample": False, "temperature": 0.0}
-    wish = read_wish(path.stem, {**usual, **config.gen_kwargs}, made._sampler, 64)
-    assert wish == (length, ("Question:",), made._sampler) and length in (256, 1024)
+    gen = parse_gen_kwargs(path.stem, {**usual, **config.gen_kwargs}, made._sampler, made._cache, 64)
+    assert gen == _gen(made._sampler, length, "Question:", cache=made._cache) and length in (256, 1024)
     known = Path(lm_eval.__file__).parent / "tasks"
     folders = ("gsm8k", "gpqa/generative", "benchmarks", "mmlu/generative", "mmlu_pro", "bbh/cot_fewshot", "mbpp")
     lines = {line for f in (*folders, "humaneval") for p in (known / f).glob("*.yaml") for line in p.open()}

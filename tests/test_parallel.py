@@ -426,8 +426,8 @@ def test_the_benchmark_writes_once(tmp_path):
     assert done.stdout.count("wrote ") == 1
 
 
-def test_an_evaluation_by_teams(tmp_path, embedded):
-    """Two teams of two: each team is one process to lm-eval, and its second member ends with the first."""
+def test_an_evaluation_by_groups(tmp_path, embedded):
+    """Two groups of two: each group is one process to lm-eval, and its second member ends with the first."""
     pytest.importorskip("lm_eval")
     questions = ["15,44,79,50", "2,3,5,25", "61,10,30,41"]
     prompts = [embedded.text.render([{"role": "user", "content": question}]) for question in questions]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from ..errors import SfsError, require
 
 if TYPE_CHECKING:  # the module needs lm-eval, whose absence main() reports
-    from ..integrations.lm_eval.costs import Tally
+    from ..integrations.lm_eval.costs import EvaluationCosts
 
 
 class RefusedError(SfsError):
@@ -28,17 +28,17 @@ def main() -> None:
             from ..integrations.lm_eval import costs, ranks  # registers the model, or names the missing extra
 
             stack.callback(ranks.leave)
-            _evaluate(costs.TALLIES)
+            _evaluate(costs.ALL_COSTS)
         except SfsError as error:
             print("error: " + " ".join(str(error).split()), file=sys.stderr)
             sys.exit(2)
     if os.environ.get("RANK", "0") == "0":
-        for tally in costs.TALLIES:
-            print(tally.table())
+        for model in costs.ALL_COSTS:
+            print(model.table())
 
 
-def _evaluate(tallies: Sequence[Tally]) -> None:
-    """Run lm-eval's command line. ``tallies``: of the models that it creates.
+def _evaluate(all_costs: Sequence[EvaluationCosts]) -> None:
+    """Run lm-eval's command line. ``all_costs``: of the models that it creates.
 
     Raises:
         SfsError: lm-eval refuses a task, file or option before the first answer is decoded: it is missing or
@@ -50,23 +50,23 @@ def _evaluate(tallies: Sequence[Tally]) -> None:
 
     setup_logging()
     harness = HarnessCLI()
-    asked = harness.parse_args()
-    include = getattr(asked, "include_path", None)
+    args = harness.parse_args()
+    include = getattr(args, "include_path", None)
     require(include is None or Path(include).is_dir(), f"include_path={include!r} is not a folder")
-    output = getattr(asked, "output_path", None)
+    output = getattr(args, "output_path", None)
     _refuse_output(output)
     before = _written(output)
     try:
-        harness.execute(asked)
+        harness.execute(args)
     except SfsError:
         raise
     except (ValueError, TypeError, KeyError, OSError, ImportError, YAMLError) as error:
-        if any(tally.begun for tally in tallies):
+        if any(costs.started for costs in all_costs):
             raise
         logging.getLogger("lm_eval").debug("refused", exc_info=True)
         kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
-        said = [f"lm-eval: {kind}{error}", *_broken(include)]
-        raise RefusedError("; ".join(said) + " (LMEVAL_LOG_LEVEL=DEBUG shows where)") from error
+        faults = [f"lm-eval: {kind}{error}", *_broken(include)]
+        raise RefusedError("; ".join(faults) + " (LMEVAL_LOG_LEVEL=DEBUG shows where)") from error
     _check_written(output, _written(output) - before)
 
 
@@ -74,20 +74,20 @@ def _refuse_output(path: str | None) -> None:
     """Refuse an output path that cannot be written; lm-eval would report it only after the evaluation."""
     if path is None:
         return
-    place = Path(path).absolute()
-    parent = next(folder for folder in (place, *place.parents) if folder.exists())
-    fine = parent.is_dir() and os.access(parent, os.W_OK) or parent == place and place.suffix == ".json"
-    require(fine, f"output_path={path!r}: {str(parent)!r} is no folder that can be written to")
+    target = Path(path).absolute()
+    parent = next(folder for folder in (target, *target.parents) if folder.exists())
+    writable = parent.is_dir() and os.access(parent, os.W_OK) or parent == target and target.suffix == ".json"
+    require(writable, f"output_path={path!r}: {str(parent)!r} is not a folder that can be written to")
 
 
 def _written(path: str | None) -> set[Path]:
     """Return the result files in lm-eval's output folder."""
     if path is None:
         return set()
-    place = Path(path)
-    if place.suffix == ".json":
-        return {*place.parent.glob(f"{place.stem}_*.json"), *place.parent.glob("samples_*.jsonl")}
-    return {*place.rglob("*.json"), *place.rglob("*.jsonl")}
+    target = Path(path)
+    if target.suffix == ".json":
+        return {*target.parent.glob(f"{target.stem}_*.json"), *target.parent.glob("samples_*.jsonl")}
+    return {*target.rglob("*.json"), *target.rglob("*.jsonl")}
 
 
 def _check_written(path: str | None, files: set[Path]) -> None:
@@ -96,18 +96,18 @@ def _check_written(path: str | None, files: set[Path]) -> None:
     Raises:
         RefusedError: there was a partial file, or no file was written.
     """
-    torn = [file for file in sorted(files) if not _is_whole(file)]
-    for file in torn:
+    partial = [file for file in sorted(files) if not _is_complete(file)]
+    for file in partial:
         file.unlink()
-    if torn or path is not None and os.environ.get("RANK", "0") == "0" and not files:
+    if partial or path is not None and os.environ.get("RANK", "0") == "0" and not files:
         raise RefusedError(f"output_path={path!r}: the results could not be written; is the disk full?")
 
 
-def _is_whole(file: Path) -> bool:
+def _is_complete(file: Path) -> bool:
     try:
         text = file.read_text(encoding="utf-8")
-        for part in text.splitlines() if file.suffix == ".jsonl" else [text]:
-            json.loads(part)
+        for document in text.splitlines() if file.suffix == ".jsonl" else [text]:
+            json.loads(document)
     except ValueError:
         return False
     return True

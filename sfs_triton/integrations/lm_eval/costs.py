@@ -11,7 +11,7 @@ from ...scheduling.outputs import Generation
 
 
 @dataclass(slots=True)
-class Cost:
+class TaskCost:
     """Costs of one task's requests. ``seconds`` is the time in ``generate`` of one rank."""
 
     requests: int = 0
@@ -22,12 +22,12 @@ class Cost:
 
 
 @dataclass
-class Tally:
-    """Costs per task, of this rank and, once gathered, of all ranks. ``begun``: decoding has started."""
+class EvaluationCosts:
+    """Costs per task, of this rank and, once gathered, of all ranks. ``started``: decoding has started."""
 
-    begun: bool = False
-    own: dict[str, Cost] = field(default_factory=lambda: defaultdict(Cost))
-    gathered: list[dict[str, Cost]] | None = None
+    started: bool = False
+    own: dict[str, TaskCost] = field(default_factory=lambda: defaultdict(TaskCost))
+    gathered: list[dict[str, TaskCost]] | None = None
 
     def add(self, task: str, batch: Sequence[Generation], truncated: int) -> None:
         cost = self.own[task]
@@ -45,7 +45,7 @@ class Tally:
         """
         ranks = [self.own] if self.gathered is None else self.gathered
         tasks = list(dict.fromkeys(task for rank in ranks for task in rank))
-        figures = {task: _figures([rank.get(task, Cost()) for rank in ranks]) for task in tasks}
+        figures = {task: _figures([rank.get(task, TaskCost()) for rank in ranks]) for task in tasks}
         return figures | {"all": _figures([_total(rank) for rank in ranks])}
 
     def table(self) -> str:
@@ -69,11 +69,11 @@ class Tally:
         return "\n".join([head, "|".join(["", *("-" * (w - 1) + ":" for w in widths), ""]), *lines])
 
 
-def _total(costs: Mapping[str, Cost]) -> Cost:
-    return Cost(*(sum(getattr(cost, f.name) for cost in costs.values()) for f in fields(Cost)))
+def _total(costs: Mapping[str, TaskCost]) -> TaskCost:
+    return TaskCost(*(sum(getattr(cost, f.name) for cost in costs.values()) for f in fields(TaskCost)))
 
 
-def _figures(ranks: Sequence[Cost]) -> dict[str, Any]:
+def _figures(ranks: Sequence[TaskCost]) -> dict[str, Any]:
     requests, tokens, nfe = (sum(getattr(rank, name) for rank in ranks) for name in ("requests", "tokens", "nfe"))
     seconds = max(rank.seconds for rank in ranks)
     return {
@@ -89,4 +89,4 @@ def _figures(ranks: Sequence[Cost]) -> dict[str, Any]:
     }
 
 
-TALLIES: list[Tally] = []  # of every model of this process, printed by sfs-eval at the end
+ALL_COSTS: list[EvaluationCosts] = []  # of every model of this process, printed by sfs-eval at the end

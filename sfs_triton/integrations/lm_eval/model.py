@@ -1,7 +1,4 @@
-"""lm-eval: a model named ``sfs_triton``. The command ``sfs-eval`` is in :mod:`.sfs_eval`.
-
-Importing this module registers the model; ``lm_eval.simple_evaluate(model="sfs_triton", ...)`` works from then on.
-"""
+"""The lm-eval model ``sfs_triton``: requests are checked and encoded, then decoded in batches."""
 
 from __future__ import annotations
 
@@ -25,27 +22,27 @@ try:
     from lm_eval.api.registry import register_model
     from tqdm import tqdm
 
-    from .settings import Wish, flag, make_settings, read_wish, whole
+    from .settings import GenKwargs, flag, integer, parse_gen_kwargs, parse_model_args
 except ImportError as error:
     raise MissingDependencyError(f'this needs lm-eval ({error}): pip install "sfs_triton[eval]"') from error
 
-from .costs import TALLIES, Tally
-from .ranks import Ranks, Team
+from .costs import ALL_COSTS, EvaluationCosts
+from .ranks import Ranks, TPGroup
 
-LM_EVALS_DEVICE = "cuda:0"  # lm-eval's default device
+DEFAULT_DEVICE = "cuda:0"  # lm-eval's default device
 
 
 class LikelihoodError(SfsError, NotImplementedError):
     """A task requests log-likelihoods."""
 
 
-class Job(NamedTuple):
-    """One checked and encoded request."""
+class EncodedRequest(NamedTuple):
+    """One checked and encoded request; ``index``: of its answer."""
 
-    place: int
+    index: int
     request: Instance
     ids: list[int]
-    wish: Wish
+    gen: GenKwargs
     seed: int
     truncated: bool
 
@@ -56,7 +53,7 @@ class DiffusionLM(LM):
 
     Args:
         pretrained: ``"embedded"``, a checkpoint folder, a hub id, or an :class:`Engine`.
-        sampler, cache: ``slowfast``, ``threshold``, ``fixed`` or ``vanilla``; a cache policy. Every other setting of
+        sampler, cache: ``slowfast``, ``threshold``, ``fixed`` or ``vanilla``; a cache policy. Every option of
             either (``preset``, ``tau_high``, ``block_length``, ``capacity``, ...) is also an argument.
         batch_size: prompts decoded together.
         max_gen_toks: default number of response positions.
@@ -64,8 +61,8 @@ class DiffusionLM(LM):
         truncation: drop the start of prompts that are too long; otherwise they are an error.
         add_bos_token: prepend the checkpoint's begin-of-text token to prompts without it.
         device, dtype, impl, loop, weights: as for :func:`sfs_triton.load`.
-        tensor_parallel: number of neighbouring ``torchrun`` processes that share a model; each such team counts as
-            one process. Except in a team's first process, the constructor does not return: the process exits with it.
+        tensor_parallel: number of neighbouring ``torchrun`` processes that share a model and count as one process.
+            Except in the first of them, the constructor does not return: the process exits when the first is done.
     """
 
     def __init__(
@@ -86,39 +83,39 @@ class DiffusionLM(LM):
         loop: str | None = None,
         weights: str | None = None,
         tensor_parallel: int | str = 1,
-        **settings: Any,
+        **options: Any,
     ):
         super().__init__()
         require(
             pretrained is not None, "model_args: pretrained is missing: 'embedded', a checkpoint folder or a hub id"
         )
         require(max_batch_size is None, f"model_args: max_batch_size={max_batch_size!r} goes with batch_size=auto only")
-        self._sampler, self._policy = make_settings(sampler, cache, settings)
-        self._batch_size = whole("batch_size", batch_size, 1)
-        self._length = whole("max_gen_toks", max_gen_toks, 1)
-        self._seed = whole("seed", seed, 0)
+        self._sampler, self._cache = parse_model_args(sampler, cache, options)
+        self._batch_size = integer("batch_size", batch_size, 1)
+        self._gen_length = integer("max_gen_toks", max_gen_toks, 1)
+        self._seed = integer("seed", seed, 0)
         self._truncation = flag("truncation", truncation)
-        self._team = Team(whole("tensor_parallel", tensor_parallel, 1), device)
-        self._ranks = Ranks(self._team.group.size)
+        self._tp = TPGroup(integer("tensor_parallel", tensor_parallel, 1), device)
+        self._ranks = Ranks(self._tp.group.size)
         self._rank, self._world_size = self._ranks.rank, self._ranks.size
         self._name = pretrained if isinstance(pretrained, str) else "engine"
         if isinstance(pretrained, Engine):
-            shared = max(self._team.group.size, pretrained.model.group.size)
+            shared = max(self._tp.group.size, pretrained.model.group.size)
             require(shared == 1, f"model_args: tensor_parallel={shared} needs the name of a model, not an engine")
             self.engine = pretrained
         else:
             where, dtype = self._ranks.device(device), None if dtype == "auto" else dtype
-            how = {"weights": weights, "tensor_parallel": self._team.group}
+            how = {"weights": weights, "tensor_parallel": self._tp.group}
             self.engine = load(pretrained, where, dtype, impl, loop, **how)
-        if not self._team.leads:
-            self._team.follow(self.engine, type(self._sampler), self._policy)
+        if not self._tp.leads:
+            self._tp.follow(self.engine)
         require(self.engine.text is not None, f"model_args: pretrained={self._name!r} has no tokenizer.json")
         self._device = self.engine.model.device
         self._bos = _begin_of_text(self.engine.text, self._name) if flag("add_bos_token", add_bos_token) else []
         self._special = self.engine.text.special_ids()
-        self._told = {"sampler": sampler_to_dict(self._sampler), "cache": cache_to_dict(self._policy)}
-        self.tally = Tally()
-        TALLIES.append(self.tally)
+        self._settings = {"sampler": sampler_to_dict(self._sampler), "cache": cache_to_dict(self._cache)}
+        self.costs = EvaluationCosts()
+        ALL_COSTS.append(self.costs)
 
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: dict | None = None) -> DiffusionLM:
@@ -130,7 +127,7 @@ class DiffusionLM(LM):
     def create_from_arg_obj(cls, arg_dict: dict, additional_config: dict | None = None) -> DiffusionLM:
         """Create a model from ``model_args`` and lm-eval's own options; ``model_args`` take precedence."""
         options = {name: value for name, value in (additional_config or {}).items() if value is not None}
-        if options.get("device") == LM_EVALS_DEVICE:
+        if options.get("device") == DEFAULT_DEVICE:
             del options["device"]
         return cls(**{**options, **arg_dict})
 
@@ -138,74 +135,71 @@ class DiffusionLM(LM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Return the answers in the order of the requests, each cut at the first of its stop strings."""
-        jobs, same = self._jobs(requests)
-        self.tally.begun = True
+        encoded, repeated = self._encode_all(requests)
+        self.costs.started = True
         answers: list[Any] = [None] * len(requests)
         hidden = disable_tqdm or self.rank != 0
-        with tqdm(total=len(jobs), disable=hidden, desc="Running generate_until requests") as bar:
-            for batch in self._batches(jobs):
-                wish = batch[0].wish
-                ids, seeds = [job.ids for job in batch], [job.seed for job in batch]
-                self._team.tell(ids, wish.length, wish.sampler, seeds)
-                how = {"gen_length": wish.length, "sampler": wish.sampler, "cache": self._policy}
-                done = self.engine.generate(ids, seed=seeds, **how)
-                self.tally.add(batch[0].request.task_name, done, sum(job.truncated for job in batch))
-                for job, row in zip(batch, done, strict=True):
-                    answers[job.place] = self._cut(row, wish.until)
-                    self.cache_hook.add_partial("generate_until", job.request.args, answers[job.place])
+        with tqdm(total=len(encoded), disable=hidden, desc="Running generate_until requests") as bar:
+            for batch in self._batches(encoded):
+                ids, seeds = [one.ids for one in batch], [one.seed for one in batch]
+                done = self._tp.generate(self.engine, ids, batch[0].gen.params, seeds)
+                self.costs.add(batch[0].request.task_name, done, sum(one.truncated for one in batch))
+                for one, generation in zip(batch, done, strict=True):
+                    answers[one.index] = self._cut(generation, one.gen.until)
+                    self.cache_hook.add_partial("generate_until", one.request.args, answers[one.index])
                 bar.update(len(batch))
-        for place, first in same.items():
-            answers[place] = answers[first]
+        for index, first in repeated.items():
+            answers[index] = answers[first]
         return answers
 
-    def _jobs(self, requests: Sequence[Instance]) -> tuple[list[Job], dict[int, int]]:
+    def _encode_all(self, requests: Sequence[Instance]) -> tuple[list[EncodedRequest], dict[int, int]]:
         """Check and encode all requests before the first is decoded.
 
         Some ranks get their last request again, so that all ranks have equally many. Returned second: the indices of
         such repeats, and the index of each one's answer; they are neither decoded nor counted twice.
         """
-        jobs: list[Job] = []
+        encoded: list[EncodedRequest] = []
         seen: Counter[int] = Counter()
         first: dict[int, int] = {}
-        same = {}
-        for place, request in enumerate(requests):
+        repeated = {}
+        for index, request in enumerate(requests):
             repeat, repeats = seen[id(request)], request.repeats or 1
             seen[id(request)] += 1
             if repeat >= repeats:
-                same[place] = first[id(request)]
+                repeated[index] = first[id(request)]
                 continue
-            first.setdefault(id(request), place)
+            first.setdefault(id(request), index)
             context, given = request.args
-            wish = read_wish(request.task_name, given, self._sampler, self._length)
-            ids, truncated = self._encode(request, context, wish.length)
+            gen = parse_gen_kwargs(request.task_name, given, self._sampler, self._cache, self._gen_length)
+            ids, truncated = self._encode(request, context, gen.params.gen_length)
             seed = self._seed + (request.doc_id or 0) * repeats + repeat
-            jobs.append(Job(place, request, ids, wish, seed, truncated))
-        return jobs, same
+            encoded.append(EncodedRequest(index, request, ids, gen, seed, truncated))
+        return encoded, repeated
 
     def _encode(self, request: Instance, context: str, length: int) -> tuple[list[int], bool]:
         """Return the token ids of a prompt that leaves ``length`` positions free, and whether it was truncated."""
         ids, task = self.engine.text.encode(context), f"task {request.task_name!r}, document {request.doc_id}"
         if ids[: len(self._bos)] != self._bos:
             ids = self._bos + ids
-        room = self.engine.spec.max_length - length
-        require(room > 0, f"{task}: max_gen_toks={length}, but the model has {self.engine.spec.max_length} positions")
+        limit = self.engine.spec.max_length - length
+        require(limit > 0, f"{task}: max_gen_toks={length}, but the model has {self.engine.spec.max_length} positions")
         require(bool(ids), f"{task}: the prompt is empty, set add_bos_token=True")
-        if len(ids) <= room:
+        if len(ids) <= limit:
             return ids, False
         require(
             self._truncation,
-            f"{task}: the prompt has {len(ids)} tokens; with max_gen_toks={length} the model has room for {room}. "
-            "Fewer shots, fewer positions, or truncation=True, which drops the prompt's beginning",
+            f"{task}: the prompt has {len(ids)} tokens; with max_gen_toks={length} the model has room for {limit}. "
+            "Use fewer shots, fewer positions, or truncation=True, which drops the start of the prompt",
         )
-        return self._bos + ids[len(ids) - room + len(self._bos) :], True
+        return self._bos + ids[len(ids) - limit + len(self._bos) :], True
 
-    def _batches(self, jobs: Sequence[Job]) -> Iterator[list[Job]]:
-        """Batch jobs of equal task and parameters, longest prompts first, so that running out of memory fails early."""
-        alike: dict[tuple, list[Job]] = defaultdict(list)
-        for job in jobs:
-            alike[job.request.task_name, job.wish].append(job)
+    def _batches(self, encoded: Sequence[EncodedRequest]) -> Iterator[list[EncodedRequest]]:
+        """Batch requests of equal task and parameters, longest prompts first: out of memory then shows early."""
+        alike: dict[tuple, list[EncodedRequest]] = defaultdict(list)
+        for one in encoded:
+            alike[one.request.task_name, one.gen].append(one)
         for group in alike.values():
-            group.sort(key=lambda job: -len(job.ids))
+            group.sort(key=lambda one: -len(one.ids))
             for at in range(0, len(group), self._batch_size):
                 yield group[at : at + self._batch_size]
 
@@ -232,12 +226,12 @@ class DiffusionLM(LM):
         if add_generation_prompt:
             return self.engine.text.render(chat_history)
         last = chat_history[-1] if chat_history else {}
-        require(last.get("role") == "assistant", f"there is no assistant's turn to continue in {chat_history!r}")
+        require(last.get("role") == "assistant", f"{chat_history!r} has no assistant's turn to continue")
         return self.engine.text.render(chat_history[:-1]) + last["content"]
 
     def chat_template(self, chat_template: bool | str = False) -> str:
-        fine = isinstance(chat_template, bool) or chat_template == "default"
-        require(fine, f"apply_chat_template={chat_template!r}: only the checkpoint's own template can be used")
+        valid = isinstance(chat_template, bool) or chat_template == "default"
+        require(valid, f"apply_chat_template={chat_template!r}: only the checkpoint's own template can be used")
         return self.engine.text.template or ""
 
     @property
@@ -251,10 +245,10 @@ class DiffusionLM(LM):
         """Gather the objects of all ranks, and with them the costs, which the combined results need."""
         if self.world_size == 1:
             return [obj]
-        parts = self._ranks.gather((obj, dict(self.tally.own)), dst)
+        parts = self._ranks.gather((obj, dict(self.costs.own)), dst)
         if parts is None:
             return None
-        self.tally.gathered = [costs for _, costs in parts]
+        self.costs.gathered = [costs for _, costs in parts]
         return [part for part, _ in parts]
 
     def barrier(self) -> None:
@@ -264,7 +258,7 @@ class DiffusionLM(LM):
     def get_model_info(self) -> dict[str, Any]:
         """Return the entries for a result's ``config``: version, settings, and the figures under ``speed``."""
         own = {"version": __version__, "pretrained": self._name, "loop": self.engine.loop, "device": str(self._device)}
-        return {"sfs_triton": {**own, **self._told, "batch_size": self._batch_size}, "speed": self.tally.summary()}
+        return {"sfs_triton": {**own, **self._settings, "batch_size": self._batch_size}, "speed": self.costs.summary()}
 
 
 def _begin_of_text(text: TextCodec, name: str) -> list[int]:
@@ -277,6 +271,7 @@ def _begin_of_text(text: TextCodec, name: str) -> list[int]:
 def _refuse(requests: Sequence[Instance]) -> None:
     tasks = sorted({request.task_name or "?" for request in requests})
     raise LikelihoodError(
-        f"task {', '.join(tasks)}: needs log-likelihoods, of which a masked-diffusion model has none that a few passes "
-        "give; use a task that generates its answers (mmlu_generative for mmlu, arc_challenge_chat for arc_challenge)"
+        f"task {', '.join(tasks)}: needs log-likelihoods, which a masked-diffusion model cannot compute in "
+        "a few forwards; use a task that generates its answers (mmlu_generative for mmlu, arc_challenge_chat for "
+        "arc_challenge)"
     )

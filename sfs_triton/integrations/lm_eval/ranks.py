@@ -1,4 +1,4 @@
-"""Process groups of an evaluation, over gloo: ranks that share its requests, teams that share a model."""
+"""Process groups of an evaluation, over gloo: ranks that share its requests, and tensor-parallel groups."""
 
 from __future__ import annotations
 
@@ -7,24 +7,23 @@ import json
 import os
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict
 from datetime import timedelta
 from typing import Any, NoReturn
 
 import torch
 from torch import distributed
 
-from ...decoding.caching import CachePolicy
-from ...decoding.samplers import Sampler
+from ...decoding.params import DecodingParams
 from ...distributed import Group, close, join
 from ...engine import Engine
 from ...errors import RankFailure, RowFault
+from ...scheduling.outputs import Generation
 
 PATIENCE = timedelta(days=7)  # ranks may wait long for others with long answers
 
 
 class Ranks:
-    """The ranks started by ``torchrun`` or ``accelerate launch``; a single rank without them.
+    """Ranks started by ``torchrun`` or ``accelerate launch``; a single rank without them.
 
     ``together`` neighbouring processes share a model. Only the first of them takes part in the evaluation, and they
     count as one here.
@@ -59,6 +58,7 @@ class Ranks:
         return torch.cat(parts)
 
     def gather(self, item: Any, to: int) -> list | None:
+        """Return the items of all ranks on rank ``to``, None on the others."""
         parts = [None] * self.size if self.rank == to else None
         distributed.gather_object(item, parts, dst=to * self._together, group=self._group)
         return parts
@@ -67,8 +67,8 @@ class Ranks:
         distributed.barrier(group=self._group)
 
 
-class Team:
-    """Processes that share a model: the first evaluates, and the others decode the same batches.
+class TPGroup:
+    """Tensor-parallel group of processes that share a model: the first evaluates, the others decode the same batches.
 
     Args:
         size: number of processes.
@@ -77,9 +77,9 @@ class Team:
 
     def __init__(self, size: int, device: Any):
         self.group = join(size, device, replicas=True)
-        self._orders: Group = join(size, "cpu", replicas=True, patience=PATIENCE)
+        self._batches: Group = join(size, "cpu", replicas=True, patience=PATIENCE)
         if size > 1:
-            _TEAMS.append(self)
+            _GROUPS.append(self)
             atexit.register(leave)
 
     @property
@@ -87,36 +87,45 @@ class Team:
         return self.group.rank == 0
 
     def end(self) -> None:
-        """End the other processes of the team; called by the first when it is done."""
+        """End the other processes; called by the first when it is done."""
         if self.leads:
             with suppress(RankFailure):  # they have ended already
-                self._orders.exchange("")
+                self._batches.exchange("")
 
-    def tell(self, ids: Sequence[list[int]], length: int, sampler: Sampler, seeds: Sequence[int]) -> None:
-        """Send a batch to the other processes, which decode it as well."""
+    def generate(
+        self, engine: Engine, ids: Sequence[list[int]], params: DecodingParams, seeds: Sequence[int]
+    ) -> list[Generation]:
+        """Decode a batch, on the other processes as well."""
         if self.group.size > 1:
-            order = {"ids": list(ids), "length": length, "sampler": asdict(sampler), "seeds": list(seeds)}
-            self._orders.exchange(json.dumps(order))
+            batch = {"ids": list(ids), "params": params.to_dict(), "seeds": list(seeds)}
+            self._batches.exchange(json.dumps(batch))
+        return _generate(engine, ids, params, seeds)
 
-    def follow(self, engine: Engine, kind: type[Sampler], policy: CachePolicy) -> NoReturn:
+    def follow(self, engine: Engine) -> NoReturn:
         """Decode the batches of the first process until it is done; then exit.
 
         Raises:
             RankFailure: the first process has ended.
         """
-        while order := self._orders.exchange("")[0]:
-            told = json.loads(order)
-            how = {"gen_length": told["length"], "sampler": kind(**told["sampler"]), "cache": policy}
+        while received := self._batches.exchange("")[0]:
+            batch = json.loads(received)
             with suppress(RowFault):  # the first process has the same fault
-                engine.generate(told["ids"], seed=told["seeds"], **how)
+                _generate(engine, batch["ids"], DecodingParams.parse(**batch["params"]), batch["seeds"])
         raise SystemExit(0)
 
 
-_TEAMS: list[Team] = []  # teams of this process
+def _generate(
+    engine: Engine, ids: Sequence[list[int]], params: DecodingParams, seeds: Sequence[int]
+) -> list[Generation]:
+    how = {"gen_length": params.gen_length, "sampler": params.sampler, "cache": params.cache}
+    return engine.generate(ids, seed=seeds, **how)
+
+
+_GROUPS: list[TPGroup] = []  # tensor-parallel groups of this process
 
 
 def leave() -> None:
-    """End all teams and groups of this process."""
-    while _TEAMS:
-        _TEAMS.pop().end()
+    """End the tensor-parallel groups of this process and leave all process groups."""
+    while _GROUPS:
+        _GROUPS.pop().end()
     close()

@@ -3,44 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
 from typing import Any, NamedTuple
 
 from lm_eval.models.utils import normalize_gen_kwargs
 
 from ...decoding.caching import POLICIES, CachePolicy
-from ...decoding.params import cache_options, parse_cache, parse_sampler, sampler_options
+from ...decoding.params import (
+    DecodingParams,
+    cache_options,
+    check_options,
+    check_pair,
+    named,
+    parse_cache,
+    parse_sampler,
+    sampler_kind,
+    sampler_options,
+)
 from ...decoding.samplers import SAMPLERS, Sampler
 from ...errors import ArgumentError, require
 
 
-def make_settings(sampler: str, cache: str, given: Mapping[str, Any]) -> tuple[Sampler, CachePolicy]:
-    """Return a sampler and a cache policy by name, with their settings from ``model_args``.
+def parse_model_args(sampler: str, cache: str, options: Mapping[str, Any]) -> tuple[Sampler, CachePolicy]:
+    """Return a sampler and a cache policy from their names and the options of either, which ``model_args`` mixes.
 
     Raises:
-        ArgumentError: names the argument, its value, and its sampler or cache policy.
+        ArgumentError: names the argument or option and its value.
     """
-    require(sampler in SAMPLERS, f"model_args: sampler={sampler!r} is not one of {tuple(SAMPLERS)}")
-    require(cache in POLICIES, f"model_args: cache={cache!r} is not one of {tuple(POLICIES)}")
-    of_sampler, of_cache = sampler_options(sampler), cache_options(cache)
-    for name, value in given.items():
-        if name in of_sampler | of_cache:
-            continue
-        owners = [f"sampler={other}" for other in SAMPLERS if name in sampler_options(other)]
-        owners += [f"cache={other}" for other in POLICIES if name in cache_options(other)]
-        why = f"goes with {', '.join(owners)}" if owners else "is not known"
-        raise ArgumentError(f"model_args: {name}={value!r} {why}; given are sampler={sampler}, cache={cache}")
-    chosen = {name: value for name, value in given.items() if name in of_sampler}
-    settings = parse_sampler(sampler, **chosen)
-    policy = parse_cache(cache, **{name: value for name, value in given.items() if name in of_cache})
-    settings.check_cache(policy)
-    return settings, policy
+    kind, _ = named("model_args: sampler", sampler, SAMPLERS)
+    policy, _ = named("model_args: cache", cache, POLICIES)
+    of_sampler, of_cache = sampler_options(kind), cache_options(policy)
+    check_options(f"model_args: sampler {kind!r} with cache {policy!r}", options, of_sampler | of_cache)
+    parsed = (
+        parse_sampler(sampler, **{name: value for name, value in options.items() if name in of_sampler}),
+        parse_cache(cache, **{name: value for name, value in options.items() if name in of_cache}),
+    )
+    check_pair(*parsed)
+    return parsed
 
 
-def whole(name: str, value: Any, least: int) -> int:
+def integer(name: str, value: Any, least: int) -> int:
     """Return ``value`` as an integer of at least ``least``; the command line passes some integers as text."""
-    fine = not isinstance(value, (bool, float)) and str(value).lstrip("-").isdecimal() and int(value) >= least
-    require(fine, f"model_args: {name}={value!r} is not an integer of at least {least}")
+    valid = not isinstance(value, (bool, float)) and str(value).lstrip("-").isdecimal() and int(value) >= least
+    require(valid, f"model_args: {name}={value!r} is not an integer of at least {least}")
     return int(value)
 
 
@@ -49,42 +53,44 @@ def flag(name: str, value: Any) -> bool:
     return value
 
 
-class Wish(NamedTuple):
-    """Parsed ``gen_kwargs`` of one request."""
+class GenKwargs(NamedTuple):
+    """Parsed ``gen_kwargs`` of one request. Its seed is not among the parameters: each repeat has its own."""
 
-    length: int
+    params: DecodingParams
     until: tuple[str, ...]
-    sampler: Sampler
 
 
-def read_wish(task: str, given: Mapping[str, Any], sampler: Sampler, length: int) -> Wish:
-    """Parse the ``gen_kwargs`` of a request; defaults are the model's ``sampler`` and response ``length``.
+def parse_gen_kwargs(
+    task: str, given: Mapping[str, Any], sampler: Sampler, cache: CachePolicy, gen_length: int
+) -> GenKwargs:
+    """Parse the ``gen_kwargs`` of a request; defaults are the model's ``sampler`` and ``gen_length``.
 
     A request that samples (``do_sample``) sets its own temperature, top-p and top-k; for others the model's
-    are kept. All other settings of the sampler are accepted as well.
+    are kept. All other options of the sampler are accepted as well.
 
     Raises:
         ArgumentError: names task, argument and value.
     """
     try:
-        wish = dict(normalize_gen_kwargs(dict(given), length))
+        options = dict(normalize_gen_kwargs(dict(given), gen_length))
     except (TypeError, ValueError) as error:
         raise ArgumentError(f"task {task!r}: gen_kwargs {dict(given)!r}: {error}") from None
-    until, length, samples = wish.pop("until"), wish.pop("max_gen_toks"), wish.pop("do_sample")
+    until, gen_length, samples = options.pop("until"), options.pop("max_gen_toks"), options.pop("do_sample")
     for stop in until:
-        require(isinstance(stop, str), f"task {task!r}: until={until!r} holds {stop!r}, which is no text")
-    require(length > 0, f"task {task!r}: max_gen_toks={length} is not positive")
-    beams = wish.pop("num_beams", 1)
+        require(isinstance(stop, str), f"task {task!r}: until={until!r} holds {stop!r}, which is not a string")
+    require(gen_length > 0, f"task {task!r}: max_gen_toks={gen_length} is not positive")
+    beams = options.pop("num_beams", 1)
     require(beams == 1, f"task {task!r}: num_beams={beams!r} is not supported: a diffusion model has no beams")
-    draw = {name: wish.pop(name) for name in ("temperature", "top_p", "top_k") if name in wish}
+    draw = {name: options.pop(name) for name in ("temperature", "top_p", "top_k") if name in options}
     if samples and draw["temperature"] > 0:
         top_p, top_k = draw.get("top_p"), draw.get("top_k")
-        wish["temperature"] = float(draw["temperature"])
-        wish["top_p"] = None if top_p is None or top_p >= 1 else float(top_p)
-        wish["top_k"] = None if top_k is None or top_k <= 0 else int(top_k)
-    known = {f.name for f in fields(sampler)} - {"name"}
-    for name, value in wish.items():
-        require(name in known, f"task {task!r}: gen_kwargs {name}={value!r} is no setting of {type(sampler).__name__}")
-    wanted = sampler.replace(**wish) if wish else sampler
-    wanted.check_length(length)
-    return Wish(length, tuple(stop for stop in until if stop), wanted)
+        options["temperature"] = float(draw["temperature"])
+        options["top_p"] = None if top_p is None or top_p >= 1 else float(top_p)
+        options["top_k"] = None if top_k is None or top_k <= 0 else int(top_k)
+    try:
+        kind = sampler_kind(sampler)
+        check_options(f"sampler {kind!r}", options, sampler_options(kind) - {"preset"})  # a preset sets all options
+        params = DecodingParams(sampler=sampler.replace(**options), cache=cache, gen_length=gen_length)
+    except ArgumentError as error:
+        raise ArgumentError(f"task {task!r}: {error}") from None
+    return GenKwargs(params, tuple(stop for stop in until if stop))
