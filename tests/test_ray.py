@@ -77,7 +77,7 @@ def cluster() -> Iterator[None]:
     def rays() -> list[psutil.Process]:
         """Without what renders the engine's templates, which has Ray's folders on its path."""
         lines = ((p, " ".join(p.cmdline())) for p in descendants(os.getpid()) if p.pid not in before)
-        return [p for p, line in lines if ("/ray/" in line or "ray::" in line) and "template_process" not in line]
+        return [p for p, line in lines if ("/ray/" in line or "ray::" in line) and "template_worker" not in line]
 
     on_ray.start(2, object_store_memory=100 * 2**20)
     mine = rays()
