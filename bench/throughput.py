@@ -114,7 +114,7 @@ def show(record: dict, console: Console) -> None:
         )
         for name in ("by", "sampler", "cache"):
             table.add_column(name)
-        for name in ("tokens/s", "speed-up", "NFE", "TPF", "ms/step", "full forwards", "rows forwarded"):
+        for name in ("tokens/s", "speed-up", "NFE", "TPF", "ms/step", "full forwards", "positions forwarded"):
             table.add_column(name, justify="right")
         table.add_column("GiB", justify="right")
         table.add_column("accuracy (95%)", justify="right")
@@ -138,7 +138,7 @@ def _cells(row: dict) -> list[str]:
         f"{row['tpf']:.2f}",
         f"{row['ms_per_forward']:.1f}",
         f"{row['full_forwards']:.1f}",
-        f"{row['rows_forwarded']:.0f}",
+        f"{row['positions_forwarded']:.0f}",
         "" if memory is None else f"{memory / 2**30:.1f}",
         "" if accuracy is None else f"{accuracy:.1%} ({row['accuracy_low']:.0%}-{row['accuracy_high']:.0%})",
     ]

@@ -36,7 +36,7 @@ from safetensors.torch import load_file  # noqa: E402
 import sfs_triton  # noqa: E402
 from bench.common.testing import brisk_interpreter  # noqa: E402
 from sfs_triton import FixedSteps, RefreshCache, Sampler, SlowFast, StepTrace, Threshold  # noqa: E402
-from sfs_triton.ops.dispatch import check_implementation  # noqa: E402
+from sfs_triton.ops.dispatch import check_backend  # noqa: E402
 
 MARGIN = 1e-5  # traced decisions closer than this to a tie may fall either way under another order of summation
 ROUNDINGS = 64  # logits of a small model may differ by so many units of rounding of the largest; 4 to 20 were seen
@@ -299,7 +299,7 @@ def main() -> int:
     parser.add_argument("--every", type=int, metavar="N", default=1, help="check only every Nth case of each file")
     arguments = parser.parse_args()
     try:
-        check_implementation(arguments.impl)
+        check_backend(arguments.impl)
     except sfs_triton.ArgumentError as error:
         parser.error(str(error))
     for name in ("limit", "every"):

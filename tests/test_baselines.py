@@ -74,7 +74,7 @@ def test_recorded_cases(golden, models, family, method, every, least):
         else:
             assert models[name].spec.mask_id not in done.response, case["id"]
         if same and setup.cache == "none":
-            assert done.rows_forwarded == sum(length * count for length, count in case["fwd_lens"]), case["id"]
+            assert done.positions_forwarded == sum(length * count for length, count in case["fwd_lens"]), case["id"]
         equal += same
     assert equal >= least
 
@@ -85,7 +85,7 @@ def test_presets_count_as_the_engine_does(engines, models, name, preset):
     sampler = SlowFast.preset(preset, block_length=24 if preset == "llada-reference" else None)
     theirs = engines[name].generate(PROMPT, gen_length=48, sampler=sampler)
     mine = BASELINES["slowfast"].decode(models[name], PROMPT, 48, sampler)
-    assert mine == (theirs.response, theirs.nfe, theirs.full_forwards, theirs.rows_forwarded)
+    assert mine == (theirs.response, theirs.nfe, theirs.full_forwards, theirs.positions_forwarded)
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_caches_count_as_the_engine_does(engines, models, name, sampler, cache):
     options = {"cache": cache} if isinstance(cache, RefreshCache) else {}
     theirs = engines["llada-gqa"].generate(PROMPT, gen_length=48, sampler=sampler, cache=cache)
     mine = BASELINES[name].decode(models["llada-gqa"], PROMPT, 48, sampler, **options)
-    assert mine == (theirs.response, theirs.nfe, theirs.full_forwards, theirs.rows_forwarded)
+    assert mine == (theirs.response, theirs.nfe, theirs.full_forwards, theirs.positions_forwarded)
 
 
 def test_moved_rows_are_counted(models):

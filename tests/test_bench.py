@@ -58,7 +58,7 @@ def test_records_and_picture(tmp_path, capsys):
     ]
     assert all(set(r) >= KEYS for r in record["rows"]) and record["machine"]["cpu"]
     assert record["rows"][0]["nfe"] == 64 and record["rows"][0]["speedup"] == 1.0
-    counts = ("nfe", "tokens", "full_forwards", "rows_forwarded", "correct")
+    counts = ("nfe", "tokens", "full_forwards", "positions_forwarded", "correct")
     by_row = {(r["by"], r["sampler"], r["cache"]): [r[name] for name in counts] for r in record["rows"]}
     for sampler, cache in BASELINE_OF:
         assert by_row[PLAIN, sampler, cache] == by_row[OURS, sampler, cache], "the same work, by other means"
@@ -169,7 +169,7 @@ def test_a_summary_is_of_medians_and_means():
     summary = tally.summary(vanilla_rate=10.0)
     assert (summary["tokens_per_second"], summary["speedup"]) == (20.0, 2.0)
     assert summary["ms_per_forward"] == pytest.approx(1e3 * 2.0 / 6)
-    assert (summary["nfe"], summary["full_forwards"], summary["rows_forwarded"]) == (5.0, 1.5, 50.0)
+    assert (summary["nfe"], summary["full_forwards"], summary["positions_forwarded"]) == (5.0, 1.5, 50.0)
     assert (summary["correct"], summary["checked"], summary["generations"], summary["tpf"]) == (3, 3, 6, 4.0)
     assert summary["peak_memory_bytes"] is None and summary["seconds"] == 12.0
 

@@ -84,7 +84,7 @@ def test_text_on_stdout_and_summary_on_stderr(model, engine):
     assert result.stdout == expected.text + "\n"
     assert result.stderr.count("\n") == 1
     assert f"NFE {expected.nfe} | TPF {expected.tokens_per_forward:.2f} | " in result.stderr
-    assert f"{expected.rows_forwarded:,} rows forwarded" in result.stderr
+    assert f"{expected.positions_forwarded:,} positions forwarded" in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_options_reach_the_sampler(model, engine, options, sampler, cache):
     expected = engine.generate(PROMPT, gen_length=32, sampler=sampler, cache=cache, seed=3)
     assert (said["tokens"], said["nfe"], said["text"]) == (expected.tokens, expected.nfe, expected.text)
     assert said["tokens_per_forward"] == expected.tokens_per_forward
-    assert said["forwards"] == expected.forwards and said["rows_forwarded"] == expected.rows_forwarded
+    assert said["forwards"] == expected.forwards and said["positions_forwarded"] == expected.positions_forwarded
     assert said["cache"]["kind"] == cache and said["seed"] == 3 and said["seconds"] > 0
 
 

@@ -224,7 +224,7 @@ def test_early_stop(engines, sampler):
         if 496 in done.response:
             assert set(done.response[done.response.index(496) :]) == {496}
         stopped, full = stopped + done.nfe, full + plain.nfe
-        rows_stopped, rows_full = rows_stopped + done.rows_forwarded, rows_full + plain.rows_forwarded
+        rows_stopped, rows_full = rows_stopped + done.positions_forwarded, rows_full + plain.positions_forwarded
     assert stopped <= full and rows_stopped <= rows_full
 
 
@@ -233,7 +233,7 @@ def test_early_stop_saves_work_on_the_embedded_model(embedded):
     plain = embedded.generate(question, gen_length=128, sampler=FixedSteps(block_length=32))
     stopped = embedded.generate(question, gen_length=128, sampler=FixedSteps(block_length=32, eos_stop=True))
     assert set(stopped.response[len(stopped.tokens) - 1 :]) == {embedded.spec.eos_id}
-    assert stopped.nfe < plain.nfe / 2 and stopped.rows_forwarded < plain.rows_forwarded / 2
+    assert stopped.nfe < plain.nfe / 2 and stopped.positions_forwarded < plain.positions_forwarded / 2
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -275,7 +275,7 @@ def test_guidance_counts_two_forwards_a_step(engines):
     done = engines["llada-mha"].generate(PROMPT, gen_length=32, sampler=SlowFast(cfg_scale=0.5))
     plain = engines["llada-mha"].generate(PROMPT, gen_length=32)
     assert done.forwards == 2 * done.nfe and plain.forwards == plain.nfe
-    assert done.rows_forwarded == 2 * sum(done.forward_lengths)
+    assert done.positions_forwarded == 2 * sum(done.forward_lengths)
 
 
 def test_guidance_with_caches_equals_guidance_without(engines):
@@ -363,7 +363,7 @@ def test_masks_that_a_bound_leaves_are_counted(engines):
 
 def test_filters_change_scores_where_scores_are_tempered():
     logits = torch.tensor([[2.0], [1.9], [1.8], [-1.0]])
-    ops = implementation("torch", torch.device("cpu"))
+    ops = operations("torch", torch.device("cpu"))
     assert ops.choose(torch.ones(1, 1), logits, Draw(top_k=1, tempered=True))[1].item() == 1.0
     assert ops.choose(torch.ones(1, 1), logits, Draw(top_k=1))[1].item() < 0.4
 
@@ -393,9 +393,9 @@ def test_odd_prompts(engines, prompt):
         engines["llada-mha"].generate(prompt, gen_length=8)
 
 
-def test_rows_forwarded_counts_what_was_recomputed(engines):
+def test_positions_forwarded_counts_what_was_recomputed(engines):
     """Prompt every 4 steps, response every 2, and in between a quarter of it."""
     sampler, policy = FixedSteps(steps=8), RefreshCache(4, 2, 0.25)
     done = engines["llada-mha"].generate(PROMPT, gen_length=32, sampler=sampler, cache=policy, trace=True)
-    assert [step.rows_forwarded for step in done.trace] == [42, 8, 32, 8, 42, 8, 32, 8]
-    assert done.rows_forwarded == 180 and done.forward_lengths == [42] * 8
+    assert [step.positions_forwarded for step in done.trace] == [42, 8, 32, 8, 42, 8, 32, 8]
+    assert done.positions_forwarded == 180 and done.forward_lengths == [42] * 8

@@ -171,7 +171,7 @@ def test_generations_are_equal(pair, short, name, how):
     mine, wanted = (engine.generate(short, **options) for engine in pair(name))
     if name == "toy-tied":
         assert min(decision_margin(d, sampler) for d in wanted) > TIED_MARGIN
-    for field in ("canvas", "commit_step", "nfe", "forward_lengths", "rows_forwarded", "text"):
+    for field in ("canvas", "commit_step", "nfe", "forward_lengths", "positions_forwarded", "text"):
         assert [getattr(d, field) for d in mine] == [getattr(d, field) for d in wanted], field
     assert max(d.nfe for d in wanted) > 4
 

@@ -118,7 +118,7 @@ def test_choices_are_the_oracles(impl, metric, tempered, top_k, top_p, temperatu
     noise = gumbel(*(keys[name][:, None] if name == "seed" else torch.arange(40) for name in ("seed", "token")),
                    keys["position"][:, None], keys["step"][:, None])  # fmt: skip
     wanted = look(hidden @ head.T, metric, temperature, top_k, top_p, tempered, noise)
-    ops = implementation(impl, torch.device("cpu"))
+    ops = operations(impl, torch.device("cpu"))
     token, score = ops.choose(hidden, head, draw, **numbers)
     assert token.tolist() == wanted.tokens
     torch.testing.assert_close(score, torch.tensor(wanted.scores), atol=1e-6, rtol=1e-5)
@@ -129,7 +129,7 @@ def test_default_implementation():
     triton_impl = pytest.importorskip("sfs_triton.ops.triton_backend")
     for impl in (None, "torch"):
         for device, kernels in (("cpu", set()), ("cuda", {"publish"})):
-            ops = implementation(impl, torch.device(device))
+            ops = operations(impl, torch.device(device))
             for name in (field.name for field in fields(Ops)):
                 wanted = getattr(triton_impl if name in kernels else torch_impl, name)
                 assert getattr(ops, name) is wanted, (impl, device, name)

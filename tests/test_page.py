@@ -162,7 +162,7 @@ def start(length: int) -> dict:
 
 def step(number: int, texts: dict[int, str], length: int, **changes) -> dict:
     committed = [{"position": p, "token": 9, "text": text, "confidence": 0.9} for p, text in texts.items()]
-    fixed = {"block": 0, "cycle": 0, "settled": 0, "closed_from": None, "rows_forwarded": length}
+    fixed = {"block": 0, "cycle": 0, "settled": 0, "closed_from": None, "positions_forwarded": length}
     moving = {"phase": "slow", "span": [0, None], "masks_left": length - number - 1, "seconds": 0.1 * (number + 1)}
     return {"type": "step", "step": number, "committed": committed, **fixed, **moving, **changes}
 

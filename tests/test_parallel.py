@@ -170,7 +170,7 @@ class Threads(parallel.Group):
 
 def _choose_by_shards(logits: torch.Tensor, draw: Draw, size: int, **keys) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """``Ops.choose`` of every rank. The head is the identity, so that hidden states are logits."""
-    ops, vocab = implementation("torch", torch.device("cpu")), logits.shape[1]
+    ops, vocab = operations("torch", torch.device("cpu")), logits.shape[1]
     barrier, slots = threading.Barrier(size), [None] * size
 
     def choose(rank: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -201,7 +201,7 @@ def test_scores_from_shards(size, noise, metric, tempered):
         draw = Draw(metric, noise=noise, tempered=tempered, **filters)
         if draw.nucleus:
             keys["top_p"] = torch.linspace(0.5, 0.9, 7)
-        token, score = implementation("torch", logits.device).choose(logits, torch.eye(23), draw, **keys)
+        token, score = operations("torch", logits.device).choose(logits, torch.eye(23), draw, **keys)
         for mine, value in _choose_by_shards(logits, draw, size, **keys):
             assert mine.tolist() == token.tolist() and mine.dtype == torch.int32
             torch.testing.assert_close(value, score, rtol=1e-5, atol=1e-5)
@@ -248,7 +248,7 @@ def test_a_few_numbers_a_row_and_never_logits(two, models, sampler, numbers):
         assert rows <= 16
         assert sent["all_gather"] == sum(4 * torch.Size(shape).numel() for shape in gathered)
         # the rest are sums of hidden states: an embedding, and two a layer, each of at most the canvas
-        assert sent["all_reduce"] <= done.rows_forwarded * spec.d_model * 4 * (1 + 2 * spec.n_layers)
+        assert sent["all_reduce"] <= done.positions_forwarded * spec.d_model * 4 * (1 + 2 * spec.n_layers)
         assert sent["all_gather"] < done.nfe * spec.vocab_size * 4
 
 

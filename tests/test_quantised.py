@@ -252,7 +252,7 @@ def test_rows_are_sliced_without_a_copy(fp8):
 def test_a_product_errs_by_no_more_than_the_codes_rounding(fp8, engines, impl):
     """An element of a row is off by at most max(|w| / 16, scale / 1024); the rest is float32's own rounding."""
     exact = engines["dream-gqa" if fp8.spec.shifted else "llada-gqa"].model.weights
-    ops = implementation(impl, CPU)
+    ops = operations(impl, CPU)
     generator = torch.Generator().manual_seed(3)
     d = fp8.spec.d_model
     for rows in (None, slice(0, d), slice(d, None)):
@@ -273,7 +273,7 @@ def test_a_product_errs_by_no_more_than_the_codes_rounding(fp8, engines, impl):
 def test_products_of_nothing_and_of_single_rows(fp8):
     matrix, d = fp8.model.weights.layers[0].out, fp8.spec.d_model
     for impl in ("torch", "triton"):
-        ops = implementation(impl, CPU)
+        ops = operations(impl, CPU)
         assert ops.product(torch.ones(2, 0, d), matrix).shape == (2, 0, d)
         assert ops.product(torch.ones(d), matrix).shape == (d,)
 

@@ -76,7 +76,7 @@ def test_interval_is_the_middle_95_percent():
 def record_of(*lines: tuple[str, str, str, list[int], list[int]]) -> dict:
     """A record of (group, label, right, tokens, nfe)."""
     names = ("group", "label", "right", "tokens", "nfe")
-    rest = {"task": "records", "full_forwards": 1.0, "rows_forwarded": 2.0}
+    rest = {"task": "records", "full_forwards": 1.0, "positions_forwarded": 2.0}
     return {
         "lines": [
             {**rest, **dict(zip(names, line, strict=True)), **measured.count([c == "1" for c in line[2]])}

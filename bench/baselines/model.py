@@ -110,14 +110,14 @@ class PlainModel:
 class Decoded(NamedTuple):
     """A finished generation.
 
-    ``nfe`` counts forwards, ``full_forwards`` those that put the whole canvas through the layers, ``rows_forwarded``
+    ``nfe`` counts forwards, ``full_forwards`` those that put the whole canvas through the layers, ``positions_forwarded``
     the positions that went through them in all.
     """
 
     response: list[int]
     nfe: int
     full_forwards: int
-    rows_forwarded: int
+    positions_forwarded: int
 
 
 class Forwards:
@@ -131,7 +131,7 @@ class Forwards:
         self.model, self.spec = model, model.spec
         self.start, self.most = len(prompt), sampler.step_cap(gen_length)
         self.canvas = torch.tensor(prompt + [model.spec.mask_id] * gen_length, device=model.device)
-        self.nfe = self.full_forwards = self.rows_forwarded = 0
+        self.nfe = self.full_forwards = self.positions_forwarded = 0
 
     def __call__(self, tokens: torch.Tensor, first: int = 0, store: KVStore | None = None) -> torch.Tensor:
         self.count(len(tokens))
@@ -143,7 +143,7 @@ class Forwards:
             raise RuntimeError(f"not finished after {self.nfe} forwards: the model keeps predicting the mask itself")
         self.nfe += 1
         self.full_forwards += rows == len(self.canvas)
-        self.rows_forwarded += rows
+        self.positions_forwarded += rows
 
     def masked(self, first: int, last: int) -> bool:
         """Return True if any position in ``[first, last)`` is undecided. Reads the device."""
@@ -151,7 +151,7 @@ class Forwards:
 
     def decoded(self) -> Decoded:
         response = self.canvas[self.start :].tolist()
-        return Decoded(response, self.nfe, self.full_forwards, self.rows_forwarded)
+        return Decoded(response, self.nfe, self.full_forwards, self.positions_forwarded)
 
 
 WRITTEN_OUT = {"temperature": 0.0, "top_p": None, "top_k": None, "cfg_scale": 0.0, "eos_stop": False}

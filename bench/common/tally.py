@@ -17,7 +17,7 @@ class Done(NamedTuple):
     tokens: int
     nfe: int
     full_forwards: int
-    rows_forwarded: int
+    positions_forwarded: int
     text: str | None = None
     response: tuple[int, ...] = ()
 
@@ -72,7 +72,7 @@ class Tally:
             "accuracy_low": low if known else None,
             "accuracy_high": high if known else None,
             **{"correct": sum(known), "checked": len(known), "generations": n, "tokens": tokens},
-            "rows_forwarded": sum(d.rows_forwarded for d in done) / n,
+            "positions_forwarded": sum(d.positions_forwarded for d in done) / n,
             "full_forwards": sum(d.full_forwards for d in done) / n,
             "peak_memory_bytes": max(memory, default=None),
             "extrapolated": self.extrapolated,

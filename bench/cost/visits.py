@@ -92,7 +92,7 @@ class Bench:
                     f"{row.name}: loop {loop} failed and loop {engine.loop} went on, so this is no figure"
                 )
             return [
-                Done(len(g.tokens), g.nfe, g.full_forwards, g.rows_forwarded, g.text, tuple(g.response)) for g in found
+                Done(len(g.tokens), g.nfe, g.full_forwards, g.positions_forwarded, g.text, tuple(g.response)) for g in found
             ]
 
         return decode
@@ -116,7 +116,7 @@ class Bench:
         eos, response = self.engine.spec.eos_id, decoded.response
         tokens = response[: response.index(eos) + 1] if eos in response else response
         text = self.engine.text and self.engine.text.decode(tokens)
-        counts = decoded.nfe, decoded.full_forwards, decoded.rows_forwarded
+        counts = decoded.nfe, decoded.full_forwards, decoded.positions_forwarded
         return Done(len(tokens), *counts, text, tuple(response))
 
     @torch.inference_mode()

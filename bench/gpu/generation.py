@@ -78,7 +78,7 @@ def profile(engine: Engine, prompts: list, **options: Any) -> dict[str, Any]:
         "seconds": seconds,
         "ms_per_step": 1e3 * seconds / steps,
         "full_forwards": sum(done.full_forwards for done in again),
-        "rows_forwarded": sum(done.rows_forwarded for done in again),
+        "positions_forwarded": sum(done.positions_forwarded for done in again),
         "decode": decode,
         "generation": {key: whole[key] for key in ("calls", "waits", "kernels", "copies")},
         "calls_per_step": round(sum(decode["calls"].values()) / steps, 1),

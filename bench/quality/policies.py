@@ -71,7 +71,7 @@ def measure(engine: sfs_triton.Engine, variant: Variant, chosen: list[tasks.Prob
         "same_as_none": same / n,
         "nfe": sum(d.nfe for d in done) / n,
         "tokens": sum(len(d.tokens) for d in done) / n,
-        "rows_forwarded": sum(d.rows_forwarded for d in done) / n,
+        "positions_forwarded": sum(d.positions_forwarded for d in done) / n,
         "full_forwards": sum(d.full_forwards for d in done) / n,
     }
 
@@ -101,7 +101,7 @@ def tables(record: dict) -> str:
     for kind in dict.fromkeys(line["task"] for line in record["lines"]):
         lines = [line for line in record["lines"] if line["task"] == kind]
         pieces.append(f"**{kind}**, {lines[0]['n']} held-out problems:\n")
-        pieces.append("| | option | right (95%) | as without a cache | NFE | full forwards | rows forwarded |")
+        pieces.append("| | option | right (95%) | as without a cache | NFE | full forwards | positions forwarded |")
         pieces.append("|---|---|---|---|---|---|---|")
         group = None
         for line in lines:
@@ -111,7 +111,7 @@ def tables(record: dict) -> str:
             group = line["group"]
             pieces.append(
                 f"| {first} | {line['label']} | {share:.1%} ({low:.0%}-{high:.0%}) | {line['same_as_none']:.0%} "
-                f"| {line['nfe']:.2f} | {line['full_forwards']:.2f} | {line['rows_forwarded']:.0f} |"
+                f"| {line['nfe']:.2f} | {line['full_forwards']:.2f} | {line['positions_forwarded']:.0f} |"
             )
         pieces.append("")
     return "\n".join(pieces)

@@ -88,7 +88,7 @@ def measure(
         "label": variant.label,
         **measured.count(right),
         "full_forwards": sum(d.full_forwards for d in done) / len(done),
-        "rows_forwarded": sum(d.rows_forwarded for d in done) / len(done),
+        "positions_forwarded": sum(d.positions_forwarded for d in done) / len(done),
         "right": "".join("01"[r] for r in right),
         "tokens": [len(d.tokens) for d in done],
         "nfe": [d.nfe for d in done],

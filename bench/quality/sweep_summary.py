@@ -30,7 +30,7 @@ class Point:
     lost_interval: tuple[float, float]
     nfe: float
     full_forwards: float
-    rows_forwarded: float
+    positions_forwarded: float
     paces: np.ndarray
     accuracies: np.ndarray
 
@@ -114,7 +114,7 @@ def _point(line: dict, reference: np.ndarray, drawn: np.ndarray) -> Point:
         lost_interval=aup.interval(100 * ((reference - right) @ drawn) / n),
         nfe=nfe.mean(),
         full_forwards=line["full_forwards"],
-        rows_forwarded=line["rows_forwarded"],
+        positions_forwarded=line["positions_forwarded"],
         paces=paces,
         accuracies=accuracies,
     )
@@ -164,7 +164,7 @@ def _settings(summary: Summary) -> list[str]:
                 f"| {p.accuracy:.1f}% ({_range(p.accuracy_interval, 1)}) "
                 f"| {p.lost:+.1f} ({_range(p.lost_interval, 1, '+')}){'' if p.no_loss else ' **loss**'} "
                 f"| {p.pace:.2f} ({_range(p.pace_interval, 2)}) "
-                f"| {p.nfe:.2f} | {p.full_forwards:.2f} | {p.rows_forwarded:.0f} |"
+                f"| {p.nfe:.2f} | {p.full_forwards:.2f} | {p.positions_forwarded:.0f} |"
             )
     return rows
 

@@ -44,7 +44,7 @@ def rows_table(record: Line) -> str:
     """Render the rows of a throughput record."""
     batches = len({row["batch"] for row in record["rows"]}) > 1
     head = ["by", "sampler", "cache", *(["batch"] if batches else [])]
-    head += ["tokens/s", "speed-up", "NFE", "tokens per forward", "ms/step", "full forwards", "rows forwarded", "right"]
+    head += ["tokens/s", "speed-up", "NFE", "tokens per forward", "ms/step", "full forwards", "positions forwarded", "right"]
     return table(head, (_cells(row, batches) for row in record["rows"]))
 
 
@@ -56,7 +56,7 @@ def _cells(row: Line, batches: bool) -> list[str]:
         f"{mark}{row['tokens_per_second']:,.0f}",
         "" if row["speedup"] is None else f"{row['speedup']:.1f}x",
         *(f"{row['nfe']:.1f}", f"{row['tpf']:.2f}", f"{row['ms_per_forward']:.1f}"),
-        *(f"{row['full_forwards']:.0f}", f"{row['rows_forwarded']:,.0f}", right),
+        *(f"{row['full_forwards']:.0f}", f"{row['positions_forwarded']:,.0f}", right),
     ]
 
 

@@ -28,7 +28,7 @@ from sfs_triton import ArgumentError, CheckpointError, Engine, OutOfDeviceMemory
 from sfs_triton.engine import DTYPES, EMBEDDED
 from sfs_triton.models import ModelSpec, Transformer
 from sfs_triton.models.weights import INDEX_FILE
-from sfs_triton.ops.dispatch import implementation
+from sfs_triton.ops.dispatch import operations
 from sfs_triton.runner import check_loop
 
 from .geometry import GEOMETRIES, assemble, geometry_spec, layout, parameters, randomise
@@ -97,7 +97,7 @@ def _where(
 ) -> tuple[torch.device, torch.dtype]:
     """The defaults of ``load``, and its refusals before gigabytes are made."""
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    implementation(impl, device)
+    operations(impl, device)
     check_loop(loop, device)
     dtype = DTYPES.get(dtype, dtype) or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     if not isinstance(dtype, torch.dtype):

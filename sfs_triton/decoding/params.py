@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
@@ -207,10 +207,15 @@ def check_options(owner: str, options: Mapping[str, Any], allowed: set[str]) -> 
 
 def refuse_unknown(function: str, names: set[str]) -> None:
     """Raise for keyword arguments that ``function`` does not have: ArgumentError with the new name of a renamed one."""
+    refuse_renamed(function, names)
     for name in sorted(names):
-        if name in RENAMED:
-            raise ArgumentError(f"{function}() has no argument {name!r} any more: it is called {RENAMED[name]!r}")
         raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
+
+
+def refuse_renamed(function: str, names: Iterable[str]) -> None:
+    """Raise ArgumentError with the new name if one of ``names`` is an old one."""
+    for name in sorted(RENAMED.keys() & names):
+        raise ArgumentError(f"{function}: argument {name!r} is called {RENAMED[name]!r} now")
 
 
 def _listed(name: str, value: Any, count: int) -> list[int]:

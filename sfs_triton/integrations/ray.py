@@ -259,9 +259,9 @@ def deployment(
     gpus: float | None = None,
     device: str | None = None,
     dtype: str | None = None,
-    weights: str | None = None,
-    impl: str | None = None,
-    loop: str | None = None,
+    quantization: str | None = None,
+    backend: str | None = None,
+    cuda_graphs: bool | None = None,
 ) -> serve.Application:
     """Return the server of ``sfs serve`` as an application for ``ray.serve.run``, with ``replicas`` replicas.
 
@@ -269,7 +269,7 @@ def deployment(
     ``port`` of the settings are for :func:`serve_on`: Ray's proxy listens, not the replicas.
 
     Args:
-        model, device, dtype, weights, impl, loop: as for :func:`sfs_triton.load`, in each replica.
+        model, device, dtype, quantization, backend, cuda_graphs: as for :func:`sfs_triton.load`, in each replica.
         settings: settings of each replica; default: the server's defaults, for a model of this name.
         cpus, gpus: resources per replica; ``gpus`` by default 1 for a ``device`` that is a GPU, else 0.
     """
@@ -283,9 +283,9 @@ def deployment(
         "path_or_hub_id": model,
         "device": device,
         "dtype": dtype,
-        "impl": impl,
-        "loop": loop,
-        "weights": weights,
+        "backend": backend,
+        "cuda_graphs": cuda_graphs,
+        "quantization": quantization,
     }
     return serve.deployment(
         serve.ingress()(Replica),

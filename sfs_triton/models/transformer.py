@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from ..distributed import ALONE, Group, Vocabulary
-from ..ops.dispatch import Draw, Matrix, Ops, implementation, rope_tables
+from ..ops.dispatch import Draw, Matrix, Ops, operations, rope_tables
 from .cache import FeatureCache, Features, KVCache, Scope
 from .spec import ModelSpec
 from .weights import LayerWeights, Weights

@@ -28,7 +28,7 @@ from sfs_triton import (
 )
 from sfs_triton.decoding.caching import CachePolicy
 from sfs_triton.decoding.samplers import FIXED_METRICS, PRESETS, ROUNDINGS, SLOW_ENDS, SPREADS
-from sfs_triton.errors import RowFault
+from sfs_triton.errors import SequenceFault
 from sfs_triton.models import Transformer
 from sfs_triton.models.spec import ModelSpec
 from sfs_triton.models.weights import LayerWeights, Weights
@@ -84,7 +84,7 @@ def outcomes(call: Callable[[], list[Generation]], rows: int) -> list[Generation
     """Return the result of a call per sequence: its generation, or the kind of fault that ended it."""
     try:
         return call()
-    except RowFault as fault:
+    except SequenceFault as fault:
         return [fault.finished.get(row, type(fault).__name__) for row in range(rows)]
 
 

@@ -60,7 +60,7 @@ class DiffusionLM(LM):
         seed: random seed, for temperatures above 0. A request's own is derived from it, its document and its repeat.
         truncation: drop the start of prompts that are too long; otherwise they are an error.
         add_bos_token: prepend the checkpoint's begin-of-text token to prompts without it.
-        device, dtype, impl, loop, weights: as for :func:`sfs_triton.load`.
+        device, dtype, backend, cuda_graphs, quantization: as for :func:`sfs_triton.load`.
         tensor_parallel: number of neighbouring ``torchrun`` processes that share a model and count as one process.
             Except in the first of them, the constructor does not return: the process exits when the first is done.
     """
@@ -79,9 +79,9 @@ class DiffusionLM(LM):
         add_bos_token: bool = False,
         device: str | None = None,
         dtype: str | None = None,
-        impl: str | None = None,
-        loop: str | None = None,
-        weights: str | None = None,
+        backend: str | None = None,
+        cuda_graphs: bool | None = None,
+        quantization: str | None = None,
         tensor_parallel: int | str = 1,
         **options: Any,
     ):
@@ -105,8 +105,9 @@ class DiffusionLM(LM):
             self.engine = pretrained
         else:
             where, dtype = self._ranks.device(device), None if dtype == "auto" else dtype
-            how = {"weights": weights, "tensor_parallel": self._tp.group}
-            self.engine = load(pretrained, where, dtype, impl, loop, **how)
+            graphs = None if cuda_graphs is None else flag("cuda_graphs", cuda_graphs)
+            how = {"quantization": quantization, "tensor_parallel": self._tp.group}
+            self.engine = load(pretrained, where, dtype, backend, graphs, **how)
         if not self._tp.leads:
             self._tp.follow(self.engine)
         require(self.engine.text is not None, f"model_args: pretrained={self._name!r} has no tokenizer.json")
@@ -257,7 +258,7 @@ class DiffusionLM(LM):
 
     def get_model_info(self) -> dict[str, Any]:
         """Return the entries for a result's ``config``: version, settings, and the figures under ``speed``."""
-        own = {"version": __version__, "pretrained": self._name, "loop": self.engine.loop, "device": str(self._device)}
+        own = {"version": __version__, "pretrained": self._name, "execution": self.engine.execution, "device": str(self._device)}
         return {"sfs_triton": {**own, **self._settings, "batch_size": self._batch_size}, "speed": self.costs.summary()}
 
 

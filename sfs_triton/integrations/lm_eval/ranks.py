@@ -16,7 +16,7 @@ from torch import distributed
 from ...decoding.params import DecodingParams
 from ...distributed import Group, close, join
 from ...engine import Engine
-from ...errors import RankFailure, RowFault
+from ...errors import RankFailure, SequenceFault
 from ...scheduling.outputs import Generation
 
 PATIENCE = timedelta(days=7)  # ranks may wait long for others with long answers
@@ -109,7 +109,7 @@ class TPGroup:
         """
         while received := self._batches.exchange("")[0]:
             batch = json.loads(received)
-            with suppress(RowFault):  # the first process has the same fault
+            with suppress(SequenceFault):  # the first process has the same fault
                 _generate(engine, batch["ids"], DecodingParams.parse(**batch["params"]), batch["seeds"])
         raise SystemExit(0)
 

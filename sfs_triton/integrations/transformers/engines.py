@@ -13,11 +13,12 @@ from torch import nn
 from torch.utils.dlpack import from_dlpack, to_dlpack
 
 from ...engine import DTYPES, Engine
+from ...decoding.params import refuse_unknown
 from ...errors import ArgumentError, CheckpointError, require
 from ...models import ModelSpec, Transformer, Weights, read_spec
 from ...models.weights import LLADA_NAMES, LLAMA_NAMES, LayerWeights, expected_shapes
-from ...ops.dispatch import implementation
-from ...runner import check_loop
+from ...ops.dispatch import operations
+from ...runner import check_cuda_graphs
 from ...text.codec import TextCodec, check_unicode
 
 
@@ -26,15 +27,21 @@ class _SharedEngine(NamedTuple):
 
     engine: Engine
     addresses: tuple[int, ...]
-    impl: str | None
-    loop: str | None
+    backend: str | None
+    cuda_graphs: bool | None
 
 
 _ENGINES: weakref.WeakKeyDictionary[nn.Module, _SharedEngine] = weakref.WeakKeyDictionary()
 _LOCK = threading.RLock()
 
 
-def accelerate(hf_model: nn.Module, impl: str | None = None, loop: str | None = None, tokenizer: Any = None) -> Engine:
+def accelerate(
+    hf_model: nn.Module,
+    backend: str | None = None,
+    cuda_graphs: bool | None = None,
+    tokenizer: Any = None,
+    **unknown: Any,
+) -> Engine:
     """Create an :class:`Engine` on the weights of a loaded LLaDA, iLLaDA or Dream model, remote-code or ours.
 
     No weight is stored twice. The engine needs q, k, v of a layer in one tensor, and gate and up in another; those are
@@ -43,25 +50,26 @@ def accelerate(hf_model: nn.Module, impl: str | None = None, loop: str | None = 
 
     Args:
         hf_model: the model itself, on one device, without adapters, not quantised.
-        impl, loop: as for :func:`sfs_triton.load`. :func:`custom_generate` then uses this engine.
+        backend, cuda_graphs: as for :func:`sfs_triton.load`. :func:`custom_generate` then uses this engine.
         tokenizer: a tokenizer of transformers, or a :class:`TextCodec`; without it, prompts are token ids.
 
     Raises:
         ArgumentError: ``hf_model`` is not supported in its present form.
         CheckpointError: its configuration or parameters do not match the family; names class and key.
     """
+    refuse_unknown("accelerate", set(unknown))
     _refuse_wrapped(hf_model)
     codec = as_codec(tokenizer)
-    valid = impl is None or isinstance(impl, str)
-    require(valid, f"impl={repr(impl)} is not the name of an implementation; a tokenizer goes into tokenizer=")
+    valid = backend is None or isinstance(backend, str)
+    require(valid, f"backend={repr(backend)} is not the name of a back end; a tokenizer goes into tokenizer=")
     with _LOCK, torch.inference_mode(False), torch.no_grad():
         spec = _spec(hf_model)
         llada = any(name == LLADA_NAMES["embedding"] for name, _ in hf_model.named_parameters())
         names = LLADA_NAMES if llada else LLAMA_NAMES
         parameters = _parameters(hf_model, spec, names)
         device = parameters[names["embedding"]].device
-        implementation(impl, device)  # refuse before any weight is copied
-        check_loop(loop, device)
+        operations(backend, device)  # refuse before any weight is copied
+        check_cuda_graphs(cuda_graphs, device)
         known = _ENGINES.get(hf_model)
         if known is not None and known.addresses == _addresses(hf_model):
             weights = known.engine.model.weights
@@ -69,8 +77,8 @@ def accelerate(hf_model: nn.Module, impl: str | None = None, loop: str | None = 
             weights = _shared_weights(parameters, spec, names)
             if device.type == "cuda":
                 torch.cuda.empty_cache()  # memory of the unfused weights: no other tensor has these sizes
-        engine = Engine(Transformer(spec, weights, impl), codec, loop)
-        _ENGINES[hf_model] = _SharedEngine(engine, _addresses(hf_model), impl, loop)
+        engine = Engine(Transformer(spec, weights, backend), codec, cuda_graphs)
+        _ENGINES[hf_model] = _SharedEngine(engine, _addresses(hf_model), backend, cuda_graphs)
     return engine
 
 
@@ -81,7 +89,7 @@ def engine_of(model: nn.Module) -> Engine:
         if known is None:
             return accelerate(model)
         if known.addresses != _addresses(model):
-            return accelerate(model, known.impl, known.loop, known.engine.text)
+            return accelerate(model, known.backend, known.cuda_graphs, known.engine.text)
         return known.engine
 
 
