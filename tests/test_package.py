@@ -26,7 +26,7 @@ ROOMS = {
     "text": ("files", "errors"),
     "ops": ("kernels", "distributed", "errors"),
     "models": ("ops", "distributed", "files", "errors"),
-    "decoding": ("models", "ops", "errors"),
+    "decoding": ("models", "ops", "kernels", "errors"),
     "runner": ("decoding", "models", "kernels", "errors"),
     "scheduling": ("runner", "decoding", "models", "text", "kernels", "errors"),
     "engine": ("scheduling", "runner", "decoding", "models", "ops", "text", "distributed", "files", "errors"),

@@ -99,7 +99,8 @@ class Request:
     eos_stop: Annotated[bool, typer.Option(help="Stop decoding at the first end-of-text.")] = False
     seed: Annotated[int, typer.Option(help="Of the noise, for temperatures above 0.")] = 0
     apply_chat_template: Annotated[
-        bool, typer.Option("--chat-template/--no-chat-template", help="Make the prompt a user turn, or use it as it is.")
+        bool,
+        typer.Option("--chat-template/--no-chat-template", help="Make the prompt a user turn, or use it as it is."),
     ] = True
     device: Annotated[str | None, typer.Option(help="Default: a GPU if there is one.", show_default=False)] = None
     dtype: Annotated[str | None, typer.Option(metavar="|".join(DTYPES), help="Default: by device.")] = None
@@ -179,7 +180,8 @@ def _summary(result: Generation, label: str) -> str:
     rate = len(result.tokens) / max(result.seconds, 1e-9)
     return (
         f"NFE {result.nfe} | TPF {result.tokens_per_forward:.2f} | {rate:,.1f} tokens/s | "
-        f"{result.positions_forwarded:,} positions forwarded | {len(result.tokens)} tokens in {result.seconds:.2f} s | {label}"
+        f"{result.positions_forwarded:,} positions forwarded | {len(result.tokens)} tokens in {result.seconds:.2f} s | "
+        f"{label}"
     )
 
 

@@ -84,7 +84,9 @@ class Weights:
         Raises:
             ArgumentError: they are quantised.
         """
-        require(isinstance(self.head, torch.Tensor), f"{what} takes no quantised weights: load without quantization='fp8'")
+        require(
+            isinstance(self.head, torch.Tensor), f"{what} takes no quantised weights: load without quantization='fp8'"
+        )
         return self
 
 

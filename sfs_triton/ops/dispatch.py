@@ -156,8 +156,8 @@ def _module(backend: str, device: torch.device):
             raise MissingDependencyError("backend='triton' needs the package triton: pip install triton") from None
         if device.type != "cuda" and not triton.knobs.runtime.interpret:
             raise ArgumentError(
-                f"backend='triton' cannot run on device {str(device)!r}: kernels need a GPU, or TRITON_INTERPRET=1 in the "
-                "environment before triton is imported (slow; for tests)"
+                f"backend='triton' cannot run on device {str(device)!r}: kernels need a GPU, or TRITON_INTERPRET=1 in "
+                "the environment before triton is imported (slow; for tests)"
             )
     return importlib.import_module(f".{backend}_backend", __package__)
 

@@ -100,7 +100,7 @@ class PersistentBatch:
         return self._sequences.count(None)
 
     def join(self, sequence: Sequence) -> bool:
-        """Put a sequence into a free slot; return whether it has anything to decide. Then the next round includes it."""
+        """Put a sequence into a free slot; return whether it has steps to take. The next round then includes it."""
         slot = self._sequences.index(None)
         self._sequences[slot] = sequence
         return self._put(slot, sequence)

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from .jobs import Event, Failed, Finished, Started, Stepped
 from .options import Wanted
 from .protocol import Common
-from .jobs import Event, Failed, Finished, Started, Stepped
 
 
 @dataclass(slots=True)

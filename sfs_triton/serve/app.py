@@ -23,10 +23,10 @@ from ..version import __version__
 from .answers import Style
 from .errors import ApiError, from_argument
 from .guard import Guard, refuse
+from .jobs import Job
 from .metrics import Metrics
 from .options import prepare
 from .protocol import Answer, ChatRequest, Common, CompletionRequest, ErrorBody, ModelCard, ModelList, parse
-from .jobs import Job
 from .settings import ServeSettings
 from .sse import Answering, Inbox
 from .worker import Worker

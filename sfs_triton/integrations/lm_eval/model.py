@@ -258,7 +258,12 @@ class DiffusionLM(LM):
 
     def get_model_info(self) -> dict[str, Any]:
         """Return the entries for a result's ``config``: version, settings, and the figures under ``speed``."""
-        own = {"version": __version__, "pretrained": self._name, "execution": self.engine.execution, "device": str(self._device)}
+        own = {
+            "version": __version__,
+            "pretrained": self._name,
+            "execution": self.engine.execution,
+            "device": str(self._device),
+        }
         return {"sfs_triton": {**own, **self._settings, "batch_size": self._batch_size}, "speed": self.costs.summary()}
 
 

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from torch.utils.dlpack import from_dlpack, to_dlpack
 
-from ...engine import DTYPES, Engine
 from ...decoding.params import refuse_unknown
+from ...engine import DTYPES, Engine
 from ...errors import ArgumentError, CheckpointError, require
 from ...models import ModelSpec, Transformer, Weights, read_spec
 from ...models.weights import LLADA_NAMES, LLAMA_NAMES, LayerWeights, expected_shapes
