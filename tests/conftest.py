@@ -15,14 +15,11 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, so before anything imports it
 
 import sfs_triton  # noqa: E402
+from tests.support.paths import GOLDEN, MODELS  # noqa: E402
 
 # The same examples in every run, so that a failure depends on the code alone. HYPOTHESIS_PROFILE=default draws others.
 settings.register_profile("fixed", derandomize=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
-
-GOLDEN = Path(__file__).parent / "golden"
-MODELS = ("llada-mha", "llada-gqa", "dream-gqa", "dream-r7")
-
 
 # Files whose tests on plain torch are marked quick: the decode core, and the package as a whole.
 QUICK = ("checkpoints", "generate", "ops", "package", "params")

@@ -16,8 +16,8 @@ pytest.importorskip("triton")
 from filelock import FileLock  # noqa: E402
 
 from bench.kernels.resources import SHARED_LIMIT, TABLE, TABLE_TARGET, TARGETS, differences, faults, operations  # noqa: E402
+from tests.support.paths import ROOT  # noqa: E402
 
-ROOT = Path(__file__).resolve().parent.parent
 KERNELS = ROOT / "kernels" / "triton"
 
 
@@ -94,7 +94,7 @@ def test_table_and_kernels_are_of_one_mind(table):
 
 
 def test_a_spill_is_found():
-    done = _run(ROOT / "tests" / "kernels" / "spilling.py", *map(str, TARGETS))
+    done = _run(ROOT / "tests" / "support" / "spilling.py", *map(str, TARGETS))
     assert done.returncode == 0, done.stderr[-3000:]
     for target, found in json.loads(done.stdout).items():
         spills, fits = (found[f"spilling.scale.{case}"] for case in ("spills", "fits"))

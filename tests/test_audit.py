@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("bandit", reason="needs bandit: pip install -e '.[test-all]'")
 
-from . import audit  # noqa: E402
+from tests import audit  # noqa: E402
 
 
 def test_every_finding_is_reviewed():

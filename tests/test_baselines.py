@@ -22,9 +22,8 @@ from bench.baselines import (
 )
 from bench.common.testing import no_host_reads
 from sfs_triton import FixedSteps, RefreshCache, SlowFast, Threshold, load
-
-from .conformance import MARGIN, METHODS, Setup, recorded_margin
-from .margins import assert_logits_close
+from tests.conformance import MARGIN, METHODS, Setup, recorded_margin
+from tests.support.margins import assert_logits_close
 
 PROMPT = [7, 99, 13, 250, 31, 8, 120, 64, 5, 77]
 

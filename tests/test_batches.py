@@ -14,10 +14,9 @@ from sfs_triton.models import Transformer
 from sfs_triton.models.cache import FeatureCache
 from sfs_triton.runner import Step
 from sfs_triton.scheduling.lane import Lane
-
-from .combinations import LOOPS, RAGGED, SOME_PAIRS, Roomy, assert_same, engine_with
-from .conformance import MARGIN, METHODS, Setup, recorded_margin
-from .conftest import GOLDEN
+from tests.conformance import MARGIN, METHODS, Setup, recorded_margin
+from tests.support.combinations import LOOPS, RAGGED, SOME_PAIRS, Roomy, assert_same, engine_with
+from tests.support.paths import GOLDEN
 
 ROWS, STEPS = 3, 90  # most rows of a batch, and most steps that it may take here
 

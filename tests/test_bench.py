@@ -20,6 +20,7 @@ from bench.cost.visits import BASELINE_OF, Bench
 from bench.embedded import problems
 from bench.quality.work import few_shot, read_work
 from bench.shapes.inflate import inflate
+from tests.support.paths import GOLDEN
 
 KEYS = {
     *("by", "sampler", "preset", "cache", "impl", "loop", "batch", "nfe", "tpf", "tokens_per_second", "speedup"),
@@ -154,7 +155,7 @@ def test_a_loop_that_failed_is_no_figure(engine, monkeypatch):
 
 
 def test_what_no_baseline_has_is_left_out():
-    golden = Path(__file__).parent / "golden" / "models"
+    golden = GOLDEN / "models"
     for name, lacking in (("llada-gqa", set()), ("dream-gqa", {"prefix", "dual"})):
         bench = Bench(sfs_triton.load(golden / name, "cpu", "float32"), 32)
         left_out = {row.cache for row in rows.every_row(32) if bench.lacks(row)}

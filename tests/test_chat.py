@@ -24,8 +24,8 @@ from sfs_triton.decoding.samplers import FixedSteps, SlowFast, Threshold
 from sfs_triton.errors import ArgumentError, NumericalFault
 from sfs_triton.scheduling.handles import Stream
 from sfs_triton.scheduling.run import Run
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).parent.parent
 HOSTILE = "\x1b[2J\x9b31mred\x07\x7f\u202etxet\u2028\r\n\tfine é"
 CLEAN = "�[2J�31mred���txet�\n\tfine é"
 

@@ -14,9 +14,8 @@ import sfs_triton
 from sfs_triton import CheckpointError, UnsupportedConfigError
 from sfs_triton.engine import EMBEDDED
 from sfs_triton.models import read_spec
-
-from .conftest import MODELS
-from .margins import assert_logits_close
+from tests.support.margins import assert_logits_close
+from tests.support.paths import MODELS
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -25,9 +25,9 @@ from sfs_triton.decoding.samplers import FixedSteps, SlowFast, Threshold  # noqa
 from sfs_triton.errors import ArgumentError  # noqa: E402
 from sfs_triton.view import canvas as render
 from sfs_triton.view import plot  # noqa: E402
+from tests.support.paths import GOLDEN, ROOT  # noqa: E402
 
-ROOT = Path(__file__).parent.parent
-GOLDEN = Path(__file__).parent / "golden" / "models" / "llada-mha"
+UNREADABLE = GOLDEN / "models" / "llada-mha"
 MASK, EOS = 500, 496
 PROMPT = "w15 w44 w79 w50"
 
@@ -36,7 +36,7 @@ PROMPT = "w15 w44 w79 w50"
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The golden model with a tokenizer of one word an id; some words hold what a terminal must not get to see."""
     folder = tmp_path_factory.mktemp("model")
-    for source in GOLDEN.iterdir():
+    for source in UNREADABLE.iterdir():
         (folder / source.name).write_bytes(source.read_bytes())
     words = {f"w{i}": i for i in range(512)}
     for word, index in {"<|endoftext|>": EOS, "<|mdm_mask|>": MASK}.items():
@@ -151,7 +151,7 @@ def test_bad_options_are_refused_by_name(model, options, words):
 
 def test_bad_models_and_prompts_are_refused(model, tmp_path):
     refused(generate(tmp_path), "config.json")
-    refused(generate(GOLDEN, "--watch"), "tokenizer.json")
+    refused(generate(UNREADABLE, "--watch"), "tokenizer.json")
     refused(generate(model, prompt=""), "prompt is empty")
     refused(generate(model, prompt="w1 <|mdm_mask|>"), "mask id 500")
     refused(generate(model, prompt="w1 \udcff"), "not valid text")

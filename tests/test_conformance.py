@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from . import conformance
+from tests import conformance
+from tests.support.paths import ROOT
 
-SCRIPT = Path(__file__).with_name("conformance.py")
+SCRIPT = ROOT / "tests" / "conformance.py"
 
 
 def _run(*arguments: str | Path) -> subprocess.CompletedProcess:

@@ -10,7 +10,6 @@ import statistics
 from collections.abc import Sequence
 from fractions import Fraction
 from functools import cache
-from pathlib import Path
 
 import pytest
 import torch
@@ -24,12 +23,11 @@ from sfs_triton import FixedSteps, Generation, Sampler, SlowFast, StepTrace, Thr
 from sfs_triton.models import Transformer
 from sfs_triton.ops.torch.cycle import spread_of
 from sfs_triton.ops.torch.philox import gumbel
+from tests.conformance import MARGIN
 from tests.reference import ReferenceRun, Step, decode, logits_of
 from tests.reference.slowfast import is_stable
+from tests.support.paths import GOLDEN
 
-from .conformance import MARGIN
-
-MODELS = Path(__file__).parent / "golden" / "models"
 NAMES = ("llada-mha", "dream-gqa")
 LENGTH = 32
 
@@ -38,7 +36,7 @@ LENGTH = 32
 def engine_of(name: str, eos_id: int | None = None, impl: str = "torch") -> sfs_triton.Engine:
     """A small trained model, on request with another id as its end-of-text, or computed by the kernels."""
     device = "cuda" if impl == "triton" and torch.cuda.is_available() else "cpu"
-    engine = sfs_triton.load(MODELS / name, device, "float32", impl)
+    engine = sfs_triton.load(GOLDEN / "models" / name, device, "float32", impl)
     if eos_id is None:
         return engine
     return sfs_triton.Engine(Transformer(dataclasses.replace(engine.spec, eos_id=eos_id), engine.model.weights, impl))

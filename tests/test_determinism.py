@@ -13,17 +13,15 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
 
 import sfs_triton
 from sfs_triton import FixedSteps, Generation, RegionCache, SlowFast, Threshold
+from tests.support.combinations import LOOPS, engine_with
+from tests.support.paths import ROOT
 
-from .combinations import LOOPS, engine_with
-
-ROOT = Path(__file__).parent.parent
 SUMS = "15,44,79,50"
 TABLE = "Rewrite as JSON:\nid,name,age\n1,Ann,31\n2,Bob,45\n3,Kim,77\n4,Leo,12"
 STORY = "Ann has 12 apples. Ann buys 7 more apples. Then Ann loses 4 apples. How many apples does Ann have?"

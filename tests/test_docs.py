@@ -38,8 +38,8 @@ from sfs_triton import Engine, OutOfDeviceMemory  # noqa: E402
 from sfs_triton.cli import main as cli  # noqa: E402
 from sfs_triton.decoding.samplers import PRESETS  # noqa: E402
 from sfs_triton.models import Transformer  # noqa: E402
+from tests.support.paths import ROOT  # noqa: E402
 
-ROOT = Path(__file__).resolve().parent.parent
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "kernels" / "README.md", *DOCS]
 OTHERS = ["CHANGELOG.md", "SECURITY.md", "sfs_triton/embedded/README.md", "tests/golden/README.md"]

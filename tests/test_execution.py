@@ -16,8 +16,7 @@ from sfs_triton.decoding.step_plan import StepOutput, StepPlan
 from sfs_triton.models import Transformer
 from sfs_triton.runner import CudaGraphs, Eager
 from sfs_triton.runner.host_ring import HostRing
-
-from .combinations import (
+from tests.support.combinations import (
     EVERY_PAIR,
     EXECUTIONS,
     POLICIES,

@@ -35,8 +35,17 @@ from sfs_triton import (
 from sfs_triton.models import Transformer, weights
 from sfs_triton.models.cache import FeatureCache, KVCache
 from sfs_triton.runner import EagerLoop, ReplayLoop, Step
-
-from .combinations import LOOPS, POLICIES, PROMPTS, RAGGED, SAMPLERS, SOME_PAIRS, assert_same, engine_with, stand_in
+from tests.support.combinations import (
+    LOOPS,
+    POLICIES,
+    PROMPTS,
+    RAGGED,
+    SAMPLERS,
+    SOME_PAIRS,
+    assert_same,
+    engine_with,
+    stand_in,
+)
 
 OPTIONS = {"prompts": PROMPTS[0], "gen_length": 16}
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from bench.common import footprint
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 LONG = "def long():\n" + "    pass\n" * 60
 
 TREE = {

@@ -26,8 +26,8 @@ from bench.server import soak  # noqa: E402
 from sfs_triton import ArgumentError  # noqa: E402
 from sfs_triton.chat import conversation as chat  # noqa: E402
 from sfs_triton.view import plot  # noqa: E402
+from tests.support.paths import ROOT  # noqa: E402
 
-ROOT = Path(__file__).parent.parent
 LARGE = 5000  # bytes of what is written, at least
 ROOM = 1000  # bytes that there is room for
 

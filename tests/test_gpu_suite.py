@@ -21,8 +21,8 @@ from bench.cost import step_count  # noqa: E402
 from bench.gpu import __main__ as gpu_suite  # noqa: E402
 from bench.gpu import clock, engine, generation, model, parts, record, smoke, supervise, trace, warm_up  # noqa: E402
 from bench.gpu.steps import STEPS, Step, allotted, interpreted, missing  # noqa: E402
+from tests.support.paths import ROOT  # noqa: E402
 
-ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 
 

@@ -28,8 +28,7 @@ from sfs_triton import (
 from sfs_triton.models import Transformer
 from sfs_triton.models.cache import KVCache
 from sfs_triton.runner import EagerLoop
-
-from .combinations import LOOPS, PROMPTS, RAGGED, SAMPLERS, SOME_PAIRS, Roomy, assert_same, engine_with
+from tests.support.combinations import LOOPS, PROMPTS, RAGGED, SAMPLERS, SOME_PAIRS, Roomy, assert_same, engine_with
 
 ONE = {"prompts": PROMPTS[0], "gen_length": 16}
 

@@ -25,8 +25,7 @@ from sfs_triton.engine import EMBEDDED
 from sfs_triton.models import Transformer, load_weights, read_spec
 from sfs_triton.models.cache import Scope
 from sfs_triton.models.weights import LLADA_NAMES, LLAMA_NAMES, expected_shapes
-
-from .margins import assert_logits_close, decision_margin
+from tests.support.margins import assert_logits_close, decision_margin
 
 TOYS = ("toy-512", "toy-768", "toy-1024", "toy-tied")
 REAL = ("llada-8b", "illada-8b")

@@ -20,8 +20,8 @@ from bench.kernels.case import Case  # noqa: E402
 from bench.kernels.resources import operations  # noqa: E402
 from bench.kernels.structure import leaves, with_tensors  # noqa: E402
 from sfs_triton.kernels.cost import Cost  # noqa: E402
+from tests.support.paths import ROOT  # noqa: E402
 
-ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 CEILINGS = timing.Ceilings(bytes_per_second=4e12, flops_per_second=8e14)
 

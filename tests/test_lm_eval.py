@@ -33,8 +33,8 @@ from sfs_triton.engine import EMBEDDED  # noqa: E402
 from sfs_triton.integrations.lm_eval import DiffusionLM, costs  # noqa: E402
 from sfs_triton.integrations.lm_eval import model as integration  # noqa: E402
 from sfs_triton.integrations.lm_eval.settings import parse_gen_kwargs, parse_model_args  # noqa: E402
+from tests.support.paths import ROOT  # noqa: E402
 
-ROOT = Path(__file__).resolve().parent.parent
 TASKS = ROOT / "bench" / "eval" / "tasks"
 RECIPES = sorted((ROOT / "bench" / "eval" / "paper").glob("*/*.yaml"))
 BENCHMARKS = {"gsm8k", "gpqa", "math", "mmlu", "mmlu_pro", "bbh", "mbpp", "humaneval"}

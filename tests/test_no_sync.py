@@ -26,8 +26,7 @@ from sfs_triton.runner.state import DecodeState
 from sfs_triton.scheduling.lane import Lane
 from sfs_triton.scheduling.request import Request
 from sfs_triton.scheduling.sequence import Row
-
-from .combinations import EVERY_PAIR, PROMPTS, assert_same, engine_with
+from tests.support.combinations import EVERY_PAIR, PROMPTS, assert_same, engine_with
 
 # ---------------------------------------------------------------------------------------------------- the watch itself
 

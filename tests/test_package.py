@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 import sfs_triton
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "sfs_triton"
 BENCH = ROOT / "bench"
 KERNELS = ROOT / "kernels" / "triton"

@@ -8,7 +8,6 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import httpx
 import pytest
@@ -22,6 +21,7 @@ from playwright.sync_api import Browser, Page, Request, expect, sync_playwright 
 
 from sfs_triton import FixedSteps, SlowFast  # noqa: E402
 from sfs_triton.serve import app as app_module  # noqa: E402
+from tests.support.paths import ROOT  # noqa: E402
 
 from .test_serve import KEY, STORY, SUMS, TABLE, Running, serving, wait_for  # noqa: E402
 
@@ -721,5 +721,5 @@ def test_screen_readers_are_told_sparingly(visit):
 
 
 def test_the_folder_is_packaged():
-    setup = (Path(__file__).parent.parent / "setup.py").read_text()
+    setup = (ROOT / "setup.py").read_text()
     assert '"serve/page/*"' in setup and all(path.is_file() for path in app_module.PAGE.iterdir())

@@ -24,13 +24,13 @@ from sfs_triton.distributed import Vocabulary, share
 from sfs_triton.models import Transformer
 from sfs_triton.ops.dispatch import Draw, implementation
 from sfs_triton.ops.torch import sharded
-from tests import ranks
-from tests.combinations import PAIRS, POLICIES, SAMPLERS, assert_same
-from tests.margins import assert_logits_close
+from tests.support import ranks
+from tests.support.combinations import PAIRS, POLICIES, SAMPLERS, assert_same
+from tests.support.margins import assert_logits_close
+from tests.support.paths import ROOT
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
 
-ROOT = Path(__file__).resolve().parent.parent
 PROMPTS = [[3, 14, 15, 92, 65, 35, 89, 79, 32, 38], [200, 201, 202]]
 SHORT = {"prompts": PROMPTS, "gen_length": [16, 8], "seed": [5, 6]}
 

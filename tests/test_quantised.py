@@ -25,11 +25,10 @@ from sfs_triton.models import weights as module
 from sfs_triton.models.weights import LLAMA_NAMES, LayerWeights, Weights, expected_shapes
 from sfs_triton.ops.dispatch import Quantised, implementation
 from sfs_triton.ops.torch.linear import dequantise, quantize
+from tests.support.combinations import PROMPTS, SOME_PAIRS, assert_same
+from tests.support.margins import assert_logits_close
+from tests.support.paths import GOLDEN, ROOT
 
-from .combinations import PROMPTS, SOME_PAIRS, assert_same
-from .margins import assert_logits_close
-
-GOLDEN = Path(__file__).parent / "golden"
 MATRICES = ("qkv", "out", "gate_up", "down")
 NAMES = ("llada-gqa", "dream-gqa")  # one without and one with a bias of q, k and v, which shifts its logits, too
 CPU = torch.device("cpu")
@@ -377,9 +376,8 @@ def test_agreement_refuses(tmp_path, arguments, capsys):
 
 
 def test_tables_of_the_page_are_those_of_the_record():
-    root = Path(__file__).parents[1]
-    (path,) = (root / "bench" / "results").glob("*/*-quantised.json")
-    page = (root / "docs" / "quantised.md").read_text()
+    (path,) = (ROOT / "bench" / "results").glob("*/*-quantised.json")
+    page = (ROOT / "docs" / "quantised.md").read_text()
     renew = "run python -m bench.quality.quantised --json RECORD --write-doc docs/quantised.md"
     assert bench_quantised.tables(json.loads(path.read_text())) in page, renew
     assert bench_quantised.costs() in page, renew

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections import Counter
 from functools import cache
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,14 +12,13 @@ from safetensors.torch import load_file
 
 import sfs_triton
 from sfs_triton.decoding.samplers import FixedSteps, SlowFast, Threshold
+from tests.conformance import MARGIN, METHODS, recorded_margin
 from tests.reference import Step, decode, logits_of, look
 from tests.reference.blocks import even_counts, time_shares
 from tests.reference.confidence import keep_top_k, keep_top_p
 from tests.reference.slowfast import Row, choose, mean_of, slow_stage, spread_of
+from tests.support.paths import GOLDEN
 
-from .conformance import MARGIN, METHODS, recorded_margin
-
-GOLDEN = Path(__file__).parent / "golden"
 PER_SETTING = 2
 MASK, EOS = 9, 8  # of the hand-made examples
 

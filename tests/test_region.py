@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,13 +12,11 @@ import sfs_triton
 from sfs_triton import ArgumentError, FixedSteps, RegionCache, SlowFast, Threshold
 from sfs_triton.models import Transformer
 from sfs_triton.runner import EagerLoop, ReplayLoop
+from tests.conformance import MARGIN
 from tests.reference import decode, logits_of
 from tests.reference.slowfast import Row
+from tests.support.paths import GOLDEN, MODELS
 
-from .conformance import MARGIN
-
-GOLDEN = Path(__file__).parent / "golden"
-MODELS = ("llada-mha", "llada-gqa", "dream-gqa", "dream-r7")
 LENGTH = 24
 
 

@@ -12,8 +12,8 @@ import pytest
 pytest.importorskip("matplotlib")
 
 from bench.server import reliability, soak  # noqa: E402
+from tests.support.paths import ROOT  # noqa: E402
 
-ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "reliability.md"
 
 

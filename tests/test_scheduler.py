@@ -18,8 +18,8 @@ from sfs_triton.scheduling.lane import Lane
 from sfs_triton.scheduling.request import Request
 from sfs_triton.scheduling.scheduler import Room, Scheduler, room_around, room_for
 from sfs_triton.scheduling.sequence import Row
+from tests.support.combinations import LOOPS, POLICIES, SAMPLERS, SOME_PAIRS, assert_same, engine_with, stand_in
 
-from .combinations import LOOPS, POLICIES, SAMPLERS, SOME_PAIRS, assert_same, engine_with, stand_in
 from .test_decide import compare, reference
 
 VANILLA = FixedSteps()

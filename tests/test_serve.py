@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -42,8 +41,8 @@ from sfs_triton.serve.errors import ApiError  # noqa: E402
 from sfs_triton.serve.options import SAMPLERS  # noqa: E402
 from sfs_triton.serve.rows import Failed, SettledText, Started  # noqa: E402
 from sfs_triton.serve.settings import ServeSettings  # noqa: E402
+from tests.support.paths import ROOT  # noqa: E402
 
-ROOT = Path(__file__).parent.parent
 TABLE = "Rewrite as JSON:\nid,name,age\n1,Ann,31\n2,Bob,45\n3,Kim,77\n4,Leo,12"
 SUMS = "15,44,79,50"
 STORY = (

@@ -13,8 +13,7 @@ from bench.embedded.carried import carried
 from bench.embedded.tasks import Problem
 from bench.quality import aup, measured, policies, sweep, sweep_summary
 from sfs_triton import FixedSteps, NoCache, RegionCache, SlowFast, Threshold
-
-ROOT = Path(__file__).parent.parent
+from tests.support.paths import ROOT
 
 
 def weight(accuracy: float, best: float) -> float:

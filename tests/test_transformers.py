@@ -37,11 +37,9 @@ from sfs_triton import ArgumentError, CheckpointError, FixedSteps, SlowFast, Thr
 from sfs_triton.integrations import transformers as integration  # noqa: E402
 from sfs_triton.integrations.transformers import engines as engines_of  # noqa: E402
 from sfs_triton.models import read_spec  # noqa: E402
+from tests.support.margins import assert_logits_close  # noqa: E402
+from tests.support.paths import GOLDEN, MODELS, ROOT  # noqa: E402
 
-from .conftest import GOLDEN, MODELS  # noqa: E402
-from .margins import assert_logits_close  # noqa: E402
-
-ROOT = Path(__file__).resolve().parent.parent
 EMBEDDED = Path(sfs_triton.__file__).parent / "embedded"
 RECORDS = "id,name,age\n1,Ann,31\n2,Bob,45"
 ILLADA = {

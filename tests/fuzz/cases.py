@@ -32,8 +32,7 @@ from sfs_triton.errors import SequenceFault
 from sfs_triton.models import Transformer
 from sfs_triton.models.spec import ModelSpec
 from sfs_triton.models.weights import LayerWeights, Weights
-
-from ..combinations import assert_same, goes_with
+from tests.support.combinations import assert_same, goes_with
 
 ROOM = 96  # most positions of a model here
 SHARPNESS = (0.5, 1.0, 1.7, 2.5, 3.0)  # standard deviation of the logits: how sure a model is

@@ -21,9 +21,8 @@ from safetensors.torch import load_file, save_file
 import sfs_triton
 from sfs_triton.text.chat_template import Renderer, TemplateError
 from sfs_triton.text.codec import TextCodec
-
-from ..conftest import GOLDEN
-from .limits import confined
+from tests.fuzz.limits import confined
+from tests.support.paths import GOLDEN
 
 pytest.importorskip("resource", reason="limits on memory are set as POSIX has them")
 

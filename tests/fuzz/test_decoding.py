@@ -13,10 +13,20 @@ from sfs_triton.runner import EagerLoop, ReplayLoop
 from sfs_triton.scheduling.request import Request
 from sfs_triton.scheduling.scheduler import Scheduler, room_around, room_for
 from sfs_triton.scheduling.sequence import Row, fault_of
+from tests.fuzz.cases import (
+    BETWEEN,
+    POLICIES,
+    ROOM,
+    SHARES,
+    Case,
+    assert_outcomes,
+    cases,
+    outcomes,
+    with_eos_that_is_said,
+)
+from tests.support.combinations import Roomy, engine_with, stand_in
 
-from ..combinations import Roomy, engine_with, stand_in
 from ..test_decide import compare, reference
-from .cases import BETWEEN, POLICIES, ROOM, SHARES, Case, assert_outcomes, cases, outcomes, with_eos_that_is_said
 
 LOOPS = {
     "fixed": lambda: EagerLoop(tight=False),

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from bench.common.testing import brisk_interpreter
+from tests.fuzz.cases import Case, assert_outcomes, cases, models
+from tests.support.combinations import engine_with
 
-from ..combinations import engine_with
-from .cases import Case, assert_outcomes, cases, models
 from .test_decoding import LOOPS, ended
 
 pytest.importorskip("triton")

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 
 from sfs_triton import Generation, Sampler, SlowFast
-
-from .conformance import logits_tolerance
+from tests.conformance import logits_tolerance
 
 BOTH_WAYS = 128  # units of rounding between two orders of summation; over 64 were seen with MKL_CBWR=COMPATIBLE
 

@@ -1,4 +1,4 @@
-"""Kernels that must not ship, for tests of the check that finds them: ``python tests/kernels/spilling.py 80 90``."""
+"""Kernels that must not ship, for tests of the check that finds them: ``python tests/support/spilling.py 80 90``."""
 
 from __future__ import annotations
 

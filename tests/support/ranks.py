@@ -22,7 +22,7 @@ from sfs_triton.models.cache import KVCache
 from sfs_triton.scheduling.lane import Lane
 
 _STARTER = multiprocessing.get_context("forkserver")  # a process that has imported it all, and forks
-_STARTER.set_forkserver_preload(["tests.ranks", "torch.distributed"])
+_STARTER.set_forkserver_preload(["tests.support.ranks", "torch.distributed"])
 _ENGINES: dict[tuple, Engine] = {}
 
 
