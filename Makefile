@@ -34,9 +34,9 @@ FUZZ_SEED ?= $(shell date +%s)
 FUZZ_REPORT ?= fuzz.json.partial
 
 # Tests whose verdict rests on floating-point arithmetic: logits, scores, decisions and whole generations on the CPU.
-NUMERIC ?= $(addprefix tests/,test_baselines.py test_batches.py test_checkpoints.py test_conformance.py \
-  test_decide.py test_embedded.py test_inflate.py test_loops.py test_ops.py test_parallel.py test_quantised.py \
-  test_reference.py test_region.py test_transformers.py kernels/test_steps.py)
+NUMERIC ?= $(addprefix tests/,bench/test_baselines.py bench/test_embedded.py bench/test_inflate.py decoding/test_reference.py \
+  decoding/test_region.py decoding/test_samplers.py distributed engine/test_conformance.py \
+  integrations/test_transformers.py kernels/test_steps.py models ops runner/test_loops.py scheduling/test_batches.py)
 # Each word is a setting, its variables apart by commas. An x86 CPU needs AVX2 for the second. The first differs from
 # every machine's own choice.
 CPUS ?= ATEN_CPU_CAPABILITY=default,MKL_CBWR=COMPATIBLE,ONEDNN_MAX_CPU_ISA=SSE41 \
@@ -72,7 +72,7 @@ test-cpus: install
 
 test-oldest:
 	$(MAKE) test VENV=.venv-oldest EXTRAS=test,bench PINS='$(OLDEST)' \
-	  ARGS='tests/kernels tests/test_aot.py tests/test_kernel_benchmarks.py tests/test_ops.py tests/test_conformance.py $(ARGS)'
+	  ARGS='tests/kernels tests/bench/test_kernel_benchmarks.py tests/ops tests/engine/test_conformance.py $(ARGS)'
 
 fuzz: install
 	FUZZ_CASES=$(FUZZ_CASES) FUZZ_SEED=$(FUZZ_SEED) FUZZ_REPORT=$(FUZZ_REPORT) \

@@ -22,22 +22,27 @@ settings.register_profile("fixed", derandomize=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 
 # Files whose tests on plain torch are marked quick: the decode core, and the package as a whole.
-QUICK = ("checkpoints", "generate", "ops", "package", "params")
-
-
-def _is_quick(path: Path) -> bool:
-    return path.parent == GOLDEN.parent and path.stem.removeprefix("test_") in QUICK
+QUICK = {
+    Path(__file__).parent / room / f"test_{name}.py"
+    for room, name in (
+        ("decoding", "params"),
+        ("engine", "generate"),
+        ("models", "checkpoints"),
+        ("ops", "ops"),
+        ("project", "package"),
+    )
+}
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """Import nothing else for ``-m quick...``: other files need extras that the quick tests do without."""
     only_quick = config.getoption("markexpr").startswith("quick") and collection_path.name.startswith("test_")
-    return True if only_quick and not _is_quick(collection_path) else None
+    return True if only_quick and collection_path not in QUICK else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if _is_quick(item.path) and "triton" not in item.name:
+        if item.path in QUICK and "triton" not in item.name:
             item.add_marker(pytest.mark.quick)
     if not torch.cuda.is_available():
         for item in items:

@@ -13,6 +13,7 @@ from sfs_triton.runner import EagerLoop, ReplayLoop
 from sfs_triton.scheduling.request import Request
 from sfs_triton.scheduling.scheduler import Scheduler, room_around, room_for
 from sfs_triton.scheduling.sequence import Row, fault_of
+from tests.decoding.test_samplers import compare, reference
 from tests.fuzz.cases import (
     BETWEEN,
     POLICIES,
@@ -25,8 +26,6 @@ from tests.fuzz.cases import (
     with_eos_that_is_said,
 )
 from tests.support.combinations import Roomy, engine_with, stand_in
-
-from ..test_decide import compare, reference
 
 LOOPS = {
     "fixed": lambda: EagerLoop(tight=False),

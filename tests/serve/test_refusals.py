@@ -19,8 +19,7 @@ from sfs_triton.serve import options  # noqa: E402
 from sfs_triton.serve.errors import ApiError  # noqa: E402
 from sfs_triton.serve.protocol import ChatRequest, CompletionRequest, parse  # noqa: E402
 from sfs_triton.serve.settings import ServeSettings  # noqa: E402
-
-from .test_serve import SUMS, Running, chat, error_of, serving  # noqa: E402
+from tests.serve.test_serve import SUMS, Running, chat, error_of, serving  # noqa: E402
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 JSON = {"Content-Type": "application/json"}

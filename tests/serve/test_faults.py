@@ -26,10 +26,9 @@ from sfs_triton import Engine, FixedSteps, SlowFast  # noqa: E402
 from sfs_triton.models import Transformer  # noqa: E402
 from sfs_triton.runner import Step  # noqa: E402
 from sfs_triton.serve.rows import Follower  # noqa: E402
+from tests.engine.test_faults import Failing  # noqa: E402
+from tests.serve.test_serve import ROOT, STORY, SUMS, TABLE, answers, chat, error_of, gauge, serving, wait_for  # noqa: E402
 from tests.support.combinations import engine_with  # noqa: E402
-
-from .test_faults import Failing  # noqa: E402
-from .test_serve import ROOT, STORY, SUMS, TABLE, answers, chat, error_of, gauge, serving, wait_for  # noqa: E402
 
 
 def chunks_of(response: httpx.Response) -> list[dict]:

@@ -73,7 +73,7 @@ import json, sys
 import torch
 torch.set_num_threads(int(sys.argv[2]))
 import sfs_triton
-from tests import test_determinism as here
+from tests.engine import test_determinism as here
 print(json.dumps(here.all_ways(sfs_triton.load("embedded", "cpu", sys.argv[1]), sys.argv[3:])))
 """
 
@@ -145,7 +145,7 @@ def test_a_server_under_requests_that_come_at_random(embedded):
     pytest.importorskip("fastapi")
     pytest.importorskip("openai")
     pytest.importorskip("typer")
-    from .test_serve import chat, serving
+    from tests.serve.test_serve import chat, serving
 
     kinds = {
         "slowfast": (SlowFast(temperature=0.9), "none"),

@@ -21,9 +21,8 @@ from playwright.sync_api import Browser, Page, Request, expect, sync_playwright 
 
 from sfs_triton import FixedSteps, SlowFast  # noqa: E402
 from sfs_triton.serve import app as app_module  # noqa: E402
+from tests.serve.test_serve import KEY, STORY, SUMS, TABLE, Running, serving, wait_for  # noqa: E402
 from tests.support.paths import ROOT  # noqa: E402
-
-from .test_serve import KEY, STORY, SUMS, TABLE, Running, serving, wait_for  # noqa: E402
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 ENDED = "∎"
