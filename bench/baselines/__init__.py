@@ -3,9 +3,9 @@
     model = PlainModel(sfs_triton.load(folder, "cuda", "bfloat16").model)
     done = BASELINES["slowfast"].decode(model, prompt, 256, SlowFast())
 
-``tests/test_baselines.py`` holds them to the recordings of the public implementations, token for token and forward for
-forward. Where an original does more than its result needs, they do without, to be no slower than it: ``has`` and
-``lacks`` name every optimisation that they have or lack.
+``tests/bench/test_baselines.py`` holds them to the recordings of the public implementations, token for token and
+forward for forward. Where an original does more than its result needs, they do without, to be no slower than it:
+``has`` and ``lacks`` name every optimisation that they have or lack.
 """
 
 from __future__ import annotations

@@ -354,7 +354,7 @@ several turns, and takes more steps; a step is the same work all the same.
 
 ABOUT_BASELINES = """\
 `bench/baselines/` has the published samplers in eager PyTorch, written from their papers, and held to the recorded runs
-of their authors' code in tokens and forwards (`tests/test_baselines.py`).
+of their authors' code in tokens and forwards (`tests/bench/test_baselines.py`).
 """
 
 ABOUT_PUBLISHED = """\

@@ -1,7 +1,8 @@
 """The same seed gives the same tokens: in another process, with other threads, in any batch, loop and front end.
 
-Rows that join and leave a batch are in tests/test_scheduler.py, orders of a batch in tests/test_batches.py, and
-all samplers and caches on all loops in tests/test_loops.py. docs/reliability.md says where it ends.
+Rows that join and leave a batch are in tests/scheduling/test_scheduler.py, orders of a batch in
+tests/scheduling/test_batches.py, and all samplers and caches on all loops in tests/runner/test_loops.py.
+docs/reliability.md says where it ends.
 """
 
 from __future__ import annotations

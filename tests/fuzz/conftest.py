@@ -6,7 +6,7 @@ Without anything set each property draws the same few dozen cases in every run: 
 * ``FUZZ_REPORT=path.json`` writes how many cases each property passed.
 * ``FUZZ_SHRINK=0`` prints a case that fails as it was drawn, which takes less time than a small one.
 
-A case that fails is printed; it can be pasted into ``tests/test_regressions.py`` as it stands.
+A case that fails is printed; it can be pasted into ``tests/project/test_regressions.py`` as it stands.
 """
 
 from __future__ import annotations

@@ -136,19 +136,19 @@ ALLOWED = [
     Allowed(r"python -m bench\.shapes\.inflate", "writes 16 GB", check_parsed),
     Allowed(r"python -m bench\.report", "writes into the checkout", check_parsed),
     Allowed(r"python -m bench\.cost\.cost_model --write-doc", "writes into the checkout", check_parsed),
-    Allowed(r"python -m bench\.quality\.sweep", "takes an hour; tests/test_sweep.py runs a small one", check_parsed),
+    Allowed(r"python -m bench\.quality\.sweep", "takes an hour; tests/bench/test_sweep.py runs a small one", check_parsed),
     Allowed(
-        r"python -m bench\.quality\.quantised", "takes minutes; tests/test_quantised.py runs a small one", check_parsed
+        r"python -m bench\.quality\.quantised", "takes minutes; tests/models/test_quantised.py runs a small one", check_parsed
     ),
     Allowed(r"python -m bench\.server\.serve_load", "takes two minutes", check_parsed),
-    Allowed(r"python -m bench\.server\.soak", "takes half an hour; tests/test_soak.py runs a short one", check_parsed),
+    Allowed(r"python -m bench\.server\.soak", "takes half an hour; tests/bench/test_soak.py runs a short one", check_parsed),
     Allowed(r"python -m bench\.server\.determinism", "takes minutes, and writes into the checkout", check_parsed),
     Allowed(r"python -m bench\.server\.reliability", "writes into the checkout", check_parsed),
-    Allowed(r"python tests/conformance\.py", "takes minutes; tests/test_conformance.py runs it", check_parsed),
-    Allowed(r"torchrun .* -m sfs_triton\.cli ", "tests/test_parallel.py runs two ranks", check_ranks),
-    Allowed(r"(torchrun|accelerate launch) ", "tests/test_lm_eval.py runs two ranks", check_parsed),
-    Allowed(r"sfs batch .*--workers", "starts a cluster; tests/test_ray.py does", check_sfs),
-    Allowed(r"sfs chat$", "talks to a terminal; tests/test_chat.py does", check_sfs),
+    Allowed(r"python tests/conformance\.py", "takes minutes; tests/engine/test_conformance.py runs it", check_parsed),
+    Allowed(r"torchrun .* -m sfs_triton\.cli ", "tests/distributed/test_parallel.py runs two ranks", check_ranks),
+    Allowed(r"(torchrun|accelerate launch) ", "tests/integrations/test_lm_eval.py runs two ranks", check_parsed),
+    Allowed(r"sfs batch .*--workers", "starts a cluster; tests/integrations/test_ray.py does", check_sfs),
+    Allowed(r"sfs chat$", "talks to a terminal; tests/chat/test_chat.py does", check_sfs),
     Allowed(r"sfs serve ", "runs until it is stopped; started where the page goes on to ask it", check_sfs),
 ]
 
