@@ -20,6 +20,7 @@ from bench.server import soak, soak_requests  # noqa: E402
 from bench.server.loopback import Server, check_loopback, own_server  # noqa: E402
 
 from .test_serve import Running, serving  # noqa: E402
+from tests.support.server import Running, serving  # noqa: E402
 
 
 @pytest.fixture(scope="module")

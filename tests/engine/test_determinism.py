@@ -146,7 +146,7 @@ def test_a_server_under_requests_that_come_at_random(embedded):
     pytest.importorskip("fastapi")
     pytest.importorskip("openai")
     pytest.importorskip("typer")
-    from tests.serve.test_serve import chat, serving
+    from tests.support.server import chat, serving
 
     kinds = {
         "slowfast": (SlowFast(temperature=0.9), "none"),

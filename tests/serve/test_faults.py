@@ -27,19 +27,21 @@ from sfs_triton.models import Transformer  # noqa: E402
 from sfs_triton.runner import Step  # noqa: E402
 from sfs_triton.serve.rows import Follower  # noqa: E402
 from tests.engine.test_faults import Failing  # noqa: E402
-from tests.serve.test_serve import ROOT, STORY, SUMS, TABLE, answers, chat, error_of, gauge, serving, wait_for  # noqa: E402
 from tests.support.combinations import engine_with  # noqa: E402
-
-
-def chunks_of(response: httpx.Response) -> list[dict]:
-    """The objects of a stream; ``[DONE]`` is none."""
-    return [json.loads(line[6:]) for line in response.text.splitlines() if line.startswith("data: {")]
-
-
-def text_of(response: httpx.Response) -> str:
-    assert response.status_code == 200, response.text
-    return response.json()["choices"][0]["message"]["content"]
-
+from tests.support.paths import ROOT  # noqa: E402
+from tests.support.server import (  # noqa: E402
+    STORY,
+    SUMS,
+    TABLE,
+    answers,
+    chat,
+    chunks_of,
+    error_of,
+    gauge,
+    serving,
+    text_of,
+    wait_for,
+)
 
 # -------------------------------------------------------------------------------------------------- the engine's thread
 

@@ -21,8 +21,8 @@ from playwright.sync_api import Browser, Page, Request, expect, sync_playwright 
 
 from sfs_triton import FixedSteps, SlowFast  # noqa: E402
 from sfs_triton.serve import app as app_module  # noqa: E402
-from tests.serve.test_serve import KEY, STORY, SUMS, TABLE, Running, serving, wait_for  # noqa: E402
 from tests.support.paths import ROOT  # noqa: E402
+from tests.support.server import KEY, STORY, SUMS, TABLE, Running, serving, wait_for  # noqa: E402
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 ENDED = "∎"
@@ -62,12 +62,6 @@ def browser() -> Iterator[Browser]:
         browser = playwright.chromium.launch(executable_path=found)
         yield browser
         browser.close()
-
-
-@pytest.fixture(scope="module")
-def server(embedded) -> Iterator[Running]:
-    with serving(embedded) as running:
-        yield running
 
 
 class Visit:

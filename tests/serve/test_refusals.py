@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import socket
-from collections.abc import Iterator
 
 import pytest
 
@@ -19,19 +18,13 @@ from sfs_triton.serve import options  # noqa: E402
 from sfs_triton.serve.errors import ApiError  # noqa: E402
 from sfs_triton.serve.protocol import ChatRequest, CompletionRequest, parse  # noqa: E402
 from sfs_triton.serve.settings import ServeSettings  # noqa: E402
-from tests.serve.test_serve import SUMS, Running, chat, error_of, serving  # noqa: E402
+from tests.support.server import SUMS, chat, error_of, serving  # noqa: E402
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 JSON = {"Content-Type": "application/json"}
 USER = {"role": "user", "content": "hi"}
 LONG = "Ann " * 600  # 601 tokens of the embedded model, whose context is 512
 BEFORE, AFTER = "id,name\n1,Ann\n", "\n3,Kim"
-
-
-@pytest.fixture(scope="module")
-def server(embedded) -> Iterator[Running]:
-    with serving(embedded) as running:
-        yield running
 
 
 def said_of(content: str) -> list[dict]:

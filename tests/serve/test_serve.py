@@ -9,11 +9,8 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -26,7 +23,6 @@ pytest.importorskip("typer")
 import httpx  # noqa: E402
 import openai  # noqa: E402
 import torch  # noqa: E402
-import uvicorn  # noqa: E402
 from prometheus_client.parser import text_string_to_metric_families  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
@@ -36,120 +32,25 @@ from sfs_triton.models import Transformer  # noqa: E402
 from sfs_triton.runner import Step  # noqa: E402
 from sfs_triton.serve import app as app_module  # noqa: E402
 from sfs_triton.serve import sse  # noqa: E402
-from sfs_triton.serve.app import create_app  # noqa: E402
 from sfs_triton.serve.errors import ApiError  # noqa: E402
 from sfs_triton.serve.options import SAMPLERS  # noqa: E402
 from sfs_triton.serve.rows import Failed, SettledText, Started  # noqa: E402
 from sfs_triton.serve.settings import ServeSettings  # noqa: E402
 from tests.support.paths import ROOT  # noqa: E402
-
-TABLE = "Rewrite as JSON:\nid,name,age\n1,Ann,31\n2,Bob,45\n3,Kim,77\n4,Leo,12"
-SUMS = "15,44,79,50"
-STORY = (
-    "Ann has 12 apples. Ann buys 7 more apples at the market. Then Ann loses 4 apples. How many apples does Ann have?"
+from tests.support.server import (  # noqa: E402
+    KEY,
+    STORY,
+    SUMS,
+    TABLE,
+    Running,
+    answers,
+    chat,
+    chunks_of,
+    error_of,
+    gauge,
+    serving,
+    wait_for,
 )
-KEY = "correct-horse-battery"
-
-
-class Gate:
-    """Lets a server's steps through one at a time, once it is closed."""
-
-    def __init__(self, app):
-        self._permits, self._open, self._held = threading.Semaphore(0), True, False
-        self.rows: list[int] = []  # that took each step
-        inner = app.state.metrics.step
-
-        def step(rows: int) -> None:
-            inner(rows)
-            self.rows.append(rows)
-            if not self._open:
-                self._held = not self._permits.acquire(blocking=False)
-                assert not self._held or self._permits.acquire(timeout=30)
-                self._held = False
-
-        app.state.metrics.step = step
-
-    @property
-    def taken(self) -> int:
-        return len(self.rows)
-
-    @property
-    def held(self) -> bool:
-        """Return True if a step has run and the engine is held until :meth:`let`."""
-        return self._held
-
-    def close(self) -> None:
-        self._open = False
-
-    def let(self, steps: int = 1) -> None:
-        self._permits.release(steps)
-
-    def open(self) -> None:
-        self._open = True
-        self.let(10_000)
-
-
-class Running:
-    """A server on a free port of loopback, in a thread."""
-
-    def __init__(self, engine: Engine, **settings):
-        self.app = create_app(engine, ServeSettings(**settings))
-        self.gate = Gate(self.app)
-        self.worker = self.app.state.worker
-        listener = socket.create_server(("127.0.0.1", 0))
-        self.port = listener.getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}"
-        self._server = uvicorn.Server(uvicorn.Config(self.app, log_level="warning", timeout_graceful_shutdown=5))
-        self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [listener]}, daemon=True)
-        self._thread.start()
-        wait_for(lambda: self._server.started)
-
-    def client(self, key: str = "none") -> openai.OpenAI:
-        return openai.OpenAI(base_url=self.url + "/v1", api_key=key, max_retries=0, timeout=60)
-
-    def post(self, body, path: str = "/v1/chat/completions", **options) -> httpx.Response:
-        return httpx.post(self.url + path, json=body, timeout=60, **options)
-
-    def metrics(self) -> dict[str, float]:
-        """Unlabelled samples by name, and generations by how they ended."""
-        page, values = httpx.get(self.url + "/metrics").text, {}
-        for family in text_string_to_metric_families(page):
-            for sample in family.samples:
-                if not sample.labels or "how" in sample.labels and sample.name.endswith("_total"):
-                    values[sample.labels.get("how", sample.name)] = sample.value
-        return values
-
-    def stop(self) -> None:
-        self.gate.open()
-        self._server.should_exit = True
-        self._thread.join(20)
-        assert not self._thread.is_alive()
-
-
-def wait_for(condition, seconds: float = 20.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come about"
-        time.sleep(0.005)
-
-
-@contextmanager
-def serving(engine: Engine, **settings) -> Iterator[Running]:
-    running = Running(engine, **settings)
-    try:
-        yield running
-    finally:
-        running.stop()
-
-
-@pytest.fixture(scope="module")
-def server(embedded) -> Iterator[Running]:
-    with serving(embedded) as running:
-        yield running
-
-
-def chat(text: str = SUMS, **more) -> dict:
-    return {"model": "embedded", "messages": [{"role": "user", "content": text}], "max_tokens": 32, **more}
 
 
 def streamed(server: Running, **request) -> tuple[str, list[dict], object]:
@@ -159,15 +60,6 @@ def streamed(server: Running, **request) -> tuple[str, list[dict], object]:
     frames = [chunk.diffusion for chunk in chunks if "diffusion" in (chunk.model_extra or {})]
     text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
     return text, frames, chunks[-1]
-
-
-def error_of(response: httpx.Response) -> dict:
-    """The error of a refusal, whose shape is checked."""
-    assert 400 <= response.status_code < 600, response.text
-    body = response.json()
-    assert set(body) == {"error"} and set(body["error"]) == {"message", "type", "param", "code"}, body
-    assert body["error"]["message"] and isinstance(body["error"]["message"], str)
-    return body["error"]
 
 
 # ------------------------------------------------------------------------------------------------ the official client
@@ -835,7 +727,7 @@ def test_what_does_not_fit_together_runs_in_parts(embedded, monkeypatch, where):
         server.gate.open()
         *answers, streamed_answer = (future.result() for future in sent)
         assert [answer.json()["choices"][0]["message"]["content"] for answer in answers] == [wanted] * 4
-        chunks = [json.loads(line[6:]) for line in streamed_answer.text.splitlines() if line.startswith("data: {")]
+        chunks = chunks_of(streamed_answer)
         assert "".join(c["choices"][0]["delta"].get("content") or "" for c in chunks if c["choices"]) == wanted
         assert held.result().status_code == 200 and max(server.gate.rows) == (2 if where == "caches" else 1)
 
@@ -928,18 +820,6 @@ def test_a_signal_lets_running_and_waiting_work_finish(embedded):
                 httpx.get(url + "/models")
         finally:
             process.kill()
-
-
-def answers(url: str) -> bool:
-    try:
-        return httpx.get(url).status_code == 200
-    except httpx.TransportError:
-        return False
-
-
-def gauge(url: str, headers: dict, name: str) -> float:
-    page = httpx.get(url[:-3] + "/metrics", headers=headers).text
-    return next(s.value for f in text_string_to_metric_families(page) for s in f.samples if s.name == name)
 
 
 def test_the_package_and_the_command_line_need_none_of_it():
