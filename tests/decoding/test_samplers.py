@@ -19,13 +19,13 @@ from hypothesis import strategies as st
 import sfs_triton
 from bench.baselines import slowfast as baselines
 from bench.common.testing import brisk_interpreter
-from sfs_triton import FixedSteps, Generation, Sampler, SlowFast, StepTrace, Threshold
+from sfs_triton import FixedSteps, Sampler, SlowFast, Threshold
 from sfs_triton.models import Transformer
 from sfs_triton.ops.torch.cycle import spread_of
-from sfs_triton.ops.torch.philox import gumbel
 from tests.conformance import MARGIN
-from tests.reference import ReferenceRun, Step, decode, logits_of
+from tests.reference import logits_of
 from tests.reference.slowfast import is_stable
+from tests.support.oracle import compare, reference
 from tests.support.paths import GOLDEN
 
 NAMES = ("llada-mha", "dream-gqa")
@@ -56,57 +56,6 @@ def half_of(*sets: Sequence) -> list:
 
 def random_prompt(rng: random.Random, low: int = 4, high: int = 24) -> list[int]:
     return [rng.randrange(490) for _ in range(rng.randint(low, high))]
-
-
-def reference(
-    engine: sfs_triton.Engine, canvas: list[int], start: int, sampler: Sampler, seed: int = 0
-) -> ReferenceRun:
-    spec = engine.spec
-
-    def noise(step: int, length: int) -> torch.Tensor:
-        key = torch.tensor(seed)
-        return gumbel(key, torch.arange(spec.vocab_size), torch.arange(length)[:, None], torch.tensor(step))
-
-    logits_fn, drawn = logits_of(engine.model, canvas, sampler.cfg_scale), noise if sampler.temperature > 0 else None
-    return decode(logits_fn, canvas, start, sampler, spec.mask_id, spec.eos_id, drawn, seed)
-
-
-def same_spread(mine: float | None, other: float | None) -> bool:
-    return mine == other or None not in (mine, other) and abs(mine - other) <= 1e-5 * max(1.0, abs(other))
-
-
-def difference(step: StepTrace, wanted: Step) -> str | None:
-    """Return the differences of an engine's step from the oracle's."""
-    phase = {"slow": "S", "fast": "F", "block": "B"}[step.phase]
-    mine = Step(
-        phase,
-        step.block,
-        step.cycle if phase != "B" else 0,
-        step.k,
-        step.forwarded,
-        step.s,
-        step.e_cand,
-        step.history,
-        step.spread,
-        step.determined,
-        step.e,
-        sorted(step.committed),
-    )
-    wanted = wanted._replace(filled=sorted(wanted.filled))
-    wrong = [name for name in Step._fields if name != "spread" and getattr(mine, name) != getattr(wanted, name)]
-    if wrong or not same_spread(mine.spread, wanted.spread):
-        return f"{wrong or ['spread']}: {mine} is not {wanted}"
-    return None
-
-
-def compare(done: Generation, wanted: ReferenceRun) -> str | None:
-    """The first difference between a generation and the oracle's run."""
-    for index, (step, other) in enumerate(zip(done.trace, wanted.trace, strict=False)):
-        if wrong := difference(step, other):
-            return f"step {index}: {wrong}"
-    if done.nfe != wanted.nfe or len(done.trace) != wanted.nfe:
-        return f"NFE {done.nfe}, {len(done.trace)} steps traced, not {wanted.nfe}"
-    return None if done.response == wanted.tokens else f"tokens {done.response} are not {wanted.tokens}"
 
 
 def check(

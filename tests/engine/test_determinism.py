@@ -18,33 +18,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-import sfs_triton
-from sfs_triton import FixedSteps, Generation, RegionCache, SlowFast, Threshold
+from sfs_triton import FixedSteps, SlowFast
 from tests.support.combinations import LOOPS, engine_with
 from tests.support.paths import ROOT
-
-SUMS = "15,44,79,50"
-TABLE = "Rewrite as JSON:\nid,name,age\n1,Ann,31\n2,Bob,45\n3,Kim,77\n4,Leo,12"
-STORY = "Ann has 12 apples. Ann buys 7 more apples. Then Ann loses 4 apples. How many apples does Ann have?"
-PROMPTS = [SUMS, TABLE, STORY]
-WAYS = {
-    "noise": (SlowFast(temperature=0.9), "none"),
-    "noise-region": (SlowFast(temperature=0.9, top_p=0.95), RegionCache(capacity=64)),
-    "noise-blocks": (Threshold(block_length=16, temperature=0.7), "dual"),
-    "random-positions": (FixedSteps(steps=16, metric="origin", temperature=0.5), "none"),
-    "guided": (FixedSteps(steps=12, cfg_scale=0.5, temperature=0.5), "refresh"),
-}
-
-
-def told(rows: list[Generation]) -> list[list[int]]:
-    """Return the values that must be equal: tokens, and the step at which each was decided."""
-    return [part for row in rows for part in (row.canvas, row.commit_step, row.forward_lengths)]
-
-
-def all_ways(engine: sfs_triton.Engine, names=tuple(WAYS)) -> dict[str, list[list[int]]]:
-    options = {"gen_length": 32, "seed": [3, 4, 5]}
-    ways = ((name, *WAYS[name]) for name in names)
-    return {name: told(engine.generate(PROMPTS, sampler=s, cache=c, **options)) for name, s, c in ways}
+from tests.support.repeats import PROMPTS, TABLE, WAYS, all_ways, results
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +32,7 @@ def wanted(embedded) -> dict[str, list[list[int]]]:
 def test_seeds_matter(embedded, wanted):
     """Or all of this would say nothing."""
     for name, (sampler, cache) in WAYS.items():
-        others = told(embedded.generate(PROMPTS, sampler=sampler, cache=cache, gen_length=32, seed=77))
+        others = results(embedded.generate(PROMPTS, sampler=sampler, cache=cache, gen_length=32, seed=77))
         assert others != wanted[name], name
 
 
@@ -74,8 +51,8 @@ import json, sys
 import torch
 torch.set_num_threads(int(sys.argv[2]))
 import sfs_triton
-from tests.engine import test_determinism as here
-print(json.dumps(here.all_ways(sfs_triton.load("embedded", "cpu", sys.argv[1]), sys.argv[3:])))
+from tests.support.repeats import all_ways
+print(json.dumps(all_ways(sfs_triton.load("embedded", "cpu", sys.argv[1]), sys.argv[3:])))
 """
 
 
@@ -122,9 +99,9 @@ def test_calls_of_the_engine(embedded, wanted):
     for name, (sampler, cache) in WAYS.items():
         options = {"gen_length": 32, "sampler": sampler, "cache": cache, "seed": [3, 4, 5]}
         with embedded.stream(PROMPTS, **options) as stream:
-            assert told(stream.result()) == wanted[name], name
-        assert told(embedded.generate_async(PROMPTS, **options).result(timeout=60)) == wanted[name], name
-        whole = told(embedded.generate(PROMPTS, on_step=lambda frame: None, trace=True, **options))
+            assert results(stream.result()) == wanted[name], name
+        assert results(embedded.generate_async(PROMPTS, **options).result(timeout=60)) == wanted[name], name
+        whole = results(embedded.generate(PROMPTS, on_step=lambda frame: None, trace=True, **options))
         assert whole == wanted[name], name
 
 

@@ -42,6 +42,7 @@ from tests.support.combinations import (
     RAGGED,
     SAMPLERS,
     SOME_PAIRS,
+    Failing,
     assert_same,
     engine_with,
     stand_in,
@@ -309,27 +310,6 @@ def test_the_choice_of_a_loop_is_logged_once(golden, caplog):
     with caplog.at_level(logging.INFO, "sfs_triton"):
         assert sfs_triton.load(golden / "models" / "llada-mha", "cpu", loop="eager").loop == "eager"
     assert caplog.records[-1].getMessage() == "loop eager: asked for"
-
-
-class Failing(ReplayLoop):
-    """Fails when it prepares, or at the replay of this number, with the error given."""
-
-    def __init__(self, at: int | None, error: Exception | None = None):
-        super().__init__(ahead=1, capture=self._make)
-        self._at, self._replayed, self._error = at, 0, error or RuntimeError("CUDA error: an illegal address")
-
-    def _make(self, step, shape):
-        if self._at is None:
-            raise self._error
-        run = stand_in(step, shape)
-
-        def replay():
-            if self._replayed == self._at:
-                raise self._error
-            self._replayed += 1
-            run()
-
-        return replay
 
 
 def _warnings(caplog) -> list[str]:

@@ -32,9 +32,17 @@ from sfs_triton.errors import SequenceFault
 from sfs_triton.models import Transformer
 from sfs_triton.models.spec import ModelSpec
 from sfs_triton.models.weights import LayerWeights, Weights
-from tests.support.combinations import assert_same, goes_with
+from sfs_triton.runner import EagerLoop, ReplayLoop
+from tests.support.combinations import Roomy, assert_same, goes_with, stand_in
 
 ROOM = 96  # most positions of a model here
+LOOPS = {
+    "fixed": lambda: EagerLoop(tight=False),
+    "replay": lambda: ReplayLoop(capture=stand_in),
+    "replay ahead": lambda: ReplayLoop(ahead=3, capture=stand_in),
+    "roomy": lambda: Roomy(EagerLoop(tight=True), 7),
+    "roomy fixed": lambda: Roomy(EagerLoop(tight=False), 19),
+}
 SHARPNESS = (0.5, 1.0, 1.7, 2.5, 3.0)  # standard deviation of the logits: how sure a model is
 
 
@@ -307,3 +315,10 @@ def with_eos_that_is_said(case: Case) -> Case:
     if eos_id == spec.mask_id:
         return case
     return replace(case, model=replace(case.model, spec=replace(spec, eos_id=eos_id, pad_id=eos_id)))
+
+
+def ended(strategy: st.SearchStrategy) -> st.SearchStrategy:
+    """Give half of the cases an end-of-text token that the model predicts."""
+    return st.tuples(strategy, st.booleans()).map(
+        lambda drawn: with_eos_that_is_said(drawn[0]) if drawn[1] else drawn[0]
+    )

@@ -9,38 +9,23 @@ from hypothesis import strategies as st
 
 from sfs_triton import Engine, FixedSteps, Frame, Generation, NoCache, RefreshCache, Threshold
 from sfs_triton.models import ModelSpec
-from sfs_triton.runner import EagerLoop, ReplayLoop
 from sfs_triton.scheduling.request import Request
 from sfs_triton.scheduling.scheduler import Scheduler, room_around, room_for
 from sfs_triton.scheduling.sequence import Row, fault_of
-from tests.decoding.test_samplers import compare, reference
 from tests.fuzz.cases import (
     BETWEEN,
+    LOOPS,
     POLICIES,
     ROOM,
     SHARES,
     Case,
     assert_outcomes,
     cases,
+    ended,
     outcomes,
-    with_eos_that_is_said,
 )
-from tests.support.combinations import Roomy, engine_with, stand_in
-
-LOOPS = {
-    "fixed": lambda: EagerLoop(tight=False),
-    "replay": lambda: ReplayLoop(capture=stand_in),
-    "replay ahead": lambda: ReplayLoop(ahead=3, capture=stand_in),
-    "roomy": lambda: Roomy(EagerLoop(tight=True), 7),
-    "roomy fixed": lambda: Roomy(EagerLoop(tight=False), 19),
-}
-
-
-def ended(strategy: st.SearchStrategy) -> st.SearchStrategy:
-    """Half of the cases with an end-of-text that the model says."""
-    return st.tuples(strategy, st.booleans()).map(
-        lambda drawn: with_eos_that_is_said(drawn[0]) if drawn[1] else drawn[0]
-    )
+from tests.support.combinations import engine_with
+from tests.support.oracle import compare, reference
 
 
 def test_the_engine_is_the_oracle(fuzz):

@@ -6,10 +6,8 @@ import pytest
 import torch
 
 from bench.common.testing import brisk_interpreter
-from tests.fuzz.cases import Case, assert_outcomes, cases, models
+from tests.fuzz.cases import LOOPS, Case, assert_outcomes, cases, ended, models
 from tests.support.combinations import engine_with
-
-from .test_decoding import LOOPS, ended
 
 pytest.importorskip("triton")
 

@@ -18,8 +18,8 @@ from sfs_triton.scheduling.lane import Lane
 from sfs_triton.scheduling.request import Request
 from sfs_triton.scheduling.scheduler import Room, Scheduler, room_around, room_for
 from sfs_triton.scheduling.sequence import Row
-from tests.decoding.test_samplers import compare, reference
 from tests.support.combinations import LOOPS, POLICIES, SAMPLERS, SOME_PAIRS, assert_same, engine_with, stand_in
+from tests.support.oracle import compare, reference
 
 VANILLA = FixedSteps()
 TEMPERED = FixedSteps(steps=8, metric="topk_margin", temperature=0.7, top_p=0.8)

@@ -26,8 +26,7 @@ from sfs_triton import Engine, FixedSteps, SlowFast  # noqa: E402
 from sfs_triton.models import Transformer  # noqa: E402
 from sfs_triton.runner import Step  # noqa: E402
 from sfs_triton.serve.rows import Follower  # noqa: E402
-from tests.engine.test_faults import Failing  # noqa: E402
-from tests.support.combinations import engine_with  # noqa: E402
+from tests.support.combinations import Failing, engine_with  # noqa: E402
 from tests.support.paths import ROOT  # noqa: E402
 from tests.support.server import (  # noqa: E402
     STORY,

@@ -96,6 +96,27 @@ class Roomy:
         return min(longest + self._more, most)
 
 
+class Failing(CudaGraphs):
+    """Graphs that raise ``error``: at the first capture if ``at`` is None, else at that replay, counted from 0."""
+
+    def __init__(self, at: int | None, error: Exception | None = None):
+        super().__init__(ahead=1, capture=self._make)
+        self._at, self._replayed, self._error = at, 0, error or RuntimeError("CUDA error: an illegal address")
+
+    def _make(self, runner: ModelRunner, shape: Forward) -> Callable[[], None]:
+        if self._at is None:
+            raise self._error
+        run = stand_in(runner, shape)
+
+        def replay() -> None:
+            if self._replayed == self._at:
+                raise self._error
+            self._replayed += 1
+            run()
+
+        return replay
+
+
 EXECUTIONS: dict[str, Callable[[], Execution]] = {
     "exact": lambda: Eager(exact=True),
     "padded": lambda: Eager(exact=False),
