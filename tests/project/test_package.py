@@ -183,6 +183,16 @@ def test_integrations_import_neither_each_other_nor_the_command_line():
             assert not {other for other in below if other == "cli" or other.startswith("integrations")}, room
 
 
+def test_tests_have_the_folders_of_the_rooms():
+    """Test modules are in a folder per room, and import helpers, never each other."""
+    paths = sorted((ROOT / "tests").rglob("test_*.py"))
+    assert {path.parent.name for path in paths} <= {*ROOMS, "bench", "fuzz", "project"}
+    for path in paths:
+        imported = _imports(path, f"tests.{path.parent.name}")
+        wrong = [name for name in imported if name.startswith("tests.") and ".test_" in name]
+        assert not wrong, f"{path} imports {wrong}"
+
+
 def test_an_unknown_module_has_no_room(tmp_path):
     path = tmp_path / "x.py"
     path.write_text("from .engine import load\nfrom .nowhere import x\nimport sfs_triton.decoding.samplers\n")
