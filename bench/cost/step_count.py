@@ -29,7 +29,7 @@ from sfs_triton.kernels.attention import attention_cost
 from sfs_triton.kernels.confidence import confidence_cost
 from sfs_triton.kernels.control import CONTROL, FAST, SLOW
 from sfs_triton.kernels.cost import Cost
-from sfs_triton.kernels.cycle import decide_cost as decide_cycle_cost
+from sfs_triton.kernels.cycle import decide_cycle_cost
 from sfs_triton.kernels.gather import compact_cost, embedding_cost
 from sfs_triton.kernels.launch import Launch, recording
 from sfs_triton.kernels.linear import linear_cost
@@ -43,7 +43,7 @@ from sfs_triton.kernels.position_ranges import position_ranges_cost
 from sfs_triton.kernels.publish import publish_cost
 from sfs_triton.kernels.rope_cache import rope_cache_cost
 from sfs_triton.kernels.scatter_choices import scatter_choices_cost
-from sfs_triton.kernels.select import decide_cost as decide_block_cost
+from sfs_triton.kernels.select import decide_block_cost
 from sfs_triton.models import Transformer
 from sfs_triton.models.spec import ModelSpec
 from sfs_triton.models.weights import LayerWeights, Weights

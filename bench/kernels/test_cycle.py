@@ -7,7 +7,7 @@ from functools import partial
 import torch
 
 from sfs_triton import SlowFast
-from sfs_triton.kernels.cycle import decide_cost
+from sfs_triton.kernels.cycle import decide_cycle_cost
 from sfs_triton.ops import torch_backend as torch_impl
 from sfs_triton.ops import triton_backend as triton_impl
 
@@ -41,7 +41,7 @@ def cases(toy: bool = False) -> list[Case]:
             build=partial(
                 _build, sampler=sampler, options=options, trace=trace, batch=batch, prompt=prompt, response=response
             ),
-            cost=decide_cost(batch, prompt + response),
+            cost=decide_cycle_cost(batch, prompt + response),
         )
         for name, (sampler, options) in SAMPLERS.items()
         for batch, prompt, response in sizes

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 
 from sfs_triton import FixedSteps, Threshold
-from sfs_triton.kernels.select import decide_cost
+from sfs_triton.kernels.select import decide_block_cost
 from sfs_triton.ops import torch_backend as torch_impl
 from sfs_triton.ops import triton_backend as triton_impl
 
@@ -40,7 +40,7 @@ def cases(toy: bool = False) -> list[Case]:
             kernel=triton_impl.decide_block,
             twin=torch_impl.decide_block,
             build=partial(_build, sampler=sampler, options=options, batch=batch, prompt=prompt, response=response),
-            cost=decide_cost(batch, prompt + response),
+            cost=decide_block_cost(batch, prompt + response),
         )
         for name, (sampler, options) in SAMPLERS.items()
         for batch, prompt, response in sizes

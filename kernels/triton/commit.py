@@ -141,6 +141,43 @@ def check_canvas(control: torch.Tensor, **tensors: tuple[torch.Tensor, torch.dty
     return len(control), length
 
 
+_CANVAS = {
+    "token": torch.int64,
+    "score": torch.float32,
+    "candidate": torch.bool,
+    "tokens": torch.int64,
+    "masked": torch.bool,
+    "commit_step": torch.int64,
+    "dirty": torch.bool,
+    "fill": torch.bool,
+}
+
+
+def check_state(state) -> tuple[int, int]:
+    """Batch and length of a decode state; its tensors that both decide kernels take must have their form.
+
+    These are, by their names in the state:
+
+    * ``token``, ``score``, ``candidate``, ``[B, L]`` int64, float32, bool: chosen tokens, their scores, the candidates;
+    * ``tokens``, ``masked``, ``commit_step``, ``[B, L]`` int64, bool, int64: canvas, undecided positions, step of the
+      commit;
+    * ``dirty``, bool ``[B, L]``; set where a token is committed;
+    * ``fill``, bool ``[B, L]``, scratch; holds the positions that this step committed;
+    * ``control``, int64 ``[B, n]``, the columns of :data:`~sfs_triton.kernels.control.CONTROL`;
+    * ``sampling``, float32 ``[B, n]``, the columns of :data:`~sfs_triton.kernels.control.SAMPLING`.
+    """
+    canvas = {name: (getattr(state, name), dtype) for name, dtype in _CANVAS.items()}
+    batch, length = check_canvas(state.control, **canvas)
+    shape, device = [batch, len(SAMPLING)], state.control.device
+    check_tensor("sampling", state.sampling, dtype=torch.float32, shape=shape, device=device, dense=True)
+    return batch, length
+
+
+def state_pointers(state) -> dict[str, torch.Tensor]:
+    """The tensors of :func:`check_state`, as arguments of a decide kernel."""
+    return {f"{name}_ptr": getattr(state, name) for name in (*_CANVAS, "control", "sampling")}
+
+
 @dataclass(frozen=True)
 class ScanConfig:
     BLOCK_L: int

@@ -7,6 +7,8 @@ end. The host reads nothing.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -41,19 +43,18 @@ from .commit import (
     TAU_SLOW,
     ScanConfig,
     block_at,
-    check_canvas,
+    check_state,
     commit_row,
     row_waits,
     scan_config,
+    state_pointers,
 )
-from .control import CONTROL, SAMPLING
+from .control import CONTROL
 from .cost import Cost
 from .launch import launch
+from .rules import CycleRules
 
 MAX_WINDOW = 1024  # the sum of as many horizons still fits an int32
-SPREADS = ("variance", "unbiased")
-SLOW_ENDS = ("stable", "fixed", "filled")
-ROUNDINGS = ("floor", "even")
 
 
 @triton.jit
@@ -446,144 +447,77 @@ def _decide_kernel(
     tl.store(control_ptr + CYCLE, cycle)
 
 
-def decide(
-    token: torch.Tensor,
-    score: torch.Tensor,
-    candidate: torch.Tensor,
-    tokens: torch.Tensor,
-    masked: torch.Tensor,
-    commit_step: torch.Tensor,
-    dirty: torch.Tensor,
-    fill: torch.Tensor,
-    history: torch.Tensor,
-    spread: torch.Tensor,
-    control: torch.Tensor,
-    sampling: torch.Tensor,
-    *,
-    eos_id: int,
-    min_parallel_slow: int,
-    min_parallel: int,
-    k_max: int,
-    window: int,
-    spread_kind: str,
-    spread_limit: float,
-    inclusive: bool,
-    strict: bool,
-    slow_end: str,
-    rounding: str,
-    zero_history: bool,
-    block_length: int | None,
-    max_cycles: int | None,
-    eos_stop: bool,
-    share_stable: bool,
-    eos_horizon: bool,
-    look_ahead: int,
-    partial: bool,
-    span_cap: int | None,
-    event: tuple[torch.Tensor, torch.Tensor] | None = None,
-    config: ScanConfig | None = None,
-) -> None:
-    """Take one step of the cycle machine for ``B`` rows, in place. Rows that are done do not change.
+def decide_cycle(state, rules: CycleRules, *, slow: bool = True, config: ScanConfig | None = None) -> None:
+    """Take one step of the cycle machine for all rows of a decode state, in place. Rows that are done do not change.
 
-    Args:
-        token, score, candidate: ``[B, L]`` int64, float32, bool: chosen tokens, their scores, the candidates.
-        tokens, masked, commit_step: ``[B, L]`` int64, bool, int64: canvas, undecided positions, step of the commit.
-        dirty: bool ``[B, L]``; set where a token is committed.
-        fill: bool ``[B, L]``, scratch; holds what this step committed.
-        history, spread: int64 ``[B, W]`` candidate horizons counted from the block's start; float64 ``[B]``.
-        control: int64 ``[B, n]``, the columns of :data:`~sfs_triton.kernels.control.CONTROL`.
-        sampling: float32 ``[B, n]``, the columns of :data:`~sfs_triton.kernels.control.SAMPLING`.
-        event: int64 tensors like ``control`` and ``history``, to hold them as they are after the horizon was estimated
-            and before anything is committed.
+    Beside the tensors of :func:`~sfs_triton.kernels.commit.check_state` it takes ``state.history``, int64 ``[B, W]``,
+    candidate horizons counted from the block's start, and ``state.spread``, float64 ``[B]``. A state with a trace
+    records its event: control numbers and history after the horizon was estimated, before anything is committed.
 
-    The other arguments are the rules, as documented by the twin, ``sfs_triton/ops/torch/cycle.py``. Of equal
-    scores the lowest position is best. A NaN score ends its row with a fault and commits nothing; in a look-ahead,
-    where ``score`` must be -inf at all other positions, it is no candidate.
+    Of equal scores the lowest position is best. A NaN score ends its row with a fault and commits nothing; in a
+    look-ahead, where ``score`` must be -inf at all other positions, it is no candidate. ``slow`` matches the twin's
+    signature: the kernel reads each row's stage.
     """
-    canvas = {"token": (token, torch.int64), "score": (score, torch.float32), "candidate": (candidate, torch.bool),
-              "tokens": (tokens, torch.int64), "masked": (masked, torch.bool), "dirty": (dirty, torch.bool),
-              "commit_step": (commit_step, torch.int64), "fill": (fill, torch.bool)}  # fmt: skip
-    batch, length = check_canvas(control, **canvas)
-    check_tensor(
-        "sampling", sampling, dtype=torch.float32, shape=[batch, len(SAMPLING)], device=control.device, dense=True
-    )
-    check_tensor("history", history, dtype=torch.int64, shape=[batch, window], device=control.device, dense=True)
-    check_tensor("spread", spread, dtype=torch.float64, shape=[batch], device=control.device, dense=True)
-    for name, value, allowed in (
-        ("spread_kind", spread_kind, SPREADS),
-        ("slow_end", slow_end, SLOW_ENDS),
-        ("rounding", rounding, ROUNDINGS),
-    ):
-        refuse_unless(value in allowed, f"{name}={value!r} is not one of {allowed}")
-    refuse_unless(window <= MAX_WINDOW, f"window={window} is more than {MAX_WINDOW}")
-    for name, value in (
-        ("window", window),
-        ("k_max", k_max),
-        ("block_length", block_length),
-        ("span_cap", span_cap),
-    ):
-        refuse_unless(value is None or value >= 1, f"{name}={value} is not positive")
-    refuse_unless(look_ahead >= 0, f"look_ahead={look_ahead} is negative")
-    refuse_unless(not (look_ahead and zero_history), f"look_ahead={look_ahead} does not go with zero_history")
-    refuse_unless(not share_stable or slow_end == "stable", f"share_stable does not go with slow_end={slow_end!r}")
-    event_control, event_history = event or (None, None)
-    if event is not None:
-        for name, copy, original in (("event[0]", event_control, control), ("event[1]", event_history, history)):
-            check_tensor(name, copy, dtype=torch.int64, shape=original.shape, device=control.device, dense=True)
+    batch, length = check_state(state)
+    device = state.control.device
+    check_tensor("history", state.history, dtype=torch.int64, shape=[batch, rules.window], device=device, dense=True)
+    check_tensor("spread", state.spread, dtype=torch.float64, shape=[batch], device=device, dense=True)
+    refuse_unless(rules.window <= MAX_WINDOW, f"window={rules.window} is more than {MAX_WINDOW}")
     if batch == 0 or length == 0:
         return
+    event = None if state.events is None else (state.control.clone(), state.history.clone())
     config = config or scan_config(length)
     launch(
         _decide_kernel,
         (batch,),
-        token_ptr=token,
-        score_ptr=score,
-        candidate_ptr=candidate,
-        tokens_ptr=tokens,
-        masked_ptr=masked,
-        commit_step_ptr=commit_step,
-        dirty_ptr=dirty,
-        fill_ptr=fill,
-        history_ptr=history,
-        spread_ptr=spread,
-        control_ptr=control,
-        sampling_ptr=sampling,
-        event_control_ptr=event_control,
-        event_history_ptr=event_history,
+        **state_pointers(state),
+        history_ptr=state.history,
+        spread_ptr=state.spread,
+        event_control_ptr=None if event is None else event[0],
+        event_history_ptr=None if event is None else event[1],
         length=length,
-        eos_id=eos_id,
-        min_parallel_slow=min_parallel_slow,
-        min_parallel=min_parallel,
-        k_max=k_max,
-        window=window,
-        block_length=min(block_length or 0, MAX_LENGTH + 1),  # of which a canvas has one; sums fit 32 bits
-        max_cycles=max_cycles or 0,
-        look_ahead=min(look_ahead, MAX_LENGTH),  # positions are added up in 32 bits
-        span_cap=min(span_cap or 0, MAX_LENGTH),
-        SPREAD=spread_kind,
-        SPREAD_LIMIT=float(spread_limit),
-        INCLUSIVE=inclusive,
-        STRICT=strict,
-        SLOW_END=slow_end,
-        ROUNDING=rounding,
-        ZERO_HISTORY=zero_history,
-        EOS_STOP=eos_stop,
-        SHARE_STABLE=share_stable,
-        EOS_HORIZON=eos_horizon,
-        PARTIAL=partial,
-        HAS_BLOCKS=block_length is not None,
-        HAS_MAX_CYCLES=max_cycles is not None,
-        HAS_LOOK_AHEAD=look_ahead > 0,
-        HAS_SPAN_CAP=span_cap is not None,
+        eos_id=state.eos_id,
+        **_arguments(rules),
         HAS_EVENT=event is not None,
         BLOCK_COLUMNS=triton.next_power_of_2(len(CONTROL)),
-        BLOCK_W=triton.next_power_of_2(window),
         BLOCK_L=config.BLOCK_L,
         num_warps=config.num_warps,
         maxnreg=MAX_REGISTERS,
     )
+    if event is not None:
+        state.record_event(*event)
 
 
-def decide_cost(batch: int, length: int) -> Cost:
+def _arguments(rules: CycleRules) -> dict[str, Any]:
+    """The rules as scalars and compile-time constants of the kernel."""
+    return {
+        "min_parallel_slow": rules.min_parallel_slow,
+        "min_parallel": rules.min_parallel,
+        "k_max": rules.k_max,
+        "window": rules.window,
+        "block_length": min(rules.block_length or 0, MAX_LENGTH + 1),  # of which a canvas has one; sums fit 32 bits
+        "max_cycles": rules.max_cycles or 0,
+        "look_ahead": min(rules.look_ahead, MAX_LENGTH),  # positions are added up in 32 bits
+        "span_cap": min(rules.span_cap or 0, MAX_LENGTH),
+        "SPREAD": rules.spread,
+        "SPREAD_LIMIT": float(rules.spread_limit),
+        "INCLUSIVE": rules.inclusive,
+        "STRICT": rules.strict,
+        "SLOW_END": rules.slow_end,
+        "ROUNDING": rules.rounding,
+        "ZERO_HISTORY": rules.zero_history,
+        "EOS_STOP": rules.eos_stop,
+        "SHARE_STABLE": rules.share_stable,
+        "EOS_HORIZON": rules.eos_horizon,
+        "PARTIAL": rules.partial,
+        "HAS_BLOCKS": rules.block_length is not None,
+        "HAS_MAX_CYCLES": rules.max_cycles is not None,
+        "HAS_LOOK_AHEAD": rules.look_ahead > 0,
+        "HAS_SPAN_CAP": rules.span_cap is not None,
+        "BLOCK_W": triton.next_power_of_2(rules.window),
+    }
+
+
+def decide_cycle_cost(batch: int, length: int) -> Cost:
     """Scores, flags and tokens once; the canvas is written where something is committed, at most everywhere."""
     return Cost(bytes=batch * length * (8 + 4 + 1 + 1 + 8 + 8 + 1), flops=8 * batch * length)

@@ -36,17 +36,15 @@ from .commit import (
     TAU,
     ScanConfig,
     block_at,
-    check_canvas,
+    check_state,
     commit_row,
     row_waits,
     scan_config,
+    state_pointers,
 )
-from .control import SAMPLING
 from .cost import Cost
 from .launch import launch
-
-SCHEDULES = ("even", "timesteps")
-OPENINGS = ("normal", "repeat", "first")
+from .rules import BlockRules
 
 
 @triton.jit
@@ -308,102 +306,56 @@ def _decide_kernel(
             tl.store(control_ptr + CYCLE, 0)
 
 
-def decide(
-    token: torch.Tensor,
-    score: torch.Tensor,
-    candidate: torch.Tensor,
-    uniform: torch.Tensor,
-    shares: torch.Tensor,
-    tokens: torch.Tensor,
-    masked: torch.Tensor,
-    commit_step: torch.Tensor,
-    dirty: torch.Tensor,
-    fill: torch.Tensor,
-    control: torch.Tensor,
-    sampling: torch.Tensor,
-    *,
-    eos_id: int,
-    by_threshold: bool,
-    paced_steps: int | None,
-    schedule: str,
-    at_random: bool,
-    opening: str,
-    block_length: int | None,
-    eos_stop: bool,
-    partial: bool,
-    config: ScanConfig | None = None,
-) -> None:
-    """Take one step of the block machine for ``B`` rows, in place. Rows that are done do not change.
+def decide_block(state, rules: BlockRules, *, slow: bool = True, config: ScanConfig | None = None) -> None:
+    """Take one step of the block machine for all rows of a decode state, in place. Rows that are done do not change.
 
-    Args:
-        token, score, candidate: ``[B, L]`` int64, float32, bool: chosen tokens, their scores, the candidates.
-        uniform: float32 ``[B, n]``, each row's stream of uniform numbers; read with ``at_random``.
-        shares: float32 ``[B, n]``, each row's schedule; read with ``schedule="timesteps"``.
-        tokens, masked, commit_step: ``[B, L]`` int64, bool, int64: canvas, undecided positions, step of the commit.
-        dirty: bool ``[B, L]``; set where a token is committed.
-        fill: bool ``[B, L]``, scratch; holds what this step committed.
-        control: int64 ``[B, n]``, the columns of :data:`~sfs_triton.kernels.control.CONTROL`.
-        sampling: float32 ``[B, n]``, the columns of :data:`~sfs_triton.kernels.control.SAMPLING`.
+    Beside the tensors of :func:`~sfs_triton.kernels.commit.check_state` it takes ``state.uniform``, float32 ``[B, n]``,
+    each row's stream of uniform numbers, read with ``at_random``, and ``state.shares``, float32 ``[B, n]``, each row's
+    schedule, read with ``schedule="timesteps"``. A state with a trace records its event: control numbers and history
+    before the step.
 
-    The other arguments are the rules, as documented by the twin, ``sfs_triton/ops/torch/select.py``. Of equal
-    scores the lowest position is best; 0.0 and -0.0 are equal. A NaN score ends its row with a fault and commits
-    nothing.
+    Of equal scores the lowest position is best; 0.0 and -0.0 are equal. A NaN score ends its row with a fault and
+    commits nothing. ``slow`` matches the signature of the cycle machine; blocks have no stages.
     """
-    canvas = {"token": (token, torch.int64), "score": (score, torch.float32), "candidate": (candidate, torch.bool),
-              "tokens": (tokens, torch.int64), "masked": (masked, torch.bool), "dirty": (dirty, torch.bool),
-              "commit_step": (commit_step, torch.int64), "fill": (fill, torch.bool)}  # fmt: skip
-    batch, length = check_canvas(control, **canvas)
-    check_tensor(
-        "sampling", sampling, dtype=torch.float32, shape=[batch, len(SAMPLING)], device=control.device, dense=True
-    )
-    for name, value in (("uniform", uniform), ("shares", shares)):
-        check_tensor(name, value, dtype=torch.float32, shape=[batch, None], device=control.device, dense=True)
-    timesteps = schedule == "timesteps" and not by_threshold
-    refuse_unless(schedule in SCHEDULES, f"schedule={schedule!r} is not one of {SCHEDULES}")
-    refuse_unless(opening in OPENINGS, f"opening={opening!r} is not one of {OPENINGS}")
-    refuse_unless(not timesteps or shares.shape[1] > 0, "shares is empty and schedule='timesteps'")
-    refuse_unless(not at_random or timesteps, f"at_random goes with schedule='timesteps', not {schedule!r}")
-    refuse_unless(not at_random or uniform.shape[1] > 0, "uniform is empty and at_random is set")
-    for name, value in (("paced_steps", paced_steps), ("block_length", block_length)):
-        refuse_unless(value is None or value >= 1, f"{name}={value} is not positive")
+    batch, length = check_state(state)
+    for name in ("uniform", "shares"):
+        shape, device = [batch, None], state.control.device
+        check_tensor(name, getattr(state, name), dtype=torch.float32, shape=shape, device=device, dense=True)
+    n_uniform, n_shares = state.uniform.shape[1], state.shares.shape[1]
+    refuse_unless(not rules.timesteps or n_shares > 0, "shares is empty and schedule='timesteps'")
+    refuse_unless(not rules.at_random or n_uniform > 0, "uniform is empty and at_random is set")
     if batch == 0 or length == 0:
         return
+    event = None if state.events is None else (state.control.clone(), state.history.clone())
     config = config or scan_config(length)
     launch(
         _decide_kernel,
         (batch,),
-        token_ptr=token,
-        score_ptr=score,
-        candidate_ptr=candidate,
-        uniform_ptr=uniform if at_random else None,
-        shares_ptr=shares if timesteps else None,
-        tokens_ptr=tokens,
-        masked_ptr=masked,
-        commit_step_ptr=commit_step,
-        dirty_ptr=dirty,
-        fill_ptr=fill,
-        control_ptr=control,
-        sampling_ptr=sampling,
+        **state_pointers(state),
+        uniform_ptr=state.uniform if rules.at_random else None,
+        shares_ptr=state.shares if rules.timesteps else None,
         length=length,
-        n_uniform=uniform.shape[1],
-        n_shares=shares.shape[1],
-        eos_id=eos_id,
-        paced_steps=min(paced_steps or 0, MAX_LENGTH),  # one position per step; sums fit 32 bits
-        block_length=min(block_length or 0, MAX_LENGTH + 1),  # of which a canvas has one
-        HAS_TAU=by_threshold,
-        IS_PACED=by_threshold and paced_steps is not None,
-        TIMESTEPS=timesteps,
-        AT_RANDOM=at_random,
-        OPENING=opening,
-        EOS_STOP=eos_stop,
-        PARTIAL=partial,
-        HAS_BLOCKS=block_length is not None,
+        n_uniform=n_uniform,
+        n_shares=n_shares,
+        eos_id=state.eos_id,
+        paced_steps=min(rules.paced_steps or 0, MAX_LENGTH),  # one position per step; sums fit 32 bits
+        block_length=min(rules.block_length or 0, MAX_LENGTH + 1),  # of which a canvas has one
+        HAS_TAU=rules.by_threshold,
+        IS_PACED=rules.by_threshold and rules.paced_steps is not None,
+        TIMESTEPS=rules.timesteps,
+        AT_RANDOM=rules.at_random,
+        OPENING=rules.opening,
+        EOS_STOP=rules.eos_stop,
+        PARTIAL=rules.partial,
+        HAS_BLOCKS=rules.block_length is not None,
         BLOCK_L=config.BLOCK_L,
         num_warps=config.num_warps,
         maxnreg=MAX_REGISTERS,
     )
+    if event is not None:
+        state.record_event(*event)
 
 
-def decide_cost(batch: int, length: int) -> Cost:
+def decide_block_cost(batch: int, length: int) -> Cost:
     """Scores, flags and tokens once; the canvas is written where something is committed, at most everywhere."""
     return Cost(bytes=batch * length * (8 + 4 + 1 + 1 + 8 + 8 + 1), flops=8 * batch * length)

@@ -9,9 +9,10 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 
 from ..errors import require
-from ..ops.dispatch import BlockRules, CycleRules, Draw
+from ..kernels.rules import ROUNDINGS, SLOW_ENDS, BlockRules, CycleRules
+from ..ops.dispatch import Draw
 
-SPREADS, SLOW_ENDS, ROUNDINGS = ("variance", "std", "unbiased"), ("stable", "fixed", "filled"), ("floor", "even")
+SPREADS = ("variance", "std", "unbiased")
 LARGEST = 1_000_000  # of whole numbers: no canvas has so many positions
 FIXED_METRICS = ("confidence", "maskgit_plus", "topk_margin", "entropy", "origin")
 

@@ -17,10 +17,8 @@ from ..distributed import Vocabulary
 from ..errors import ArgumentError, MissingDependencyError, require
 from .torch import sharded
 from .torch.confidence import Draw, filter_logits
-from .torch.cycle import CycleRules
 from .torch.linear import Matrix, Quantised, quantize
 from .torch.rope_cache import rope_tables
-from .torch.select import BlockRules
 
 BACKENDS = ("torch", "triton")
 
@@ -163,8 +161,6 @@ def _module(backend: str, device: torch.device):
 
 
 __all__ = [
-    "BlockRules",
-    "CycleRules",
     "Draw",
     "Matrix",
     "Ops",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .torch.attention import attention
 from .torch.confidence import confidence
-from .torch.cycle import decide as decide_cycle
+from .torch.cycle import decide_cycle
 from .torch.gather import compact, embedding
 from .torch.linear import linear
 from .torch.list_positions import list_positions
@@ -16,7 +16,7 @@ from .torch.position_ranges import position_ranges
 from .torch.publish import publish
 from .torch.rope_cache import rope_cache
 from .torch.scatter_choices import scatter_choices
-from .torch.select import decide as decide_block
+from .torch.select import decide_block
 
 __all__ = [
     "attention",

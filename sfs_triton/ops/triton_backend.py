@@ -1,21 +1,20 @@
 """The operations by Triton kernels, under the names and with the arguments of :mod:`sfs_triton.ops.torch_backend`.
 
-Most kernels take those arguments as they are. The step machines take every tensor of a :class:`DecodeState` and every
-rule one by one, since kernels know neither of those classes; that is unpacked here.
+Most kernels take those arguments as they are. Those that take tensors of a :class:`DecodeState` one by one are given
+them here.
 """
 
 from __future__ import annotations
 
 import torch
 
-from ..kernels import cycle as _cycle
 from ..kernels import list_positions as _list_positions
 from ..kernels import mark_candidates as _mark_candidates
 from ..kernels import position_ranges as _position_ranges
 from ..kernels import scatter_choices as _scatter_choices
-from ..kernels import select as _select
 from ..kernels.attention import attention
 from ..kernels.confidence import confidence
+from ..kernels.cycle import decide_cycle
 from ..kernels.gather import compact, embedding
 from ..kernels.linear import linear
 from ..kernels.lm_head import lm_head, lm_head_partials
@@ -24,6 +23,7 @@ from ..kernels.norm import rms_norm
 from ..kernels.partials import merge_partials
 from ..kernels.publish import publish
 from ..kernels.rope_cache import rope_cache
+from ..kernels.select import decide_block
 
 __all__ = [
     "attention",
@@ -103,73 +103,3 @@ def scatter_choices(
     row: torch.Tensor | None = None,
 ) -> None:
     _scatter_choices.scatter_choices(token, score, target, state.token, state.score, which=which, row=row)
-
-
-def decide_cycle(state, rules, *, slow: bool = True) -> None:
-    event = None if state.events is None else (state.control.clone(), state.history.clone())
-    _cycle.decide(
-        state.token,
-        state.score,
-        state.candidate,
-        state.tokens,
-        state.masked,
-        state.commit_step,
-        state.dirty,
-        state.fill,
-        state.history,
-        state.spread,
-        state.control,
-        state.sampling,
-        eos_id=state.eos_id,
-        min_parallel_slow=rules.min_parallel_slow,
-        min_parallel=rules.min_parallel,
-        k_max=rules.k_max,
-        window=rules.window,
-        spread_kind=rules.spread,
-        spread_limit=rules.spread_limit,
-        inclusive=rules.inclusive,
-        strict=rules.strict,
-        slow_end=rules.slow_end,
-        rounding=rules.rounding,
-        zero_history=rules.zero_history,
-        block_length=rules.block_length,
-        max_cycles=rules.max_cycles,
-        eos_stop=rules.eos_stop,
-        share_stable=rules.share_stable,
-        eos_horizon=rules.eos_horizon,
-        look_ahead=rules.look_ahead,
-        partial=rules.partial,
-        span_cap=rules.span_cap,
-        event=event,
-    )
-    if event is not None:
-        state.record_event(*event)
-
-
-def decide_block(state, rules, *, slow: bool = True) -> None:
-    event = None if state.events is None else (state.control.clone(), state.history.clone())
-    _select.decide(
-        state.token,
-        state.score,
-        state.candidate,
-        state.uniform,
-        state.shares,
-        state.tokens,
-        state.masked,
-        state.commit_step,
-        state.dirty,
-        state.fill,
-        state.control,
-        state.sampling,
-        eos_id=state.eos_id,
-        by_threshold=rules.by_threshold,
-        paced_steps=rules.paced_steps,
-        schedule=rules.schedule,
-        at_random=rules.at_random,
-        opening=rules.opening,
-        block_length=rules.block_length,
-        eos_stop=rules.eos_stop,
-        partial=rules.partial,
-    )
-    if event is not None:
-        state.record_event(*event)

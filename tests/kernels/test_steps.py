@@ -20,10 +20,9 @@ from sfs_triton.decoding.samplers import PRESETS, Sampler
 from sfs_triton.kernels import cycle, list_positions, mark_candidates, select
 from sfs_triton.kernels.commit import ScanConfig, scan_config
 from sfs_triton.kernels.control import COLUMN, FAST, SAMPLING, SLOW
+from sfs_triton.kernels.rules import BlockRules, CycleRules
 from sfs_triton.ops import torch_backend as torch_impl
 from sfs_triton.ops import triton_backend as triton_impl
-from sfs_triton.ops.torch.cycle import CycleRules
-from sfs_triton.ops.torch.select import BlockRules
 from sfs_triton.runner.state import DecodeState
 
 MASK, EOS, VOCAB = 99, 98, 100
@@ -603,8 +602,8 @@ def test_states_are_checked(change, named):
 @pytest.mark.parametrize(
     ("rules", "named"),
     [
-        ({"spread": "range"}, "spread_kind='range'"),
-        ({"spread": "std"}, "spread_kind='std'"),
+        ({"spread": "range"}, "spread='range'"),
+        ({"spread": "std"}, "spread='std'"),
         ({"slow_end": "never"}, "slow_end='never'"),
         ({"rounding": "up"}, "rounding='up'"),
         ({"k_max": 0}, "k_max=0"),

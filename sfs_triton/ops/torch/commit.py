@@ -1,4 +1,4 @@
-"""Commit of chosen tokens to the canvas: shared by every sampler's ``decide``."""
+"""Commit of chosen tokens to the canvas: shared by both machines."""
 
 from __future__ import annotations
 

@@ -1,45 +1,18 @@
 """The slow/fast cycle machine of SlowFast Sampling (arXiv 2506.10848), for all rows of a batch at once.
 
-``decide`` is one step: estimate the candidate horizon, test its stability, choose and commit positions, and move on to
-the fast stage, the next cycle or the next block. It reads and writes tensors of a ``DecodeState`` and never reads
+``decide_cycle`` is one step: estimate the candidate horizon, test its stability, choose and commit positions, and move
+on to the fast stage, the next cycle or the next block. It reads and writes tensors of a ``DecodeState`` and never reads
 their values on the host.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
 from ...kernels.control import FAST, SLOW
+from ...kernels.rules import CycleRules
 from .commit import candidate_scores, commit, finish_step, first_masked, mark_faults, waiting
 from .mark_candidates import stage_range
-
-
-@dataclass(frozen=True)
-class CycleRules:
-    """Parameters in which the paper and the reference implementations differ; ``SlowFast`` sets them. Thresholds are
-    per sequence (``state.tau_min``, ``tau_slow`` and ``tau``)."""
-
-    k_max: int
-    window: int
-    spread: str  # "variance" or "unbiased" variance; a standard deviation is its variance with the squared limit
-    spread_limit: float
-    inclusive: bool  # spread <= limit, not <
-    strict: bool  # confidences must exceed a threshold, not just reach it
-    slow_end: str  # "stable", "fixed" or "filled"
-    rounding: str  # "floor" or "even"
-    zero_history: bool  # the window starts as zeros and counts as full
-    min_parallel: int  # so many positions must reach the threshold, or the best one alone is taken
-    min_parallel_slow: int
-    block_length: int | None
-    max_cycles: int | None  # in a block
-    eos_stop: bool
-    share_stable: bool = False  # the step that becomes stable also fills [s, e) as the fast stage would
-    eos_horizon: bool = True  # end-of-text can be a candidate
-    look_ahead: int = 0  # so many positions beyond e, scored in fast steps, start the next cycle's history
-    partial: bool = False  # a list may lack positions that a step would decide; a row whose list has none waits
-    span_cap: int | None = None  # with partial: as the row lists have it
 
 
 def spread_of(history: torch.Tensor, count: torch.Tensor, kind: str) -> torch.Tensor:
@@ -183,7 +156,7 @@ def enter_block(state, entering: torch.Tensor, position: torch.Tensor, block_len
     state.cycle.masked_fill_(entering, 0)
 
 
-def decide(state, rules: CycleRules, *, slow: bool = True) -> None:
+def decide_cycle(state, rules: CycleRules, *, slow: bool = True) -> None:
     """Take one step of the cycle machine on ``state``, whose ``token`` and ``score`` hold the model's choices at the
     candidates. ``slow=False``: no row is in its slow stage, so no horizon is estimated.
 

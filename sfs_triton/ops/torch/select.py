@@ -2,31 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
+from ...kernels.rules import BlockRules
 from .commit import candidate_scores, commit, finish_step, first_masked, mark_faults, rank_by_score, waiting
 from .cycle import enter_block
-
-
-@dataclass(frozen=True)
-class BlockRules:
-    """Rules for the number of positions that a step commits: a threshold, or the counts of a fixed schedule.
-
-    The threshold (``state.tau``) is a row's own, and so is how many steps a block has (``state.block_steps``), since
-    rows differ in length.
-    """
-
-    block_length: int | None
-    by_threshold: bool = False
-    paced_steps: int | None = None  # with a threshold: at most length / paced_steps positions per step, plus the carry
-    schedule: str = "even"  # "even": counts spread over the block's steps; "timesteps": shares of what is left
-    at_random: bool = False  # positions are drawn with the schedule's shares, not ranked (Dream's "origin")
-    opening: str = "normal"  # "repeat": a block takes at least two forwards; "first": and the first of them commits
-    #                           only the block's first masked position, whose logits need the row before the block
-    eos_stop: bool = False
-    partial: bool = False  # row lists may leave out positions of the block; a row of which they leave all out waits
 
 
 def _share(state) -> torch.Tensor:
@@ -72,7 +52,7 @@ def _random_fill(state, candidate: torch.Tensor, rules: BlockRules) -> torch.Ten
     return candidate & (last[:, None] | (drawn < _share(state)[:, None]))
 
 
-def decide(state, rules: BlockRules, *, slow: bool = True) -> None:
+def decide_block(state, rules: BlockRules, *, slow: bool = True) -> None:
     """Take one step on ``state``, whose ``token`` and ``score`` hold the model's choices at the candidates.
 
     ``slow`` is ignored: it matches the signature of the cycle machine; blocks have no stages.

@@ -1,0 +1,135 @@
+"""Rules of the cycle and the block machine: one record each for kernels, torch twins and samplers.
+
+Thresholds are not among them: they are per sequence, in the columns of :data:`~sfs_triton.kernels.control.SAMPLING`.
+Nothing here needs triton.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+SPREADS = ("variance", "unbiased")
+SLOW_ENDS = ("stable", "fixed", "filled")
+ROUNDINGS = ("floor", "even")
+SCHEDULES = ("even", "timesteps")
+OPENINGS = ("normal", "repeat", "first")
+
+
+@dataclass(frozen=True)
+class CycleRules:
+    """Rules of the slow/fast cycle machine, in which the paper and the reference implementations differ.
+
+    Args:
+        k_max: most slow steps per cycle.
+        window: number of candidate horizons in the stability test.
+        spread: ``"variance"`` or ``"unbiased"`` variance of the horizons. A standard deviation is compared as its
+            variance with the squared limit.
+        spread_limit, inclusive: horizons are stable if their spread is below the limit, or at it where inclusive.
+        strict: confidences must exceed a threshold, not just reach it.
+        slow_end: the slow stage ends at stability (``"stable"``), after ``k_max`` steps (``"fixed"``), or after
+            ``k_max`` steps or with no mask left (``"filled"``).
+        rounding: of the window's mean: ``"floor"``, or ``"even"`` for halves to the even neighbour.
+        zero_history: the window starts as zeros and counts as full.
+        min_parallel, min_parallel_slow: least number of positions over the threshold, in the fast and the slow stage,
+            for committing all of them; below it the best position alone is committed.
+        block_length: length of a semi-autoregressive block; None is one block.
+        max_cycles: most cycles per block.
+        eos_stop: the leftmost committed end-of-text ends the sequence.
+        share_stable: the step that becomes stable also fills the span as the fast stage would.
+        eos_horizon: end-of-text can end the candidate horizon.
+        look_ahead: number of positions beyond the span, scored in fast steps, that start the next cycle's history.
+        partial: a list may lack positions that a step would decide; a sequence whose list has none of them waits.
+        span_cap: with ``partial``: most candidates of a slow step, as the position lists have it.
+    """
+
+    k_max: int
+    window: int
+    spread: str
+    spread_limit: float
+    inclusive: bool
+    strict: bool
+    slow_end: str
+    rounding: str
+    zero_history: bool
+    min_parallel: int
+    min_parallel_slow: int
+    block_length: int | None
+    max_cycles: int | None
+    eos_stop: bool
+    share_stable: bool = False
+    eos_horizon: bool = True
+    look_ahead: int = 0
+    partial: bool = False
+    span_cap: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_choice("spread", self.spread, SPREADS)
+        _check_choice("slow_end", self.slow_end, SLOW_ENDS)
+        _check_choice("rounding", self.rounding, ROUNDINGS)
+        for name in ("k_max", "window", "block_length", "span_cap"):
+            _check_positive(name, getattr(self, name))
+        _require(self.look_ahead >= 0, f"look_ahead={self.look_ahead} is negative")
+        _require(
+            not (self.look_ahead and self.zero_history), f"look_ahead={self.look_ahead} does not go with zero_history"
+        )
+        _require(
+            not self.share_stable or self.slow_end == "stable",
+            f"share_stable does not go with slow_end={self.slow_end!r}",
+        )
+
+
+@dataclass(frozen=True)
+class BlockRules:
+    """Rules of the block machine: the number of positions that a step commits, by a threshold or a fixed schedule.
+
+    The number of steps per block of a schedule is per sequence (``state.block_steps``), since lengths differ.
+
+    Args:
+        block_length: length of a block; None is one block.
+        by_threshold: a step commits the best position and all that reach ``tau``, instead of scheduled counts.
+        paced_steps: with a threshold: at most length / ``paced_steps`` positions per step, plus the unused quota of
+            earlier steps.
+        schedule: ``"even"``: counts spread over the block's steps; ``"timesteps"``: shares of the positions left.
+        at_random: positions are drawn with the schedule's shares, not ranked (Dream's ``"origin"``).
+        opening: ``"repeat"``: a block takes at least two forwards; ``"first"``: and the first of them commits only the
+            block's first masked position, whose logits need the row before the block.
+        eos_stop: the leftmost committed end-of-text ends the sequence.
+        partial: a list may lack positions of the block; a sequence whose list has none of them waits.
+    """
+
+    block_length: int | None
+    by_threshold: bool = False
+    paced_steps: int | None = None
+    schedule: str = "even"
+    at_random: bool = False
+    opening: str = "normal"
+    eos_stop: bool = False
+    partial: bool = False
+
+    def __post_init__(self) -> None:
+        _check_choice("schedule", self.schedule, SCHEDULES)
+        _check_choice("opening", self.opening, OPENINGS)
+        _require(
+            not self.at_random or self.timesteps,
+            f"at_random goes with schedule='timesteps' and no threshold, not {self.schedule!r}",
+        )
+        for name in ("paced_steps", "block_length"):
+            _check_positive(name, getattr(self, name))
+
+    @property
+    def timesteps(self) -> bool:
+        """True if steps commit the shares of a schedule."""
+        return self.schedule == "timesteps" and not self.by_threshold
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    _require(value in allowed, f"{name}={value!r} is not one of {allowed}")
+
+
+def _check_positive(name: str, value: int | None) -> None:
+    _require(value is None or value >= 1, f"{name}={value} is not positive")
