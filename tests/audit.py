@@ -27,13 +27,13 @@ OWN = "arguments are a list of this program's own, without a shell"
 REVIEWED: dict[str, dict[str, str]] = {
     "bench/all.py": {"B603": OWN},
     "bench/baselines/autoregressive.py": {"B105": "token ids of a model, no passwords"},
+    "bench/common/figures.py": {"B603": OWN, "B607": "git, as whoever runs the benchmark has it"},
     "bench/embedded/tasks.py": {"B608": "text for a model to be trained on, never sent to a database"},
     "bench/eval/inside.py": {"B102": "HumanEval's programs are run to be scored; SECURITY.md says how"},
     "bench/eval/sandbox.py": {"B603": "starts the sandbox that those programs run in"},
-    "bench/common/figures.py": {"B603": OWN, "B607": "git, as whoever runs the benchmark has it"},
+    "bench/gpu/__main__.py": {"B603": OWN},
     "bench/gpu/environment.py": {"B603": OWN},
     "bench/gpu/supervise.py": {"B603": OWN},
-    "bench/gpu/__main__.py": {"B603": OWN},
     "bench/kernels/resources.py": {"B603": OWN},
     "bench/server/loopback.py": {"B603": OWN, "B607": "git, as whoever runs the benchmark has it"},
     "sfs_triton/text/chat_template.py": {

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 import sfs_triton
+from bench import ROOT
 from bench.common.testing import assert_within_budget
 from bench.embedded import problems, tasks
 from bench.shapes import geometry, inflate, inflation
@@ -437,12 +438,11 @@ def _flat(engine):
     return [weights.embedding, weights.head, weights.norm, *layers]
 
 
-def test_as_a_script(tmp_path):
+def test_as_a_command(tmp_path):
     """bfloat16 where nothing else is said, which is the small model's own: no weight is rounded."""
-    script = Path(inflate.__file__)
-    command = [sys.executable, script, "--geometry", "toy-1024", "out"]
+    command = [sys.executable, "-m", "bench.shapes.inflate", "--geometry", "toy-1024", str(tmp_path / "out")]
     alone = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=tmp_path, env=alone, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, env=alone, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "toy-1024" in done.stdout and "zero" in done.stdout
     config = json.loads((tmp_path / "out" / "config.json").read_text())
