@@ -1,4 +1,4 @@
-"""Check every recorded case of a golden directory: ``python tests/conformance.py DIR [--impl torch|triton]``.
+"""Check every recorded case of a golden directory: ``python tests/conformance.py DIR [--backend torch|triton]``.
 
 Output tokens, the number of steps and, for SlowFast, the whole per-step trace must equal the recording exactly. Prints
 one line per system, then ``N passed, M failed``; exits 1 on any failure. An unknown kind of case is a failure.
@@ -252,9 +252,9 @@ def check_logits(engine: sfs_triton.Engine, path: Path) -> Iterator[str | None]:
         )
 
 
-def run(folder: Path, part: slice, impl: str, report: Callable[[str], None] = print) -> tuple[int, int]:
-    """Check a part of each file of ``folder`` by the operations of ``impl``; how many cases passed, and failed."""
-    device = "cuda" if impl == "triton" and torch.cuda.is_available() else "cpu"
+def run(folder: Path, part: slice, backend: str, report: Callable[[str], None] = print) -> tuple[int, int]:
+    """Check a part of each file of ``folder`` by the operations of ``backend``; how many cases passed, and failed."""
+    device = "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
     passed: Counter[str] = Counter()
     total: Counter[str] = Counter()
 
@@ -264,7 +264,7 @@ def run(folder: Path, part: slice, impl: str, report: Callable[[str], None] = pr
         if wrong is not None:
             report(f"FAIL {system} {name}: {wrong}")
 
-    engines = {p.name: sfs_triton.load(p, device, "float32", impl) for p in sorted((folder / "models").iterdir())}
+    engines = {p.name: sfs_triton.load(p, device, "float32", backend) for p in sorted((folder / "models").iterdir())}
     for path in sorted((folder / "logits").glob("*.safetensors")):
         for wrong in check_logits(engines[path.stem], path):
             note("logits/" + path.stem, path.name, wrong)
@@ -291,7 +291,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, metavar="DIR")
     parser.add_argument(
-        "--impl",
+        "--backend",
         default="torch",
         help="what implements the operations: torch (on the CPU) or triton (on a GPU; without one, in its interpreter)",
     )
@@ -299,7 +299,7 @@ def main() -> int:
     parser.add_argument("--every", type=int, metavar="N", default=1, help="check only every Nth case of each file")
     arguments = parser.parse_args()
     try:
-        check_backend(arguments.impl)
+        check_backend(arguments.backend)
     except sfs_triton.ArgumentError as error:
         parser.error(str(error))
     for name in ("limit", "every"):
@@ -308,11 +308,11 @@ def main() -> int:
             parser.error(f"--{name} {value} is not positive")
     if not (arguments.folder / "cases").is_dir():
         parser.error(f"{arguments.folder} has no folder 'cases'")
-    if arguments.impl == "triton" and not torch.cuda.is_available():
+    if arguments.backend == "triton" and not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which nothing has done yet
     torch.set_num_threads(1)  # the recordings' own setting
-    with brisk_interpreter(overflow_checks=False) if arguments.impl == "triton" else nullcontext():
-        passed, failed = run(arguments.folder, slice(None, arguments.limit, arguments.every), arguments.impl)
+    with brisk_interpreter(overflow_checks=False) if arguments.backend == "triton" else nullcontext():
+        passed, failed = run(arguments.folder, slice(None, arguments.limit, arguments.every), arguments.backend)
     print(f"{passed} passed, {failed} failed")
     return 1 if failed or not passed else 0
 

@@ -90,8 +90,8 @@ def test_a_row_brings_its_own_id_messages_length_and_seed(tmp_path, embedded, ru
     assert (first["id"], first["text"], first["gen_length"], first["seed"]) == ("ä", wanted.text, 24, 7)
     wanted = embedded.generate("15,44,79,50", gen_length=8, seed=1, sampler=sampler)
     assert (second["id"], second["text"], second["gen_length"], second["seed"]) == (-4, wanted.text, 8, 1)
-    run(tmp_path / "in.ndjson", tmp_path / "raw.jsonl", replace(SHORT, raw=True))
-    raw = embedded.generate("15,44,79,50", gen_length=8, seed=1, raw=True)
+    run(tmp_path / "in.ndjson", tmp_path / "raw.jsonl", replace(SHORT, apply_chat_template=False))
+    raw = embedded.generate("15,44,79,50", gen_length=8, seed=1, apply_chat_template=False)
     assert read(tmp_path / "raw.jsonl")[1]["prompt_tokens"] == raw.prompt_length < second["prompt_tokens"]
 
 

@@ -19,13 +19,12 @@ import httpx  # noqa: E402
 from bench.server import soak, soak_requests  # noqa: E402
 from bench.server.loopback import Server, check_loopback, own_server  # noqa: E402
 
-from .test_serve import Running, serving  # noqa: E402
 from tests.support.server import Running, serving  # noqa: E402
 
 
 @pytest.fixture(scope="module")
 def server(embedded):
-    limits = {"max_batch": soak.MAX_BATCH, "max_lanes": soak.MAX_LANES, "time_limit": 60.0}
+    limits = {"max_batch": soak.MAX_BATCH, "max_batches": soak.MAX_LANES, "time_limit": 60.0}
     with serving(embedded, **limits) as running:
         yield running
 

@@ -36,14 +36,14 @@ def checked(monkeypatch, capsys):
 
 
 def test_all_recorded_cases(golden):
-    done = _run(golden, "--impl", "torch")
+    done = _run(golden, "--backend", "torch")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert done.stdout.splitlines()[-1] == "1247 passed, 0 failed"
 
 
 @pytest.mark.slow
 def test_some_cases_of_every_kind_through_the_kernels(golden):
-    done = _run(golden, "--impl", "triton", "--every", "60")
+    done = _run(golden, "--backend", "triton", "--every", "60")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert done.stdout.splitlines()[-1] == "43 passed, 0 failed"
 
@@ -60,7 +60,7 @@ def small(golden, tmp_path) -> Path:
 
 
 def test_a_few_cases_through_the_kernels(small, checked):
-    status, out, _ = checked(small, "--impl", "triton")
+    status, out, _ = checked(small, "--backend", "triton")
     assert status == 0 and out.splitlines()[-1] == "2 passed, 0 failed", out
 
 
@@ -111,8 +111,8 @@ def test_a_failure_is_the_exit_code(small):
 
 def test_refusals(small, tmp_path, checked):
     assert "no folder 'cases'" in checked(tmp_path / "models")[2]
-    status, _, said = checked(small, "--impl", "cuda")
-    assert status == 2 and "impl='cuda'" in said
+    status, _, said = checked(small, "--backend", "cuda")
+    assert status == 2 and "backend='cuda'" in said
     for option in ("--limit", "--every"):
         status, _, said = checked(small, option, "0")
         assert status == 2 and f"{option} 0 is not positive" in said

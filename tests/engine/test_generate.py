@@ -9,7 +9,7 @@ import torch
 
 import sfs_triton
 from sfs_triton import ArgumentError, FixedSteps, NumericalFault, RefreshCache, SlowFast, Threshold
-from sfs_triton.ops.dispatch import Draw, implementation
+from sfs_triton.ops.dispatch import Draw, operations
 
 PROMPT = [3, 14, 15, 92, 65, 35, 89, 79, 32, 38]
 SAMPLERS = [
@@ -165,7 +165,7 @@ def test_prompt_longer_than_the_model_allows(engines):
 def test_nan_logits_name_row_and_step(golden, sampler):
     engine = sfs_triton.load(golden / "models" / "llada-mha", "cpu")
     engine.model.weights.embedding[77] = torch.nan
-    with pytest.raises(NumericalFault, match=r"NaN logits: row 1 at step 0"):
+    with pytest.raises(NumericalFault, match=r"NaN logits: sequence 1 at step 0"):
         engine.generate([[1, 2, 3], [1, 77, 3]], gen_length=16, sampler=sampler)
     engine.model.weights.embedding[77] = 0.0
     assert engine.generate([1, 77, 3], gen_length=16, sampler=sampler).nfe > 0

@@ -516,8 +516,8 @@ def test_wrappers_and_other_things():
         sfs_triton.accelerate(nn.DataParallel(model))
     with pytest.raises(ArgumentError, match="not a torch module"):
         sfs_triton.accelerate("GSAI-ML/LLaDA-8B-Instruct")
-    with pytest.raises(ArgumentError, match="loop='nonsense'"):
-        sfs_triton.accelerate(model, loop="nonsense")
+    with pytest.raises(ArgumentError, match="cuda_graphs='nonsense'"):
+        sfs_triton.accelerate(model, cuda_graphs="nonsense")
     with pytest.raises(ArgumentError, match="tokenizer=3"):
         sfs_triton.accelerate(model, tokenizer=3)
     with pytest.raises(ArgumentError, match="a tokenizer goes into tokenizer=") as caught:

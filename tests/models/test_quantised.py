@@ -23,7 +23,7 @@ from sfs_triton.distributed import Group
 from sfs_triton.models import Transformer, load_weights, read_spec
 from sfs_triton.models import weights as module
 from sfs_triton.models.weights import LLAMA_NAMES, LayerWeights, Weights, expected_shapes
-from sfs_triton.ops.dispatch import Quantised, implementation
+from sfs_triton.ops.dispatch import Quantised, operations
 from sfs_triton.ops.torch.linear import dequantise, quantize
 from tests.support.combinations import PROMPTS, SOME_PAIRS, assert_same
 from tests.support.margins import assert_logits_close
@@ -55,7 +55,7 @@ def matrices(weights: Weights) -> dict[str, torch.Tensor | Quantised]:
 
 @pytest.fixture(scope="module", params=NAMES)
 def fp8(request) -> Engine:
-    return load(request.param, weights="fp8")
+    return load(request.param, quantization="fp8")
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def tied(tmp_path) -> Path:
 @pytest.mark.parametrize("name", NAMES)
 def test_codes_are_those_of_the_fused_matrices(monkeypatch, engines, name, at_once):
     monkeypatch.setattr(module, "AT_ONCE", at_once)
-    plain, quantised = engines[name].model.weights, load(name, weights="fp8").model.weights
+    plain, quantised = engines[name].model.weights, load(name, quantization="fp8").model.weights
     for (where, got), given in zip(matrices(quantised).items(), matrices(plain).values(), strict=True):
         codes, scale = quantize(given)
         assert torch.equal(got.codes.view(torch.uint8), codes.view(torch.uint8)), where
@@ -101,7 +101,7 @@ def test_codes_are_those_of_the_fused_matrices(monkeypatch, engines, name, at_on
 
 def test_codes_are_made_of_the_files_numbers_and_not_of_rounded_ones(fp8):
     name = "dream-gqa" if fp8.spec.shifted else "llada-gqa"
-    half = load(name, weights="fp8", dtype="bfloat16").model.weights
+    half = load(name, quantization="fp8", dtype="bfloat16").model.weights
     assert half.embedding.dtype == torch.bfloat16 and half.layers[0].attn_norm.dtype == torch.bfloat16
     for got, wanted in zip(matrices(half).values(), matrices(fp8.model.weights).values(), strict=True):
         assert torch.equal(got.codes.view(torch.uint8), wanted.codes.view(torch.uint8))
@@ -109,7 +109,7 @@ def test_codes_are_made_of_the_files_numbers_and_not_of_rounded_ones(fp8):
 
 
 def test_a_tied_head_becomes_a_matrix_of_its_own(tied):
-    plain, quantised = sfs_triton.load(tied, "cpu"), sfs_triton.load(tied, "cpu", weights="fp8")
+    plain, quantised = sfs_triton.load(tied, "cpu"), sfs_triton.load(tied, "cpu", quantization="fp8")
     assert plain.model.weights.head is plain.model.weights.embedding
     assert isinstance(quantised.model.weights.embedding, torch.Tensor)
     codes, scale = quantize(plain.model.weights.embedding)
@@ -213,7 +213,7 @@ def test_what_has_no_code_is_refused_by_name(monkeypatch, checkpoint, name, bad)
     tensors[name][[9, 30], 4] = bad
     save_file(tensors, checkpoint / "model.safetensors")
     with pytest.raises(CheckpointError, match=re.escape(f"tensor {name} has NaN or infinities, the first in row 9")):
-        sfs_triton.load(checkpoint, "cpu", weights="fp8")
+        sfs_triton.load(checkpoint, "cpu", quantization="fp8")
 
 
 def test_integer_matrices_are_refused(checkpoint):
@@ -222,13 +222,13 @@ def test_integer_matrices_are_refused(checkpoint):
     tensors[name] = tensors[name].to(torch.int8)
     save_file(tensors, checkpoint / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"up_proj\.weight has dtype torch\.int8"):
-        sfs_triton.load(checkpoint, "cpu", weights="fp8")
+        sfs_triton.load(checkpoint, "cpu", quantization="fp8")
 
 
-@pytest.mark.parametrize("weights", ["int8", "", "FP8", True, torch.float8_e4m3fn])
-def test_unknown_weights_are_refused_before_anything_is_read(weights):
-    with pytest.raises(ArgumentError, match="weights=.* is not one of"):
-        sfs_triton.load("/nowhere", "cpu", weights=weights)
+@pytest.mark.parametrize("quantization", ["int8", "", "FP8", True, torch.float8_e4m3fn])
+def test_unknown_quantizations_are_refused_before_anything_is_read(quantization):
+    with pytest.raises(ArgumentError, match="quantization=.* is not one of"):
+        sfs_triton.load("/nowhere", "cpu", quantization=quantization)
 
 
 def test_what_takes_no_quantised_weights_says_so(fp8, same_values):
@@ -311,7 +311,7 @@ def test_every_way_to_choose(fp8, same_values, sampler):
 @pytest.mark.parametrize("name", [NAMES[0], pytest.param(NAMES[1], marks=pytest.mark.slow)])
 def test_kernels_give_the_tokens_of_torch(name, sampler):
     options = {"gen_length": 12, "sampler": sampler, "cache": "region" if sampler.top_k is None else "none", "seed": 3}
-    torch_, kernels = (load(name, weights="fp8", impl=impl) for impl in ("torch", "triton"))
+    torch_, kernels = (load(name, quantization="fp8", backend=impl) for impl in ("torch", "triton"))
     ids = torch.arange(12)[None]
     assert_logits_close(kernels.model.logits(ids), torch_.model.logits(ids))
     assert_same(kernels.generate(PROMPTS[0], **options), torch_.generate(PROMPTS[0], **options))
@@ -319,7 +319,7 @@ def test_kernels_give_the_tokens_of_torch(name, sampler):
 
 def test_weights_of_half_precision_are_rounded_once():
     """In bfloat16 a weight is its code times its scale, rounded; not the scale rounded first."""
-    engine = load("llada-gqa", weights="fp8", dtype="bfloat16")
+    engine = load("llada-gqa", quantization="fp8", dtype="bfloat16")
     same = Engine(Transformer(engine.spec, multiplied_out(engine.model.weights, torch.bfloat16)))
     ids = torch.arange(40)[None]
     assert engine.model.dtype == torch.bfloat16

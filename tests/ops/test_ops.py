@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from sfs_triton.ops import torch_backend as torch_impl
-from sfs_triton.ops.dispatch import Draw, Ops, implementation
+from sfs_triton.ops.dispatch import Draw, Ops, operations
 from sfs_triton.ops.torch.commit import rank_by_score
 from sfs_triton.ops.torch.confidence import confidence, filter_logits
 from sfs_triton.ops.torch.philox import gumbel, philox
-from sfs_triton.runner import LoopChoice
+from sfs_triton.runner import ExecutionChoice
 from tests.reference.confidence import look
 
 
@@ -135,6 +135,6 @@ def test_default_implementation():
                 assert getattr(ops, name) is wanted, (impl, device, name)
 
 
-def test_default_loop():
+def test_default_execution():
     for device in ("cpu", "cuda"):
-        assert LoopChoice(None, torch.device(device)).loop.name == "eager"
+        assert ExecutionChoice(None, torch.device(device)).current.name == "eager"

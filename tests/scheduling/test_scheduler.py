@@ -9,17 +9,18 @@ import pytest
 import torch
 
 from sfs_triton import Engine, FixedSteps, NumericalFault, OutOfDeviceMemory, Sampler, SlowFast, Threshold
-from sfs_triton.decoding.params import parse_cache
+from sfs_triton.decoding.caching import BatchBounds
+from sfs_triton.decoding.params import DecodingParams
 from sfs_triton.decoding.samplers import SamplingValues
 from sfs_triton.kernels.control import SAMPLING
 from sfs_triton.models import Transformer
-from sfs_triton.runner import EagerLoop, ReplayLoop, Step
-from sfs_triton.scheduling.lane import Lane
-from sfs_triton.scheduling.request import Request
-from sfs_triton.scheduling.scheduler import Room, Scheduler, room_around, room_for
-from sfs_triton.scheduling.sequence import Row
-from tests.support.combinations import LOOPS, POLICIES, SAMPLERS, SOME_PAIRS, assert_same, engine_with, stand_in
+from sfs_triton.runner import CudaGraphs, Eager, ModelRunner
+from sfs_triton.scheduling.persistent_batch import PersistentBatch
+from sfs_triton.scheduling.scheduler import Scheduler, bounds_around, bounds_of
+from sfs_triton.scheduling.sequence import Sequence, Status
+from tests.support.combinations import EXECUTIONS, POLICIES, SAMPLERS, SOME_PAIRS, assert_same, engine_with, stand_in
 from tests.support.oracle import compare, reference
+from tests.support.paths import ROOT
 
 VANILLA = FixedSteps()
 TEMPERED = FixedSteps(steps=8, metric="topk_margin", temperature=0.7, top_p=0.8)
@@ -27,35 +28,43 @@ TEMPERED = FixedSteps(steps=8, metric="topk_margin", temperature=0.7, top_p=0.8)
 
 def asked(rng: random.Random, number: int, mask_id: int, longest: int = 24) -> list[tuple[list[int], int, int]]:
     """Canvases with their starts and seeds; response lengths are multiples of 8."""
-    rows = []
+    found = []
     for index in range(number):
         prompt = [rng.randrange(3, 120) for _ in range(rng.randrange(3, 20))]
-        rows.append((prompt + [mask_id] * rng.randrange(8, longest + 1, 8), len(prompt), 100 + index))
-    return rows
+        found.append((prompt + [mask_id] * rng.randrange(8, longest + 1, 8), len(prompt), 100 + index))
+    return found
 
 
-def rows_of(engine: Engine, given, sampler=None, policy="none", trace=False, frames=False) -> list[Row]:
-    canvases, starts, seeds = (list(part) for part in zip(*given, strict=True))
-    request = Request(canvases, starts, sampler or SlowFast(), parse_cache(policy), seeds, trace, frames)
-    return Row.of(request, engine.spec.mask_id)
+def sequences_of(engine: Engine, given, sampler=None, cache="none", trace=False, frames=False) -> list[Sequence]:
+    sampler = sampler or SlowFast()
+    params = [
+        DecodingParams.parse(sampler, cache, seed=seed, gen_length=len(canvas) - start) for canvas, start, seed in given
+    ]
+    pairs = zip(params, given, strict=True)
+    return [Sequence(each, list(one[0]), one[1], engine.spec.mask_id, trace, frames) for each, one in pairs]
 
 
-def alone(engine: Engine, row: Row):
+def alone(engine: Engine, sequence: Sequence):
     """Return the result of the sequence decoded alone."""
-    kind = row.kind
-    request = Request([row.canvas], [row.start], row.sampler, kind.policy, [row.seed], kind.trace)
-    with engine_with(engine)._run(request) as run:
+    copy = Sequence(
+        sequence.params, sequence.canvas, sequence.start, engine.spec.mask_id, trace=sequence.batch_key.trace
+    )
+    with engine_with(engine)._run([copy]) as run:
         assert list(iter(run.advance, None))
         return run.results()[0]
 
 
-def scheduler_of(engine: Engine, rows: list[Row] | None = None, **limits) -> Scheduler:
-    room = room_for(rows) if rows else None
-    return Scheduler(engine.lanes, lambda row: room or room_around(row, engine.spec.max_length), **limits)
+def results(engine: Engine, sequences: list[Sequence]):
+    return [sequence.result(engine.spec, None) for sequence in sequences]
+
+
+def scheduler_of(engine: Engine, sequences: list[Sequence] | None = None, **limits) -> Scheduler:
+    bounds = bounds_of(sequences) if sequences else None
+    return Scheduler(engine.batches, lambda one: bounds or bounds_around(one, engine.spec.max_length), **limits)
 
 
 def run_out(scheduler: Scheduler, most: int = 10_000) -> int:
-    """Step until nothing is left; how many rounds it took."""
+    """Step until nothing is left; return the number of rounds."""
     for taken in range(most):
         if not scheduler.waiting + scheduler.running:
             return taken
@@ -66,38 +75,38 @@ def run_out(scheduler: Scheduler, most: int = 10_000) -> int:
 # ------------------------------------------------------------------------------------------------------ sharing a batch
 
 
-@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("execution", EXECUTIONS)
 @pytest.mark.parametrize(("sampler", "policy"), SOME_PAIRS)
 @pytest.mark.parametrize("model", ["llada-mha", "dream-gqa"])
-def test_rows_that_join_later_get_what_they_get_alone(engines, model, sampler, policy, loop):
-    rng = random.Random(f"{model}{sampler}{loop}")
-    engine = engine_with(engines[model], loop)
-    rows = rows_of(engine, asked(rng, 5, engine.spec.mask_id), sampler, policy, trace=True)
-    scheduler = scheduler_of(engine, rows, slots=3)
+def test_sequences_that_join_later_get_their_solo_results(engines, model, sampler, policy, execution):
+    rng = random.Random(f"{model}{sampler}{execution}")
+    engine = engine_with(engines[model], execution)
+    sequences = sequences_of(engine, asked(rng, 5, engine.spec.mask_id), sampler, policy, trace=True)
+    scheduler = scheduler_of(engine, sequences, slots=3)
     together = 0
-    scheduler.submit(rows[0])
-    for row in rows[1:]:
-        scheduler.submit(row)
+    scheduler.submit(sequences[0])
+    for one in sequences[1:]:
+        scheduler.submit(one)
         for _ in range(rng.randrange(4)):
             together = max(together, len(scheduler.step()))
     run_out(scheduler)
-    assert together > 1 and all(row.over for row in rows)
-    assert_same([row.result(engine.spec, None) for row in rows], [alone(engines[model], row) for row in rows])
+    assert together > 1 and all(one.finished for one in sequences)
+    assert_same(results(engine, sequences), [alone(engines[model], one) for one in sequences])
 
 
 @pytest.mark.parametrize("name", ["origin", "entropy", "dream-reference"])
-@pytest.mark.parametrize("loop", ["tight", "replay"])
-def test_noise_and_schedules_are_a_rows_own(engines, name, loop):
+@pytest.mark.parametrize("execution", ["exact", "graphs"])
+def test_noise_and_schedules_are_per_sequence(engines, name, execution):
     rng = random.Random(5)
-    engine = engine_with(engines["dream-gqa"], loop)
+    engine = engine_with(engines["dream-gqa"], execution)
     sampler = SAMPLERS[name].replace(temperature=0.8, cfg_scale=0.3)
-    rows = rows_of(engine, asked(rng, 5, engine.spec.mask_id), sampler)
-    scheduler = scheduler_of(engine, rows, slots=2)
-    for row in rows:
-        scheduler.submit(row)
+    sequences = sequences_of(engine, asked(rng, 5, engine.spec.mask_id), sampler)
+    scheduler = scheduler_of(engine, sequences, slots=2)
+    for one in sequences:
+        scheduler.submit(one)
         scheduler.step()
     run_out(scheduler)
-    assert_same([row.result(engine.spec, None) for row in rows], [alone(engine, row) for row in rows])
+    assert_same(results(engine, sequences), [alone(engine, one) for one in sequences])
 
 
 OWN: dict[str, tuple[Sampler, list[dict]]] = {  # parameters in which sequences of a batch may differ
@@ -111,25 +120,26 @@ OWN: dict[str, tuple[Sampler, list[dict]]] = {  # parameters in which sequences 
 }
 
 
-@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("execution", EXECUTIONS)
 @pytest.mark.parametrize("name", OWN)
-def test_rows_of_other_settings_share_a_lane(engines, name, loop):
+def test_sequences_of_other_settings_share_a_batch(engines, name, execution):
     sampler, changes = OWN[name]
     rng = random.Random(name)
-    engine = engine_with(engines["dream-gqa"], loop)
+    engine = engine_with(engines["dream-gqa"], execution)
     samplers = [sampler, *(sampler.replace(**change) for change in changes)]
-    rows = [rows_of(engine, asked(rng, 1, engine.spec.mask_id), each, trace=True)[0] for each in samplers * 2]
-    scheduler = scheduler_of(engine, rows, slots=3, most=1)
+    sequences = [sequences_of(engine, asked(rng, 1, engine.spec.mask_id), each, trace=True)[0] for each in samplers * 2]
+    scheduler = scheduler_of(engine, sequences, slots=3, most=1)
     together = 0
-    for row in rows:
-        scheduler.submit(row)
+    for one in sequences:
+        scheduler.submit(one)
         together = max(together, len(scheduler.step()))
     run_out(scheduler)
     assert together == 3
-    found = [row.result(engine.spec, None) for row in rows]
-    assert_same(found, [alone(engines["dream-gqa"], row) for row in rows])
-    for row, mine in zip(rows, found, strict=True):
-        assert compare(mine, reference(engine, row.canvas, row.start, row.sampler, row.seed)) is None, row.sampler
+    found = results(engine, sequences)
+    assert_same(found, [alone(engines["dream-gqa"], one) for one in sequences])
+    for one, mine in zip(sequences, found, strict=True):
+        wanted = reference(engine, one.canvas, one.start, one.params.sampler, one.params.seed)
+        assert compare(mine, wanted) is None, one.params.sampler
 
 
 APART: dict[str, tuple[Sampler, list[dict]]] = {
@@ -149,72 +159,74 @@ APART: dict[str, tuple[Sampler, list[dict]]] = {
 }
 
 
-def test_every_other_setting_keeps_rows_apart():
+def test_every_other_setting_is_part_of_the_batch_key():
     for sampler, changes in APART.values():
         for change in changes:
-            assert sampler.replace(**change).form() != sampler.form(), change
+            assert sampler.replace(**change).batch_key() != sampler.batch_key(), change
     for sampler, changes in OWN.values():
         for change in changes:
-            assert sampler.replace(**change).form() == sampler.form(), change
+            assert sampler.replace(**change).batch_key() == sampler.batch_key(), change
     told = {name for sampler, changes in (*OWN.values(), *APART.values()) for change in changes for name in change}
     assert told == {field.name for kind in (SlowFast, Threshold, FixedSteps) for field in fields(kind)}
     assert SamplingValues._fields == SAMPLING
-    assert Threshold(top_p=1.0).form() == Threshold().form(), "it leaves nothing out"
+    assert Threshold(top_p=1.0).batch_key() == Threshold().batch_key(), "it leaves nothing out"
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_nothing_is_captured_while_rows_come_and_go(engines, policy):
+def test_nothing_is_captured_while_sequences_come_and_go(engines, policy):
     captured = []
 
-    def capture(step, shape):
+    def capture(runner, shape):
         captured.append(shape)
-        return stand_in(step, shape)
+        return stand_in(runner, shape)
 
-    engine = engine_with(engines["llada-gqa"], ReplayLoop(capture=capture))
+    engine = engine_with(engines["llada-gqa"], CudaGraphs(capture=capture))
     sampler = Threshold(block_length=8)
-    rows = rows_of(engine, asked(random.Random(1), 9, engine.spec.mask_id), sampler, POLICIES[policy])
-    scheduler = scheduler_of(engine, rows, slots=4)
-    for row in rows[:2]:
-        scheduler.submit(row)
+    sequences = sequences_of(engine, asked(random.Random(1), 9, engine.spec.mask_id), sampler, POLICIES[policy])
+    scheduler = scheduler_of(engine, sequences, slots=4)
+    for one in sequences[:2]:
+        scheduler.submit(one)
     scheduler.step()
     before = len(captured)
-    addresses = [cache.k.data_ptr() for cache in scheduler._open[0].lane.step.caches]
-    for row in rows[2:]:
-        scheduler.submit(row)
+    addresses = [cache.k.data_ptr() for cache in scheduler._open[0].runner.caches]
+    for one in sequences[2:]:
+        scheduler.submit(one)
         scheduler.step()
     run_out(scheduler)
     assert before == len(captured) == len(set(captured)) > 0
-    assert addresses == [cache.k.data_ptr() for cache in scheduler._open[0].lane.step.caches]
-    wanted = [alone(engine, row).canvas for row in rows]
-    assert [row.result(engine.spec, None).canvas for row in rows] == wanted
+    assert addresses == [cache.k.data_ptr() for cache in scheduler._open[0].runner.caches]
+    wanted = [alone(engine, one).canvas for one in sequences]
+    assert [one.result(engine.spec, None).canvas for one in sequences] == wanted
 
 
 def test_those_that_run_go_on_while_another_joins(engines):
     """A newcomer's first forward is a plan of its own, in a round in which all others step as well."""
-    engine = engine_with(engines["llada-mha"], "fixed")
+    engine = engine_with(engines["llada-mha"], "padded")
     given = asked(random.Random(2), 3, engine.spec.mask_id, longest=24)
-    rows = rows_of(engine, [(*row[:2], 0) for row in given], VANILLA.replace(block_length=8), POLICIES["region"])
-    scheduler = scheduler_of(engine, rows, slots=3)
-    scheduler.submit(rows[0]), scheduler.submit(rows[1])
+    sequences = sequences_of(
+        engine, [(*one[:2], 0) for one in given], VANILLA.replace(block_length=8), POLICIES["region"]
+    )
+    scheduler = scheduler_of(engine, sequences, slots=3)
+    scheduler.submit(sequences[0]), scheduler.submit(sequences[1])
     scheduler.step(), scheduler.step()
-    scheduler.submit(rows[2])
-    assert {*scheduler.step()} == {*rows} and [row.steps for row in rows] == [3, 3, 1]
+    scheduler.submit(sequences[2])
+    assert {*scheduler.step()} == {*sequences} and [one.steps for one in sequences] == [3, 3, 1]
     scheduler.close()
 
 
 def test_a_list_longer_than_the_memory_is_decoded_in_turn(engines, monkeypatch):
     engine = engine_with(engines["llada-mha"])
-    prompts = [row[0][: row[1]] for row in asked(random.Random(3), 7, engine.spec.mask_id)]
+    prompts = [one[0][: one[1]] for one in asked(random.Random(3), 7, engine.spec.mask_id)]
     wanted = engine.generate(prompts, gen_length=16, cache="region")
-    init, made = Lane.__init__, []
+    init, made = PersistentBatch.__init__, []
 
-    def narrow(lane, model, kind, slots, *given):
+    def narrow(batch, model, key, slots, *given):
         if slots > 2:
             raise OutOfDeviceMemory(f"{slots} canvases are too many")
         made.append(slots)
-        init(lane, model, kind, slots, *given)
+        init(batch, model, key, slots, *given)
 
-    monkeypatch.setattr(Lane, "__init__", narrow)
+    monkeypatch.setattr(PersistentBatch, "__init__", narrow)
     frames = []
     mine = engine_with(engines["llada-mha"]).generate(prompts, gen_length=16, cache="region", on_step=frames.append)
     assert made == [1]  # half of half of seven
@@ -226,25 +238,25 @@ def test_a_list_longer_than_the_memory_is_decoded_in_turn(engines, monkeypatch):
 # ------------------------------------------------------------------------------------------------------------ fairness
 
 
-def test_rows_of_a_kind_get_slots_in_order(engines):
+def test_slots_are_given_in_order_of_arrival(engines):
     engine, order = engine_with(engines["llada-mha"]), []
-    rows = rows_of(engine, asked(random.Random(4), 8, engine.spec.mask_id))
-    scheduler = scheduler_of(engine, rows, slots=2, joined=order.append)
-    for row in rows:
-        scheduler.submit(row)
+    sequences = sequences_of(engine, asked(random.Random(4), 8, engine.spec.mask_id))
+    scheduler = scheduler_of(engine, sequences, slots=2, joined=order.append)
+    for one in sequences:
+        scheduler.submit(one)
     run_out(scheduler)
-    assert order == rows
+    assert order == sequences
 
 
-def test_lanes_take_turns(engines):
+def test_batches_step_in_rotation(engines):
     engine, rng = engine_with(engines["llada-mha"]), random.Random(5)
     kinds = [VANILLA, VANILLA.replace(temperature=0.5), VANILLA.replace(top_k=7)]
-    rows = [rows_of(engine, asked(rng, 1, engine.spec.mask_id, 8), kind)[0] for kind in kinds]
+    sequences = [sequences_of(engine, asked(rng, 1, engine.spec.mask_id, 8), kind)[0] for kind in kinds]
     scheduler = scheduler_of(engine, slots=2, most=3)
-    for row in rows:
-        scheduler.submit(row)
+    for one in sequences:
+        scheduler.submit(one)
     stepped = [scheduler.step() for _ in range(9)]
-    assert sorted(map(len, stepped)) == [1] * 9 and [row.steps for row in rows] == [3, 3, 3]
+    assert sorted(map(len, stepped)) == [1] * 9 and [one.steps for one in sequences] == [3, 3, 3]
     scheduler.close()
 
 
@@ -258,22 +270,22 @@ def test_no_kind_starves(engines, most):
     def more() -> None:
         while scheduler.waiting < 3:
             for sampler in crowd:
-                scheduler.submit(rows_of(engine, asked(rng, 1, engine.spec.mask_id, 16), sampler)[0])
+                scheduler.submit(sequences_of(engine, asked(rng, 1, engine.spec.mask_id, 16), sampler)[0])
 
     for _ in range(10):
         more()
         scheduler.step()
-    (rare,) = rows_of(engine, asked(rng, 1, engine.spec.mask_id, 16), VANILLA)
+    (rare,) = sequences_of(engine, asked(rng, 1, engine.spec.mask_id, 16), VANILLA)
     scheduler.submit(rare)
-    longest = 16 * most  # steps of the rows that are there, and then of its own beside another lane's
+    longest = 16 * most  # steps of the sequences that are there, and then of its own beside another batch's
     for _ in range(3 * longest + 10):
         more()
         scheduler.step()
-    assert rare.over
+    assert rare.finished
     assert_same(rare.result(engine.spec, None), alone(engine, rare))
-    forms = [sampler.form() for sampler in crowd]
+    keys = [sampler.batch_key() for sampler in crowd]
     for _ in range(200):
-        if any(each.lane.kind.sampler in forms for each in scheduler._open):
+        if any(batch.key.sampler in keys for batch in scheduler._open):
             break
         scheduler.step()
     else:
@@ -281,132 +293,129 @@ def test_no_kind_starves(engines, most):
     scheduler.close()
 
 
-def test_what_needs_no_new_lane_goes_on_while_another_waits_for_one(engines):
+def test_sequences_that_need_no_new_batch_continue_while_another_waits_for_one(engines):
     engine, rng = engine_with(engines["llada-mha"]), random.Random(7)
     scheduler = scheduler_of(engine, slots=2, most=2)
     one, two, three = VANILLA, VANILLA.replace(temperature=0.5), VANILLA.replace(top_k=7)
-    first = rows_of(engine, asked(rng, 2, engine.spec.mask_id, 24), one)
-    (second,) = rows_of(engine, asked(rng, 1, engine.spec.mask_id, 8), two)
-    for row in (*first, second):
-        scheduler.submit(row)
+    first = sequences_of(engine, asked(rng, 2, engine.spec.mask_id, 24), one)
+    (second,) = sequences_of(engine, asked(rng, 1, engine.spec.mask_id, 8), two)
+    for one in (*first, second):
+        scheduler.submit(one)
     scheduler.step(), scheduler.step()
-    (late,) = rows_of(engine, asked(rng, 1, engine.spec.mask_id, 8), three)
+    (late,) = sequences_of(engine, asked(rng, 1, engine.spec.mask_id, 8), three)
     scheduler.submit(late)
     scheduler.step()  # the batch with one sequence closes
-    (other,) = rows_of(engine, asked(rng, 1, engine.spec.mask_id, 8), two)
+    (other,) = sequences_of(engine, asked(rng, 1, engine.spec.mask_id, 8), two)
     scheduler.submit(other)
-    while not late.over:
+    while not late.finished:
         scheduler.step()
-        assert other.steps == 0 or late.steps > 0, "it took the lane that another waits for"
+        assert other.steps == 0 or late.steps > 0, "it took the capacity that another waits for"
     run_out(scheduler)
-    assert other.over and all(row.over for row in first)
+    assert other.finished and all(one.finished for one in first)
 
 
 # ----------------------------------------------------------------------------------------------------------- admission
 
 
-def test_memory_bounds_slots_and_lanes(engines):
+def test_memory_bounds_slots_and_batches(engines):
     engine, rng = engine_with(engines["llada-mha"]), random.Random(8)
-    short, long = (rows_of(engine, asked(rng, 5, engine.spec.mask_id, 8), policy="region") for _ in range(2))
-    room = room_around(short[0], engine.spec.max_length)
-    each = engine.lanes.bytes_needed(short[0].kind, 1, room)
-    assert each > 2 * engine.spec.n_layers * engine.spec.kv_width * room.length * 4
+    given = [asked(rng, 5, engine.spec.mask_id, 8) for _ in range(2)]
+    short, long = sequences_of(engine, given[0], cache="region"), given[1]
+    bounds = bounds_around(short[0], engine.spec.max_length)
+    each = engine.batches.bytes_needed(short[0].batch_key, 1, bounds)
+    assert each > 2 * engine.spec.n_layers * engine.spec.kv_width * bounds.length * 4
     scheduler = scheduler_of(engine, slots=4, most=4, memory=int(3.5 * each))
-    for row in short:
-        scheduler.submit(row)
+    for one in short:
+        scheduler.submit(one)
     scheduler.step()
     assert (scheduler.running, scheduler.waiting) == (2, 3), "four slots do not fit, two do"
-    other = [replace_kind(engine, row, SlowFast(k_max=7)) for row in long]
-    scheduler.submit(other[0])
+    (other,) = sequences_of(engine, long[:1], SlowFast(k_max=7), "region")
+    scheduler.submit(other)
     scheduler.step()
-    assert scheduler.lanes == 2 and scheduler.running == 3, "there was room for one more slot"
+    assert scheduler.batches == 2 and scheduler.running == 3, "one more slot fits"
     run_out(scheduler)
-    assert all(row.over for row in (*short, other[0]))
-
-
-def replace_kind(engine: Engine, row: Row, sampler) -> Row:
-    kind = row.kind._replace(sampler=sampler.form())
-    return Row(kind, sampler, row.canvas, row.start, row.seed, engine.spec.mask_id)
+    assert all(one.finished for one in (*short, other))
 
 
 def test_what_can_never_fit_is_refused_and_nothing_else(engines):
     engine, rng = engine_with(engines["llada-mha"]), random.Random(9)
-    (row,) = rows_of(engine, asked(rng, 1, engine.spec.mask_id), policy="region")
+    (one,) = sequences_of(engine, asked(rng, 1, engine.spec.mask_id), cache="region")
     scheduler = scheduler_of(engine, slots=4, memory=1000)
-    scheduler.submit(row)
+    scheduler.submit(one)
     with pytest.raises(OutOfDeviceMemory, match="1 canvases of 256 positions with cache='region'"):
         scheduler.step()
-    assert scheduler.fallen == [row] and scheduler.waiting == 0 and scheduler.step() == []
+    assert scheduler.failed == [one] and scheduler.waiting == 0 and scheduler.step() == []
 
 
 @pytest.mark.parametrize(
-    ("length", "start", "policy", "room"),
+    ("length", "start", "policy", "bounds"),
     [
-        (30, 6, "none", Room(256, (0, 256), 256, 256)),
-        (257, 200, "region", Room(500, (0, 500), 500, 500)),
-        (300, 200, "prefix", Room(500, (128, 500), 500, 500)),
-        (300, 0, "refresh", Room(500, (0, 500), 500, 500)),
+        (30, 6, "none", BatchBounds(256, 0, 256, 256, 256)),
+        (257, 200, "region", BatchBounds(500, 0, 500, 500, 500)),
+        (300, 200, "prefix", BatchBounds(500, 128, 500, 500, 500)),
+        (300, 0, "refresh", BatchBounds(500, 0, 500, 500, 500)),
     ],
 )
-def test_lanes_are_made_for_rows_alike(engines, length, start, policy, room):
+def test_bounds_of_a_batch_for_similar_sequences(engines, length, start, policy, bounds):
     canvas = [5] * start + [engines["llada-mha"].spec.mask_id] * (length - start)
-    sampler = Threshold(block_length=8) if policy == "prefix" else SlowFast()
-    (row,) = rows_of(engines["llada-mha"], [(canvas, start, 0)], sampler, policy)
-    assert room_around(row, 500) == room and room.holds(row)
+    sampler = Threshold(block_length=4) if policy == "prefix" else SlowFast()
+    (one,) = sequences_of(engines["llada-mha"], [(canvas, start, 0)], sampler, policy)
+    assert bounds_around(one, 500) == bounds
+    assert bounds.shortest_prompt <= one.start <= bounds.longest_prompt and len(one.canvas) <= bounds.length
 
 
-def test_rows_that_are_watched_share_a_lane_with_others(engines):
+def test_traced_sequences_share_a_batch_with_others(engines):
     """A batch publishes the data that one of its sequences needs; sequences that did not ask for it get no trace."""
     engine, rng = engine_with(engines["llada-mha"]), random.Random(16)
     given = asked(rng, 3, engine.spec.mask_id, 16)
-    plain, other = rows_of(engine, given[:2])
-    (watched,) = rows_of(engine, given[2:], trace=True, frames=True)
-    assert watched.kind.serves(plain.kind) and not plain.kind.serves(watched.kind)
+    plain, other = sequences_of(engine, given[:2])
+    (watched,) = sequences_of(engine, given[2:], trace=True, frames=True)
+    assert watched.batch_key.serves(plain.batch_key) and not plain.batch_key.serves(watched.batch_key)
     scheduler = scheduler_of(engine, slots=3, most=2)
-    for row in (watched, plain, other):
-        scheduler.submit(row)
+    for one in (watched, plain, other):
+        scheduler.submit(one)
     scheduler.step()
-    assert scheduler.lanes == 1 and len(watched.tracer.steps) == 1 and plain.tokens is plain.canvas
+    assert scheduler.batches == 1 and len(watched.trace) == 1 and plain.tokens is plain.canvas
     run_out(scheduler)
     assert_same(
-        [row.result(engine.spec, None) for row in (watched, plain)], [alone(engine, r) for r in (watched, plain)]
+        [one.result(engine.spec, None) for one in (watched, plain)], [alone(engine, r) for r in (watched, plain)]
     )
 
 
-def test_a_longer_row_gets_a_longer_lane(engines):
+def test_a_longer_sequence_gets_a_longer_batch(engines):
     engine = engine_with(engines["llada-mha"])
     mask = engine.spec.mask_id
     short, long = [5] * 8 + [mask] * 8, [7] * 300 + [mask] * 8
-    rows = rows_of(engine, [(short, 8, 1), (long, 300, 2), (short, 8, 3)])
+    sequences = sequences_of(engine, [(short, 8, 1), (long, 300, 2), (short, 8, 3)])
     scheduler = scheduler_of(engine, slots=2, most=2)
-    for row in rows:
-        scheduler.submit(row)
+    for one in sequences:
+        scheduler.submit(one)
     scheduler.step()
-    assert sorted(each.lane.length for each in scheduler._open) == [256, 512]
+    assert sorted(batch.length for batch in scheduler._open) == [256, 512]
     run_out(scheduler)
-    assert_same([row.result(engine.spec, None) for row in rows], [alone(engine, row) for row in rows])
+    assert_same(results(engine, sequences), [alone(engine, one) for one in sequences])
 
 
-# ---------------------------------------------------------------------------------------------- rows that end otherwise
+# ---------------------------------------------------------------------------------------- sequences that end otherwise
 
 
-@pytest.mark.parametrize("loop", LOOPS)
-def test_a_dropped_row_makes_room(engines, loop):
-    engine = engine_with(engines["llada-mha"], loop)
-    rows = rows_of(engine, asked(random.Random(11), 4, engine.spec.mask_id), policy="region")
-    scheduler = scheduler_of(engine, rows, slots=2)
-    for row in rows:
-        scheduler.submit(row)
+@pytest.mark.parametrize("execution", EXECUTIONS)
+def test_a_dropped_sequence_frees_its_slot(engines, execution):
+    engine = engine_with(engines["llada-mha"], execution)
+    sequences = sequences_of(engine, asked(random.Random(11), 4, engine.spec.mask_id), cache="region")
+    scheduler = scheduler_of(engine, sequences, slots=2)
+    for one in sequences:
+        scheduler.submit(one)
     scheduler.step(), scheduler.step()
-    scheduler.drop(rows[0]), scheduler.drop(rows[3]), scheduler.drop(rows[0])
-    assert rows[3].over and not rows[3].running and scheduler.waiting == 1
+    scheduler.drop(sequences[0]), scheduler.drop(sequences[3]), scheduler.drop(sequences[0])
+    assert sequences[3].finished and not sequences[3].running and scheduler.waiting == 1
     run_out(scheduler)
-    assert rows[0].over and rows[0].steps == 2 and rows[3].steps == 0
-    assert rows[3].result(engine.spec, None).masks_left == rows[3].masks
-    assert_same([row.result(engine.spec, None) for row in rows[1:3]], [alone(engine, row) for row in rows[1:3]])
+    assert sequences[0].finished and sequences[0].steps == 2 and sequences[3].steps == 0
+    assert sequences[3].result(engine.spec, None).masks_left == sequences[3].masks
+    assert_same(results(engine, sequences[1:3]), [alone(engine, one) for one in sequences[1:3]])
 
 
-def test_a_row_that_breaks_leaves_its_slot_to_others(engines):
+def test_a_faulty_sequence_leaves_its_slot_to_others(engines):
     model = Transformer(engines["llada-mha"].spec, engines["llada-mha"].model.weights)
     scatter = model.ops.scatter_choices
 
@@ -417,17 +426,17 @@ def test_a_row_that_breaks_leaves_its_slot_to_others(engines):
 
     model.ops = replace(model.ops, scatter_choices=spoiled)
     engine = Engine(model)
-    rows = rows_of(engine, asked(random.Random(12), 4, engine.spec.mask_id))
-    scheduler = scheduler_of(engine, rows, slots=2)
-    for row in rows:
-        scheduler.submit(row)
+    sequences = sequences_of(engine, asked(random.Random(12), 4, engine.spec.mask_id))
+    scheduler = scheduler_of(engine, sequences, slots=2)
+    for one in sequences:
+        scheduler.submit(one)
     run_out(scheduler)
-    assert [row.fault for row in rows] == [3, 0, 0, 0]
-    wanted = [alone(engines["llada-mha"], row) for row in rows[1:]]
-    assert_same([row.result(engine.spec, None) for row in rows[1:]], wanted)
+    assert [one.fault for one in sequences] == [3, 0, 0, 0]
+    wanted = [alone(engines["llada-mha"], one) for one in sequences[1:]]
+    assert_same(results(engine, sequences[1:]), wanted)
 
 
-def test_a_list_with_a_broken_row_still_gives_the_others(engines):
+def test_a_list_with_a_faulty_sequence_still_gives_the_others(engines):
     model = Transformer(engines["llada-mha"].spec, engines["llada-mha"].model.weights)
     scatter = model.ops.scatter_choices
 
@@ -436,71 +445,96 @@ def test_a_list_with_a_broken_row_still_gives_the_others(engines):
         state.score[1] = torch.nan
 
     model.ops = replace(model.ops, scatter_choices=spoiled)
-    with pytest.raises(NumericalFault, match="row 1 at step 0") as caught:
+    with pytest.raises(NumericalFault, match="sequence 1 at step 0") as caught:
         Engine(model).generate([[5, 6], [7, 8], [9, 10]], gen_length=8)
     assert sorted(caught.value.finished) == [0, 2]
 
 
-def test_rows_that_ran_begin_again_where_a_loop_fails(engines):
-    """Later sequences join the fallback loop; none reports a step twice."""
+def test_running_sequences_restart_if_the_execution_fails(engines):
+    """Later sequences join the fall-back; none reports a step twice."""
 
-    class Failing(EagerLoop):
-        def run(self, step):
-            for number, report in enumerate(super().run(step)):
+    class Failing(Eager):
+        def run(self, planner, runner):
+            for number, output in enumerate(super().run(planner, runner)):
                 if number == 5:
                     raise RuntimeError("CUDA error")
-                yield report
+                yield output
 
-    engine = engine_with(engines["llada-mha"], Failing(tight=True))
-    rows = rows_of(engine, asked(random.Random(13), 5, engine.spec.mask_id), policy="region", trace=True)
-    scheduler = scheduler_of(engine, rows, slots=3)
-    for row in rows:
-        scheduler.submit(row)
+    engine = engine_with(engines["llada-mha"], Failing(exact=True))
+    sequences = sequences_of(engine, asked(random.Random(13), 5, engine.spec.mask_id), cache="region", trace=True)
+    scheduler = scheduler_of(engine, sequences, slots=3)
+    for one in sequences:
+        scheduler.submit(one)
         scheduler.step()
     run_out(scheduler)
-    assert engine.loop == "eager"
-    assert_same([row.result(engine.spec, None) for row in rows], [alone(engines["llada-mha"], row) for row in rows])
+    assert engine.execution == "eager"
+    assert_same(results(engine, sequences), [alone(engines["llada-mha"], one) for one in sequences])
 
 
-def test_a_lane_that_fails_is_lost_with_its_rows_and_no_other(engines, monkeypatch):
+def test_a_failed_batch_is_lost_with_its_sequences_and_no_other(engines, monkeypatch):
     engine, rng = engine_with(engines["llada-mha"]), random.Random(14)
-    fine = rows_of(engine, asked(rng, 2, engine.spec.mask_id))
-    bad = rows_of(engine, asked(rng, 2, engine.spec.mask_id), VANILLA)
+    fine = sequences_of(engine, asked(rng, 2, engine.spec.mask_id))
+    bad = sequences_of(engine, asked(rng, 2, engine.spec.mask_id), VANILLA)
     scheduler = scheduler_of(engine, slots=2, most=2)
-    for row in (*fine, *bad):
-        scheduler.submit(row)
+    for one in (*fine, *bad):
+        scheduler.submit(one)
     scheduler.step(), scheduler.step()
-    run = Step.run
+    run = ModelRunner.run
 
-    def broken(step, *given, **named):
-        if isinstance(step.sampler, FixedSteps):
-            raise ZeroDivisionError("in this lane")
-        run(step, *given, **named)
+    def broken(runner, *given, **named):
+        if isinstance(runner.sampler, FixedSteps):
+            raise ZeroDivisionError("in this batch")
+        run(runner, *given, **named)
 
-    monkeypatch.setattr(Step, "run", broken)
+    monkeypatch.setattr(ModelRunner, "run", broken)
     with pytest.raises(ZeroDivisionError):
         scheduler.step(), scheduler.step()
-    assert set(scheduler.fallen) == set(bad) and scheduler.running == 2
+    assert set(scheduler.failed) == set(bad) and scheduler.running == 2
     run_out(scheduler)
-    assert_same([row.result(engine.spec, None) for row in fine], [alone(engine, row) for row in fine])
+    assert_same(results(engine, fine), [alone(engine, one) for one in fine])
 
 
-def test_what_is_closed_is_used_again(engines):
+def test_a_closed_batch_is_used_again(engines):
     engine = engine_with(engines["llada-mha"])
     given = asked(random.Random(15), 3, engine.spec.mask_id)
     for _ in range(2):
-        rows = rows_of(engine, given, policy="region")
-        scheduler = scheduler_of(engine, rows, slots=2)
-        for row in rows:
-            scheduler.submit(row)
+        sequences = sequences_of(engine, given, cache="region")
+        scheduler = scheduler_of(engine, sequences, slots=2)
+        for one in sequences:
+            scheduler.submit(one)
         scheduler.step(), scheduler.step()
         scheduler.close()
-    (lane,) = engine.lanes.spare
-    again = rows_of(engine, given, policy="region")
+    (batch,) = engine.batches.spare
+    again = sequences_of(engine, given, cache="region")
     scheduler = scheduler_of(engine, again, slots=2)
-    for row in again:
-        scheduler.submit(row)
+    for one in again:
+        scheduler.submit(one)
     scheduler.step()
-    assert scheduler._open[0].lane is lane
+    assert scheduler._open[0] is batch
     run_out(scheduler)
-    assert_same([row.result(engine.spec, None) for row in again], [alone(engine, row) for row in again])
+    assert_same(results(engine, again), [alone(engine, one) for one in again])
+
+
+def test_status_of_a_sequence(engines):
+    engine = engine_with(engines["llada-mha"])
+    given = asked(random.Random(16), 3, engine.spec.mask_id)
+    one, two, three = sequences_of(engine, given)
+    empty = Sequence(one.params, [5, 6, 7], 3, engine.spec.mask_id)  # nothing to decide
+    scheduler = scheduler_of(engine, [one, two, three], slots=2)
+    for each in (one, two, three):
+        scheduler.submit(each)
+    assert {each.status for each in (one, two, three)} == {Status.WAITING}
+    scheduler.step()
+    assert [each.status for each in (one, two, three)] == [Status.RUNNING, Status.RUNNING, Status.WAITING]
+    scheduler.drop(one)
+    assert one.status is Status.DROPPED and not one.running and not one.finished
+    run_out(scheduler)
+    assert {each.status for each in (one, two, three)} == {Status.FINISHED}
+    scheduler.submit(empty)
+    assert scheduler.step() == [] and empty.finished and empty.result(engine.spec, None).nfe == 0
+
+
+def test_only_the_scheduler_writes_a_status():
+    writers = [path.name for path in (ROOT / "sfs_triton").rglob("*.py") if ".status = " in path.read_text()]
+    initial = (ROOT / "sfs_triton" / "scheduling" / "sequence.py").read_text().count(".status = ")
+    assert sorted(writers) == ["scheduler.py", "sequence.py"] and initial == 1

@@ -92,7 +92,7 @@ def test_a_conversation_goes_through_the_template(server, embedded):
 
 @pytest.mark.parametrize("prompt", ["id,name\n1,", [629, 538, 465]])
 def test_completions_take_the_prompt_as_it_is(server, embedded, prompt):
-    wanted = embedded.generate(prompt, gen_length=16, raw=True)
+    wanted = embedded.generate(prompt, gen_length=16, apply_chat_template=False)
     answer = server.client().completions.create(model="embedded", prompt=prompt, max_tokens=16)
     assert answer.choices[0].text == wanted.text and answer.usage.nfe == wanted.nfe
 
@@ -139,7 +139,7 @@ def test_a_stream_is_text_in_order(server, embedded):
     assert [c.choices[0].finish_reason for c in chunks] == [None] * (len(chunks) - 1) + ["stop"]
     assert chunks[0].choices[0].delta.role == "assistant" and len({chunk.id for chunk in chunks}) == 1
     completion = server.client().completions.create(model="embedded", prompt="id,name\n1,", max_tokens=16, stream=True)
-    wanted = embedded.generate("id,name\n1,", gen_length=16, raw=True)
+    wanted = embedded.generate("id,name\n1,", gen_length=16, apply_chat_template=False)
     assert "".join(chunk.choices[0].text for chunk in completion) == wanted.text
 
 
