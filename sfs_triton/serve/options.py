@@ -151,7 +151,7 @@ def _check_size(field: str, size: int, engine: Engine, most: int) -> None:
 def _ids(engine: Engine, field: str, given: str | Sequence[int] | Sequence[dict[str, str]]) -> list[int]:
     """Return the token ids of a field, which may not hold the mask id."""
     try:
-        ids = engine.encode(given, field != "messages", 0)
+        ids = engine.encode(given, apply_chat_template=False)
     except ArgumentError as error:
         if field == "messages":  # a template's error quotes the whole conversation
             message = f"the checkpoint's chat template refused 'messages': {error.__context__ or error}"

@@ -24,8 +24,8 @@ import torch  # noqa: E402
 
 from sfs_triton import Engine, FixedSteps, SlowFast  # noqa: E402
 from sfs_triton.models import Transformer  # noqa: E402
-from sfs_triton.runner import Step  # noqa: E402
-from sfs_triton.serve.rows import Follower  # noqa: E402
+from sfs_triton.runner import ModelRunner  # noqa: E402
+from sfs_triton.serve.jobs import Follower  # noqa: E402
 from tests.support.combinations import Failing, engine_with  # noqa: E402
 from tests.support.paths import ROOT  # noqa: E402
 from tests.support.server import (  # noqa: E402
@@ -52,15 +52,15 @@ def test_a_dead_engine_thread_keeps_nobody_waiting(embedded, monkeypatch, caplog
     def killed(*given, **named):
         raise kind("killed")
 
-    with serving(Engine(embedded.model, embedded.text), max_batch=2, max_lanes=1) as server:
+    with serving(Engine(embedded.model, embedded.text), max_batch=2, max_batches=1) as server:
         with ThreadPoolExecutor(8) as pool:
             server.gate.close()
             first = pool.submit(server.post, chat(sampler="vanilla", stream=True))
             wait_for(lambda: server.gate.taken == 1)
             sent = [pool.submit(server.post, chat(sampler="vanilla", seed=n)) for n in range(3)]
-            sent.append(pool.submit(server.post, chat()))  # of another kind, for which there is no lane
+            sent.append(pool.submit(server.post, chat()))  # of another kind, for which there is no batch
             wait_for(lambda: server.worker.waiting == 4)
-            monkeypatch.setattr(Step, "run", killed)
+            monkeypatch.setattr(ModelRunner, "run", killed)
             server.gate.open()
             began = time.monotonic()
             answered = [future.result() for future in sent]
@@ -114,7 +114,7 @@ def test_weights_of_nan_in_one_layer(embedded):
     with serving(spoiled(embedded, layers=tuple(layers))) as server, ThreadPoolExecutor(4) as pool:
         for response in pool.map(lambda text: server.post(chat(text)), (SUMS, TABLE, STORY)):
             assert response.status_code == 500 and error_of(response)["code"] == "numerical_fault"
-            assert error_of(response)["message"] == "the model produced NaN logits: row 0 at step 0"
+            assert error_of(response)["message"] == "the model produced NaN logits: sequence 0 at step 0"
         assert server.worker.ready and server.metrics()["failed"] == 3
         down[5, 7] = embedded.model.weights.layers[1].down[5, 7]
         assert text_of(server.post(chat())) == embedded.generate(SUMS, gen_length=32).text
@@ -146,16 +146,15 @@ def test_weights_of_nan_that_one_prompt_reads(embedded):
 @pytest.mark.parametrize("at", [1, 3])
 def test_rows_that_begin_again_for_want_of_memory_tell_nothing_twice(embedded, monkeypatch, at):
     """Streams with frames and noise, in a batch without memory for a later step with more than one sequence."""
-    run, failed = Step.run, []
+    launch, failed = ModelRunner.launch, []
 
-    def crowded(step, *given, **named):
-        rows = step.running()
-        if len(rows) > 1 and step.slots > 1 and at <= max(row.step for row in rows):
-            failed.append(len(rows))
+    def crowded(runner, plan):
+        if len(plan.steps) > 1 and runner.slots > 1 and at <= max(plan.steps.values()):
+            failed.append(len(plan.steps))
             raise torch.OutOfMemoryError("no room for activations")
-        run(step, *given, **named)
+        launch(runner, plan)
 
-    monkeypatch.setattr(Step, "run", crowded)
+    monkeypatch.setattr(ModelRunner, "launch", crowded)
     sampler = FixedSteps(temperature=0.8)
     wanted = [embedded.generate(SUMS, gen_length=16, sampler=sampler, seed=seed) for seed in (1, 2, 3)]
     request = {"sampler": "vanilla", "temperature": 0.8, "max_tokens": 16, "stream": True, "frames": True}
@@ -199,9 +198,9 @@ def test_a_loop_that_fails_is_replaced_under_its_requests(embedded, at, caplog):
         assert [text_of(one), text_of(three)] == [wanted[0], wanted[2]]
         said = [chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks_of(two)]
         assert "".join(said) == wanted[1]
-        assert engine.loop == "eager" and "failed" not in server.metrics()
+        assert engine.execution == "eager" and "failed" not in server.metrics()
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert warnings == ["loop replay failed, going on with loop eager: CUDA error: an illegal address"]
+    assert warnings == ["execution by cuda_graphs failed, going on with eager: CUDA error: an illegal address"]
 
 
 # --------------------------------------------------------------------------------------------------------- its process
@@ -283,7 +282,7 @@ def outcome_of(response: httpx.Response) -> str:
 def test_a_signal_under_load_leaves_no_one_without_an_answer(grace):
     """SIGTERM to ``sfs serve``: requests are answered, or refused in the documented form if the grace is too short."""
     command = [sys.executable, "-m", "sfs_triton.cli", "serve", "--port", "0", "--device", "cpu", "--dtype", "float32"]
-    command += ["--max-batch", "2", "--max-lanes", "2", "--grace", grace]
+    command += ["--max-batch", "2", "--max-batches", "2", "--grace", grace]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) as process:
         try:

@@ -29,12 +29,12 @@ from typer.testing import CliRunner  # noqa: E402
 from sfs_triton import ArgumentError, Engine, FixedSteps, OutOfDeviceMemory, SlowFast, Threshold  # noqa: E402
 from sfs_triton.cli import main as cli  # noqa: E402
 from sfs_triton.models import Transformer  # noqa: E402
-from sfs_triton.runner import Step  # noqa: E402
+from sfs_triton.runner import ModelRunner  # noqa: E402
 from sfs_triton.serve import app as app_module  # noqa: E402
 from sfs_triton.serve import sse  # noqa: E402
 from sfs_triton.serve.errors import ApiError  # noqa: E402
 from sfs_triton.serve.options import SAMPLERS  # noqa: E402
-from sfs_triton.serve.rows import Failed, SettledText, Started  # noqa: E402
+from sfs_triton.serve.jobs import Failed, SettledText, Started  # noqa: E402
 from sfs_triton.serve.settings import ServeSettings  # noqa: E402
 from tests.support.paths import ROOT  # noqa: E402
 from tests.support.server import (  # noqa: E402
@@ -685,7 +685,7 @@ def test_a_batch_that_fails_does_not_end_the_server(embedded, monkeypatch):
     engine = Engine(embedded.model, embedded.text)
     with serving(engine) as server:
         with monkeypatch.context() as patch:
-            patch.setattr(engine.lanes, "take", lambda *given: 1 / 0)
+            patch.setattr(engine.batches, "take", lambda *given: 1 / 0)
             answer = server.post(chat())
             assert answer.status_code == 500 and "ZeroDivision" not in answer.text
             assert error_of(answer)["type"] == "server_error"
@@ -702,20 +702,20 @@ def test_an_error_outside_of_the_engine_is_told_in_shape(embedded, monkeypatch):
 @pytest.mark.parametrize("where", ["caches", "step"])
 def test_what_does_not_fit_together_runs_in_parts(embedded, monkeypatch, where):
     engine = Engine(embedded.model, embedded.text)
-    take, run = engine.lanes.take, Step.run
+    take, launch = engine.batches.take, ModelRunner.launch
 
-    def narrow(kind, slots, room):
+    def narrow(key, slots, bounds):
         if where == "caches" and slots > 2:
             raise OutOfDeviceMemory(f"{slots} canvases are too many")
-        return take(kind, slots, room)
+        return take(key, slots, bounds)
 
-    def crowded(step, *given, **named):
-        if where == "step" and len(step.running()) > 2:
+    def crowded(runner, plan):
+        if where == "step" and len(plan.steps) > 2:
             raise torch.OutOfMemoryError("no room for activations")
-        run(step, *given, **named)
+        launch(runner, plan)
 
-    monkeypatch.setattr(engine.lanes, "take", narrow)
-    monkeypatch.setattr(Step, "run", crowded)
+    monkeypatch.setattr(engine.batches, "take", narrow)
+    monkeypatch.setattr(ModelRunner, "launch", crowded)
     wanted = embedded.generate(SUMS, gen_length=16).text
     with serving(engine) as server, ThreadPoolExecutor(8) as pool:
         server.gate.close()
