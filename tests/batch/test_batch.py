@@ -20,9 +20,18 @@ import sfs_triton
 from sfs_triton import ArgumentError, CheckpointError, FixedSteps, SlowFast
 from sfs_triton.batch.files import ANSWER, Row
 from sfs_triton.batch.run import BatchError, BatchSettings, answer, in_process, run_batch
+from sfs_triton.decoding.params import DecodingParams
 from sfs_triton.models import Transformer
 
-SHORT = BatchSettings(gen_length=16, batch=3, device="cpu")
+SHORT = BatchSettings(params=DecodingParams(gen_length=16), batch=3, device="cpu")
+
+
+def changed(**changes) -> BatchSettings:
+    """Return SHORT with some settings or decoding parameters changed."""
+    params = {name: changes.pop(name) for name in ("sampler", "cache", "gen_length", "seed") if name in changes}
+    return replace(SHORT, params=replace(SHORT.params, **params), **changes)
+
+
 TEMPLATED = [{"role": "user", "content": "15,44,79,50"}]
 
 
@@ -64,10 +73,10 @@ def source(tmp_path) -> Path:
 
 @pytest.mark.parametrize("batch", [1, 3, 8])
 def test_answers_are_those_of_the_engine(source, tmp_path, embedded, batch, run):
-    settings = replace(SHORT, batch=batch, sampler=SlowFast(temperature=0.8), seed=5, cache=sfs_triton.RegionCache())
+    settings = changed(batch=batch, sampler=SlowFast(temperature=0.8), seed=5, cache=sfs_triton.RegionCache())
     done = run(source, tmp_path / "out.jsonl", settings)
     texts = [row["prompt"] for row in prompts(8)]
-    wanted = embedded.generate(texts, gen_length=16, seed=5, sampler=settings.sampler, cache="region")
+    wanted = embedded.generate(texts, gen_length=16, seed=5, sampler=settings.params.sampler, cache="region")
     rows = read(tmp_path / "out.jsonl")
     assert [row["text"] for row in rows] == [w.text for w in wanted]
     assert [row["id"] for row in rows] == list(range(1, 9)) and [row["seed"] for row in rows] == list(range(5, 13))
@@ -84,13 +93,13 @@ def test_a_row_brings_its_own_id_messages_length_and_seed(tmp_path, embedded, ru
         {"id": -4, "prompt": "15,44,79,50", "messages": None, "gen_length": 8.0},
     ]
     sampler = SlowFast(temperature=1.0)
-    run(write(tmp_path / "in.ndjson", rows), tmp_path / "out.jsonl", replace(SHORT, sampler=sampler))
+    run(write(tmp_path / "in.ndjson", rows), tmp_path / "out.jsonl", changed(sampler=sampler))
     first, second = read(tmp_path / "out.jsonl")
     wanted = embedded.generate(TEMPLATED, gen_length=24, seed=7, sampler=sampler)
     assert (first["id"], first["text"], first["gen_length"], first["seed"]) == ("ä", wanted.text, 24, 7)
     wanted = embedded.generate("15,44,79,50", gen_length=8, seed=1, sampler=sampler)
     assert (second["id"], second["text"], second["gen_length"], second["seed"]) == (-4, wanted.text, 8, 1)
-    run(tmp_path / "in.ndjson", tmp_path / "raw.jsonl", replace(SHORT, apply_chat_template=False))
+    run(tmp_path / "in.ndjson", tmp_path / "raw.jsonl", changed(apply_chat_template=False))
     raw = embedded.generate("15,44,79,50", gen_length=8, seed=1, apply_chat_template=False)
     assert read(tmp_path / "raw.jsonl")[1]["prompt_tokens"] == raw.prompt_length < second["prompt_tokens"]
 
@@ -166,7 +175,7 @@ def test_bad_rows_get_an_error_and_stop_nothing(tmp_path, embedded, run):
     mask = next(t for t in embedded.text.tokenizer.get_added_tokens_decoder().values() if "mask" in t.content).content
     bad = [(row if row != {"prompt": "<|mask|>"} else {"prompt": mask}, why) for row, why in BAD]
     mixed = [part for row, _ in bad for part in (row, b"", {"prompt": "15,44,79,50"})]
-    done = run(write(tmp_path / "in.jsonl", mixed), tmp_path / "out.jsonl", replace(SHORT, batch=8))
+    done = run(write(tmp_path / "in.jsonl", mixed), tmp_path / "out.jsonl", changed(batch=8))
     assert (done.rows, done.errors) == (2 * len(bad), len(bad))
     rows = read(tmp_path / "out.jsonl")
     wanted = embedded.generate("15,44,79,50", gen_length=16).text
@@ -284,17 +293,17 @@ def test_outputs_that_are_refused(source, tmp_path, run):
 )
 def test_settings_that_are_refused(change, words):
     with pytest.raises(ArgumentError, match=words):
-        replace(SHORT, **change)
+        changed(**change)
 
 
 def test_a_model_that_cannot_be_had_leaves_nothing_in_the_way(source, tmp_path, golden):
     out = tmp_path / "out.jsonl"
     with pytest.raises(CheckpointError):
-        run_batch(source, out, replace(SHORT, model=str(tmp_path / "none")))
+        run_batch(source, out, changed(model=str(tmp_path / "none")))
     with pytest.raises(ArgumentError, match="no tokenizer.json"):
-        run_batch(source, out, replace(SHORT, model=str(golden / "models" / "llada-mha")))
+        run_batch(source, out, changed(model=str(golden / "models" / "llada-mha")))
     with pytest.raises(ArgumentError, match="only 512 positions"):
-        run_batch(source, out, replace(SHORT, gen_length=512))
+        run_batch(source, out, changed(gen_length=512))
     assert not out.exists() and not out.with_name("out.jsonl.parts").exists()
     assert run_batch(source, out, SHORT).rows == 8
 
@@ -375,14 +384,14 @@ def test_other_settings_are_refused_another_batch_is_not(source, tmp_path, whole
         ({"model": "other"}, "was begun with model='embedded', not 'other'"),
     ]:
         with pytest.raises(ArgumentError, match=words):
-            run(source, out, replace(SHORT, **change), never)
-    assert run(source, out, replace(SHORT, batch=2)).kept == 3 and out.read_bytes() == whole
+            run(source, out, changed(**change), never)
+    assert run(source, out, changed(batch=2)).kept == 3 and out.read_bytes() == whole
 
 
 def test_overwriting(source, tmp_path, whole, run, embedded):
     out = tmp_path / "out.jsonl"
     stop_after(embedded, source, out, 1)
-    other = replace(SHORT, gen_length=8)
+    other = changed(gen_length=8)
     assert run(source, out, other, overwrite=True).kept == 0
     assert read(out)[0]["gen_length"] == 8
     before = out.read_bytes()
@@ -426,7 +435,7 @@ def test_a_killed_process_loses_nothing_that_it_finished(tmp_path, run, embedded
     assert process.returncode == -signal.SIGKILL, said
     kept = len(list(parts.glob("part-*.jsonl")))
     assert 2 <= kept < 12 and not (tmp_path / "out.jsonl").exists()
-    settings = BatchSettings(gen_length=64, batch=1, sampler=FixedSteps(), device="cpu")
+    settings = changed(gen_length=64, batch=1, sampler=FixedSteps())
     again = Stopping(embedded, settings=settings)
     assert run(source, tmp_path / "out.jsonl", settings, again).kept == kept == 12 - len(again.lines)
     assert [row["id"] for row in read(tmp_path / "out.jsonl")] == list(range(1, 13))
@@ -470,7 +479,7 @@ def test_a_full_disk(source, tmp_path, whole, run, monkeypatch, call, kept):
 @pytest.mark.parametrize(("limit", "kept"), [(300, 0), (700, 8)], ids=["a part", "the output"])
 def test_a_file_that_can_grow_no_further(source, tmp_path, whole, limit, kept, run, embedded):
     """The system's own limit of a file's size: writes fail in the middle."""
-    settings = replace(SHORT, batch=3)
+    settings = changed(batch=3)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         with pytest.raises(BatchError) as caught:

@@ -28,11 +28,13 @@ from ray import serve  # noqa: E402
 from sfs_triton import ArgumentError, FixedSteps, SlowFast  # noqa: E402
 from sfs_triton.batch.files import Row  # noqa: E402
 from sfs_triton.batch.run import BatchError, BatchSettings, answer, in_process, run_batch  # noqa: E402
+from sfs_triton.decoding.params import DecodingParams  # noqa: E402
 from sfs_triton.integrations import ray as on_ray  # noqa: E402
 from sfs_triton.serve.settings import ServeSettings  # noqa: E402
 
 PATIENCE = 100.0  # seconds that a step of a test may take on a busy machine
-SETTINGS = BatchSettings(gen_length=24, batch=2, sampler=FixedSteps(temperature=0.7), device="cpu")
+PARAMS = DecodingParams(gen_length=24, sampler=FixedSteps(temperature=0.7))
+SETTINGS = BatchSettings(params=PARAMS, batch=2, device="cpu")
 SUMS = "15,44,79,50"
 
 
@@ -121,7 +123,7 @@ def test_a_worker_is_killed_and_no_prompt_is_lost_or_doubled(cluster, source, wh
     assert told == sorted(set(told)), "a chunk came twice"
     assert out.read_bytes() == whole
     prompts = [json.loads(line)["prompt"] for line in source.read_text().splitlines()[:-1]]
-    wanted = embedded.generate(prompts, gen_length=SETTINGS.gen_length, sampler=SETTINGS.sampler)
+    wanted = embedded.generate(prompts, PARAMS)
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert [row["id"] for row in rows] == [*(f"row {i}" for i in range(14)), 15]
     assert [row["text"] for row in rows[:-1]] == [w.text for w in wanted] and "is not JSON" in rows[-1]["error"]
@@ -131,7 +133,7 @@ def test_a_worker_is_killed_and_no_prompt_is_lost_or_doubled(cluster, source, wh
 @pytest.mark.slow
 def test_parquet_and_rows_that_were_finished_before(cluster, tmp_path, embedded):
     arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    settings = BatchSettings(gen_length=16, batch=2, device="cpu")
+    settings = BatchSettings(params=DecodingParams(gen_length=16), batch=2, device="cpu")
     parquet.write_table(
         arrow.table({"id": [5, 6, 7, 8], "prompt": [SUMS, "1,2," * 500, "", SUMS]}), tmp_path / "in.parquet"
     )
@@ -192,7 +194,7 @@ def test_processes_listen_on_loopback_only(cluster):
 def test_a_driver_is_killed_and_the_run_goes_on(source, whole, tmp_path, embedded):
     """Its workers end with it, and their finished work stays."""
     out, parts = tmp_path / "out.jsonl", tmp_path / "out.jsonl.parts"
-    options = ["--workers", "2", "--batch", "2", "--gen-length", str(SETTINGS.gen_length), "--device", "cpu"]
+    options = ["--workers", "2", "--batch", "2", "--gen-length", str(PARAMS.gen_length), "--device", "cpu"]
     options += ["--sampler", "vanilla", "--temperature", "0.7"]
     command = [sys.executable, "-m", "sfs_triton.cli", "batch", str(source), str(out), *options]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}

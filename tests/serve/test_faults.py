@@ -79,14 +79,14 @@ def test_a_dead_engine_thread_keeps_nobody_waiting(embedded, monkeypatch, caplog
     assert "engine's thread has failed" in record.getMessage() and record.exc_info[0] is kind
 
 
-def test_an_answer_that_cannot_be_told_of_fails_alone(embedded, monkeypatch):
+def test_output_that_cannot_be_emitted_fails_alone(embedded, monkeypatch):
     """The fault is between the engine and a client, not in the engine."""
     see = Follower.see
 
-    def broken(follower, row):
-        if row.seed == 13 and row.steps == 2:
+    def broken(follower, sequence):
+        if sequence.params.seed == 13 and sequence.steps == 2:
             raise UnicodeError("no text")
-        see(follower, row)
+        see(follower, sequence)
 
     monkeypatch.setattr(Follower, "see", broken)
     wanted = embedded.generate(SUMS, gen_length=32, sampler=FixedSteps()).text

@@ -33,8 +33,8 @@ from sfs_triton.runner import ModelRunner  # noqa: E402
 from sfs_triton.serve import app as app_module  # noqa: E402
 from sfs_triton.serve import sse  # noqa: E402
 from sfs_triton.serve.errors import ApiError  # noqa: E402
-from sfs_triton.serve.options import SAMPLERS  # noqa: E402
 from sfs_triton.serve.jobs import Failed, SettledText, Started  # noqa: E402
+from sfs_triton.serve.options import SAMPLERS  # noqa: E402
 from sfs_triton.serve.settings import ServeSettings  # noqa: E402
 from tests.support.paths import ROOT  # noqa: E402
 from tests.support.server import (  # noqa: E402
