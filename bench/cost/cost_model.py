@@ -26,12 +26,14 @@ import triton
 from bench import ROOT
 from bench.common.pages import replace_file
 from bench.shapes.geometry import REAL
-from sfs_triton.engine import WEIGHTS
+from sfs_triton.engine import QUANTIZATIONS
 from sfs_triton.kernels.cost import Cost
+from sfs_triton.ops.dispatch import BACKENDS
 
-from .step_count import IMPLS, NAMES, PARTS, STYLES, Count, KernelTotals, Kind, Setting, count_vanilla, kinds, steps_of
+from .step_count import NAMES, PARTS, STYLES, Count, KernelTotals, Kind, Setting, count_vanilla, kinds, steps_of
 
 DOC = ROOT / "docs" / "cost-model.md"
+WAYS = [(style, backend) for style in STYLES for backend in BACKENDS]
 
 
 @dataclass(frozen=True)
@@ -114,13 +116,13 @@ def shares(setting: Setting, name: str, cycle: Cycle) -> dict[Kind, float]:
     return {first: float(blocks), later: max(steps, 2.0 * blocks) - blocks}  # a block takes two forwards or more
 
 
-def forecast(setting: Setting, impl: str, cycle: Cycle, ceilings: Ceilings) -> list[Forecast]:
+def forecast(setting: Setting, backend: str, cycle: Cycle, ceilings: Ceilings) -> list[Forecast]:
     """Predict vanilla decoding (one token per step, one sequence at a time) and all policies, the fastest first."""
     tokens = setting.response * setting.batch
     vanilla = tokens * ceilings.seconds(count_vanilla(setting))
     found = []
     for name in NAMES:
-        steps, often = steps_of(setting, impl, name), shares(setting, name, cycle)
+        steps, often = steps_of(setting, backend, name), shares(setting, name, cycle)
         seconds = sum(times * ceilings.seconds(steps.count(kind)) for kind, times in often.items() if times)
         found.append(Forecast(name, sum(often.values()), seconds, tokens / seconds, vanilla / seconds))
     found.sort(key=lambda row: row.seconds)
@@ -155,18 +157,18 @@ def forecast_table(rows: Iterable[Forecast]) -> str:
 
 
 def _step_table(ceilings: Ceilings) -> str:
-    """Every kind of step of every policy, by either implementation and in either shape."""
+    """Tabulate every kind of step of every policy, by either backend and in either shape."""
     vanilla, length = count_vanilla(Setting()), Setting().prompt + Setting().response
     cost = f"{vanilla.total.launches}, {1e3 * ceilings.seconds(vanilla):.2f}"
     rows = [("vanilla", "full", length, length, "", "", cost, "", "")]
     for name in NAMES:
         for kind in kinds(Setting(), name):
-            steps = [steps_of(Setting(style=style), impl, name).count(kind) for style in STYLES for impl in IMPLS]
+            steps = [steps_of(Setting(style=style), backend, name).count(kind) for style, backend in WAYS]
             cells = (f"{step.total.launches}, {1e3 * ceilings.seconds(step):.2f}" for step in steps)
             (shape,) = steps_of(Setting(), "torch", name).shapes(kind)
             rows.append((name, kind.name, shape.size, shape.targets, *cells, ""))
-    columns = " | ".join(f"{impl}, {style}" for style in STYLES for impl in IMPLS)
-    return table(f"| policy | step | rows | head rows | {columns} | measured |", rows)
+    columns = " | ".join(f"{backend}, {style}" for style, backend in WAYS)
+    return table(f"| policy | step | positions | head rows | {columns} | measured |", rows)
 
 
 CYCLES = (Cycle(3, 5, 8), Cycle(3, 2, 20), Cycle(4, 4, 64), Cycle(4, 6, 128), Cycle(3, 2, 20, 1), Cycle(3, 2, 20, None))
@@ -176,10 +178,10 @@ def _winner_table(ceilings: Ceilings) -> str:
     rows = []
     for cycle in CYCLES:
         setting = Setting(span_cap=max(64, math.ceil(cycle.tokens)))
-        for impl in IMPLS:
-            _, best, *_ = found = forecast(setting, impl, cycle, ceilings)
+        for backend in BACKENDS:
+            _, best, *_ = found = forecast(setting, backend, cycle, ceilings)
             speedups = {row.policy: f"{row.speedup:.1f}x" for row in found}
-            numbers = cycle.slow, cycle.fast, cycle.tokens, cycle.refresh_cycles or "never (0)", impl
+            numbers = cycle.slow, cycle.fast, cycle.tokens, cycle.refresh_cycles or "never (0)", backend
             rows.append((*numbers, *(speedups[name] for name in NAMES), best.policy, ""))
     names = " | ".join(NAMES)
     return table(f"| slow | fast | tokens | cycles a refresh | ops | {names} | wins | measured |", rows)
@@ -195,8 +197,8 @@ def _design_table(ceilings: Ceilings) -> str:
     for tokens, speedup in DESIGN_REGION.items():
         setting, cells = Setting(span_cap=max(64, tokens)), []
         budget = tokens * DESIGN_VANILLA / speedup
-        for impl in IMPLS:
-            steps = steps_of(setting, impl, "region")
+        for backend in BACKENDS:
+            steps = steps_of(setting, backend, "region")
             full, some = (ceilings.seconds(steps.count(kind)) for kind in kinds(setting, "region"))
             cells.append(f"{(budget - (full - some) / 8) / some:.1f}")
         rows.append((tokens, f"{speedup}x", f"{1e3 * budget:.1f}", *cells, ""))
@@ -208,11 +210,11 @@ CAPACITIES, BATCHES = (32, 64, 128, 256), (1, 2, 4, 16)
 
 def _batch_table(ceilings: Ceilings) -> str:
     """Milliseconds of a region step by capacity and batch."""
-    _, rows_of_list = kinds(Setting(), "region")
+    _, listed = kinds(Setting(), "region")
     rows = []
     for capacity in CAPACITIES:
         settings = (Setting(capacity=capacity, batch=batch) for batch in BATCHES)
-        times = [ceilings.seconds(steps_of(setting, "triton", "region").count(rows_of_list)) for setting in settings]
+        times = [ceilings.seconds(steps_of(setting, "triton", "region").count(listed)) for setting in settings]
         rows.append((capacity, *(f"{1e3 * seconds:.2f}" for seconds in times), ""))
     return table("| capacity | " + " | ".join(f"batch {batch}" for batch in BATCHES) + " | measured |", rows)
 
@@ -224,9 +226,9 @@ def doc_tables() -> dict[str, str]:
     """Render the tables of the document: llada-8b, a prompt of 1,100 and a response of 1,024."""
     ceilings, setting = CEILINGS["h200"], Setting()
     steps = [
-        (f"region {kind.name}, {impl}", steps_of(setting, impl, "region").count(kind))
+        (f"region {kind.name}, {backend}", steps_of(setting, backend, "region").count(kind))
         for kind in reversed(kinds(setting, "region"))
-        for impl in IMPLS
+        for backend in BACKENDS
     ]
     return {
         "ceilings": f"Ceilings, **assumed**: {ceilings.source}. Counted with torch {minor(torch.__version__)}.",
@@ -257,14 +259,16 @@ def minor(version: str) -> str:
 # -------------------------------------------------------------------------------------------------------- command line
 
 
-def record(setting: Setting, names: Iterable[str], impls: Iterable[str], cycle: Cycle, ceilings: Ceilings) -> dict:
+def record(setting: Setting, names: Iterable[str], backends: Iterable[str], cycle: Cycle, ceilings: Ceilings) -> dict:
     """All of it as JSON has it. What a GPU would have to measure is None."""
     steps, forecasts = [], {}
-    for impl in impls:
-        forecasts[impl] = [row._asdict() for row in forecast(setting, impl, cycle, ceilings)]
+    for backend in backends:
+        forecasts[backend] = [row._asdict() for row in forecast(setting, backend, cycle, ceilings)]
         for name in names:
             for kind in kinds(setting, name):
-                steps.append({"impl": impl, "policy": name, **_step_record(setting, impl, name, kind, ceilings)})
+                steps.append(
+                    {"backend": backend, "policy": name, **_step_record(setting, backend, name, kind, ceilings)}
+                )
     return {
         "prediction": "nothing here was measured",
         "setting": asdict(setting),
@@ -273,12 +277,12 @@ def record(setting: Setting, names: Iterable[str], impls: Iterable[str], cycle: 
         "versions": {"torch": torch.__version__, "triton": triton.__version__},
         "steps": steps,
         "forecasts": forecasts,
-        "winner": {impl: rows[1]["policy"] for impl, rows in forecasts.items()},
+        "winner": {backend: rows[1]["policy"] for backend, rows in forecasts.items()},
     }
 
 
-def _step_record(setting: Setting, impl: str, name: str, kind: Kind, ceilings: Ceilings) -> dict[str, Any]:
-    steps = steps_of(setting, impl, name)
+def _step_record(setting: Setting, backend: str, name: str, kind: Kind, ceilings: Ceilings) -> dict[str, Any]:
+    steps = steps_of(setting, backend, name)
     step = steps.count(kind)
     parts = {
         part: {**tally._asdict(), "milliseconds": 1e3 * ceilings.part_seconds(tally)}
@@ -286,7 +290,7 @@ def _step_record(setting: Setting, impl: str, name: str, kind: Kind, ceilings: C
     }
     return {
         "step": kind.name,
-        "shapes": [shape._asdict() for shape in steps.shapes(kind)],
+        "shapes": [{**shape._asdict(), "positions": shape.positions.value} for shape in steps.shapes(kind)],
         "parts": parts,
         "total": {**step.total._asdict(), "milliseconds": 1e3 * ceilings.seconds(step)},
         "host_copies": step.host_copies,
@@ -295,20 +299,20 @@ def _step_record(setting: Setting, impl: str, name: str, kind: Kind, ceilings: C
     }
 
 
-def show(setting: Setting, names: Iterable[str], impls: Iterable[str], cycle: Cycle, ceilings: Ceilings) -> None:
+def show(setting: Setting, names: Iterable[str], backends: Iterable[str], cycle: Cycle, ceilings: Ceilings) -> None:
     print(f"A prediction: nothing here was measured. Ceilings, ASSUMED: {ceilings.source}.\n")
     steps = [
-        (f"{name} {kind.name}, {impl}", steps_of(setting, impl, name).count(kind))
-        for impl in impls
+        (f"{name} {kind.name}, {backend}", steps_of(setting, backend, name).count(kind))
+        for backend in backends
         for name in names
         for kind in kinds(setting, name)
     ]
     print(part_table(steps, ceilings))
     often = "never" if cycle.refresh_cycles is None else f"every {cycle.refresh_cycles:g} cycles"
-    for impl in impls:
-        rows = forecast(setting, impl, cycle, ceilings)
+    for backend in backends:
+        rows = forecast(setting, backend, cycle, ceilings)
         print(
-            f"\nops by {impl}; a cycle of {cycle.slow:g} slow and {cycle.fast:g} fast steps commits {cycle.tokens:g} "
+            f"\noperations by {backend}; a cycle of {cycle.slow:g} slow and {cycle.fast:g} fast steps commits {cycle.tokens:g} "
             f"tokens, in every policy; region refreshes {often}:\n"
         )
         print(forecast_table(rows))
@@ -325,9 +329,9 @@ def _parser() -> argparse.ArgumentParser:
     default, cycle = Setting(), Cycle()
     parser.add_argument("--geometry", choices=tuple(REAL), default=default.geometry)
     parser.add_argument("--policy", choices=NAMES, action="append", help="whose steps to show; may be repeated")
-    parser.add_argument("--impl", choices=IMPLS, action="append", help="what implements the operations; default: both")
-    parser.add_argument("--weights", choices=WEIGHTS, help="as for sfs_triton.load; default: bfloat16")
-    parser.add_argument("--style", choices=STYLES, default=default.style, help="as graphs are captured, or as eager is")
+    parser.add_argument("--backend", choices=BACKENDS, action="append", help="of the operations; default: both")
+    parser.add_argument("--quantization", choices=QUANTIZATIONS, help="as for sfs_triton.load; default: bfloat16")
+    parser.add_argument("--style", choices=STYLES, default=default.style, help="of the shapes: captured or eager")
     for name in ("prompt", "response", "batch", "capacity", "block-length"):
         parser.add_argument(f"--{name}", type=int, default=getattr(default, name.replace("-", "_")))
     parser.add_argument("--span-cap", type=int, help="of region; default: 64, or a cycle's tokens if those are more")
@@ -354,10 +358,10 @@ def main(argv: list[str] | None = None) -> int:
         span = math.ceil(cycle.tokens)
         span_cap = max(64, span) if given.span_cap is None else given.span_cap
         shape = {"span_cap": span_cap, "style": given.style, "span": span}
-        setting = Setting(given.geometry, **sizes, **shape, weights=given.weights)
+        setting = Setting(given.geometry, **sizes, **shape, quantization=given.quantization)
     except ValueError as error:
         parser.error(str(error))
-    what = setting, given.policy or ("region",), given.impl or IMPLS, cycle, CEILINGS[given.ceilings]
+    what = setting, given.policy or ("region",), given.backend or BACKENDS, cycle, CEILINGS[given.ceilings]
     if given.json:
         text = json.dumps(record(*what), indent=1) + "\n"
         try:

@@ -1,7 +1,7 @@
 """Count the GPU work of a step without a GPU: its kernels, and the bytes and operations of each.
 
-The engine's own :class:`~sfs_triton.runner.step.Step` runs on meta tensors, which hold no data. So the count
-cannot drift from the code, and a value that the host reads is an error here.
+The engine's own planner and :class:`~sfs_triton.runner.ModelRunner` run on meta tensors, which hold no data. So the
+count cannot drift from the code, and a value that the host reads is an error here.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import cache, cached_property
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -21,13 +22,14 @@ from torch.utils.flop_counter import flop_registry
 
 from bench.baselines import PlainModel, vanilla
 from bench.shapes.geometry import REAL
-from sfs_triton.decoding.caching import CachePolicy, Shape
-from sfs_triton.decoding.params import parse_cache
+from sfs_triton.decoding.caching import BatchBounds, CachePolicy
+from sfs_triton.decoding.params import BatchKey, parse_cache
 from sfs_triton.decoding.samplers import Sampler, SlowFast, Threshold
-from sfs_triton.engine import WEIGHTS
+from sfs_triton.decoding.step_plan import Forward, StepPlan
+from sfs_triton.engine import QUANTIZATIONS
 from sfs_triton.kernels.attention import attention_cost
 from sfs_triton.kernels.confidence import confidence_cost
-from sfs_triton.kernels.control import CONTROL, FAST, SLOW
+from sfs_triton.kernels.control import CONTROL, FAST, SLOW, Progress
 from sfs_triton.kernels.cost import Cost
 from sfs_triton.kernels.cycle import decide_cycle_cost
 from sfs_triton.kernels.gather import compact_cost, embedding_cost
@@ -47,14 +49,13 @@ from sfs_triton.kernels.select import decide_block_cost
 from sfs_triton.models import Transformer
 from sfs_triton.models.spec import ModelSpec
 from sfs_triton.models.weights import LayerWeights, Weights
-from sfs_triton.ops import triton_backend as triton_impl
+from sfs_triton.ops import triton_backend
 from sfs_triton.ops.dispatch import Matrix, Quantised
-from sfs_triton.runner.cuda_graph import ReplayLoop
-from sfs_triton.runner.state import DecodeState
-from sfs_triton.runner.step import Step
+from sfs_triton.runner import CudaGraphs, ModelRunner
+from sfs_triton.scheduling.planner import StepPlanner
 
 META, DTYPE = torch.device("meta"), torch.bfloat16
-IMPLS, STYLES, NAMES = ("torch", "triton"), ("fixed", "tight"), ("none", "region", "prefix", "dual", "refresh")
+STYLES, NAMES = ("padded", "exact"), ("none", "region", "prefix", "dual", "refresh")
 PARTS = {
     "products": "projections and MLP",
     "attention": "attention",
@@ -278,8 +279,8 @@ def launch_cost(launch: Launch) -> Cost:
 
 @dataclass(frozen=True)
 class Setting:
-    """Decoding setup and step shapes: ``fixed``, as graphs are captured, or ``tight``, as the eager loop
-    has them where the host knows how rows stand; then half of the response is decided, and a fast span has ``span``."""
+    """Decoding setup and step shapes: ``padded``, as graphs are captured, or ``exact``, as eager execution plans them
+    from the progress of the sequences: half of the response is decided, and a fast span has ``span`` positions."""
 
     geometry: str = "llada-8b"
     prompt: int = 1100
@@ -288,13 +289,13 @@ class Setting:
     capacity: int = 128
     span_cap: int = 64
     block_length: int = 32
-    style: str = "fixed"
+    style: str = "padded"
     span: int = 20
-    weights: str | None = None  # "fp8": as load() takes it; the products' weights are then of that size
+    quantization: str | None = None  # "fp8": as load() takes it; the products' weights are then of that size
 
     def __post_init__(self) -> None:
-        if self.weights not in (None, *WEIGHTS):
-            raise ValueError(f"weights={self.weights!r} is not one of {WEIGHTS}, or None")
+        if self.quantization not in (None, *QUANTIZATIONS):
+            raise ValueError(f"quantization={self.quantization!r} is not one of {QUANTIZATIONS}, or None")
         for name in ("prompt", "response", "batch", "capacity", "span_cap", "block_length", "span"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} is not positive")
@@ -309,13 +310,38 @@ class Setting:
     def sampler(self, policy: CachePolicy) -> Sampler:
         return Threshold(block_length=self.block_length) if policy.by_block else SlowFast()
 
+    def key(self, name: str) -> BatchKey:
+        """Return the batch key of a policy with its sampler."""
+        policy = self.policy(name)
+        return BatchKey(self.sampler(policy).batch_key(), policy)
+
+    def bounds(self, length: int) -> BatchBounds:
+        """Return the bounds of a batch of these sequences, in canvases of ``length`` positions."""
+        return BatchBounds(length, self.prompt, self.prompt, self.response, self.response)
+
+    def progress(self, kind: Kind, by_stage: bool) -> Progress:
+        """Return a sequence's progress before a step of this kind: half of the response is decided, from the left."""
+        start, end, block = self.prompt, self.prompt + self.response, self.block_length
+        half = start + self.response // 2 // block * block
+        values = {
+            **{"start": start, "end": end, "limit": end, "cap": 2**31 - 1, "estimate": -1},
+            "block": 0 if by_stage else (half - start) // block,
+            "block_start": start if by_stage else half,
+            "block_end": end if by_stage else min(half + block, end),
+            "span_start": half,
+            "span_end": min(half + self.span, end) if kind.fast else -1,
+            "stage": FAST if kind.fast else SLOW,
+            **{"stage_step": kind.stage_step, "step": kind.step, "masks_left": end - half},
+        }
+        return Progress(*(values.get(column, 0) for column in CONTROL))
+
 
 class Kind(NamedTuple):
-    """A kind of step that a policy has, by where a generation has the first of them."""
+    """Kind of step that a policy has, with the place of its first one in a generation."""
 
     name: str
     step: int
-    k: int
+    stage_step: int
     fast: bool
 
 
@@ -325,22 +351,22 @@ def kinds(setting: Setting, name: str) -> dict[Kind, int]:
     if name == "none":
         return {Kind("full", 0, 0, False): 1, Kind("later fast", 1, 1, True): 1}
     if name == "region":
-        return {Kind("full", 0, 0, False): 1, Kind("rows", 1, 1, False): 1}
+        return {Kind("full", 0, 0, False): 1, Kind("list", 1, 1, False): 1}
     if policy.by_block:
         return {Kind("opening", 0, 0, False): 1, Kind("block", 1, 1, False): 1}
     due = [(step % policy.prompt_interval == 0, step % policy.response_interval == 0) for step in range(policy.period)]
-    named = {(True, True): "all", (True, False): "prompt", (False, True): "response", (False, False): "moved rows"}
+    named = {(True, True): "all", (True, False): "prompt", (False, True): "response", (False, False): "moved"}
     return {Kind(named[pair], due.index(pair), 1, False): count for pair, count in Counter(due).items()}
 
 
-def meta_model(spec: ModelSpec, impl: str, meter: Meter, weights: str | None = None) -> Transformer:
+def meta_model(spec: ModelSpec, backend: str, meter: Meter, quantization: str | None = None) -> Transformer:
     """A model without data whose work is counted. As on every GPU, ``publish`` is a kernel."""
 
     def empty(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=DTYPE, device=META)
 
     def matrix(*shape: int) -> Matrix:
-        if weights is None:
+        if quantization is None:
             return empty(*shape)
         codes = torch.empty(shape, dtype=torch.float8_e4m3fn, device=META)
         return Quantised(codes, torch.empty(shape[0], device=META))
@@ -351,11 +377,11 @@ def meta_model(spec: ModelSpec, impl: str, meter: Meter, weights: str | None = N
         empty(d), matrix(qkv, d), bias, matrix(d, d), empty(d), matrix(2 * spec.mlp, d), matrix(d, spec.mlp)
     )
     embedding = empty(spec.vocab_size, d)
-    head = embedding if spec.tied_head and weights is None else matrix(spec.vocab_size, d)
+    head = embedding if spec.tied_head and quantization is None else matrix(spec.vocab_size, d)
     model = Transformer(spec, Weights(embedding, (layer,) * spec.n_layers, empty(d), head), "torch")
     ops = {op.name: getattr(model.ops, op.name) for op in fields(model.ops)}
-    names = ops if impl == "triton" else ("publish",)
-    ops |= {name: getattr(triton_impl, name) for name in names}
+    names = ops if backend == "triton" else ("publish",)
+    ops |= {name: getattr(triton_backend, name) for name in names}
     wrapped = {name: meter.wrap(op, _PART_OF.get(name, "machine")) for name, op in ops.items()}
     model.ops = replace(model.ops, **wrapped)
     model.forward = meter.wrap(model.forward, "forward")
@@ -363,66 +389,48 @@ def meta_model(spec: ModelSpec, impl: str, meter: Meter, weights: str | None = N
 
 
 class Steps:
-    """The steps of one policy by one implementation, as :func:`steps_of` has them."""
+    """Steps of one policy by one backend, as :func:`steps_of` has them."""
 
-    def __init__(self, setting: Setting, impl: str, name: str):
+    def __init__(self, setting: Setting, backend: str, name: str):
         self._setting, self._meter, self._done = setting, Meter(), {}
-        spec, policy = REAL[setting.geometry], setting.policy(name)
-        sampler, longest = setting.sampler(policy), setting.prompt + setting.response
-        fixed = setting.style == "fixed"
-        state = DecodeState.blank(
-            batch=setting.batch,
-            length=ReplayLoop().canvas_length(longest, spec.max_length) if fixed else longest,
-            window=getattr(sampler, "window", 1),
-            mask_id=spec.mask_id,
-            eos_id=spec.eos_id,
-            device=META,
-            trace=False,
-        )
-        self._step = Step(meta_model(spec, impl, self._meter, setting.weights), sampler, policy, state)
-        mailbox = self._step.mailbox  # its rings are in memory of the host, where a meta tensor cannot be copied to
-        mailbox._rings, mailbox._bell = [ring.to(META) for ring in mailbox._rings], mailbox._bell.to(META)
-        self._step.expect([setting.prompt] * setting.batch, [setting.response] * setting.batch)
+        spec, key = REAL[setting.geometry], setting.key(name)
+        longest = setting.prompt + setting.response
+        padded = setting.style == "padded"
+        length = CudaGraphs().canvas_length(longest, spec.max_length) if padded else longest
+        model = meta_model(spec, backend, self._meter, setting.quantization)
+        self._runner = ModelRunner(model, key, setting.batch, length, setting.response)
+        ring = self._runner.ring  # of memory of the host, where a meta tensor cannot be copied to
+        ring._rings, ring._count = [each.to(META) for each in ring._rings], ring._count.to(META)
+        self._planner_of = (key.sampler, key.cache, setting.batch, setting.bounds(length), not padded)
 
-    def shapes(self, kind: Kind) -> tuple[Shape, ...]:
-        """Return the shapes that the loops would use for a step of this kind, in the middle of a generation."""
-        step, rows = self._step, self._step.views([self._control(kind)] * self._setting.batch)
-        if self._setting.style == "fixed":
-            return (step.fixed(rows, kind.step),)
-        return tuple(step.policy.tight(rows, step.canvas))
+    def plan(self, kind: Kind) -> StepPlan:
+        """Return the plan of a step of this kind, in the middle of a generation."""
+        planner = StepPlanner(*self._planner_of)
+        for slot in range(self._setting.batch):
+            planner.join(slot, self._setting.progress(kind, planner.sampler.by_stage))
+        return planner.next()
+
+    def shapes(self, kind: Kind) -> tuple[Forward, ...]:
+        """Return the shapes of the forwards of a step of this kind."""
+        return self.plan(kind).forwards
 
     def count(self, kind: Kind) -> Count:
-        shapes, slow = self.shapes(kind), self._setting.style == "fixed" or not kind.fast
-        if (shapes, slow) not in self._done:
-            with self._meter:
-                self._step.run(shapes, slow=slow)
-            self._done[shapes, slow] = self._meter.take()
-        return self._done[shapes, slow]
-
-    def _control(self, kind: Kind) -> list[int]:
-        """Return a sequence's published control values: half of the response is decided, from the left."""
-        setting = self._setting
-        start, length = setting.prompt, setting.prompt + setting.response
-        half = start + setting.response // 2 // setting.block_length * setting.block_length
-        blocks = not self._step.by_stage
-        values = {
-            **{"start": start, "end": length, "limit": length},
-            "block_start": half if blocks else start,
-            "block_end": min(half + setting.block_length, length) if blocks else length,
-            "span_start": half,
-            "span_end": min(half + setting.span, length) if kind.fast else -1,
-            "stage": FAST if kind.fast else SLOW,
-            **{"stage_step": kind.k, "step": kind.step, "masks_left": length - half},
-        }
-        return [values.get(column, 0) for column in CONTROL]
+        """Count the launches of a step of this kind."""
+        plan = self.plan(kind)
+        if (plan.forwards, plan.slow) not in self._done:
+            # the meta device has no autocast, and torch raises when it is asked about it
+            with self._meter, mock.patch.object(torch, "is_autocast_enabled", lambda device: False):
+                self._runner.launch(plan)
+            self._done[plan.forwards, plan.slow] = self._meter.take()
+        return self._done[plan.forwards, plan.slow]
 
 
 _steps = cache(Steps)
 
 
-def steps_of(setting: Setting, impl: str, name: str) -> Steps:
-    """The steps of a policy. What only ``region`` asks for makes no others of the rest."""
-    return _steps(setting if name == "region" else replace(setting, capacity=1, span_cap=1), impl, name)
+def steps_of(setting: Setting, backend: str, name: str) -> Steps:
+    """Return the steps of a policy; those of other policies than ``region`` are shared whatever its options are."""
+    return _steps(setting if name == "region" else replace(setting, capacity=1, span_cap=1), backend, name)
 
 
 @cache

@@ -11,7 +11,6 @@ pytest.importorskip("triton")
 from bench.cost import cost_model, step_count  # noqa: E402
 from bench.cost.cost_model import CEILINGS, Cycle, forecast, shares  # noqa: E402
 from bench.cost.step_count import (  # noqa: E402
-    IMPLS,
     META,
     NAMES,
     Meter,
@@ -21,9 +20,11 @@ from bench.cost.step_count import (  # noqa: E402
     steps_of,
 )
 from bench.shapes.geometry import REAL  # noqa: E402
+from sfs_triton.decoding.step_plan import Positions  # noqa: E402
+from sfs_triton.ops.dispatch import BACKENDS  # noqa: E402
 
 SETTING, H200 = Setting(), CEILINGS["h200"]
-STEPS = [(impl, name, kind) for impl in IMPLS for name in NAMES for kind in kinds(SETTING, name)]
+STEPS = [(backend, name, kind) for backend in BACKENDS for name in NAMES for kind in kinds(SETTING, name)]
 
 
 def _id(value) -> str:
@@ -59,10 +60,10 @@ def test_a_document_without_a_place_for_a_table():
         cost_model.rendered("text", {"steps": "| a |"})
 
 
-@pytest.mark.parametrize(("impl", "name", "kind"), STEPS, ids=_id)
-def test_a_fixed_step_takes_nothing_from_the_host(impl, name, kind):
-    """A fixed step reads nothing on the host either: meta tensors have no values."""
-    step = steps_of(SETTING, impl, name).count(kind)
+@pytest.mark.parametrize(("backend", "name", "kind"), STEPS, ids=_id)
+def test_a_padded_step_takes_nothing_from_the_host(backend, name, kind):
+    """A padded step reads nothing on the host either: meta tensors have no values."""
+    step = steps_of(SETTING, backend, name).count(kind)
     assert step.host_copies == 0
     assert sum(part.launches for part in step.parts.values()) == step.total.launches
     assert sum(part.bytes for part in step.parts.values()) == step.total.bytes
@@ -71,23 +72,23 @@ def test_a_fixed_step_takes_nothing_from_the_host(impl, name, kind):
 
 def test_products_of_a_region_step_by_hand():
     """All positions in 31 layers; in the last, queries and everything after attention only for the head's positions."""
-    spec, rows, looked_at = REAL["llada-8b"], 128, 64
+    spec, positions, targets = REAL["llada-8b"], 128, 64
     d, after = spec.d_model, spec.d_model**2 + 3 * spec.d_model * spec.mlp
     each = 3 * d * d + after
-    flops = 2 * (31 * rows * each + rows * 2 * d * d + looked_at * (d * d + after))
+    flops = 2 * (31 * positions * each + positions * 2 * d * d + targets * (d * d + after))
     assert 32 * each + spec.vocab_size * d == pytest.approx(6.98e9 + 0.52e9, rel=2e-3)  # as the design counts them
     _, kind = kinds(SETTING, "region")
-    for impl in IMPLS:
-        parts = steps_of(SETTING, impl, "region").count(kind).parts
+    for backend in BACKENDS:
+        parts = steps_of(SETTING, backend, "region").count(kind).parts
         assert parts["products"].flops == flops
         assert 2 * 32 * each < parts["products"].bytes < 1.05 * 2 * 32 * each
-        assert parts["head"].flops == pytest.approx(2 * looked_at * spec.vocab_size * d, rel=1e-3)
-        assert parts["attention"].flops == 4 * (31 * rows + looked_at) * 2176 * d
+        assert parts["head"].flops == pytest.approx(2 * targets * spec.vocab_size * d, rel=1e-3)
+        assert parts["attention"].flops == 4 * (31 * positions + targets) * 2176 * d
 
 
-@pytest.mark.parametrize(("impl", "name", "kind"), [step for step in STEPS if step[0] == "triton"], ids=_id)
-def test_launches_have_the_costs_of_their_own_files(impl, name, kind):
-    step = steps_of(SETTING, impl, name).count(kind)
+@pytest.mark.parametrize(("backend", "name", "kind"), [step for step in STEPS if step[0] == "triton"], ids=_id)
+def test_launches_have_the_costs_of_their_own_files(backend, name, kind):
+    step = steps_of(SETTING, backend, name).count(kind)
     launched = {kernel.name for kernel in step.kernels if "." in kernel.name}
     assert launched <= step_count.COSTS.keys()
     wanted = {"attention.attention", "lm_head.lm_head", "norm.rms_norm", "publish.publish"}
@@ -171,25 +172,25 @@ def test_what_a_gpu_would_refuse_is_refused():
 
 @pytest.mark.parametrize("geometry", ["illada-8b", "dream-7b"])
 def test_other_geometries_and_batches(geometry):
-    setting = Setting(geometry, prompt=200, response=64, batch=2, style="tight")
+    setting = Setting(geometry, prompt=200, response=64, batch=2, style="exact")
     for name in ("region", "dual"):
         for kind in kinds(setting, name):
-            steps = [steps_of(setting, impl, name).count(kind) for impl in IMPLS]
+            steps = [steps_of(setting, backend, name).count(kind) for backend in BACKENDS]
             assert steps[0].parts["products"] == steps[1].parts["products"]
             assert steps[1].total.launches < steps[0].total.launches
 
 
 def test_shapes_follow_the_policy():
-    tight = Setting(style="tight")
-    each = [(name, kind) for name in NAMES for kind in kinds(tight, name)]
-    sizes = {(name, kind.name): steps_of(tight, "triton", name).shapes(kind)[0] for name, kind in each}
+    exact = Setting(style="exact")
+    each = [(name, kind) for name in NAMES for kind in kinds(exact, name)]
+    sizes = {(name, kind.name): steps_of(exact, "triton", name).shapes(kind)[0] for name, kind in each}
     middle = 1100 + 512
     assert sizes["none", "full"][1:5] == (0, 2124, 2124, 512)
     assert sizes["none", "later fast"][1:5] == (0, middle + 20, middle + 20, 20)
-    assert sizes["region", "rows"][:5] == ("plan", 0, 128, 2124, 64)
+    assert sizes["region", "list"][:5] == (Positions.LIST, 0, 128, 2124, 64)
     assert sizes["prefix", "block"][1:5] == (middle, 512, 2124, 32)
     assert sizes["dual", "block"][1:5] == (middle, 32, 2124, 32)
-    due = [sizes["refresh", kind.name].features[:2] for kind in kinds(tight, "refresh")]
+    due = [sizes["refresh", kind.name].features[:2] for kind in kinds(exact, "refresh")]
     assert due == [(True, True), (False, False), (False, True)]
 
 
@@ -229,7 +230,7 @@ def test_forecasts_order_as_they_must():
 
 def test_command_line(tmp_path, capsys):
     out = tmp_path / "model.json"
-    arguments = ["--policy", "dual", "--impl", "triton", "--prompt", "100", "--response", "64", "--tokens", "70"]
+    arguments = ["--policy", "dual", "--backend", "triton", "--prompt", "100", "--response", "64", "--tokens", "70"]
     assert cost_model.main([*arguments, "--json", str(out)]) == 0
     shown = capsys.readouterr().out
     assert "nothing here was measured" in shown and "ASSUMED" in shown and "winner: " in shown
@@ -260,6 +261,6 @@ def test_bad_arguments_are_named(arguments, named, capsys):
 
 def test_a_record_that_cannot_be_written_is_refused_before_the_tables(tmp_path, capsys):
     with pytest.raises(SystemExit):
-        cost_model.main(["--policy", "none", "--impl", "torch", "--json", str(tmp_path / "nowhere" / "model.json")])
+        cost_model.main(["--policy", "none", "--backend", "torch", "--json", str(tmp_path / "nowhere" / "model.json")])
     told = capsys.readouterr()
     assert "nowhere" in told.err and "No such file" in told.err and not told.out
