@@ -62,7 +62,7 @@ JOBS = (
         "what a step should cost at 8B",
         ("-m", "bench.cost.cost_model", "--json", "{out}/cost-model.json"),
     ),
-    Job("speed", "the eager loop beside plain PyTorch", (*PYTEST, "bench/test_speed.py")),
+    Job("speed", "eager execution beside plain PyTorch", (*PYTEST, "bench/test_speed.py")),
     Job("kernels", "every kernel against its twin, at toy sizes", (*PYTEST, "bench/kernels")),
     Job("suite", "the steps of the GPU suite, as toys, which leave no record", ("-m", "bench.gpu", "--toy")),
 )

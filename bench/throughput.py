@@ -41,11 +41,11 @@ from bench.quality.work import Work, read_work  # noqa: E402
 from bench.shapes.geometry import GEOMETRIES  # noqa: E402
 from bench.shapes.inflate import dense, inflate  # noqa: E402
 from sfs_triton import distributed as parallel  # noqa: E402
-from sfs_triton.runner.choose import LOOPS  # noqa: E402
+from sfs_triton.ops.dispatch import BACKENDS  # noqa: E402
+from sfs_triton.runner import CudaGraphs, Eager  # noqa: E402
 
 RESULTS = ROOT / "bench" / "results"
 SAMPLED_STEPS = 32
-IMPLS = ("torch", "triton")
 
 
 def select(arguments: argparse.Namespace) -> list[rows.Row]:
@@ -58,11 +58,11 @@ def select(arguments: argparse.Namespace) -> list[rows.Row]:
     if arguments.tensor_parallel > 1:  # nobody else shares a model
         found = [row for row in found if row.who == rows.OURS]
     wanted = {flag: getattr(arguments, flag) for flag in rows.FLAGS}
-    return rows.spread_out(rows.chosen(found, wanted), arguments.impl or [None], arguments.loop or [None])
+    return rows.spread_out(rows.chosen(found, wanted), arguments.backend or [None], arguments.executions or [None])
 
 
 def load(arguments: argparse.Namespace) -> sfs_triton.Engine:
-    """The checkpoint, or the embedded model in other sizes. Rows choose implementation and loop for themselves."""
+    """The checkpoint, or the embedded model in other sizes. Rows choose backend and execution for themselves."""
     if not arguments.geometry:
         shared = {"tensor_parallel": arguments.tensor_parallel}
         return sfs_triton.load(arguments.model, arguments.device, arguments.dtype, **shared)
@@ -125,7 +125,7 @@ def show(record: dict, console: Console) -> None:
 
 
 def _cells(row: dict) -> list[str]:
-    ways = " ".join(filter(None, (row["impl"], row["loop"])))
+    ways = " ".join(filter(None, (row["backend"], row["execution"])))
     mark = "~" if row["extrapolated"] else ""
     accuracy, memory = row["accuracy"], row["peak_memory_bytes"]
     return [
@@ -189,8 +189,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--weights", choices=("inflated", "dense"), default="inflated", help="dense: random ones")
     parser.add_argument("--device", help="default: a GPU if there is one")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
-    parser.add_argument("--impl", type=_names, help=f"of {IMPLS}, comma-separated; default: see sfs_triton.load")
-    parser.add_argument("--loop", type=_names, help=f"of {LOOPS}, comma-separated; default: see sfs_triton.load")
+    parser.add_argument("--backend", type=_names, help=f"of {BACKENDS}, comma-separated; default: see sfs_triton.load")
+    graphs = {"dest": "executions", "action": "append_const"}
+    parser.add_argument("--cuda-graphs", **graphs, const=CudaGraphs.name, help="replay captured steps")
+    parser.add_argument("--no-cuda-graphs", **graphs, const=Eager.name, help="launch each step; both: each row twice")
     parser.add_argument("--batch", type=_counts, default=[1], help="prompts decoded at a time, comma-separated")
     parser.add_argument("--by", type=_names, help=f"of {rows.WHO}, comma-separated; default all")
     parser.add_argument("--samplers", type=_names, help="comma-separated; default all")
@@ -257,7 +259,7 @@ def run(arguments: argparse.Namespace, console: Console) -> dict:
         "model": name,
         "dtype": str(engine.model.dtype),
         "tensor_parallel": engine.model.group.size,
-        "loop": engine.loop,  # of rows that name none
+        "execution": engine.execution,  # of rows that name none
         "prompts": work.name,
         "prompt_tokens": [len(question.prompt) for question in work.questions],
         "problems": len(work.questions),

@@ -51,7 +51,7 @@ def draw_throughput(record: dict, path: Path) -> Path:
 
 def _label(row: dict) -> str:
     parts = [row["sampler"] if row["cache"] == "none" else f"{row['sampler']}, {row['cache']}"]
-    parts += [part for part in (row["impl"], row["loop"]) if part]
+    parts += [part for part in (row["backend"], row["execution"]) if part]
     parts += [f"batch {row['batch']}"] if row["batch"] > 1 else []
     return f"{', '.join(parts)}  [{row['by']}]"
 

@@ -14,19 +14,19 @@ FLAGS = {"by": "who", "samplers": "sampler", "cache": "cache"}  # of the command
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table. ``impl`` and ``loop`` are those of sfs_triton; None: what it would choose."""
+    """One line of the table. ``backend`` and ``execution`` are those of sfs_triton; None: its default."""
 
     who: str
     sampler: str
     label: str
     settings: Sampler | None
     cache: str = "none"
-    impl: str | None = None
-    loop: str | None = None
+    backend: str | None = None
+    execution: str | None = None
 
     @property
     def name(self) -> str:
-        parts = (self.who, self.sampler, self.cache, self.impl, self.loop)
+        parts = (self.who, self.sampler, self.cache, self.backend, self.execution)
         return ", ".join(part for part in parts if part)
 
     @property
@@ -79,10 +79,11 @@ def chosen(rows: Iterable[Row], wanted: dict[str, Sequence[str] | None]) -> list
     return left
 
 
-def spread_out(rows: Iterable[Row], impls: Sequence[str | None], loops: Sequence[str | None]) -> list[Row]:
-    """Every row of sfs_triton once for each implementation and loop; others as they are."""
+def spread_out(rows: Iterable[Row], backends: Sequence[str | None], executions: Sequence[str | None]) -> list[Row]:
+    """Return every row of sfs_triton once for each backend and execution; others as they are."""
     found = []
     for row in rows:
-        ways = [(impl, loop) for loop in loops for impl in impls] if row.who == OURS else [(None, None)]
-        found += [replace(row, impl=impl, loop=loop) for impl, loop in ways]
+        ours = [(backend, execution) for execution in executions for backend in backends]
+        ways = ours if row.who == OURS else [(None, None)]
+        found += [replace(row, backend=backend, execution=execution) for backend, execution in ways]
     return found

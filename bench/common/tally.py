@@ -62,7 +62,8 @@ class Tally:
         row = self.row
         return {
             **{"by": row.who, "sampler": row.sampler, "preset": getattr(row.settings, "name", None)},
-            **{"label": row.label, "cache": row.cache, "impl": row.impl, "loop": row.loop, "batch": self.batch},
+            **{"label": row.label, "cache": row.cache, "backend": row.backend, "execution": row.execution},
+            "batch": self.batch,
             **{"nfe": nfe / n, "tpf": tokens / nfe, "tokens_per_second": self.rate},
             **{f"tokens_per_second_p{share}": percentile(rates, share / 100) for share in (20, 80)},
             "speedup": self.rate / vanilla_rate if vanilla_rate else None,

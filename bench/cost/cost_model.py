@@ -312,8 +312,8 @@ def show(setting: Setting, names: Iterable[str], backends: Iterable[str], cycle:
     for backend in backends:
         rows = forecast(setting, backend, cycle, ceilings)
         print(
-            f"\noperations by {backend}; a cycle of {cycle.slow:g} slow and {cycle.fast:g} fast steps commits {cycle.tokens:g} "
-            f"tokens, in every policy; region refreshes {often}:\n"
+            f"\noperations by {backend}; a cycle of {cycle.slow:g} slow and {cycle.fast:g} fast steps commits "
+            f"{cycle.tokens:g} tokens, in every policy; region refreshes {often}:\n"
         )
         print(forecast_table(rows))
         print(

@@ -315,14 +315,23 @@ class Setting:
         policy = self.policy(name)
         return BatchKey(self.sampler(policy).batch_key(), policy)
 
-    def bounds(self, length: int) -> BatchBounds:
-        """Return the bounds of a batch of these sequences, in canvases of ``length`` positions."""
-        return BatchBounds(length, self.prompt, self.prompt, self.response, self.response)
+    @property
+    def middle(self) -> int:
+        """Return the position up to which the response is decided, in the middle of a generation."""
+        return self.prompt + self.response // 2 // self.block_length * self.block_length
+
+    def plan(self, key: BatchKey, length: int, kind: Kind) -> StepPlan:
+        """Return the plan of a step of this kind, amid a generation, in canvases of ``length`` positions."""
+        bounds = BatchBounds(length, self.prompt, self.prompt, self.response, self.response)
+        planner = StepPlanner(key.sampler, key.cache, self.batch, bounds, exact=self.style == "exact")
+        for slot in range(self.batch):
+            planner.join(slot, self.progress(kind, key.sampler.by_stage))
+        return planner.next()
 
     def progress(self, kind: Kind, by_stage: bool) -> Progress:
         """Return a sequence's progress before a step of this kind: half of the response is decided, from the left."""
         start, end, block = self.prompt, self.prompt + self.response, self.block_length
-        half = start + self.response // 2 // block * block
+        half = self.middle
         values = {
             **{"start": start, "end": end, "limit": end, "cap": 2**31 - 1, "estimate": -1},
             "block": 0 if by_stage else (half - start) // block,
@@ -392,23 +401,18 @@ class Steps:
     """Steps of one policy by one backend, as :func:`steps_of` has them."""
 
     def __init__(self, setting: Setting, backend: str, name: str):
-        self._setting, self._meter, self._done = setting, Meter(), {}
-        spec, key = REAL[setting.geometry], setting.key(name)
-        longest = setting.prompt + setting.response
-        padded = setting.style == "padded"
-        length = CudaGraphs().canvas_length(longest, spec.max_length) if padded else longest
+        self._setting, self._key, self._meter, self._done = setting, setting.key(name), Meter(), {}
+        spec, length = REAL[setting.geometry], setting.prompt + setting.response
+        if setting.style == "padded":
+            length = CudaGraphs().canvas_length(length, spec.max_length)
         model = meta_model(spec, backend, self._meter, setting.quantization)
-        self._runner = ModelRunner(model, key, setting.batch, length, setting.response)
+        self._runner = ModelRunner(model, self._key, setting.batch, length, setting.response)
         ring = self._runner.ring  # of memory of the host, where a meta tensor cannot be copied to
         ring._rings, ring._count = [each.to(META) for each in ring._rings], ring._count.to(META)
-        self._planner_of = (key.sampler, key.cache, setting.batch, setting.bounds(length), not padded)
 
     def plan(self, kind: Kind) -> StepPlan:
-        """Return the plan of a step of this kind, in the middle of a generation."""
-        planner = StepPlanner(*self._planner_of)
-        for slot in range(self._setting.batch):
-            planner.join(slot, self._setting.progress(kind, planner.sampler.by_stage))
-        return planner.next()
+        """Return the plan of a step of this kind."""
+        return self._setting.plan(self._key, self._runner.length, kind)
 
     def shapes(self, kind: Kind) -> tuple[Forward, ...]:
         """Return the shapes of the forwards of a step of this kind."""

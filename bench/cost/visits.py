@@ -15,6 +15,7 @@ from bench.common.rows import AUTOREGRESSIVE, OURS, PLAIN, Row
 from bench.common.tally import Done, Visit
 from sfs_triton import Engine
 from sfs_triton.models import ModelSpec, Transformer
+from sfs_triton.runner import CudaGraphs
 
 BASELINE_OF = {
     ("vanilla", "none"): "vanilla",
@@ -35,7 +36,7 @@ class Bench:
         engine: has the weights, which all rows share.
         gen_length: response positions.
         sampled_steps: plain vanilla decoding takes only so many steps, spread through a generation; 0: all of them.
-        build: an engine by its implementation and loop, where the default will not do.
+        build: makes an engine from its backend and execution; default: one with the weights of ``engine``.
     """
 
     def __init__(self, engine: Engine, gen_length: int, *, sampled_steps: int = 0, build: Build | None = None):
@@ -75,24 +76,26 @@ class Bench:
         steps = max(one.nfe for one in done) if row.who == OURS else sum(one.nfe for one in done)
         return Visit(done, seconds, seconds / steps, _peak_memory(device))
 
-    def _engine(self, impl: str | None, loop: str | None) -> Engine:
+    def _engine(self, backend: str | None, execution: str | None) -> Engine:
         model = self.engine.model
-        return Engine(Transformer(model.spec, model.weights, impl, model.group), self.engine.text, loop)
+        graphs = None if execution is None else execution == CudaGraphs.name
+        return Engine(Transformer(model.spec, model.weights, backend, model.group), self.engine.text, graphs)
 
     def _ours(self, row: Row) -> Decode:
         """Build a separate engine, whose tensors and graphs no other row evicts."""
-        engine = self._build(row.impl, row.loop)
+        engine = self._build(row.backend, row.execution)
         options = {"gen_length": self.gen_length, "sampler": row.settings, "cache": row.cache}
-        loop = engine.loop
+        execution = engine.execution
 
         def decode(prompts: Sequence[list[int]]) -> list[Done]:
             found = engine.generate(list(prompts), **options)
-            if engine.loop != loop:
+            if engine.execution != execution:
                 raise RuntimeError(
-                    f"{row.name}: loop {loop} failed and loop {engine.loop} went on, so this is no figure"
+                    f"{row.name}: execution by {execution} failed and {engine.execution} went on, so this is no figure"
                 )
             return [
-                Done(len(g.tokens), g.nfe, g.full_forwards, g.positions_forwarded, g.text, tuple(g.response)) for g in found
+                Done(len(g.tokens), g.nfe, g.full_forwards, g.positions_forwarded, g.text, tuple(g.response))
+                for g in found
             ]
 
         return decode

@@ -47,11 +47,11 @@ def _draw_steps(lines: Sequence[Line], gpu: str, path: Path) -> Path:
     for place, line in enumerate(lines):
         ms, predicted = line["ms"], line["predicted_ms"]
         around = [[ms - line.get("ms_p20", ms)], [line.get("ms_p80", ms) - ms]]
-        colour = COLOURS["slowfast"] if line["impl"] == "triton" else COLOURS["threshold"]
+        colour = COLOURS["slowfast"] if line["backend"] == "triton" else COLOURS["threshold"]
         axis.barh(place, ms, color=colour, xerr=around, error_kw={"elinewidth": 1})
         axis.plot([predicted] * 2, [place - 0.4, place + 0.4], color="black", linewidth=2)
         axis.text(max(ms, predicted), place, f"  {ms:.2f} ({ms / predicted:.2f} x predicted)", va="center", fontsize=8)
-    axis.set_yticks(range(len(lines)), [f"{x['policy']}, {x['kind']}, {x['impl']}" for x in lines], fontsize=8)
+    axis.set_yticks(range(len(lines)), [f"{x['policy']}, {x['kind']}, {x['backend']}" for x in lines], fontsize=8)
     axis.invert_yaxis()
     axis.set_xlim(0, 1.35 * max(max(x["ms"], x["predicted_ms"]) for x in lines))
     axis.set_xlabel("milliseconds; the black mark is the prediction")

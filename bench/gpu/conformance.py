@@ -1,7 +1,6 @@
 """Run recorded cases through the kernels on the GPU: as many as time allows, spread over every file.
 
-``tests/conformance.py`` defines a pass; all of its cases in one go is ``tests/conformance.py tests/golden --impl
-triton``.
+``tests/conformance.py`` defines a pass, and runs all of its cases in one go.
 """
 
 from __future__ import annotations
@@ -39,13 +38,13 @@ def load_checker() -> ModuleType:
 class Suite:
     """Cases by part, and the models they need."""
 
-    def __init__(self, impl: str, toy: bool):
-        self.impl, self.stride, self.checker = impl, TOY_STRIDE if toy else STRIDE, load_checker()
+    def __init__(self, backend: str, toy: bool):
+        self.backend, self.stride, self.checker = backend, TOY_STRIDE if toy else STRIDE, load_checker()
 
     @functools.cached_property
     def engines(self) -> dict[str, sfs_triton.Engine]:
         folders = sorted((GOLDEN / "models").iterdir())
-        return {folder.name: sfs_triton.load(folder, parts.device(), "float32", self.impl) for folder in folders}
+        return {folder.name: sfs_triton.load(folder, parts.device(), "float32", self.backend) for folder in folders}
 
     def logits(self) -> dict[str, Any]:
         found = [

@@ -1,4 +1,4 @@
-"""Describe the machine: GPU, driver, versions, clocks, and the features that a loop on the device would need."""
+"""Describe the machine: GPU, driver, versions, clocks, and native atomics on host memory."""
 
 from __future__ import annotations
 

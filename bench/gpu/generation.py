@@ -11,38 +11,40 @@ from typing import Any
 import torch
 
 from sfs_triton import Engine, Generation
-from sfs_triton.runner import Loop, ReplayLoop, Step
-from sfs_triton.runner.report import Reports
+from sfs_triton.runner import CudaGraphs, Execution, ModelRunner, Outputs
+from sfs_triton.runner.execution import Planner
 
 from . import trace
 from .model import stand_in
 from .parts import Incomplete
 
+EXECUTIONS = ("cuda_graphs", "eager")
+
 
 class Marked:
-    """A loop whose steps, from the first to the last, are a span of the profile."""
+    """Execution whose steps, from the first to the last, are a span of the profile."""
 
-    def __init__(self, loop: Loop):
-        self._loop, self.name = loop, loop.name
-        self.canvas_length, self.prepare = loop.canvas_length, loop.prepare
+    def __init__(self, execution: Execution):
+        self._execution, self.name = execution, execution.name
+        self.is_exact, self.canvas_length, self.prepare = execution.is_exact, execution.canvas_length, execution.prepare
 
-    def run(self, step: Step) -> Reports:
+    def run(self, planner: Planner, runner: ModelRunner) -> Outputs:
         with torch.profiler.record_function(trace.SPAN):
-            yield from self._loop.run(step)
+            yield from self._execution.run(planner, runner)
 
 
-def with_loop(engine: Engine, name: str) -> Engine:
-    """Another engine on the same model, stepped by the loop of this name; where there is no GPU, without a capture."""
-    if name == "replay" and engine.model.device.type != "cuda":
+def with_execution(engine: Engine, name: str | None) -> Engine:
+    """Return another engine on the same model with the execution of this name; without a GPU, nothing is captured."""
+    if name == CudaGraphs.name and engine.model.device.type != "cuda":
         mine = Engine(engine.model, engine.text)
-        mine._loops.loop = ReplayLoop(capture=stand_in)
+        mine._execution.current = CudaGraphs(capture=stand_in)
         return mine
-    return Engine(engine.model, engine.text, name)
+    return Engine(engine.model, engine.text, None if name is None else name == CudaGraphs.name)
 
 
 @contextmanager
 def warnings() -> Iterator[list[str]]:
-    """Collect the package's warnings inside the block: a loop failed, and another continued."""
+    """Collect the package's warnings inside the block: an execution failed, and another continued."""
     told: list[str] = []
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: told.append(record.getMessage())
@@ -58,19 +60,20 @@ def profile(engine: Engine, prompts: list, **options: Any) -> dict[str, Any]:
     """Counts of one generation, after another has warmed up, and the time of a third without a profiler.
 
     Raises:
-        Incomplete: its loop failed on the way, or results differ; with the findings.
+        Incomplete: its execution failed on the way, or results differ; with the findings.
     """
     with warnings() as told:
         first = engine.generate(prompts, **options)
         began = time.perf_counter()
         again = engine.generate(prompts, **options)
         seconds = time.perf_counter() - began
-        loop = engine._loops.loop
-        engine._loops.loop = Marked(loop)
+        choice = engine._execution
+        execution = choice.current
+        choice.current = Marked(execution)
         try:
             events = trace.profiled(lambda: engine.generate(prompts, **options))
         finally:
-            engine._loops.loop = loop
+            choice.current = execution
     steps = max(done.nfe for done in again)
     decode, whole = trace.summary(trace.within(events), top=6), trace.summary(events, top=0)
     values = {
@@ -85,11 +88,11 @@ def profile(engine: Engine, prompts: list, **options: Any) -> dict[str, Any]:
         "kernels_per_step": round(decode["kernels"] / steps, 1),
     }
     if told:
-        raise Incomplete(values, RuntimeError(f"the loop failed: {'; '.join(told)}"))
+        raise Incomplete(values, RuntimeError(f"the execution failed: {'; '.join(told)}"))
     if not _same(first, again):
         raise Incomplete(values, AssertionError("the second generation gave other tokens than the first"))
     return values
 
 
 def _same(mine: list[Generation], others: list[Generation]) -> bool:
-    return [row.canvas for row in mine] == [row.canvas for row in others]
+    return [each.canvas for each in mine] == [each.canvas for each in others]

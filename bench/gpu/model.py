@@ -9,16 +9,13 @@ import torch
 
 from bench.cost.step_count import Kind, Setting
 from bench.shapes.geometry import REAL
-from sfs_triton.decoding.caching import Shape
-from sfs_triton.kernels.control import COLUMN, CONTROL, FAST, SLOW
+from sfs_triton.decoding.step_plan import Forward
+from sfs_triton.kernels.control import COLUMN
 from sfs_triton.models import ModelSpec, Transformer, Weights
 from sfs_triton.models.weights import LayerWeights
-from sfs_triton.runner.choose import LoopChoice
-from sfs_triton.runner.cuda_graph import ReplayLoop, capture_graph
+from sfs_triton.runner import CudaGraphs, ModelRunner
+from sfs_triton.runner.cuda_graph import capture_graph
 from sfs_triton.runner.state import DecodeState
-from sfs_triton.runner.step import Step
-from sfs_triton.scheduling.lane import Lane
-from sfs_triton.scheduling.request import Kind as RowKind
 
 LIMIT = 15.0  # seconds that a step may take
 TOY_SETTING = Setting(prompt=40, response=32, capacity=16, span_cap=8, block_length=8, span=6)
@@ -67,86 +64,55 @@ def prompt_ids(spec: ModelSpec, length: int, seed: int = 0) -> list[int]:
     return torch.randint(0, min(spec.mask_id, spec.eos_id), (length,), generator=generator).tolist()
 
 
-def stand_in(step: Step, shape: Shape) -> Callable[[], None]:
+def stand_in(runner: ModelRunner, shape: Forward) -> Callable[[], None]:
     """Replace a captured graph where there is no GPU."""
-    step.run([shape])
-    step.mailbox.posted += 1
-    return lambda: step.run([shape])
+    runner.warm_up(shape)
+    return lambda: runner.run_padded(shape)
 
 
 class Rig:
-    """The steps of one policy by one model, half of whose response is decided; every one starts from there."""
+    """Steps of one policy by one model; each starts in the middle of a generation, half of its response decided."""
 
     def __init__(self, model: Transformer, setting: Setting, name: str):
-        self.setting, self.policy = setting, setting.policy(name)
-        self.sampler = setting.sampler(self.policy)
-        self.device = model.device
+        self.model, self.setting, self.device = model, setting, model.device
+        self.key = setting.key(name)
         canvas = prompt_ids(model.spec, setting.prompt) + [model.spec.mask_id] * setting.response
-        length = ReplayLoop().canvas_length(len(canvas), model.spec.max_length)
-        kind = RowKind(self.sampler.form(), self.policy, trace=False, frames=False)
-        lane = Lane(model, kind, setting.batch, length, setting.response, LoopChoice("eager", model.device))
-        self.model, self.step = model, lane.step
-        self.step.expect([setting.prompt], [setting.response])
+        length = CudaGraphs().canvas_length(len(canvas), model.spec.max_length)
+        self.runner = ModelRunner(model, self.key, setting.batch, length, setting.response)
+        sampler = setting.sampler(self.key.cache)
         for slot in range(setting.batch):
-            self.step.join(
-                slot,
-                canvas,
-                setting.prompt,
-                block_length=getattr(self.sampler, "block_length", None),
-                seed=0,
-                cap=2**31,
-                sampling=self.sampler.sampling_values(),
-            )
+            self.runner.put(slot, canvas, setting.prompt, sampler, seed=0, step_cap=2**31)
         self._fresh: dict[str, torch.Tensor] = {}
 
     @property
     def state(self) -> DecodeState:
-        return self.step.state
+        return self.runner.state
 
-    def control(self, kind: Kind) -> list[int]:
-        """Return a sequence's control values before a step of this kind: the response is decided up to its middle."""
-        setting, blocks = self.setting, not self.step.by_stage
-        start, end = setting.prompt, setting.prompt + setting.response
-        half = self._half()
-        values = {
-            **{"start": start, "end": end, "limit": end, "cap": 2**31 - 1, "estimate": -1},
-            "block": (half - start) // setting.block_length if blocks else 0,
-            "block_start": half if blocks else start,
-            "block_end": min(half + setting.block_length, end) if blocks else end,
-            "span_start": half,
-            "span_end": min(half + setting.span, end) if kind.fast else -1,
-            "stage": FAST if kind.fast else SLOW,
-            **{"stage_step": kind.k, "step": kind.step, "masks_left": end - half},
-        }
-        return [values.get(column, 0) for column in CONTROL]
-
-    def _half(self) -> int:
-        setting = self.setting
-        return setting.prompt + setting.response // 2 // setting.block_length * setting.block_length
-
-    def shape(self, kind: Kind) -> Shape:
-        """Return the fixed shape of a step of this kind."""
-        return self.step.fixed(self.step.views([self.control(kind)] * self.setting.batch), kind.step)
+    def shape(self, kind: Kind) -> Forward:
+        """Return the padded shape of a step of this kind."""
+        (shape,) = self.setting.plan(self.key, self.runner.length, kind).forwards
+        return shape
 
     @torch.inference_mode()
     def put(self, kind: Kind) -> None:
         """Set the state to the start of a step of this kind; :meth:`restore` returns to it."""
-        state, half = self.state, self._half()
-        decided = slice(self.setting.prompt, half)
-        state.tokens[:, decided] = torch.tensor(prompt_ids(self.model.spec, half - self.setting.prompt, 1)).to(
-            self.device
-        )
+        state, setting = self.state, self.setting
+        decided = slice(setting.prompt, setting.middle)
+        undecided = slice(setting.middle, setting.prompt + setting.response)
+        ids = prompt_ids(self.model.spec, setting.middle - setting.prompt, 1)
+        state.tokens[:, decided] = torch.tensor(ids).to(self.device)
         state.masked[:, decided] = False
-        state.masked[:, half : self.setting.prompt + self.setting.response] = True
+        state.masked[:, undecided] = True
         state.commit_step[:, decided] = 0
-        state.control.copy_(torch.tensor([self.control(kind)] * self.setting.batch))
+        progress = setting.progress(kind, self.key.sampler.by_stage)
+        state.control.copy_(torch.tensor([progress] * setting.batch))
         for tensor, value in ((state.dirty, 0), (state.history, 0), (state.forwarded, -1), (state.choice_score, 0.0)):
             tensor.fill_(value)
         state.candidate.copy_(state.masked)
         self._fresh = {name: tensor.clone() for name, tensor in self._tensors().items()}
 
     def _tensors(self) -> dict[str, torch.Tensor]:
-        """All that a state consists of, views of other tensors left out."""
+        """Return all tensors of the state that are no views of others."""
         views = {*COLUMN, "token", "score"}
         found = {name: getattr(self.state, name, None) for name in DecodeState.__slots__ if name not in views}
         return {name: x for name, x in found.items() if isinstance(x, torch.Tensor)}
@@ -160,24 +126,22 @@ class Rig:
         """Return the state's values after a step."""
         return {"control": self.state.control.tolist(), "tokens": self.state.tokens.tolist()}
 
-    def run(self, shape: Shape) -> None:
-        """Run a step as the eager loop does: start it, and wait for its output."""
-        self.step.run([shape])
-        self.step.mailbox.posted += 1
+    def run(self, shape: Forward) -> None:
+        """Run a step as eager execution does: launch it, and wait for its output."""
+        self.runner.run_padded(shape)
+        self.runner.ring.count_launch()
         self.wait()
 
     def wait(self) -> None:
-        self.step.mailbox.wait(self.step.mailbox.posted, LIMIT)
+        self.runner.ring.wait(self.runner.ring.launched, LIMIT)
 
-    def capture(self, shape: Shape) -> Callable[[], None]:
-        """Capture a step of this shape by the replay loop's own code; return its replay."""
-        with torch.inference_mode():
-            self.state.done.fill_(1)
-            replay = (capture_graph if self.device.type == "cuda" else stand_in)(self.step, shape)
+    def capture(self, shape: Forward) -> Callable[[], None]:
+        """Capture a step of this shape by the engine's own code; return its replay."""
+        self.runner.end()
+        replay = (capture_graph if self.device.type == "cuda" else stand_in)(self.runner, shape)
 
         def counted() -> None:
             replay()
-            self.step.mailbox.posted += 1
+            self.runner.ring.count_launch()
 
-        counted.graph = getattr(replay, "__self__", None)
         return counted

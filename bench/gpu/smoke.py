@@ -1,4 +1,4 @@
-"""One shape of every kernel against its twin, the host ring in pinned memory, and the embedded model by every loop.
+"""Check one shape of every kernel against its twin, the host ring, and the embedded model by every execution.
 
 A failure here would spoil all later steps, so these run first and small.
 """
@@ -20,15 +20,15 @@ from bench.kernels.case import Case
 from bench.kernels.resources import operations
 from sfs_triton import SlowFast, Threshold
 from sfs_triton.models import Transformer
-from sfs_triton.ops import torch_backend as torch_impl
-from sfs_triton.runner.host_ring import Mailbox
+from sfs_triton.ops import torch_backend
+from sfs_triton.ops.dispatch import BACKENDS
+from sfs_triton.runner.host_ring import HostRing
 
 from . import clock, parts
-from .generation import warnings, with_loop
+from .generation import EXECUTIONS, warnings, with_execution
 
 QUESTION, LENGTH = "15,44,79,50", 32
-POSTS = 20
-IMPLS = ("torch", "triton")
+PUBLISHED = 20
 SETTINGS = {
     "paper-none": {"sampler": SlowFast(), "cache": "none"},
     "paper-region": {"sampler": SlowFast(), "cache": "region"},
@@ -48,34 +48,34 @@ def check_case(case: Case) -> dict[str, Any]:
     return {"case": case.name, "changes": sorted(changed)}
 
 
-def check_mailbox() -> dict[str, Any]:
-    """Letters that a kernel posts to the host, launched and from a graph; and how long one is under way."""
+def check_host_ring() -> dict[str, Any]:
+    """Check copies that a kernel publishes to the host, launched and from a graph; time one on its way."""
     device = parts.device()
     source = torch.arange(2 * 22, device=device).view(2, 22)
-    publish = torch_impl.publish
+    publish = torch_backend.publish
     if device.type == "cuda":
         from sfs_triton.kernels.publish import publish
-    box = Mailbox({"control": source}, 4, publish, device)
-    launched = _posts(box, source, box.post)
-    replayed = _posts(box, source, clock.graph_of(box.post, device), warm=1)
-    return {"us_launched": launched, "us_replayed": replayed}
+    ring = HostRing({"control": source}, 4, publish, device)
+    launched = _published(ring, source, ring.publish)
+    replay = clock.graph_of(ring.publish, device)
+    ring.count_launch()  # of its warm-up
+    return {"us_launched": launched, "us_replayed": _published(ring, source, replay)}
 
 
-def _posts(box: Mailbox, source: torch.Tensor, post: Callable[[], object], warm: int = 0) -> float:
-    """Microseconds from the call to the bell, the least of some."""
-    box.posted += warm
+def _published(ring: HostRing, source: torch.Tensor, publish: Callable[[], object]) -> float:
+    """Return the microseconds from the call until the copy can be read, the least of some."""
     taken = []
-    for _ in range(POSTS):
+    for _ in range(PUBLISHED):
         source += 1
         if source.device.type == "cuda":
             torch.cuda.synchronize()
         began = time.perf_counter()
-        post()
-        box.posted += 1
-        letter = box.read(box.posted, 5.0)["control"]
+        publish()
+        number = ring.count_launch()
+        copy = ring.read(number, 5.0)["control"]
         taken.append(1e6 * (time.perf_counter() - began))
-        if letter.tolist() != source.tolist():
-            raise AssertionError(f"letter {box.posted} is not what was posted")
+        if copy.tolist() != source.tolist():
+            raise AssertionError(f"copy {number} is not what was published")
     return round(min(taken), 1)
 
 
@@ -92,35 +92,34 @@ def embedded() -> sfs_triton.Engine:
     return sfs_triton.load("embedded", parts.device(), "float32")
 
 
-def generate(impl: str, loop: str, name: str) -> dict[str, Any]:
-    """A generation of the embedded model in float32, twice on one session, as the CPU does it."""
-    engine = with_loop(
-        sfs_triton.Engine(Transformer(embedded().spec, embedded().model.weights, impl), embedded().text), loop
-    )
+def generate(backend: str, execution: str, name: str) -> dict[str, Any]:
+    """Generate by the embedded model in float32, twice in one persistent batch, and compare with the CPU's result."""
+    engine = sfs_triton.Engine(Transformer(embedded().spec, embedded().model.weights, backend), embedded().text)
+    engine = with_execution(engine, execution)
     began = time.perf_counter()
     with warnings() as told:
         done = [engine.generate(QUESTION, gen_length=LENGTH, **SETTINGS[name]) for _ in range(2)]
     values = {"nfe": done[0].nfe, "seconds": round(time.perf_counter() - began, 3)}
-    if told or engine.loop != loop:
-        raise parts.Incomplete(values, RuntimeError(f"loop {loop} did not last: {'; '.join(told)}"))
-    for number, row in enumerate(done):
-        if (row.canvas, row.nfe) != wanted(name):
-            raise parts.Incomplete(values, AssertionError(f"run {number} is not what the CPU gives: {row.text!r}"))
+    if told or engine.execution != execution:
+        raise parts.Incomplete(values, RuntimeError(f"execution by {execution} did not last: {'; '.join(told)}"))
+    for number, each in enumerate(done):
+        if (each.canvas, each.nfe) != wanted(name):
+            raise parts.Incomplete(values, AssertionError(f"run {number} is not what the CPU gives: {each.text!r}"))
     return values
 
 
 def every_part() -> dict[str, parts.Part]:
     """List the checks by name, in the order in which they run."""
     toy = parts.is_toy()
-    found: dict[str, parts.Part] = {"mailbox": check_mailbox}
+    found: dict[str, parts.Part] = {"host ring": check_host_ring}
     for operation in operations():
         cases = importlib.import_module(f"bench.kernels.test_{operation}").cases(toy=toy)
         found[operation] = functools.partial(check_case, cases[0])
     for name in SETTINGS:
-        for impl in IMPLS:
-            for loop in ("eager", "replay"):
-                if not (toy and impl == "triton"):  # the interpreter would take minutes
-                    found[f"{name}, {impl}, {loop}"] = functools.partial(generate, impl, loop, name)
+        for backend in BACKENDS:
+            for execution in reversed(EXECUTIONS):
+                if not (toy and backend == "triton"):  # the interpreter would take minutes
+                    found[f"{name}, {backend}, {execution}"] = functools.partial(generate, backend, execution, name)
     return found
 
 

@@ -1,6 +1,6 @@
 """Count a generation's host calls and copies, between its first step and its last and in total, to find waits.
 
-The embedded model in float32, by every loop, with a sampler for each cache policy.
+The embedded model in float32, by every execution, with a sampler for each cache policy.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 import sfs_triton
 from sfs_triton import Engine, RefreshCache, SlowFast, Threshold
 from sfs_triton.models import Transformer
+from sfs_triton.ops.dispatch import BACKENDS
 
 from . import generation, parts
 
@@ -31,12 +32,14 @@ def embedded() -> Engine:
     return sfs_triton.load("embedded", parts.device(), "float32")
 
 
-def count(impl: str, loop: str, policy: str) -> dict[str, Any]:
-    """Waits must be none between the steps, and one in all: for the result."""
+def count(backend: str, execution: str, policy: str) -> dict[str, Any]:
+    """Count the waits: none is allowed between the steps, and one in all, for the result."""
     model = embedded().model
-    engine = generation.with_loop(Engine(Transformer(model.spec, model.weights, impl), embedded().text), loop)
+    engine = generation.with_execution(
+        Engine(Transformer(model.spec, model.weights, backend), embedded().text), execution
+    )
     values = generation.profile(engine, QUESTIONS, gen_length=LENGTH, **SETTINGS[policy])
-    values = {"impl": impl, "loop": loop, "policy": policy, **values}
+    values = {"backend": backend, "execution": execution, "policy": policy, **values}
     if values["decode"]["waits"]:
         raise parts.Incomplete(values, AssertionError(f"waits between steps: {values['decode']['waits']}"))
     return values
@@ -44,12 +47,12 @@ def count(impl: str, loop: str, policy: str) -> dict[str, Any]:
 
 def every_part() -> dict[str, parts.Part]:
     toy = parts.is_toy()
-    impls = ("torch",) if toy else ("torch", "triton")
+    backends = ("torch",) if toy else BACKENDS
     return {
-        f"{policy}, {impl}, {loop}": functools.partial(count, impl, loop, policy)
-        for impl in impls
+        f"{policy}, {backend}, {execution}": functools.partial(count, backend, execution, policy)
+        for backend in backends
         for policy in list(SETTINGS)[: 2 if toy else None]
-        for loop in ("replay", "eager")
+        for execution in generation.EXECUTIONS
     }
 
 

@@ -84,8 +84,8 @@ def records(folder: Path = RESULTS) -> list[Record]:
 
 
 def best_step(record: Record) -> Line:
-    """Return the fastest replayed step of ``region``'s position list."""
-    timed = [line for line in record.of("engine", policy="region", kind="rows") if line.get("ms")]
+    """Return the fastest replayed step of ``region``'s list of positions."""
+    timed = [line for line in record.of("engine", policy="region", kind="list") if line.get("ms")]
     return min(timed, key=lambda line: line["ms"], default={})
 
 
@@ -102,10 +102,10 @@ def target_rows(record: Record) -> list[TargetRow]:
 def _step_targets(record: Record) -> list[TargetRow]:
     step = best_step(record)
     ms, share = step.get("ms"), step.get("machine_share")
-    told = f"{ms:.2f} ms ({step['impl']}, replayed)" if ms else ""
+    told = f"{ms:.2f} ms ({step['backend']}, replayed)" if ms else ""
     return [
         TargetRow(
-            "step of 128 rows at 2,124 keys, bf16",
+            "step of 128 positions at 2,124 keys, bf16",
             f"<= {STEP_MS} ms; stretch {STRETCH_MS}",
             told,
             ms / STEP_MS if ms else None,
@@ -120,8 +120,10 @@ def _step_targets(record: Record) -> list[TargetRow]:
 
 
 def _wait_target(record: Record) -> TargetRow:
-    """Report the worst of all generations that were counted by the replay loop."""
-    counted = [line for step in ("sync", "engine") for line in record.of(step, loop="replay") if line.get("decode")]
+    """Report the worst of all generations that were counted with CUDA graphs."""
+    counted = [
+        line for step in ("sync", "engine") for line in record.of(step, execution="cuda_graphs") if line.get("decode")
+    ]
     value, waits = "", 0
     if counted:
         waits = max(sum(line["decode"]["waits"].values()) for line in counted)

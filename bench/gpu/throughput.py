@@ -48,7 +48,7 @@ class Bench:
             small = sfs_triton.load("embedded", "cpu", "float32")
             geometry = "toy-512" if self.toy else "llada-8b"
             return inflate.inflate(
-                small, geometry, self.device, self.dtype, impl="torch"
+                small, geometry, self.device, self.dtype, backend="torch"
             ), "the embedded model, inflated"
         except Exception as error:
             reason = f"inflating failed: {type(error).__name__}: {error}"[:300]
@@ -68,9 +68,9 @@ class Bench:
     def visits(self) -> Visits:
         engine, _ = self.model
 
-        def build(impl: str | None, loop: str | None) -> Engine:
-            model = Transformer(engine.spec, engine.model.weights, impl)
-            return generation.with_loop(Engine(model, engine.text), loop)
+        def build(backend: str | None, execution: str | None) -> Engine:
+            model = Transformer(engine.spec, engine.model.weights, backend)
+            return generation.with_execution(Engine(model, engine.text), execution)
 
         return Visits(engine, RESPONSE, sampled_steps=SAMPLED_STEPS, build=build)
 
@@ -103,7 +103,7 @@ class Bench:
         dense = random_weights(engine.spec, self.device, self.dtype)
         for name, its in (("inflated", engine.model.weights), ("dense", dense)):
             values |= {f"{name}, {kind}": ms for kind, ms in self._steps(engine.spec, its).items()}
-        for kind in ("rows", "full"):
+        for kind in ("list", "full"):
             values[f"dense_over_inflated_{kind}"] = values[f"dense, {kind}"] / values[f"inflated, {kind}"]
         return values
 
@@ -127,7 +127,7 @@ def every_part() -> dict[str, parts.Part]:
         mine = [row for row in mine if row.cache in ("none", "region") and row.sampler != "threshold"]
     found: dict[str, parts.Part] = {"model": bench.build}
     for number in range(1 if toy else PROBLEMS):
-        for row in rows.spread_out(mine, ("torch",) if toy else ("triton", "torch"), ("replay", "eager")):
+        for row in rows.spread_out(mine, ("torch",) if toy else ("triton", "torch"), generation.EXECUTIONS):
             found[f"{row.name}, problem {number}"] = functools.partial(bench.visit, row, number)
         if number == 0:
             found["zeros"] = bench.zeros

@@ -84,7 +84,7 @@ def steps_section(new: Record, old: Record | None) -> str:
         kernels, ms = (line.get("profile") or {}).get("kernels"), line.get("ms")
         rows.append(
             (
-                *(line["policy"], line["kind"], line["impl"], line["rows"]),
+                *(line["policy"], line["kind"], line["backend"], line["positions"]),
                 *(number(line.get("eager_ms")), number(ms), number(line.get("predicted_ms"))),
                 number(ms / line["predicted_ms"] if ms and line.get("predicted_ms") else None),
                 f"{kernels} / {line['predicted_kernels']}" if kernels else "",
@@ -92,7 +92,16 @@ def steps_section(new: Record, old: Record | None) -> str:
                 *(_change(ms, before.get(line["part"])), "" if line["status"] == "ok" else line["status"]),
             )
         )
-    head = ("policy", "step", "ops", "rows", "launched, ms", "replayed, ms", "predicted, ms", "measured / predicted")
+    head = (
+        "policy",
+        "step",
+        "backend",
+        "positions",
+        "launched, ms",
+        "replayed, ms",
+        "predicted, ms",
+        "measured / predicted",
+    )
     return table((*head, "kernels / predicted", "outside the model", "since the last record", ""), rows)
 
 
@@ -137,7 +146,7 @@ def generations_section(new: Record, old: Record | None) -> str:
             if "decode" in line:
                 calls = ", ".join(f"{name} {count}" for name, count in list(line["decode"]["calls"].items())[:3])
                 waits = sum(line["decode"]["waits"].values())
-                about = (model, line["policy"], line["impl"], line["loop"], line["nfe"])
+                about = (model, line["policy"], line["backend"], line["execution"], line["nfe"])
                 rows.append(
                     (
                         *about,
@@ -151,8 +160,8 @@ def generations_section(new: Record, old: Record | None) -> str:
     head = (
         "model",
         "cache",
-        "ops",
-        "loop",
+        "backend",
+        "execution",
         "steps",
         "ms/step",
         "kernels/step",
@@ -176,7 +185,7 @@ def _merged(record: Record | None) -> dict[str, Line]:
         low, high = wilson_interval(correct, checked)
         middles = ("ms_per_forward", "tokens_per_second", "nfe", "tpf", "full_forwards")
         found[name] = {
-            **{key: first[key] for key in ("by", "sampler", "cache", "impl", "loop", "extrapolated", "note")},
+            **{key: first[key] for key in ("by", "sampler", "cache", "backend", "execution", "extrapolated", "note")},
             "real": "random" not in first["weights"],
             **{key: median(line[key] for line in lines) for key in middles},
             "memory": max((line["peak_memory_bytes"] or 0 for line in lines), default=0),
@@ -191,7 +200,7 @@ def throughput_section(new: Record, old: Record | None) -> str:
     mine, before, rows = _merged(new), _merged(old), []
     for name, row in mine.items():
         mark = "~" if row["extrapolated"] else ""
-        ops = " ".join(filter(None, (row["impl"], row["loop"], row["note"])))
+        ops = " ".join(filter(None, (row["backend"], row["execution"], row["note"])))
         rows.append(
             (
                 *(row["by"], row["sampler"], row["cache"], ops),
@@ -205,12 +214,24 @@ def throughput_section(new: Record, old: Record | None) -> str:
     zeros = new.part("throughput", "zeros")
     weights = sorted({line["weights"] for line in new.of("throughput") if "weights" in line})
     told = [f"Weights: {'; '.join(weights)}."] if weights else []
-    if "dense_over_inflated_rows" in zeros:
-        shares = (f"{zeros[f'dense_over_inflated_{kind}']:.3f} of {kind}" for kind in ("rows", "full"))
+    if "dense_over_inflated_list" in zeros:
+        shares = (f"{zeros[f'dense_over_inflated_{kind}']:.3f} of {kind}" for kind in ("list", "full"))
         told.append(f"Milliseconds of a step with dense random weights over those with these: {', '.join(shares)}.")
     if mine:
         told.append("Medians over problems; ~ is extrapolated from some of a generation's steps.")
-    head = ("by", "sampler", "cache", "ops, loop", "ms/step", "NFE", "full forwards", "TPF", "tokens/s", "GiB", "right")
+    head = (
+        "by",
+        "sampler",
+        "cache",
+        "backend, execution",
+        "ms/step",
+        "NFE",
+        "full forwards",
+        "TPF",
+        "tokens/s",
+        "GiB",
+        "right",
+    )
     return "\n\n".join(filter(None, (" ".join(told), table((*head, "ms/step since the last record"), rows))))
 
 

@@ -44,7 +44,16 @@ def rows_table(record: Line) -> str:
     """Render the rows of a throughput record."""
     batches = len({row["batch"] for row in record["rows"]}) > 1
     head = ["by", "sampler", "cache", *(["batch"] if batches else [])]
-    head += ["tokens/s", "speed-up", "NFE", "tokens per forward", "ms/step", "full forwards", "positions forwarded", "right"]
+    head += [
+        "tokens/s",
+        "speed-up",
+        "NFE",
+        "tokens per forward",
+        "ms/step",
+        "full forwards",
+        "positions forwarded",
+        "right",
+    ]
     return table(head, (_cells(row, batches) for row in record["rows"]))
 
 
@@ -70,7 +79,7 @@ def about_rows(record: Line) -> str:
 
 
 def speed_table(lines: Sequence[Line]) -> str:
-    """sfs_triton's eager loop over the baselines, on the tiny recorded models."""
+    """sfs_triton's eager execution over the baselines, on the tiny recorded models."""
     cells = ((line["test"].partition("[")[2].rstrip("]"), f"{line['speed_over_plain']:.2f}") for line in lines)
     return table(("model, sampler", "tokens/s over plain torch's"), cells)
 

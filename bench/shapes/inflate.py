@@ -29,7 +29,7 @@ from sfs_triton.engine import DTYPES, EMBEDDED
 from sfs_triton.models import ModelSpec, Transformer
 from sfs_triton.models.weights import INDEX_FILE
 from sfs_triton.ops.dispatch import operations
-from sfs_triton.runner import check_loop
+from sfs_triton.runner import check_cuda_graphs
 
 from .geometry import GEOMETRIES, assemble, geometry_spec, layout, parameters, randomise
 from .inflation import Plan
@@ -51,15 +51,15 @@ def inflate(
     dtype: str | torch.dtype | None = None,
     seed: int = 0,
     *,
-    impl: str | None = None,
-    loop: str | None = None,
+    backend: str | None = None,
+    cuda_graphs: bool | None = None,
 ) -> Engine:
     """Build an engine of the given shapes that computes the function of ``source``, in ``device``'s memory.
 
     Args:
         source: the embedded model, as :func:`sfs_triton.load` gives it.
         geometry: a name of :data:`GEOMETRIES`, or a spec.
-        device, dtype, impl, loop: as :func:`sfs_triton.load` has them.
+        device, dtype, backend, cuda_graphs: as :func:`sfs_triton.load` has them.
         seed: of the random weights.
 
     Raises:
@@ -67,11 +67,11 @@ def inflate(
         OutOfDeviceMemory: its weights do not fit the memory that is free.
     """
     spec = geometry_spec(geometry, source.spec)
-    device, dtype = _where(device, dtype, impl, loop)
+    device, dtype = _where(device, dtype, backend, cuda_graphs)
     plan = Plan(source, spec, dtype, seed)
     _check_memory(spec, device, dtype)
     weights = assemble(spec, plan.fill, device, dtype)
-    return Engine(Transformer(spec, weights, impl), source.text, loop)
+    return Engine(Transformer(spec, weights, backend), source.text, cuda_graphs)
 
 
 def dense(
@@ -81,24 +81,24 @@ def dense(
     dtype: str | torch.dtype | None = None,
     seed: int = 0,
     *,
-    impl: str | None = None,
-    loop: str | None = None,
+    backend: str | None = None,
+    cuda_graphs: bool | None = None,
 ) -> Engine:
     """Build an engine as :func:`inflate` does, for any geometry, but with random weights throughout."""
     spec = geometry_spec(geometry, source.spec)
-    device, dtype = _where(device, dtype, impl, loop)
+    device, dtype = _where(device, dtype, backend, cuda_graphs)
     _check_memory(spec, device, dtype)
     weights = assemble(spec, functools.partial(randomise, seed=seed), device, dtype)
-    return Engine(Transformer(spec, weights, impl), source.text, loop)
+    return Engine(Transformer(spec, weights, backend), source.text, cuda_graphs)
 
 
 def _where(
-    device: str | torch.device | None, dtype: str | torch.dtype | None, impl: str | None, loop: str | None
+    device: str | torch.device | None, dtype: str | torch.dtype | None, backend: str | None, cuda_graphs: bool | None
 ) -> tuple[torch.device, torch.dtype]:
     """The defaults of ``load``, and its refusals before gigabytes are made."""
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    operations(impl, device)
-    check_loop(loop, device)
+    operations(backend, device)
+    check_cuda_graphs(cuda_graphs, device)
     dtype = DTYPES.get(dtype, dtype) or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     if not isinstance(dtype, torch.dtype):
         raise ArgumentError(f"dtype={dtype!r} is not one of {tuple(DTYPES)}")
