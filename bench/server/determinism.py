@@ -22,7 +22,7 @@ from bench import ROOT
 from bench.common.figures import machine
 from bench.common.pages import replace_file
 from sfs_triton import Engine, Generation, SlowFast
-from sfs_triton.runner import EagerLoop
+from sfs_triton.runner import Eager
 
 from .loopback import environment, table_prompt
 
@@ -51,32 +51,32 @@ class Decoded:
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
         try:
-            return [row for setting in SETTINGS.values() for row in self._with(*setting, at_once)]
+            return [done for setting in SETTINGS.values() for done in self._with(*setting, at_once)]
         finally:
             torch.set_num_threads(before)
 
     def _with(self, sampler: SlowFast, cache: str, at_once: int) -> list[Generation]:
-        rows = []
+        found = []
         for first in range(0, len(self._prompts), at_once):
             some = list(self._prompts[first : first + at_once])
             seeds = list(range(first, first + len(some)))
-            rows += self._engine.generate(some, gen_length=64, sampler=sampler, cache=cache, seed=seeds)
-        return rows
+            found += self._engine.generate(some, gen_length=64, sampler=sampler, cache=cache, seed=seeds)
+        return found
 
 
-def compare(name: str, rows: Sequence[Generation], wanted: Sequence[Generation]) -> dict:
+def compare(name: str, found: Sequence[Generation], wanted: Sequence[Generation]) -> dict:
     """Count the answers that are equal token by token, and how many of these were decided at the same steps."""
-    pairs = list(zip(rows, wanted, strict=True))
-    tokens = sum(row.canvas == other.canvas for row, other in pairs)
-    steps = sum(row.canvas == other.canvas and row.commit_step == other.commit_step for row, other in pairs)
+    pairs = list(zip(found, wanted, strict=True))
+    tokens = sum(one.canvas == other.canvas for one, other in pairs)
+    steps = sum(one.canvas == other.canvas and one.commit_step == other.commit_step for one, other in pairs)
     print(f"{name:60} {tokens:4} of {len(pairs)} the same tokens, {steps} at the same steps", flush=True)
     return {"compared": name, "answers": len(pairs), "same_tokens": tokens, "same_steps": steps}
 
 
-def fixed(engine: Engine) -> Engine:
-    """Build an engine of the same model, stepped with the fixed sizes of a captured loop."""
+def padded(engine: Engine) -> Engine:
+    """Build an engine of the same model whose steps have the padded shapes of captured graphs."""
     other = Engine(engine.model, engine.text)
-    other._loops.loop = EagerLoop(tight=False)
+    other._execution.current = Eager(exact=False)
     return other
 
 
@@ -88,7 +88,7 @@ def measure(prompts: Sequence[str]) -> list[dict]:
         compare("float32, once more", full.alone(), alone),
         compare("float32, two threads", full.alone(threads=2), alone),
         compare("float32, all prompts in one batch", full.together(), alone),
-        compare("float32, steps of fixed sizes (as captured)", Decoded(fixed(engine), prompts).alone(), alone),
+        compare("float32, steps of padded shapes (as captured)", Decoded(padded(engine), prompts).alone(), alone),
     ]
     half = Decoded(sfs_triton.load("embedded", "cpu", "bfloat16"), prompts)
     low = half.alone()

@@ -50,7 +50,7 @@ def soak_part(results: Path) -> str:
     rows = [
         ("time, clients", f"{record['minutes']:g} minutes, {record['clients']} clients"),
         ("requests", f"{record['requests']:,}: {listed}"),
-        ("rows decoded, tokens", f"{record['rows']:,}, {record['tokens']:,}"),
+        ("sequences decoded, tokens", f"{record['sequences']:,}, {record['tokens']:,}"),
         ("answers of the server's own fault (5xx but 504)", f"{record['server_errors']}"),
         ("other outcomes than expected", f"{record['failures']}"),
         (
@@ -66,7 +66,7 @@ def soak_part(results: Path) -> str:
             f"{record['slope_mib_per_minute']:+.2f} ± {record['slope_interval']:.2f} MiB a minute; "
             f"the bound is {record['slope_bound']:g}",
         ),
-        ("rows running, requests waiting at the end", f"{record['running_at_end']}, {record['waiting_at_end']}"),
+        ("sequences running, requests waiting at the end", f"{record['running_at_end']}, {record['waiting_at_end']}"),
         (
             f"slots taken at once, of {record['slots']}",
             f"{record['slots_taken_first']} at the begin, {record['slots_taken_last']} at the end",

@@ -6,7 +6,7 @@
 Starts a server of its own on loopback. Clients ask for chats and completions, whole and streamed, with frames, stop
 strings and gaps to fill in, with several samplers, caches, temperatures and lengths; some leave, some send invalid
 requests, some ask for more than the time limit leaves time for. Once a minute all pause: with nothing to do, and with
-the same few lanes open each time, the server's resident memory is compared with what it was. Prints the findings; the
+the same few batches open each time, the server's resident memory is compared with what it was. Prints the findings; the
 exit status is 1 if a check failed.
 """
 
@@ -37,7 +37,7 @@ from .loopback import RESIDENT, Server, counted, environment, own_server, quanti
 from .soak_requests import CHAT, FIXED, Ask, any_of_all, garbage
 
 RECORDS = ROOT / "bench" / "results" / "amd-epyc-2-cores"
-MAX_BATCH, MAX_LANES, TIME_LIMIT = 8, 4, 15.0
+MAX_BATCH, MAX_BATCHES, TIME_LIMIT = 8, 4, 15.0
 SLOPE_BOUND = 0.5  # MiB a minute: a kilobyte or two for each request, less than its canvas and its text take
 WARM_UP = 1 / 3  # of the time, after which memory must be flat
 # Freed memory returns to the system at once, so that resident memory is held memory.
@@ -203,11 +203,11 @@ class Soak:
         self.tally.rested.append(await self.resident())
         self._go.set()
 
-    async def fill(self, rows: int = MAX_BATCH, steps: int = 12) -> int:
-        """Fill as many batches as the limit allows, each with so many sequences; return how many had a slot at once."""
-        kinds = [{"sampler": {"kind": "vanilla", "top_k": number}} for number in range(1, MAX_LANES + 1)]
+    async def fill(self, each: int = MAX_BATCH, steps: int = 12) -> int:
+        """Fill as many batches as the limit allows with ``each`` sequences; return how many had a slot at once."""
+        kinds = [{"sampler": {"kind": "vanilla", "top_k": number}} for number in range(1, MAX_BATCHES + 1)]
         said = [{"role": "user", "content": "15,44,79,50"}]
-        asks = [Ask("whole", CHAT, {"messages": said, "max_tokens": steps, **kind}) for kind in kinds * rows]
+        asks = [Ask("whole", CHAT, {"messages": said, "max_tokens": steps, **kind}) for kind in kinds * each]
         sent = [asyncio.create_task(self.ask(ask, random.Random(0))) for ask in asks]
         most = 0
         while not all(task.done() for task in sent):
@@ -256,7 +256,7 @@ async def _to_the_end(response: httpx.Response) -> str:
 async def run(server: Server, options: argparse.Namespace) -> dict:
     """Run the whole soak; return a record without the results known only when the server ends."""
     options.url = server.url
-    limits = httpx.Limits(max_connections=options.clients + MAX_BATCH * MAX_LANES + 2)
+    limits = httpx.Limits(max_connections=options.clients + MAX_BATCH * MAX_BATCHES + 2)
     async with httpx.AsyncClient(base_url=server.url, limits=limits, timeout=120) as client:
         soak = Soak(client, options)
         await soak.fixed_set()
@@ -312,14 +312,14 @@ def report(options: argparse.Namespace, tally: SoakCounts, rest: dict[str, float
         "fixed_requests": len(FIXED),
         "fixed_compared": tally.compared - len(FIXED),
         "fixed_different": tally.outcomes["fixed", _CHANGED],
-        "slots": MAX_BATCH * MAX_LANES,
+        "slots": MAX_BATCH * MAX_BATCHES,
         "slots_taken_first": slots[0],
         "slots_taken_last": slots[1],
         "running_at_end": int(rest[_GAUGES[0]]),
         "waiting_at_end": int(rest[_GAUGES[1]]),
-        "rows": int(rest["sfs_joined_rows_total"]),
+        "sequences": int(rest["sfs_joined_rows_total"]),
         "steps": int(rest["sfs_step_rows_count"]),
-        "rows_per_step": round(rest["sfs_step_rows_sum"] / rest["sfs_step_rows_count"], 2),
+        "sequences_per_step": round(rest["sfs_step_rows_sum"] / rest["sfs_step_rows_count"], 2),
         "tokens": int(rest["sfs_tokens_total"]),
         "latency_s": quantiles(tally.seconds),
         "requests_by_minute": [tally.minutes[minute] for minute in range(int(options.minutes))],
@@ -340,7 +340,7 @@ def judge(record: dict) -> dict[str, bool]:
     """List the checks of a soak, each with its result."""
     return {
         "memory is flat": record["slope_mib_per_minute"] <= record["slope_bound"],
-        "no row is stuck": record["running_at_end"] == record["waiting_at_end"] == 0,
+        "no sequence is stuck": record["running_at_end"] == record["waiting_at_end"] == 0,
         "no slot is lost": record["slots_taken_first"] == record["slots_taken_last"] == record["slots"],
         "no answer of the server's fault (5xx)": record["server_errors"] == 0,
         "fixed requests get the same answers": record["fixed_compared"] > 0 and record["fixed_different"] == 0,
@@ -375,7 +375,7 @@ def as_text(record: dict) -> str:
 def main() -> int:
     options = arguments()
     options.load, where = [round(load, 1) for load in os.getloadavg()], environment()
-    limits = {"--max-batch": MAX_BATCH, "--max-lanes": MAX_LANES, "--time-limit": TIME_LIMIT}
+    limits = {"--max-batch": MAX_BATCH, "--max-batches": MAX_BATCHES, "--time-limit": TIME_LIMIT}
     given = [str(word) for pair in limits.items() for word in pair]
     with own_server(options.model, *given, environment=_MALLOC) as server:
         record = asyncio.run(run(server, options))
