@@ -44,7 +44,7 @@ class Numbers(NamedTuple):
 
     label: str
     dtype: str
-    weights: str | None = None
+    quantization: str | None = None
 
 
 EXACT = Numbers("float32", "float32")
@@ -95,7 +95,7 @@ def lines() -> list[Line]:
 
 @functools.cache
 def engine_of(numbers: Numbers) -> sfs_triton.Engine:
-    return sfs_triton.load("embedded", "cpu", numbers.dtype, weights=numbers.weights)
+    return sfs_triton.load("embedded", "cpu", numbers.dtype, quantization=numbers.quantization)
 
 
 class Task:
@@ -220,17 +220,17 @@ def tables(record: dict) -> str:
 
 def costs() -> str:
     """Predict the products and the head of a step of LLaDA-8B by the cost model, by kernel. Nothing is timed."""
-    head = "| step | rows | weights | GB moved | TFLOP | ms, predicted | measured |"
+    head = "| step | positions | weights | GB moved | TFLOP | ms, predicted | measured |"
     pieces = [head, "|---|---|---|---|---|---|---|"]
     for capacity, number in ((32, 1), (64, 1), (128, 1), (128, 0)):
-        for weights in (None, "fp8"):
-            setting = Setting(capacity=capacity, span_cap=min(64, capacity), weights=weights)
+        for quantization in (None, "fp8"):
+            setting = Setting(capacity=capacity, span_cap=min(64, capacity), quantization=quantization)
             kind = list(kinds(setting, "region"))[number]
             steps = steps_of(setting, "triton", "region")
             parts = steps.count(kind).parts
             both = [parts["products"], parts["head"]]
             pieces.append(
-                f"| region {kind.name} | {steps.shapes(kind)[0].size} | {weights or 'bfloat16'} "
+                f"| region {kind.name} | {steps.shapes(kind)[0].size} | {quantization or 'bfloat16'} "
                 f"| {sum(part.bytes for part in both) / 1e9:.2f} | {sum(part.flops for part in both) / 1e12:.2f} "
                 f"| {1e3 * sum(map(CEILINGS['h200'].part_seconds, both)):.2f} |  |"
             )
