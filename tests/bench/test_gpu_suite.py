@@ -586,19 +586,19 @@ def test_steps_start_from_the_same_place(toy):
 
 
 def test_a_replay_that_does_something_else_is_told(toy, monkeypatch):
-    def idle(step, shape):
-        step.mailbox.post()
-        step.mailbox.posted += 1
-        return step.mailbox.post
+    def idle(runner, shape):
+        runner.ring.publish()
+        runner.ring.count_launch()
+        return runner.ring.publish
 
     monkeypatch.setattr(model, "stand_in", idle)
-    with pytest.raises(parts.Incomplete, match="a replay leaves rows at") as caught:
+    with pytest.raises(parts.Incomplete, match="a replay leaves sequences at") as caught:
         toy.step("torch", "none", next(iter(step_count.kinds(toy.setting, "none"))))
     assert caught.value.values["eager_ms"] > 0 and caught.value.values["predicted_kernels"] > 0
 
 
 def test_a_capture_that_fails_leaves_what_was_measured(toy, monkeypatch):
-    def refuse(step, shape):
+    def refuse(runner, shape):
         raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(model, "stand_in", refuse)
@@ -607,14 +607,14 @@ def test_a_capture_that_fails_leaves_what_was_measured(toy, monkeypatch):
     assert "eager_ms" in caught.value.values and "ms" not in caught.value.values
 
 
-def test_a_loop_that_falls_back_is_told(embedded, monkeypatch):
-    def refuse(step, shape):
+def test_an_execution_that_falls_back_is_reported(embedded, monkeypatch):
+    def refuse(runner, shape):
         raise RuntimeError("CUDA error: operation not permitted")
 
     monkeypatch.setattr(generation, "stand_in", refuse)
-    engine_ = generation.with_loop(embedded, "replay")
+    engine_ = generation.with_execution(embedded, "cuda_graphs")
     with pytest.raises(
-        parts.Incomplete, match="the loop failed: loop replay failed, going on with loop eager"
+        parts.Incomplete, match="the execution failed: execution by cuda_graphs failed, going on with eager"
     ) as caught:
         generation.profile(engine_, ["15,44"], gen_length=8)
     assert caught.value.values["nfe"] > 0
@@ -629,10 +629,11 @@ def test_a_wait_between_steps_is_a_failure(inside, monkeypatch):
         sync.count("torch", "eager", "none")
 
 
-def test_a_mailbox_whose_letters_are_wrong_is_told(inside):
-    box = SimpleNamespace(posted=0, read=lambda number, limit: {"control": torch.zeros(2, 22).numpy()})
-    with pytest.raises(AssertionError, match="letter 1 is not what was posted"):
-        smoke._posts(box, torch.ones(2, 22), lambda: None)
+def test_a_host_ring_with_wrong_copies_is_reported(inside):
+    zeros = torch.zeros(2, 22).numpy()
+    ring = SimpleNamespace(count_launch=lambda: 1, read=lambda number, limit: {"control": zeros})
+    with pytest.raises(AssertionError, match="copy 1 is not what was published"):
+        smoke._published(ring, torch.ones(2, 22), lambda: None)
 
 
 def test_samples_keep_to_their_budget():

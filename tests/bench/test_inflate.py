@@ -392,7 +392,7 @@ def test_what_is_free_is_a_number_of_bytes():
     assert free is None or 2**20 < free < 2**50
 
 
-@pytest.mark.parametrize("option", [{"dtype": "float8"}, {"impl": "fast"}, {"loop": "fast"}])
+@pytest.mark.parametrize("option", [{"dtype": "float8"}, {"backend": "fast"}, {"cuda_graphs": "fast"}])
 def test_other_arguments_are_refused_before_anything_is_made(embedded, option, monkeypatch):
     monkeypatch.setattr(inflate, "assemble", None)
     with pytest.raises(ArgumentError, match=f"{next(iter(option))}='f"):

@@ -65,13 +65,13 @@ def test_figures_that_changed_are_noticed_and_renewed(copy, capsys):
     assert _main(page, folder, "--check") == 0
     (path,) = folder.glob("*-soak.json")
     record = json.loads(path.read_text())
-    record |= {"requests": 987_654, "checks": {**record["checks"], "no row is stuck": False}}
+    record |= {"requests": 987_654, "checks": {**record["checks"], "no sequence is stuck": False}}
     later = folder / "2999-01-01-soak.json"
     later.write_text(json.dumps(record))
     assert _main(page, folder, "--check") == 1 and "is not current" in capsys.readouterr().out
     assert _main(page, folder) == 0
     text = page.read_text()
-    assert "987,654" in text and "2999-01-01-soak.json" in text and "failed: no row is stuck" in text
+    assert "987,654" in text and "2999-01-01-soak.json" in text and "failed: no sequence is stuck" in text
 
 
 def test_what_is_missing_is_named(copy, capsys):

@@ -23,7 +23,7 @@ def _lines(date: str = "2027-01-02 10:00", *, factor: float = 1.0, toy: bool = F
         **{"gpu_ms": 4.0, "span_ms": 4.5, "kernels": 345, "family_ms": {"products": 3.0, "attention": 1.0}},
         "top": [{"kernel": "nvjet_tst", "count": 129, "ms": 3.0}],
     }
-    step = {"policy": "region", "kind": "rows", "rows": 128, "predicted_kernels": 345, "predicted_ms": 4.5}
+    step = {"policy": "region", "kind": "list", "positions": 128, "predicted_kernels": 345, "predicted_ms": 4.5}
     cold = {"l2": "cold", "copy_gb_per_s": 4200.0}
     head = {"operation": "lm_head", "case": "llada-8b-64", "bytes": 1_050_000_000}
     return [
@@ -38,14 +38,14 @@ def _lines(date: str = "2027-01-02 10:00", *, factor: float = 1.0, toy: bool = F
         ("baseline", "ok", "vanilla", {"rows": 2124, "ms": 60.0, "launched_ms": 61.0}),
         ("baseline", "ok", "products, 128 rows", {"rows": 128, **_products()}),
         ("baseline", "ok", "attention, 128 rows", {"rows": 128, "flash": {"us_each": 30.0}, "cudnn": "no plan"}),
-        ("engine", "ok", "triton, region, rows", {**step, "impl": "triton", "eager_ms": 9.0, "ms": 5.0 * factor,
+        ("engine", "ok", "triton, region, list", {**step, "backend": "triton", "eager_ms": 9.0, "ms": 5.0 * factor,
                                                   "machine_share": 0.03, "profile": profile}),
-        ("engine", "failed", "torch, region, rows", {**step, "impl": "torch", "eager_ms": 19.0}),
-        ("sync", "ok", "none, torch, replay", {"policy": "none", "impl": "torch", "loop": "replay", "nfe": 10,
+        ("engine", "failed", "torch, region, list", {**step, "backend": "torch", "eager_ms": 19.0}),
+        ("sync", "ok", "none, torch, cuda_graphs", {"policy": "none", "backend": "torch", "execution": "cuda_graphs", "nfe": 10,
                                                "ms_per_step": 2.0, "kernels_per_step": 90, "calls_per_step": 1.1,
                                                "decode": decode, "generation": {"copies": {"Memcpy DtoH": 1}}}),
         *(("throughput", "ok", f"region, problem {n}", _visit(60.0 * factor + n)) for n in (0, 1, 2)),
-        ("throughput", "ok", "zeros", {"dense_over_inflated_rows": 1.03, "dense_over_inflated_full": 1.1}),
+        ("throughput", "ok", "zeros", {"dense_over_inflated_list": 1.03, "dense_over_inflated_full": 1.1}),
         ("kernels", "ok", "t[1]", {**head, **cold, "implementation": "triton", "p50_us": 275.0, "gb_per_s": 3800.0}),
         ("kernels", "ok", "t[2]", {**head, **cold, "implementation": "torch", "p50_us": 550.0}),
         ("kernels", "ok", "t[3]", {"operation": "confidence", "case": "llada-8b-512", "implementation": "triton",
@@ -57,7 +57,7 @@ def _lines(date: str = "2027-01-02 10:00", *, factor: float = 1.0, toy: bool = F
 
 def _visit(ms: float) -> dict:
     """Make a visit of one problem by a row of the throughput step."""
-    tally = Tally(Row("sfs_triton", "slowfast", "paper", SlowFast(), "region", "triton", "replay"))
+    tally = Tally(Row("sfs_triton", "slowfast", "paper", SlowFast(), "region", "triton", "cuda_graphs"))
     tally.add(Visit([Done(92, 4, 1, 500)], 4e-3 * ms, 1e-3 * ms, 20 * 2**30), [True])
     return {"row": tally.row.name, "weights": "the embedded model, inflated", **tally.summary(None)}
 
@@ -89,7 +89,7 @@ def test_the_page_in_the_repository_is_current(capsys):
 def test_without_a_record_every_measured_cell_is_empty(tmp_path):
     text = report.render(targets.records(tmp_path))
     assert "There is no record of a GPU yet" in text
-    for quantity in ("step of 128 rows", "everything in a step", "blocking CUDA calls", "confidence", "fused head"):
+    for quantity in ("step of 128 positions", "everything in a step", "blocking CUDA calls", "confidence", "fused head"):
         assert _row(text, quantity)[2:] == ["", "", "", ""], quantity
     assert _row(text, "d3LLM")[-1] == ""
 
@@ -97,7 +97,7 @@ def test_without_a_record_every_measured_cell_is_empty(tmp_path):
 def test_a_record_beside_the_targets(tmp_path):
     _write(tmp_path, "2027-01-02-abc1234.jsonl", _lines())
     text = report.render(targets.records(tmp_path))
-    assert _row(text, "step of 128 rows")[1:] == [
+    assert _row(text, "step of 128 positions")[1:] == [
         *("<= 4.7 ms; stretch 4.1", "5.00 ms (triton, replayed)", "no", "1.06", "")
     ]
     assert _row(text, "everything in a step")[2:5] == ["3.0%", "no", "1.50"]
@@ -115,14 +115,14 @@ def test_a_record_beside_the_targets(tmp_path):
 def test_the_tables_of_a_record(tmp_path):
     _write(tmp_path, "2027-01-02-abc1234.jsonl", _lines())
     text = report.render(targets.records(tmp_path))
-    assert _row(text, "region | rows | triton") == [
-        *("region", "rows", "triton", "128", "9.00", "5.00", "4.50", "1.11", "345 / 345", "3.0%", "", "")
+    assert _row(text, "region | list | triton") == [
+        *("region", "list", "triton", "128", "9.00", "5.00", "4.50", "1.11", "345 / 345", "3.0%", "", "")
     ]
-    assert _row(text, "region | rows | torch")[4:] == ["19.00", "", "4.50", "", "", "", "", "failed"]
+    assert _row(text, "region | list | torch")[4:] == ["19.00", "", "4.50", "", "", "", "", "failed"]
     assert _row(text, "sfs_triton | slowfast")[2:] == [
-        *("region", "triton replay", "61.00", "4.0", "1.0", "23.00", "377.0", "20.0", "3 of 3", "")
+        *("region", "triton cuda_graphs", "61.00", "4.0", "1.0", "23.00", "377.0", "20.0", "3 of 3", "")
     ]
-    assert "dense random weights over those with these: 1.030 of rows, 1.100 of full" in text
+    assert "dense random weights over those with these: 1.030 of list, 1.100 of full" in text
     assert _row(text, "lm_head")[1:5] == ["llada-8b-64", "275.0", "550.0", "2.00"]
     assert _row(text, "tests")[1:] == ["1 failed", "tests/test_x.py::test_y"]
     assert _row(text, "128 | flash")[2] == "30.0" and _row(text, "128 | cudnn")[2] == "no plan"
@@ -151,7 +151,7 @@ def test_the_largest_gaps_come_with_what_the_profile_shows(tmp_path):
     path = _write(tmp_path, "2027-01-02-abc1234.jsonl", _lines())
     first, second = targets.gaps(targets.Record(path, record.read(path)))
     assert first.startswith("everything in a step") and "1.50 x the target" in first
-    assert second.startswith("step of 128 rows") and "products 75%, attention 25%; 0.50 ms between them" in second
+    assert second.startswith("step of 128 positions") and "products 75%, attention 25%; 0.50 ms between them" in second
     assert "`nvjet_tst` x 129 3.00 ms" in second
 
 
@@ -160,8 +160,8 @@ def test_change_since_the_last_record(tmp_path):
     _write(tmp_path, "2027-02-02-def5678.jsonl", _lines("2027-02-02 10:00", factor=0.9))
     text = report.render(targets.records(tmp_path))
     assert "`nvidia-h200/2027-02-02-def5678`, beside `nvidia-h200/2027-01-02-abc1234`" in text
-    assert _row(text, "step of 128 rows")[2:] == ["4.50 ms (triton, replayed)", "yes", "0.96", "-10.0%"]
-    assert _row(text, "region | rows | triton")[10] == "-10.0%"
+    assert _row(text, "step of 128 positions")[2:] == ["4.50 ms (triton, replayed)", "yes", "0.96", "-10.0%"]
+    assert _row(text, "region | list | triton")[10] == "-10.0%"
     assert len([line for line in text.splitlines() if line.startswith(f"| {GPU}")]) == 2
 
 
@@ -175,9 +175,9 @@ def test_ratios_to_what_others_measured_are_marked(tmp_path):
 def test_later_lines_count(tmp_path):
     """A record may hold several runs: repeated parts replace earlier ones, omitted parts do not."""
     path = _write(tmp_path, "2027-01-02-abc1234.jsonl", _lines())
-    about = {"policy": "region", "kind": "rows", "impl": "triton", "rows": 128}
+    about = {"policy": "region", "kind": "list", "backend": "triton", "positions": 128}
     again = {**about, "ms": 3.0, "predicted_ms": 4.5, "predicted_kernels": 345}
-    _write(tmp_path, path.name, [("engine", "ok", "triton, region, rows", again), ("baseline", "late", "full", {})])
+    _write(tmp_path, path.name, [("engine", "ok", "triton, region, list", again), ("baseline", "late", "full", {})])
     (found,) = targets.records(tmp_path)
     assert targets.best_step(found)["ms"] == 3.0 and found.part("baseline", "full")["ms"] == 50.0
 
@@ -214,10 +214,10 @@ def test_lines_that_lack_what_was_to_be_measured(tmp_path, values):
     """A step that was cut off leaves such lines."""
     lines = [(step, status, part, {} if step == "baseline" else given) for step, status, part, given in _lines()]
     lines.append(("engine", "hung", "triton, none, full", values))
-    lines.append(("engine", "crashed", "triton, region, rows", values))
+    lines.append(("engine", "crashed", "triton, region, list", values))
     _write(tmp_path, "2027-01-02-abc1234.jsonl", lines)
     text = report.render(targets.records(tmp_path))
-    assert _row(text, "step of 128 rows")[2] == ""
+    assert _row(text, "step of 128 positions")[2] == ""
 
 
 def _cpu_run(root: Path, date: str, ms: float) -> Path:

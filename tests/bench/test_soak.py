@@ -24,7 +24,7 @@ from tests.support.server import Running, serving  # noqa: E402
 
 @pytest.fixture(scope="module")
 def server(embedded):
-    limits = {"max_batch": soak.MAX_BATCH, "max_batches": soak.MAX_LANES, "time_limit": 60.0}
+    limits = {"max_batch": soak.MAX_BATCH, "max_batches": soak.MAX_BATCHES, "time_limit": 60.0}
     with serving(embedded, **limits) as running:
         yield running
 
@@ -89,8 +89,8 @@ FINE = {
     ("name", "value", "check"),
     [
         ("slope_mib_per_minute", 0.6, "memory is flat"),
-        ("running_at_end", 1, "no row is stuck"),
-        ("waiting_at_end", 1, "no row is stuck"),
+        ("running_at_end", 1, "no sequence is stuck"),
+        ("waiting_at_end", 1, "no sequence is stuck"),
         ("slots_taken_last", 31, "no slot is lost"),
         ("slots_taken_first", 31, "no slot is lost"),
         ("server_errors", 1, "no answer of the server's fault (5xx)"),
@@ -155,7 +155,7 @@ def test_a_short_soak(server, monkeypatch):
     checks = soak.judge({**record, "log": "", "exit_code": 0})
     checks.pop("memory is flat")  # which it is not in the first seconds
     assert all(checks.values()), record["first_failures"]
-    assert record["slots_taken_first"] == soak.MAX_BATCH * soak.MAX_LANES
+    assert record["slots_taken_first"] == soak.MAX_BATCH * soak.MAX_BATCHES
     assert len(record["resident_at_rest_mib"]) >= 3 and min(mib for _, mib in record["resident_at_rest_mib"]) > 50
     assert json.loads(soak.as_text({**record, "log": "", "exit_code": 0}))["requests"] == record["requests"] > 10
     assert server.worker.running == server.worker.waiting == 0

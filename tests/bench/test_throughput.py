@@ -23,7 +23,7 @@ from bench.shapes.inflate import inflate
 from tests.support.paths import GOLDEN
 
 KEYS = {
-    *("by", "sampler", "preset", "cache", "impl", "loop", "batch", "nfe", "tpf", "tokens_per_second", "speedup"),
+    *("by", "sampler", "preset", "cache", "backend", "execution", "batch", "nfe", "tpf", "tokens_per_second", "speedup"),
     *("tokens_per_second_p20", "tokens_per_second_p80", "ms_per_forward", "ms_per_forward_p20", "ms_per_forward_p80"),
     *("accuracy", "peak_memory_bytes", "extrapolated"),
 }
@@ -145,12 +145,12 @@ def test_a_sampled_visit_costs_its_steps_times_all(engine, monkeypatch):
     assert canvases[2][:11] == [1, 2, 3, *range(100, 108)]
 
 
-def test_a_loop_that_failed_is_no_figure(engine, monkeypatch):
-    names = iter(["replay", "eager", "eager"])
-    monkeypatch.setattr(sfs_triton.Engine, "loop", property(lambda _: next(names)))
+def test_an_execution_that_failed_is_no_figure(engine, monkeypatch):
+    names = iter(["cuda_graphs", "eager", "eager"])
+    monkeypatch.setattr(sfs_triton.Engine, "execution", property(lambda _: next(names)))
     bench = Bench(engine, 16)
     row = rows.chosen(rows.every_row(16), {"by": [OURS], "samplers": ["slowfast"], "cache": ["region"]})[0]
-    with pytest.raises(RuntimeError, match="loop replay failed and loop eager went on"):
+    with pytest.raises(RuntimeError, match="execution by cuda_graphs failed and eager went on"):
         bench.visit(row, [[1, 2, 3]])
 
 
@@ -176,12 +176,12 @@ def test_a_summary_is_of_medians_and_means():
 
 
 def test_every_way_of_ours_once_and_others_as_they_are():
-    found = rows.spread_out(rows.every_row(128), ["triton", "torch"], ["replay", "eager"])
+    found = rows.spread_out(rows.every_row(128), ["triton", "torch"], ["cuda_graphs", "eager"])
     ours = [row for row in found if row.who == OURS]
     assert len(set(found)) == len(found) and len(ours) == 4 * sum(row.who == OURS for row in rows.every_row(128))
-    assert all(row.impl is None and row.loop is None for row in found if row.who != OURS)
+    assert all(row.backend is None and row.execution is None for row in found if row.who != OURS)
     assert all((row.sampler, row.cache) in BASELINE_OF for row in found if row.who == PLAIN)
-    assert replace(ours[0], impl=None, loop=None) in rows.every_row(128)
+    assert replace(ours[0], backend=None, execution=None) in rows.every_row(128)
 
 
 def test_as_a_script(tmp_path):
@@ -241,8 +241,8 @@ AFTER_ONE_ROW = ["--samplers", "slowfast", "--cache", "none", *SHORT]
         (["--prompts", "nowhere"], "--prompts 'nowhere'"),
         (["--prompt-length", "500"], "--prompt-length 500 and --gen-length 128"),
         (["--prompt-length", "20"], "--prompt-length 20: a problem alone"),
-        (["--impl", "cuda", *AFTER_ONE_ROW], "impl='cuda'"),
-        (["--loop", "replay", *AFTER_ONE_ROW], "loop='replay' needs a GPU"),
+        (["--backend", "cuda", *AFTER_ONE_ROW], "backend='cuda'"),
+        (["--cuda-graphs", *AFTER_ONE_ROW], "cuda_graphs=True needs a GPU"),
     ],
 )
 def test_what_cannot_be_measured_leaves_nothing(arguments, named, tmp_path, capsys):
