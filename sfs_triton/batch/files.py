@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from typing import IO, Any
 from filelock import FileLock, Timeout
 
 from ..errors import ArgumentError, MissingDependencyError, SfsError, require
+from ..files import whole_file
 
 SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
 COLUMNS = ("id", "prompt", "messages", "gen_length", "seed")  # all others are ignored
@@ -232,35 +232,6 @@ class Survey:
 
 
 # ------------------------------------------------------------------------------------------------------- finished rows
-
-
-@contextmanager
-def whole_file(path: Path, folder: Path) -> Iterator[IO[bytes]]:
-    """Open a file to write, which is moved to ``path`` once it is complete and on the disk, and removed on failure.
-
-    Until then it is in ``folder``, on the same file system.
-    """
-    partial = folder / f"{path.name}.partial"
-    try:
-        with open(partial, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Sync a folder's directory entries to the disk, if the system supports it."""
-    if hasattr(os, "O_DIRECTORY"):
-        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 @dataclass

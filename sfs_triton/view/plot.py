@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import secrets
 from pathlib import Path
 
 from ..decoding.samplers import Sampler, SlowFast
 from ..engine import Generation
 from ..errors import ArgumentError, MissingDependencyError, require
+from ..files import whole_file
 from ..scheduling.trace import StepTrace
 
 try:
@@ -45,14 +45,11 @@ def check_path(out: Path) -> None:
 def save(figure: Figure, out: Path) -> None:
     """Write ``figure`` to ``out`` atomically: a failure leaves an older file unchanged and no partial one."""
     check_path(out)
-    partial = out.with_name(f".{out.name}.{secrets.token_hex(4)}.partial")
     try:
-        figure.savefig(partial, format=out.suffix.lower()[1:])
-        os.replace(partial, out)
+        with whole_file(out) as file:
+            figure.savefig(file, format=out.suffix.lower()[1:])
     except OSError as error:
         raise ArgumentError(f"out={str(out)!r} cannot be written: {error.strerror or error}") from None
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def confidence_map(result: Generation, sampler: Sampler, *, title: str) -> Figure:

@@ -364,8 +364,8 @@ def test_failed_write_leaves_the_old_picture(engine, tmp_path, monkeypatch):
     out = tmp_path / "map.png"
     out.write_bytes(b"old")
 
-    def fail(path, **_):
-        Path(path).write_bytes(b"half")
+    def fail(file, **_):
+        file.write(b"half")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(figure, "savefig", fail)

@@ -30,8 +30,8 @@ ROOMS = {
     "runner": ("decoding", "models", "kernels", "errors"),
     "scheduling": ("runner", "decoding", "models", "text", "kernels", "errors"),
     "engine": ("scheduling", "runner", "decoding", "models", "ops", "text", "distributed", "files", "errors"),
-    "view": ("engine", "scheduling", "decoding", "errors"),
-    "batch": ("engine", "decoding", "errors"),
+    "view": ("engine", "scheduling", "decoding", "files", "errors"),
+    "batch": ("engine", "decoding", "files", "errors"),
     "serve": (
         *("engine", "scheduling", "runner", "decoding", "models", "ops", "text", "distributed", "version", "errors"),
     ),
