@@ -1,5 +1,5 @@
 """Conversations with a model."""
 
-from .conversation import Answer, Chat, Settings, Totals
+from .conversation import Conversation
 
-__all__ = ["Answer", "Chat", "Settings", "Totals"]
+__all__ = ["Conversation"]

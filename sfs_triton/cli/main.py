@@ -14,9 +14,8 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, TextIO, get_type_hints
 
-from ..chat.conversation import Settings
 from ..decoding.caching import POLICIES
-from ..decoding.params import parse_cache, parse_sampler
+from ..decoding.params import DecodingParams, parse_cache, parse_sampler
 from ..decoding.samplers import PRESETS, SAMPLERS, Sampler
 from ..distributed import Group, check_started, join, joined, world
 from ..engine import DTYPES, QUANTIZATIONS, Engine, Generation, load
@@ -134,10 +133,10 @@ class Request:
         given |= {"temperature": self.temperature, "cfg_scale": self.cfg_scale, "eos_stop": self.eos_stop}
         return parse_sampler(self.sampler, **given)
 
-    def settings(self, **more: Any) -> Settings:
+    def settings(self) -> DecodingParams:
         """Return decoding parameters, checked as far as possible without a checkpoint."""
         sampler, policy = self.make_sampler(), parse_cache(self.cache)
-        return Settings(sampler=sampler, cache=policy, gen_length=self.gen_length, seed=self.seed, **more)
+        return DecodingParams(sampler=sampler, cache=policy, gen_length=self.gen_length, seed=self.seed)
 
     def load(self, group: Group | int = 1) -> Engine:
         how = {"quantization": self.quantization, "tensor_parallel": group}
@@ -155,7 +154,7 @@ class Job:
 
     request: Request
     prompt: str
-    settings: Settings
+    settings: DecodingParams
     engine: Engine
 
     @classmethod
@@ -234,26 +233,16 @@ def plot(
 def chat(
     request: Request,
     system: Annotated[str, typer.Option(help="A system message.", show_default=False)] = "",
-    forget: Annotated[bool, typer.Option("--forget", help="Drop oldest exchanges where a turn has no room.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object for each answer.")] = False,
     watch: Annotated[bool, typer.Option("--watch", help="Show the canvas live, on stderr.")] = False,
-    delay: Annotated[float, typer.Option(help="Seconds per frame of --watch.")] = DELAY,
-    history: Annotated[Path | None, typer.Option(help="A file to keep typed lines in.", show_default=False)] = None,
 ) -> None:
     """Chat with a model. Lines that start with / are commands: /help lists them."""
-    from ..chat.conversation import Chat
-    from ..chat.terminal import ChatTerminal, InputHistory
+    from ..chat.conversation import Conversation
+    from ..chat.terminal import run
 
-    require(math.isfinite(delay) and delay >= 0, f"--delay {delay} is not a number of seconds")
     if watch:
         from ..view import canvas as render  # noqa: F401  names the extra if rich is missing
-    settings = request.settings(forget=forget)
-    typed = InputHistory(history)
-    engine = request.load()
-    terminal = ChatTerminal(
-        Chat(engine, settings, system), model=request.model, as_json=as_json, watch=watch, delay=delay, history=typed
-    )
-    raise typer.Exit(terminal.run())
+    params = request.settings()
+    raise typer.Exit(run(Conversation(request.load(), params, system), request.model, watch))
 
 
 def _takes_request(command: Callable[..., None], **fixed: Any) -> Callable[..., None]:

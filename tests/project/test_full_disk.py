@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -24,7 +25,7 @@ from bench.common import chart, pages  # noqa: E402
 from bench.quality import measured  # noqa: E402
 from bench.server import soak  # noqa: E402
 from sfs_triton import ArgumentError  # noqa: E402
-from sfs_triton.chat import conversation as chat  # noqa: E402
+from sfs_triton.chat.commands import save  # noqa: E402
 from sfs_triton.view import plot  # noqa: E402
 from tests.support.paths import ROOT  # noqa: E402
 
@@ -65,7 +66,7 @@ WRITERS: dict[str, Callable[[Path], None]] = {
     "what bench-all keeps": _condensed,
     "a chart": lambda path: chart.save(_figure(), path),
     "a picture (sfs plot)": lambda path: plot.save(_figure(), path),
-    "a conversation (/save)": lambda path: chat.write_messages(path, [{"role": "user", "content": "a" * LARGE}]),
+    "a conversation (/save)": lambda path: save(SimpleNamespace(messages=[{"content": "a" * LARGE}]), str(path)),
 }
 
 

@@ -35,7 +35,7 @@ ROOMS = {
     "serve": (
         *("engine", "scheduling", "runner", "decoding", "models", "ops", "text", "distributed", "version", "errors"),
     ),
-    "chat": ("view", "engine", "scheduling", "decoding", "text", "errors"),
+    "chat": ("view", "engine", "scheduling", "decoding", "text", "files", "errors"),
     "integrations": (),
     "integrations/lm_eval": ("engine", "scheduling", "decoding", "text", "distributed", "version", "errors"),
     "integrations/ray": ("batch", "serve", "engine", "errors"),
