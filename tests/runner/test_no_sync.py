@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy
 import pytest
@@ -17,16 +19,17 @@ from torch.utils._pytree import tree_leaves
 
 import sfs_triton
 from bench.common.testing import no_host_reads
-from sfs_triton import Engine, FixedSteps, NoCache, RefreshCache, SlowFast, Threshold
-from sfs_triton.kernels.control import COLUMN
+from sfs_triton import Engine, FixedSteps, NoCache, RefreshCache, Sampler, SlowFast, Threshold
+from sfs_triton.decoding.caching import CachePolicy
+from sfs_triton.decoding.params import BatchKey
+from sfs_triton.decoding.step_plan import Forward, Positions
 from sfs_triton.models import Transformer
-from sfs_triton.runner import EagerLoop, Loop, ReplayLoop, Step
+from sfs_triton.runner import CudaGraphs, Execution, ModelRunner
 from sfs_triton.runner.cuda_graph import capture_graph
-from sfs_triton.runner.state import DecodeState
-from sfs_triton.scheduling.lane import Lane
-from sfs_triton.scheduling.request import Request
-from sfs_triton.scheduling.sequence import Row
-from tests.support.combinations import EVERY_PAIR, PROMPTS, assert_same, engine_with
+from sfs_triton.runner.host_ring import HostRing
+from sfs_triton.scheduling.planner import StepPlanner
+from sfs_triton.scheduling.scheduler import bounds_of
+from tests.support.combinations import EVERY_PAIR, PAIRS, POLICIES, PROMPTS, SAMPLERS, assert_same, engine_with
 
 # ---------------------------------------------------------------------------------------------------- the watch itself
 
@@ -121,29 +124,50 @@ def test_the_watch_ends():
 # ---------------------------------------------------------------------------------------------------- watched steps
 
 
-class Watched:
-    """Runs every step of every loop under the watch, and counts shapes by their kind."""
+def _watch(monkeypatch) -> Counter:
+    """Run steps, and the ends of sequences, under the watch; count forwards by positions."""
+    found: Counter = Counter()
 
-    def __init__(self, monkeypatch):
-        self.kinds, run = Counter(), Step.run
+    def watched(name: str) -> Callable[..., Any]:
+        method = getattr(ModelRunner, name)
 
-        def watched(step, shapes, **named):
-            self.kinds.update(shape.kind for shape in shapes)
+        def call(runner: ModelRunner, *given, **named):
+            if name == "launch":
+                found.update(shape.positions for shape in given[0].forwards)
             with no_host_reads():
-                run(step, shapes, **named)
+                return method(runner, *given, **named)
 
-        monkeypatch.setattr(Step, "run", watched)
+        return call
+
+    for name in ("launch", "warm_up", "end", "publish_final"):
+        monkeypatch.setattr(ModelRunner, name, watched(name))
+    return found
 
 
-@pytest.mark.parametrize("tight", [True, False], ids=["tight", "fixed"])
-@pytest.mark.parametrize(("sampler", "policy"), EVERY_PAIR)
-def test_steps_read_nothing(engines, monkeypatch, sampler, policy, tight):
-    shapes = Watched(monkeypatch)
-    engine = engine_with(engines["dream-gqa"], EagerLoop(tight))
+# Each sampler and each policy meets both kinds of shapes.
+KINDS = ("exact", "padded")
+SHAPED = [
+    pytest.param(
+        SAMPLERS[s], POLICIES[p], KINDS[(list(SAMPLERS).index(s) + list(POLICIES).index(p)) % 2], id=f"{s}-{p}"
+    )
+    for s, p in PAIRS
+]
+
+
+def test_each_sampler_and_each_policy_meets_both_kinds_of_shapes():
+    met = {(each, case.values[2]) for case in SHAPED for each in case.values[:2]}
+    assert met == set(itertools.product([*SAMPLERS.values(), *POLICIES.values()], KINDS))
+
+
+@pytest.mark.parametrize(("sampler", "policy", "execution"), SHAPED)
+def test_steps_read_nothing(engines, monkeypatch, sampler, policy, execution):
+    found, exact = _watch(monkeypatch), execution == "exact"
+    engine = engine_with(engines["dream-gqa"], execution)
     engine.generate(PROMPTS[:2], gen_length=8, sampler=sampler, cache=policy, trace=True)
-    later = "plan" if policy.name == "region" else "same" if tight else "list" if policy.by_block else "prefix"
-    first = "same" if tight else later if policy.name != "region" else "prefix"
-    assert set(shapes.kinds) == {first, later}
+    later = Positions.RANGE if exact else Positions.BLOCK if policy.by_block else Positions.PREFIX
+    listed = policy.name == "region"
+    first = Positions.PREFIX if listed and not exact else later
+    assert set(found) == {first, Positions.LIST if listed else later}
 
 
 OPTIONS = {
@@ -153,29 +177,39 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("option", OPTIONS)
-@pytest.mark.parametrize("tight", [True, False], ids=["tight", "fixed"])
+@pytest.mark.parametrize("execution", ["exact", "padded"])
 @pytest.mark.parametrize(
     ("sampler", "cache"),
     [(SlowFast(), "none"), (SlowFast(), "region"), (Threshold(block_length=8), "dual")],
     ids=["paper-none", "paper-region", "threshold-dual"],
 )
-def test_steps_with_options_read_nothing(engines, monkeypatch, sampler, cache, tight, option):
-    Watched(monkeypatch)
-    engine = engine_with(engines["llada-mha"], EagerLoop(tight))
+def test_steps_with_options_read_nothing(engines, monkeypatch, sampler, cache, execution, option):
+    found = _watch(monkeypatch)
+    engine = engine_with(engines["llada-mha"], execution)
     engine.generate(PROMPTS, gen_length=8, sampler=sampler.replace(**OPTIONS[option]), cache=cache)
+    assert found
 
 
-@pytest.mark.parametrize("tight", [True, False], ids=["tight", "fixed"])
+@pytest.mark.parametrize("execution", ["exact", "padded"])
 @pytest.mark.parametrize("ratio", [0.25, 1.0])
-def test_partial_refreshes_read_nothing(engines, monkeypatch, ratio, tight):
-    Watched(monkeypatch)
+def test_partial_refreshes_read_nothing(engines, monkeypatch, ratio, execution):
+    found = _watch(monkeypatch)
     options = {"gen_length": [8, 8, 16], "sampler": Threshold(block_length=8), "cache": RefreshCache(5, 3, ratio)}
-    engine_with(engines["llada-mha"], EagerLoop(tight)).generate(PROMPTS, **options)
+    engine_with(engines["llada-mha"], execution).generate(PROMPTS, **options)
+    assert found
+
+
+def test_captured_steps_and_dropped_sequences_read_nothing(engines, monkeypatch):
+    found = _watch(monkeypatch)
+    stream = engine_with(engines["llada-mha"], "graphs").stream(PROMPTS, gen_length=[8, 16, 24], cache="region")
+    next(stream)
+    stream.drop(1)
+    assert list(stream) and found[Positions.LIST]
 
 
 def test_a_read_in_a_step_is_seen(engines, monkeypatch):
     """At any depth."""
-    Watched(monkeypatch)
+    _watch(monkeypatch)
     model = Transformer(engines["llada-mha"].spec, engines["llada-mha"].model.weights)
     silu_mul = model.ops.silu_mul
     model.ops = replace(model.ops, silu_mul=lambda x: silu_mul(x) * float(x.norm() > 0))
@@ -184,15 +218,6 @@ def test_a_read_in_a_step_is_seen(engines, monkeypatch):
 
 
 # ------------------------------------------------------------------------------------- steps where there are no values
-
-
-class NoMail:
-    """A mailbox that nothing is put into."""
-
-    depth, posted = 4, 0
-
-    def post(self):
-        pass
 
 
 class Nowhere(TorchDispatchMode):
@@ -215,60 +240,50 @@ def _on_meta(x):
     return x
 
 
-def _move(state: DecodeState) -> None:
-    """All of it, to where tensors have shapes and no values."""
-    for name in DecodeState.__slots__:
-        value = getattr(state, name, None)
-        if isinstance(value, torch.Tensor) and name not in COLUMN:
-            setattr(state, name, value.to("meta"))
-    state.events = {name: value.to("meta") for name, value in state.events.items()}
-    state.__post_init__()
-
-
 @pytest.fixture
-def meta_step(engines, monkeypatch):
-    def make(sampler, policy) -> Step:
-        engine, lengths = engines["dream-gqa"], [16, 8, 48]
-        canvases = [prompt + [engine.spec.mask_id] * n for prompt, n in zip(PROMPTS, lengths, strict=True)]
-        request = Request(canvases, [len(prompt) for prompt in PROMPTS], sampler, policy, [1, 2, 3], trace=True)
-        lane = Lane(engine.model, request.kind, 3, 67, 48, engine._loops)
-        lane.expect(request.starts, lengths)
-        for row in Row.of(request, engine.spec.mask_id):
-            lane.join(row)
-        state = lane.state
-        _move(state)
-        monkeypatch.setattr("sfs_triton.runner.step.Mailbox", lambda *given: NoMail())
-        step = Step(Transformer(engine.spec, _on_meta(engine.model.weights)), sampler, policy, state)
-        step.expect(request.starts, lengths)
-        return step
+def on_meta(engines, monkeypatch):
+    """Make a runner with three sequences where tensors have shapes and no values, and the shapes of its steps."""
+    engine = engines["dream-gqa"]
+    model = Transformer(engine.spec, _on_meta(engine.model.weights))
+    monkeypatch.setattr(HostRing, "publish", lambda ring: None)  # host memory cannot take what is not there
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)  # raises for this device
+
+    def make(sampler: Sampler, policy: CachePolicy) -> tuple[ModelRunner, list[Forward]]:
+        options = {"gen_length": [16, 8, 48], "sampler": sampler, "cache": policy, "seed": [1, 2, 3]}
+        sequences, _ = engine.sequences(PROMPTS, trace=True, **options)
+        key: BatchKey = sequences[0].batch_key
+        bounds = bounds_of(sequences)
+        runner = ModelRunner(model, key, len(sequences), bounds.length, bounds.response)
+        for slot, each in enumerate(sequences):
+            runner.put(slot, each.canvas, each.start, each.params.sampler, each.params.seed, each.step_cap)
+        return runner, StepPlanner(key.sampler, key.cache, len(sequences), bounds, exact=False).shapes()
 
     return make
 
 
 @pytest.mark.parametrize(("sampler", "policy"), EVERY_PAIR)
-def test_steps_run_without_values(meta_step, sampler, policy):
+def test_steps_run_without_values(on_meta, sampler, policy):
     """Steps run on tensors without data, where reading a value raises an error, and on no others."""
-    step = meta_step(sampler.replace(temperature=0.5, eos_stop=True), policy)
-    shapes = step.fixed_shapes()
-    assert {shape.members for shape in shapes} == {1, 2, None} and all(shape.aimed for shape in shapes)
-    assert all(cache.k.device.type == "meta" for cache in step.caches)
+    runner, shapes = on_meta(sampler.replace(temperature=0.5, eos_stop=True), policy)
+    assert {shape.canvases for shape in shapes} == {1, 2, 3}
+    assert runner.state.tokens.device.type == "meta"
+    assert all(cache.k.device.type == "meta" for cache in runner.caches)
     for shape in shapes:
         with Nowhere():
-            step.run([shape])
+            runner.run_padded(shape)
 
 
 @pytest.mark.parametrize(
-    ("spoil", "told"),
+    ("spoil", "error"),
     [(lambda x: x * float(x.max()), "meta"), (lambda x: x * torch.tensor([2.0]).to(x.device), "done on the host")],
     ids=["read", "host"],
 )
-def test_steps_without_values_can_fail(meta_step, spoil, told):
-    step = meta_step(SlowFast(), NoCache())
-    silu_mul = step.model.ops.silu_mul
-    step.model.ops = replace(step.model.ops, silu_mul=lambda x: spoil(silu_mul(x)))
-    (shape,) = NoCache().shapes(step.canvas)
-    with Nowhere(), pytest.raises((RuntimeError, AssertionError), match=told):
-        step.run([shape])
+def test_steps_without_values_can_fail(on_meta, spoil, error):
+    runner, shapes = on_meta(SlowFast(), NoCache())
+    silu_mul = runner.model.ops.silu_mul
+    runner.model.ops = replace(runner.model.ops, silu_mul=lambda x: spoil(silu_mul(x)))
+    with Nowhere(), pytest.raises((RuntimeError, AssertionError), match=error):
+        runner.run_padded(shapes[0])
 
 
 # ------------------------------------------------------------------------------------------------------------- on a GPU
@@ -323,48 +338,52 @@ def test_waits_are_counted_while_decoding():
 
 
 class Marked:
-    """A loop whose steps, from the first to the last, are a span of the profiler's trace."""
+    """An execution whose steps, from the first to the last, are a span of the profiler's trace."""
 
-    def __init__(self, loop: Loop):
-        self._loop, self.name = loop, loop.name
-        self.canvas_length, self.prepare = loop.canvas_length, loop.prepare
+    def __init__(self, execution: Execution):
+        self._execution = execution
 
-    def run(self, step):
+    def __getattr__(self, name: str):
+        return getattr(self._execution, name)
+
+    def run(self, planner, runner):
         with torch.profiler.record_function("decode"):
-            yield from self._loop.run(step)
+            yield from self._execution.run(planner, runner)
+
+
+BY_NAME = {"eager": False, "cuda_graphs": True}
 
 
 @pytest.fixture(scope="module")
 def on_gpu() -> Callable[..., Engine]:
-    model = sfs_triton.load("embedded", "cuda", "float32")
+    loaded = sfs_triton.load("embedded", "cuda", "float32")
 
-    def make(loop: str | Loop) -> Engine:
-        engine = Engine(model.model, model.text, loop if isinstance(loop, str) else None)
-        if not isinstance(loop, str):
-            engine._loops.loop = loop
-        return engine
+    def make(execution: str | Execution) -> Engine:
+        if not isinstance(execution, str):
+            return engine_with(loaded, execution)
+        return Engine(loaded.model, loaded.text, cuda_graphs=BY_NAME[execution])
 
     return make
 
 
 def _profiled(engine: Engine, path: Path, **options) -> Counter:
-    name = engine.loop
+    name = engine.execution
     wanted = engine.generate(QUESTIONS, gen_length=32, **options)  # compiles, captures, allocates
-    engine._loops.loop = Marked(engine._loops.loop)
-    kinds = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=kinds) as profile:
+    engine._execution.current = Marked(engine._execution.current)
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
         done = engine.generate(QUESTIONS, gen_length=32, **options)
     assert_same(done, wanted)
-    assert engine.loop == name, "it fell back"
+    assert engine.execution == name, "it fell back"
     profile.export_chrome_trace(str(path))
     return waits(json.loads(path.read_text())["traceEvents"])
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("loop", ["eager", "replay"])
+@pytest.mark.parametrize("execution", BY_NAME)
 @pytest.mark.parametrize("options", ON_GPU)
-def test_nothing_waits_between_the_first_and_the_last_step(on_gpu, tmp_path, options, loop):
-    assert _profiled(on_gpu(loop), tmp_path / "trace.json", **options) == {}
+def test_nothing_waits_between_the_first_and_the_last_step(on_gpu, tmp_path, options, execution):
+    assert _profiled(on_gpu(execution), tmp_path / "trace.json", **options) == {}
 
 
 @pytest.mark.gpu
@@ -378,38 +397,38 @@ def test_a_wait_between_steps_is_counted(on_gpu, tmp_path):
 @pytest.mark.parametrize("options", ON_GPU)
 def test_steps_on_a_gpu_may_not_wait(on_gpu, monkeypatch, options):
     """Checked by torch's own sync debugging, and by this package's."""
-    run = Step.run
+    launch = ModelRunner.launch
 
-    def watched(step, shapes, **named):
+    def watched(runner, plan):
         torch.cuda.set_sync_debug_mode("error")
         try:
             with no_host_reads():
-                run(step, shapes, **named)
+                launch(runner, plan)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
     engine = on_gpu("eager")
     wanted = engine.generate(QUESTIONS, gen_length=32, **options)
-    monkeypatch.setattr(Step, "run", watched)
+    monkeypatch.setattr(ModelRunner, "launch", watched)
     assert_same(engine.generate(QUESTIONS, gen_length=32, **options), wanted)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("ahead", [0, 1, 3])
 @pytest.mark.parametrize("options", ON_GPU)
-def test_replays_on_a_gpu_are_the_eager_loop(on_gpu, options, ahead):
-    engine = on_gpu(ReplayLoop(ahead=ahead))
+def test_replays_on_a_gpu_equal_eager_steps(on_gpu, options, ahead):
+    engine = on_gpu(CudaGraphs(ahead=ahead))
     for prompts, length in ((QUESTIONS, [32, 16, 48]), (QUESTIONS[::-1], 32), (QUESTIONS[0], 64)):
         for _ in range(2):
             done = engine.generate(prompts, gen_length=length, trace=True, **options)
             assert_same(done, on_gpu("eager").generate(prompts, gen_length=length, trace=True, **options))
-    assert engine.loop == "replay", "it fell back"
+    assert engine.execution == "cuda_graphs", "it fell back"
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("loop", ["eager", "replay"])
-def test_a_handle_comes_before_the_device_has_started(on_gpu, loop):
-    engine = on_gpu(loop)
+@pytest.mark.parametrize("execution", BY_NAME)
+def test_a_handle_comes_before_the_device_has_started(on_gpu, execution):
+    engine = on_gpu(execution)
     wanted = engine.generate(QUESTIONS, gen_length=32)
     torch.cuda.synchronize()
     held = torch.cuda.Event()
@@ -421,7 +440,7 @@ def test_a_handle_comes_before_the_device_has_started(on_gpu, loop):
     assert waiting and took < 0.5
     assert not pending.done()
     assert_same(pending.result(120), wanted)
-    assert engine.loop == loop, "it fell back"
+    assert engine.execution == execution, "it fell back"
 
 
 @pytest.mark.gpu
@@ -430,7 +449,7 @@ def test_nothing_is_compiled_or_captured_after_a_warm_up(on_gpu, monkeypatch, op
     from triton.runtime.jit import JITFunction
 
     captured = []
-    engine = on_gpu(ReplayLoop(capture=lambda step, shape: captured.append(shape) or capture_graph(step, shape)))
+    engine = on_gpu(CudaGraphs(capture=lambda runner, shape: captured.append(shape) or capture_graph(runner, shape)))
     engine.generate(QUESTIONS, gen_length=32, **options)
     warm, compiled, compile_ = len(captured), [], JITFunction._do_compile
 
