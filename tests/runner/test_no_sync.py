@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import time
 from collections import Counter
@@ -29,7 +28,7 @@ from sfs_triton.runner.cuda_graph import capture_graph
 from sfs_triton.runner.host_ring import HostRing
 from sfs_triton.scheduling.planner import StepPlanner
 from sfs_triton.scheduling.scheduler import bounds_of
-from tests.support.combinations import EVERY_PAIR, PAIRS, POLICIES, PROMPTS, SAMPLERS, assert_same, engine_with
+from tests.support.combinations import EVERY_PAIR, PROMPTS, assert_same, engine_with, pairwise
 
 # ---------------------------------------------------------------------------------------------------- the watch itself
 
@@ -144,22 +143,7 @@ def _watch(monkeypatch) -> Counter:
     return found
 
 
-# Each sampler and each policy meets both kinds of shapes.
-KINDS = ("exact", "padded")
-SHAPED = [
-    pytest.param(
-        SAMPLERS[s], POLICIES[p], KINDS[(list(SAMPLERS).index(s) + list(POLICIES).index(p)) % 2], id=f"{s}-{p}"
-    )
-    for s, p in PAIRS
-]
-
-
-def test_each_sampler_and_each_policy_meets_both_kinds_of_shapes():
-    met = {(each, case.values[2]) for case in SHAPED for each in case.values[:2]}
-    assert met == set(itertools.product([*SAMPLERS.values(), *POLICIES.values()], KINDS))
-
-
-@pytest.mark.parametrize(("sampler", "policy", "execution"), SHAPED)
+@pytest.mark.parametrize(("sampler", "policy", "execution"), pairwise(EVERY_PAIR, ["padded", "exact"]))
 def test_steps_read_nothing(engines, monkeypatch, sampler, policy, execution):
     found, exact = _watch(monkeypatch), execution == "exact"
     engine = engine_with(engines["dream-gqa"], execution)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields, replace
 
 import pytest
@@ -75,6 +76,22 @@ SOME_PAIRS = [
     for s, p in PAIRS
     if s == "fixed-blocks" or s == ("dream-reference" if p == "none" else "paper")
 ]
+
+
+def pairwise(cases: Sequence, others: Iterable[str]) -> list:
+    """Return cases, each with one of ``others``: as few as hold every pair of values that the full product holds."""
+    product = [(case, other) for case in cases for other in others]
+
+    def pairs_of(each: tuple) -> set[frozenset]:
+        case, other = each
+        return {frozenset(pair) for pair in itertools.combinations((*enumerate(case.values), ("other", other)), 2)}
+
+    missing, chosen = set().union(*map(pairs_of, product)), []
+    while missing:
+        best = max(product, key=lambda each: len(pairs_of(each) & missing))
+        missing -= pairs_of(best)
+        chosen.append(best)
+    return [pytest.param(*case.values, other, id=f"{case.id}-{other}") for case, other in chosen]
 
 
 def stand_in(runner: ModelRunner, shape: Forward) -> Callable[[], None]:
