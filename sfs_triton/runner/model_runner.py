@@ -195,6 +195,7 @@ class ModelRunner:
         # with one slot there is nobody to pause; with more, one graph serves plans that pause some and that pause none
         self.run([shape], pausing=self.slots > 1, slow=True)
 
+    @torch.inference_mode()
     def _select(self, plan: StepPlan) -> None:
         """Write the plan's order of slots and its paused slots where steps, captured ones too, read them."""
         order = plan.order or self._selected[0]
