@@ -27,8 +27,18 @@ from sfs_triton import (
 )
 from sfs_triton.models import Transformer
 from sfs_triton.models.cache import KVCache
-from sfs_triton.runner import EagerLoop
-from tests.support.combinations import LOOPS, PROMPTS, RAGGED, SAMPLERS, SOME_PAIRS, Roomy, assert_same, engine_with
+from sfs_triton.runner import Eager
+from tests.support.combinations import (
+    EXECUTIONS,
+    PROMPTS,
+    RAGGED,
+    SAMPLERS,
+    SOME_PAIRS,
+    Roomy,
+    assert_same,
+    engine_with,
+    pairwise,
+)
 
 ONE = {"prompts": PROMPTS[0], "gen_length": 16}
 
@@ -41,30 +51,29 @@ def engine(engines) -> Engine:
 # ------------------------------------------------------------------------------------------------------------ streams
 
 
-@pytest.mark.parametrize(("sampler", "policy"), SOME_PAIRS)
-@pytest.mark.parametrize("loop", LOOPS)
-def test_frames_tell_what_happened(engines, sampler, policy, loop):
+@pytest.mark.parametrize(("sampler", "policy", "execution"), pairwise(SOME_PAIRS, EXECUTIONS))
+def test_frames_show_each_step(engines, sampler, policy, execution):
     options = {**RAGGED, "sampler": sampler, "cache": policy}
-    stream = engine_with(engines["dream-gqa"], Roomy(LOOPS[loop](), 5)).stream(**options)
+    stream = engine_with(engines["dream-gqa"], Roomy(EXECUTIONS[execution](), 5)).stream(**options)
     frames: list[Frame] = list(stream)
     done = stream.result()
     assert_same(done, engine_with(engines["dream-gqa"]).generate(**options))
-    assert [frame.step for frame in frames] == list(range(max(row.nfe for row in done)))
-    for index, row in enumerate(done):
-        end = len(row.canvas)
+    assert [frame.step for frame in frames] == list(range(max(result.nfe for result in done)))
+    for index, result in enumerate(done):
+        end = len(result.canvas)
         committed = [place for frame in frames for place in frame.committed[index]]
-        assert sorted(committed) == list(range(row.prompt_length, end)), "not each position once"
+        assert sorted(committed) == list(range(result.prompt_length, end)), "not each position once"
         settled = [frame.settled[index] for frame in frames]
         assert settled == sorted(settled) and settled[-1] == end
-        assert frames[-1].tokens[index] == row.canvas and frames[-1].commit_step[index] == row.commit_step
-        before = PROMPTS[index] + [engines["dream-gqa"].spec.mask_id] * (end - row.prompt_length)
+        assert frames[-1].tokens[index] == result.canvas and frames[-1].commit_step[index] == result.commit_step
+        before = PROMPTS[index] + [engines["dream-gqa"].spec.mask_id] * (end - result.prompt_length)
         for frame in frames:
-            assert all(row.commit_step[place] == frame.step for place in frame.committed[index])
+            assert all(result.commit_step[place] == frame.step for place in frame.committed[index])
             changed = [p for p in range(end) if frame.tokens[index][p] != before[p]]
             assert set(changed) <= set(frame.committed[index])
-            assert all(frame.commit_step[index][p] >= 0 for p in range(row.prompt_length, frame.settled[index]))
+            assert all(frame.commit_step[index][p] >= 0 for p in range(result.prompt_length, frame.settled[index]))
             before = frame.tokens[index]
-        assert [frame.running[index] for frame in frames] == [step < row.nfe - 1 for step in range(len(frames))]
+        assert [frame.running[index] for frame in frames] == [step < result.nfe - 1 for step in range(len(frames))]
 
 
 def test_settled_moves_right_past_an_early_stop(engines):
@@ -78,15 +87,15 @@ def test_settled_moves_right_past_an_early_stop(engines):
     assert set(stream.result().canvas[first:]) == {plain.canvas[first]}
 
 
-def test_a_stream_begins_with_its_first_frame(engine):
-    calls = []
-    run = engine._run
-    engine._run = lambda request: calls.append(run(request)) or calls[-1]
+def test_a_stream_starts_with_its_first_frame(engine, monkeypatch):
+    taken, take = [], engine.batches.take
+    monkeypatch.setattr(engine.batches, "take", lambda *given: taken.append(take(*given)) or taken[-1])
     stream = engine.stream(**ONE)
-    assert engine.lanes.spare == []
+    assert not taken
     with pytest.raises(ArgumentError, match="gen_length=0"):
         engine.stream(PROMPTS[0], gen_length=0)
     next(stream)
+    assert len(taken) == 1
 
 
 @pytest.mark.parametrize("taken", [0, 1, 3, 1000])
@@ -169,23 +178,23 @@ def _cancel(engine, options):
 
 @pytest.mark.parametrize("stop", [_leave_stream, _drop_stream, _break_out, _raise_in_on_step, _cancel])
 @pytest.mark.parametrize(
-    ("name", "policy", "loop"),
-    [("paper", "region", "replay"), ("threshold", "prefix", "replay"), ("paper", "none", "tight")],
+    ("name", "policy", "execution"),
+    [("paper", "region", "graphs"), ("threshold", "prefix", "graphs"), ("paper", "none", "exact")],
 )
-def test_a_run_stopped_midway_leaves_the_engine_usable(engines, name, policy, loop, stop):
+def test_a_run_stopped_midway_leaves_the_engine_usable(engines, name, policy, execution, stop):
     options = {**RAGGED, "sampler": SAMPLERS[name], "cache": policy}
     wanted = engine_with(engines["llada-mha"]).generate(**options)
-    engine = engine_with(engines["llada-mha"], loop)
+    engine = engine_with(engines["llada-mha"], execution)
     stop(engine, options)
-    (session,) = engine.lanes.spare
+    (batch,) = engine.batches.spare
     assert_same(engine.generate(**options, on_step=lambda frame: None), wanted)
-    assert engine.lanes.spare == [session], "what was stopped is not used again"
+    assert engine.batches.spare == [batch], "the batch that was stopped is not used again"
 
 
 # ---- streams that fail
 
 
-def test_a_stream_whose_row_broke(engines):
+def test_a_stream_whose_sequence_has_a_fault(engines):
     model = Transformer(engines["llada-mha"].spec, engines["llada-mha"].model.weights)
     scatter = model.ops.scatter_choices
 
@@ -199,22 +208,22 @@ def test_a_stream_whose_row_broke(engines):
     stream = Engine(model).stream(PROMPTS[:2], gen_length=16)
     assert len(list(stream)) == wanted[1].nfe
     for _ in range(2):
-        with pytest.raises(NumericalFault, match="row 0 at step 2") as caught:
+        with pytest.raises(NumericalFault, match="sequence 0 at step 2") as caught:
             stream.result()
         assert_same(caught.value.finished[1], wanted[1])
 
 
-def test_a_stream_that_failed_has_no_result(engine, monkeypatch):
-    """and above all not the half of one."""
+def test_a_stream_that_failed_has_no_result(engine):
+    """A part of a result is none."""
 
-    class Broken(EagerLoop):
-        def run(self, step):
-            for number, report in enumerate(super().run(step)):
+    class Broken(Eager):
+        def run(self, planner, runner):
+            for number, output in enumerate(super().run(planner, runner)):
                 if number == 3:
                     raise RuntimeError("CUDA error: unspecified launch failure")
-                yield report
+                yield output
 
-    engine._loops.loop = engine._loops._eager = Broken(tight=True)
+    engine._execution.current = engine._execution._eager = Broken(exact=True)
     stream = engine.stream(**ONE)
     with pytest.raises(RuntimeError, match="launch failure"):
         for _ in stream:
@@ -237,15 +246,14 @@ def test_a_stream_without_memory(engine, monkeypatch):
     engine.generate(**ONE)
 
 
-# ---- rows that are dropped
+# ---- sequences that are dropped
 
 
-@pytest.mark.parametrize("loop", LOOPS)
-@pytest.mark.parametrize(("sampler", "policy"), SOME_PAIRS)
-def test_a_dropped_row_takes_no_step_more_and_changes_no_other(engines, sampler, policy, loop):
+@pytest.mark.parametrize(("sampler", "policy", "execution"), pairwise(SOME_PAIRS, EXECUTIONS))
+def test_a_dropped_sequence_takes_no_further_step_and_changes_no_other(engines, sampler, policy, execution):
     options = {**RAGGED, "sampler": sampler, "cache": policy}
     wanted = engine_with(engines["llada-mha"]).generate(**options)
-    stream = engine_with(engines["llada-mha"], loop).stream(**options)
+    stream = engine_with(engines["llada-mha"], execution).stream(**options)
     next(stream)
     left = next(stream)
     stream.drop(1)
@@ -253,7 +261,7 @@ def test_a_dropped_row_takes_no_step_more_and_changes_no_other(engines, sampler,
         assert frame.committed[1] == [] and not frame.running[1]
     done = stream.result()
     assert_same([done[0], done[2]], [wanted[0], wanted[2]])
-    queued = 1 if loop == "replay" and policy.foreseen and policy.name == "region" else 0
+    queued = 1 if execution == "graphs" and policy.name == "region" else 0
     steps = min(2 + queued, wanted[1].nfe)
     assert min(2, steps) == len(done[1].forward_lengths) <= done[1].nfe <= steps
     kept = [at if at < done[1].nfe else -1 for at in wanted[1].commit_step]
@@ -262,44 +270,44 @@ def test_a_dropped_row_takes_no_step_more_and_changes_no_other(engines, sampler,
     assert done[1].masks_left == done[1].canvas.count(mask)
 
 
-@pytest.mark.parametrize("loop", LOOPS)
-def test_a_stream_whose_rows_are_all_dropped_ends(engines, loop):
-    engine = engine_with(engines["llada-mha"], loop)
+@pytest.mark.parametrize("execution", EXECUTIONS)
+def test_a_stream_whose_sequences_are_all_dropped_ends(engines, execution):
+    engine = engine_with(engines["llada-mha"], execution)
     wanted = engine_with(engines["llada-mha"]).generate(**RAGGED)
     stream = engine.stream(**RAGGED)
     next(stream)
-    for row in (0, 1, 2, 1):
-        stream.drop(row)
+    for index in (0, 1, 2, 1):
+        stream.drop(index)
     assert list(stream) == []
-    assert [row.nfe for row in stream.result()] == [1, 1, 1]
+    assert [result.nfe for result in stream.result()] == [1, 1, 1]
     assert_same(engine.stream(**RAGGED).result(), wanted)
 
 
-def test_rows_are_dropped_between_the_first_frame_and_the_end(engine):
+def test_sequences_are_dropped_between_the_first_frame_and_the_end(engine):
     stream = engine.stream(**RAGGED)
     with pytest.raises(RuntimeError, match="between the first frame"):
         stream.drop(0)
     next(stream)
-    for row in (-1, 3):
-        with pytest.raises(ArgumentError, match=f"row={row} is not one of the 3 rows"):
-            stream.drop(row)
+    for index in (-1, 3):
+        with pytest.raises(ArgumentError, match=f"index={index} is not one of the 3 sequences"):
+            stream.drop(index)
     stream.result()
     with pytest.raises(RuntimeError, match="between the first frame"):
         stream.drop(0)
 
 
 @pytest.mark.parametrize("policy", ["none", "region"])
-def test_a_dropped_row_stays_dropped_where_a_loop_starts_again(engines, policy):
-    """A loop that fails is followed by one that repeats the steps it had done."""
+def test_a_dropped_sequence_stays_dropped_after_a_fall_back(engines, policy):
+    """An execution that fails is followed by one that repeats the steps it had done."""
 
-    class Failing(EagerLoop):
-        def run(self, step):
-            for number, report in enumerate(super().run(step)):
+    class Fragile(Eager):
+        def run(self, planner, runner):
+            for number, output in enumerate(super().run(planner, runner)):
                 if number == 4:
                     raise RuntimeError("CUDA error")
-                yield report
+                yield output
 
-    engine = engine_with(engines["llada-mha"], Failing(tight=True))
+    engine = engine_with(engines["llada-mha"], Fragile(exact=True))
     options = {**RAGGED, "cache": policy}
     wanted = engine_with(engines["llada-mha"]).generate(**options)
     stream = engine.stream(**options)
@@ -311,16 +319,16 @@ def test_a_dropped_row_stays_dropped_where_a_loop_starts_again(engines, policy):
 
 
 def test_traces_that_were_taken_are_not_kept(engine):
-    request, _ = engine.request(**RAGGED, trace=True, frames=True)
+    sequences, _ = engine.sequences(**RAGGED, trace=True, frames=True)
     wanted = engine.generate(**RAGGED, trace=True)
-    with engine._run(request) as run:
-        taken = [[row.take_trace() for row in run._rows] for _ in run.frames()]
-        assert [row.take_trace() for row in run._rows] == [None] * 3
+    with engine._run(sequences) as run:
+        taken = [[sequence.take_trace() for sequence in sequences] for _ in run.frames()]
+        assert [sequence.take_trace() for sequence in sequences] == [None] * 3
         done = run.results()
-    for index, row in enumerate(wanted):
+    for index, result in enumerate(wanted):
         mine = [step for steps in taken if (step := steps[index]) is not None]
         assert done[index].trace == []
-        assert [replace(s, confidence=[]) for s in mine] == [replace(s, confidence=[]) for s in row.trace]
+        assert [replace(s, confidence=[]) for s in mine] == [replace(s, confidence=[]) for s in result.trace]
 
 
 # -------------------------------------------------------------------------------------------------- in another thread
@@ -339,14 +347,14 @@ def test_pending_generations_end_in_order(engine):
 
 
 def test_a_queued_generation_is_cancelled_before_it_starts(engine):
-    held, started, told = threading.Event(), threading.Event(), []
+    held, started, frames = threading.Event(), threading.Event(), []
 
     def hold(frame):
         started.set()
         held.wait(20)
 
     first = engine.generate_async(**ONE, on_step=hold)
-    second = engine.generate_async(**ONE, on_step=told.append)
+    second = engine.generate_async(**ONE, on_step=frames.append)
     third = engine.generate_async(**ONE)
     started.wait(20)
     second.cancel()
@@ -358,7 +366,7 @@ def test_a_queued_generation_is_cancelled_before_it_starts(engine):
     held.set()
     wanted = engine_with(engine).generate(**ONE)
     assert_same([first.result(30), third.result(30)], [wanted, wanted])
-    assert told == []
+    assert frames == []
 
 
 def test_cancelling_what_is_done_changes_nothing(engine):
@@ -369,7 +377,7 @@ def test_cancelling_what_is_done_changes_nothing(engine):
 
 
 def test_bad_arguments_are_named_at_once(engine):
-    with pytest.raises(TypeError, match=r"generate_async\(\) got an unexpected keyword argument 'foo'"):
+    with pytest.raises(TypeError, match=r"generate\(\) got an unexpected keyword argument 'foo'"):
         engine.generate_async([1, 2], foo=1)
     pending = engine.generate_async([1, 2], gen_length=4)
     for timeout in ("a", True):
@@ -393,7 +401,7 @@ def test_pending_generations_raise_what_calls_raise(engine, monkeypatch):
         with pytest.raises(ArgumentError, match=named):
             engine.generate_async(**ONE, sampler=sampler, cache=cache)
     monkeypatch.setattr(SlowFast, "step_cap", lambda self, n: 2)
-    with pytest.raises(StepCapExceeded, match="row 0 at step 2"):
+    with pytest.raises(StepCapExceeded, match="sequence 0 at step 2"):
         engine.generate_async(**ONE).result(30)
 
 
@@ -401,9 +409,9 @@ def test_a_handle_comes_at_once(engine, monkeypatch):
     """Before anything of the generation has been done but the checks."""
     held, run = threading.Event(), engine._run
 
-    def slow(request):
+    def slow(sequences):
         held.wait(20)
-        return run(request)
+        return run(sequences)
 
     monkeypatch.setattr(engine, "_run", slow)
     began = time.monotonic()
@@ -416,12 +424,12 @@ def test_a_handle_comes_at_once(engine, monkeypatch):
 # ------------------------------------------------------------------------------------ beside and inside one another
 
 
-@pytest.mark.parametrize("loop", LOOPS)
-def test_a_generation_inside_another(engines, loop):
+@pytest.mark.parametrize("execution", EXECUTIONS)
+def test_a_generation_inside_another(engines, execution):
     outer = {**RAGGED, "sampler": SAMPLERS["threshold"], "cache": "prefix"}
     same, other = outer, {"prompts": PROMPTS[1], "gen_length": 24, "sampler": SAMPLERS["paper"], "cache": "region"}
     wanted = [engine_with(engines["llada-gqa"]).generate(**options) for options in (outer, same, other)]
-    engine, inner = engine_with(engines["llada-gqa"], loop), {}
+    engine, inner = engine_with(engines["llada-gqa"], execution), {}
 
     def on_step(frame):
         if frame.step in (1, 2):
@@ -430,7 +438,7 @@ def test_a_generation_inside_another(engines, loop):
     assert_same(engine.generate(**outer, on_step=on_step), wanted[0])
     assert_same(inner[1], wanted[1])
     assert_same(inner[2], wanted[2])
-    assert len(engine.lanes.spare) == 1
+    assert len(engine.batches.spare) == 1
 
 
 def test_streams_side_by_side(engine):
@@ -442,15 +450,15 @@ def test_streams_side_by_side(engine):
     assert_same([stream.result() for stream in streams], wanted)
 
 
-@pytest.mark.parametrize("loop", ["tight", "replay"])
-def test_generations_in_two_threads(engines, loop):
+@pytest.mark.parametrize("execution", ["exact", "graphs"])
+def test_generations_in_two_threads(engines, execution):
     kinds = [("paper", "none"), ("threshold", "dual"), ("origin", "refresh"), ("paper", "region")]
     options = [
         {**RAGGED, "sampler": SAMPLERS[s], "cache": RefreshCache(3, 2, 0.0) if p == "refresh" else p} for s, p in kinds
     ]
     wanted = [engine_with(engines["llada-mha"]).generate(**each) for each in options]
     model = Transformer(engines["llada-mha"].spec, engines["llada-mha"].model.weights)  # whose tables are yet to grow
-    engine, done, failed = engine_with(Engine(model), loop), {}, []
+    engine, done, failed = engine_with(Engine(model), execution), {}, []
 
     def work(name, order):
         try:
@@ -465,8 +473,8 @@ def test_generations_in_two_threads(engines, loop):
         thread.join(60)
     assert not failed
     for mine in done.values():
-        for index, rows in mine.items():
-            assert_same(rows, wanted[index])
+        for index, results in mine.items():
+            assert_same(results, wanted[index])
 
 
 @contextmanager
@@ -483,10 +491,10 @@ def _wide_floats():
 )
 @pytest.mark.parametrize(("name", "policy"), [("origin", "none"), ("paper", "region"), ("threshold", "dual")])
 def test_what_the_caller_has_set_does_not_matter(engine, settings, name, policy):
-    """The caller's settings affect neither the generation nor the next one on its session."""
+    """The caller's settings affect neither the generation nor the next one in its batch."""
     options = {**RAGGED, "sampler": SAMPLERS[name], "cache": policy}
-    wanted = engine_with(engine, "fixed").generate(**options)
-    engine = engine_with(engine, "fixed")
+    wanted = engine_with(engine, "padded").generate(**options)
+    engine = engine_with(engine, "padded")
     with settings():
         done = engine.generate(**options)
     assert_same(done, wanted)
@@ -496,7 +504,7 @@ def test_what_the_caller_has_set_does_not_matter(engine, settings, name, policy)
 # ------------------------------------------------------------------------------------------------------ long canvases
 
 
-@pytest.mark.parametrize("loop", ["tight", "fixed"])
+@pytest.mark.parametrize("execution", ["exact", "padded"])
 @pytest.mark.parametrize(
     ("sampler", "cache", "length"),
     [
@@ -506,9 +514,9 @@ def test_what_the_caller_has_set_does_not_matter(engine, settings, name, policy)
         pytest.param(Threshold(block_length=4, tau=0.5), RefreshCache(4, 4, 0.0), 4, id="threshold-refresh"),
     ],
 )
-def test_a_canvas_of_4096(engines, sampler, cache, length, loop):
+def test_a_canvas_of_4096(engines, sampler, cache, length, execution):
     shared = engines["llada-mha"]
-    engine = engine_with(Engine(Transformer(replace(shared.spec, max_length=4096), shared.model.weights)), loop)
+    engine = engine_with(Engine(Transformer(replace(shared.spec, max_length=4096), shared.model.weights)), execution)
     prompt = torch.randint(0, 400, (4096 - length,), generator=torch.Generator().manual_seed(0)).tolist()
     done = engine.generate(prompt, gen_length=length, sampler=sampler, cache=cache)
     assert len(done.canvas) == 4096 and done.masks_left == 0 and done.canvas[: len(prompt)] == prompt
@@ -517,7 +525,7 @@ def test_a_canvas_of_4096(engines, sampler, cache, length, loop):
         engine.generate([1, *prompt], gen_length=length, sampler=sampler, cache=cache)
 
 
-def test_a_pending_generation_that_waits_for_another_is_told(engine):
+def test_a_pending_generation_cannot_wait_for_another(engine):
     errors = []
 
     def on_step(frame):
