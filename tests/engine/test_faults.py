@@ -1,4 +1,4 @@
-"""Faults in a generation: sequences that break, no memory, loops that fail, checkpoints that change."""
+"""Faults in a generation: NaN, step caps, no memory, executions that fail, checkpoints that change."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ from sfs_triton import (
 )
 from sfs_triton.models import Transformer, weights
 from sfs_triton.models.cache import FeatureCache, KVCache
-from sfs_triton.runner import EagerLoop, ReplayLoop, Step
+from sfs_triton.runner import CudaGraphs, Eager, ModelRunner
 from tests.support.combinations import (
-    LOOPS,
+    EXECUTIONS,
     POLICIES,
     PROMPTS,
     RAGGED,
@@ -45,60 +45,60 @@ from tests.support.combinations import (
     Failing,
     assert_same,
     engine_with,
+    pairwise,
     stand_in,
 )
 
 OPTIONS = {"prompts": PROMPTS[0], "gen_length": 16}
 
 
-def _own(engine: Engine, loop="tight", **changes) -> Engine:
+def _own(engine: Engine, execution="exact", **changes) -> Engine:
     """An engine whose operations or spec can be changed, since no other shares its model."""
     model = Transformer(replace(engine.spec, **changes), engine.model.weights)
-    return engine_with(Engine(model, engine.text), loop)
+    return engine_with(Engine(model, engine.text), execution)
 
 
-# ------------------------------------------------------------------------------------------------------ rows that break
+# ------------------------------------------------------------------------------------------- sequences with a fault
 
 
-def _break_row(engine: Engine, row: int, step: int) -> None:
+def _break_sequence(engine: Engine, index: int, step: int) -> None:
     """Make the model return NaN at every position of this sequence at this step."""
     scatter = engine.model.ops.scatter_choices
 
     def spoiled(state, *given, **named):
         scatter(state, *given, **named)
-        if state.step[row] == step:
-            state.score[row] = torch.nan
+        if state.step[index] == step:
+            state.score[index] = torch.nan
 
     engine.model.ops = replace(engine.model.ops, scatter_choices=spoiled)
 
 
-@pytest.mark.parametrize(("sampler", "policy"), SOME_PAIRS)
-@pytest.mark.parametrize("loop", ["tight", "replay"])
-def test_a_row_of_nan_is_named_and_the_others_finish(engines, sampler, policy, loop):
+@pytest.mark.parametrize(("sampler", "policy", "execution"), pairwise(SOME_PAIRS, ["graphs", "exact"]))
+def test_a_sequence_of_nan_is_named_and_the_others_finish(engines, sampler, policy, execution):
     options = {**RAGGED, "sampler": sampler, "cache": policy, "trace": True}
     wanted = engine_with(engines["llada-mha"]).generate(**options)
-    assert wanted[1].nfe > 3, "the row is done before it breaks"
-    engine = _own(engines["llada-mha"], loop)
-    _break_row(engine, row=1, step=3)
-    with pytest.raises(NumericalFault, match="NaN logits: row 1 at step 3$") as caught:
+    assert wanted[1].nfe > 3, "the sequence is done before it breaks"
+    engine = _own(engines["llada-mha"], execution)
+    _break_sequence(engine, index=1, step=3)
+    with pytest.raises(NumericalFault, match="NaN logits: sequence 1 at step 3$") as caught:
         engine.generate(**options)
     assert sorted(caught.value.finished) == [0, 2]
     assert_same([caught.value.finished[0], caught.value.finished[2]], [wanted[0], wanted[2]])
     engine.model.ops = engines["llada-mha"].model.ops
-    assert_same(engine.generate(**options), wanted)  # on the same session
+    assert_same(engine.generate(**options), wanted)  # in the same batch
 
 
-@pytest.mark.parametrize("loop", LOOPS)
-def test_nan_in_one_canvas_stays_there(engines, loop):
+@pytest.mark.parametrize("execution", EXECUTIONS)
+def test_nan_in_one_canvas_stays_there(engines, execution):
     """Put a token that the model cannot read into one sequence."""
     weights = engines["llada-mha"].model.weights
     spoiled = replace(weights, embedding=weights.embedding.clone())
     spoiled.embedding[77] = torch.nan
-    engine = engine_with(Engine(Transformer(engines["llada-mha"].spec, spoiled)), loop)
+    engine = engine_with(Engine(Transformer(engines["llada-mha"].spec, spoiled)), execution)
     prompts = [PROMPTS[0], [1, 77, 3], PROMPTS[2]]
     wanted = engine_with(engines["llada-mha"]).generate(**{**RAGGED, "prompts": prompts})
     for cache in ("none", "refresh", "region"):
-        with pytest.raises(NumericalFault, match="row 1 at step 0$") as caught:
+        with pytest.raises(NumericalFault, match="sequence 1 at step 0$") as caught:
             engine.generate(**{**RAGGED, "prompts": prompts}, cache=cache)
         assert sorted(caught.value.finished) == [0, 2]
         if cache == "none":
@@ -106,15 +106,15 @@ def test_nan_in_one_canvas_stays_there(engines, loop):
 
 
 @pytest.mark.parametrize("name", ["paper", "threshold", "fixed-blocks"])
-@pytest.mark.parametrize("loop", LOOPS)
-def test_a_row_at_its_step_cap_is_named_and_the_others_finish(engines, monkeypatch, loop, name):
+@pytest.mark.parametrize("execution", EXECUTIONS)
+def test_a_sequence_at_its_step_cap_is_named_and_the_others_finish(engines, monkeypatch, execution, name):
     sampler = SAMPLERS[name]
     wanted = engine_with(engines["llada-mha"]).generate(**RAGGED, sampler=sampler)
     caps = {RAGGED["gen_length"][0]: 4}
     step_cap = type(sampler).step_cap
     monkeypatch.setattr(type(sampler), "step_cap", lambda self, n: caps.get(n) or step_cap(self, n))
-    engine = engine_with(engines["llada-mha"], loop)
-    with pytest.raises(StepCapExceeded, match="step cap of their sampler: row 0 at step 4$") as caught:
+    engine = engine_with(engines["llada-mha"], execution)
+    with pytest.raises(StepCapExceeded, match="step cap of their sampler: sequence 0 at step 4$") as caught:
         engine.generate(**RAGGED, sampler=sampler)
     assert sorted(caught.value.finished) == [1, 2]
     assert_same(list(caught.value.finished.values()), wanted[1:])
@@ -122,37 +122,38 @@ def test_a_row_at_its_step_cap_is_named_and_the_others_finish(engines, monkeypat
     assert_same(engine.generate(**RAGGED, sampler=sampler), wanted)
 
 
-def test_every_row_is_named_or_finished(engines, monkeypatch):
+def test_every_sequence_is_named_or_finished(engines, monkeypatch):
     """Sequences break in different ways."""
     engine = _own(engines["llada-mha"])
-    _break_row(engine, row=1, step=3)
+    _break_sequence(engine, index=1, step=3)
     step_cap = SlowFast.step_cap
     monkeypatch.setattr(SlowFast, "step_cap", lambda self, n: 2 if n == RAGGED["gen_length"][2] else step_cap(self, n))
     with pytest.raises(NumericalFault) as caught:
         engine.generate(**RAGGED)
     assert sorted(caught.value.finished) == [0]
-    assert "row 1 at step 3" in str(caught.value) and "row 2 at step 2" in str(caught.value)
+    assert "sequence 1 at step 3" in str(caught.value) and "sequence 2 at step 2" in str(caught.value)
 
 
-def test_all_rows_break(engines):
+def test_all_sequences_have_a_fault(engines):
     engine = _own(engines["llada-mha"])
-    for row in range(3):
-        _break_row(engine, row=row, step=row)
-    with pytest.raises(NumericalFault, match="row 0 at step 0, row 1 at step 1, row 2 at step 2") as caught:
+    for index in range(3):
+        _break_sequence(engine, index, step=index)
+    named = "sequence 0 at step 0, sequence 1 at step 1, sequence 2 at step 2"
+    with pytest.raises(NumericalFault, match=named) as caught:
         engine.generate(**RAGGED)
     assert caught.value.finished == {}
 
 
-@pytest.mark.parametrize("loop", LOOPS)
-def test_nan_in_one_layer_breaks_every_row_by_name(engines, loop):
+@pytest.mark.parametrize("execution", EXECUTIONS)
+def test_nan_in_one_layer_is_a_fault_of_every_sequence(engines, execution):
     """All sequences read the same weights. Restored weights work again: no NaN stays in a cache."""
     weights = engines["llada-mha"].model.weights
     layers = list(weights.layers)
     layers[-1] = replace(layers[-1], down=layers[-1].down.clone())
     layers[-1].down[3, 5] = torch.nan
     model = Transformer(engines["llada-mha"].spec, replace(weights, layers=tuple(layers)))
-    engine = engine_with(Engine(model), loop)
-    named = "NaN logits: row 0 at step 0, row 1 at step 0, row 2 at step 0$"
+    engine = engine_with(Engine(model), execution)
+    named = "NaN logits: sequence 0 at step 0, sequence 1 at step 0, sequence 2 at step 0$"
     for cache in ("none", "refresh", "region"):
         with pytest.raises(NumericalFault, match=named) as caught:
             engine.generate(**RAGGED, cache=cache)
@@ -209,7 +210,7 @@ def test_caches_that_no_one_uses_make_room(engines, monkeypatch):
     engine, alive, allocate = engine_with(engines["llada-mha"]), [], KVCache.__init__
 
     def note(self, *given):
-        alive.append(len(engine.lanes.spare))
+        alive.append(len(engine.batches.spare))
         allocate(self, *given)
 
     monkeypatch.setattr(KVCache, "__init__", note)
@@ -219,39 +220,39 @@ def test_caches_that_no_one_uses_make_room(engines, monkeypatch):
 
 
 def _crowded(most: int, at: int = 2):
-    """Make a step's ``run`` fail for want of memory with more sequences than that, once one is at step ``at``."""
-    run = Step.run
+    """Make a launch fail for want of memory with more sequences than that, once one is at step ``at``."""
+    launch = ModelRunner.launch
 
-    def crowded(step, *given, **named):
-        rows = step.running()
-        if len(rows) > most and max(row.step for row in rows) == at:
+    def crowded(runner, plan):
+        if len(plan.steps) + len(plan.paused) > most and max(plan.steps.values()) == at:
             raise torch.OutOfMemoryError("no room for activations")
-        run(step, *given, **named)
+        launch(runner, plan)
 
     return crowded
 
 
 @pytest.mark.parametrize("most", [1, 2])
-@pytest.mark.parametrize("loop", ["tight", "fixed", "replay"])
-def test_no_memory_for_a_step_takes_fewer_rows_at_a_time(engines, monkeypatch, caplog, loop, most):
-    """Sequences start again, and no step is reported twice."""
-    engine, frames = engine_with(engines["llada-mha"], loop), []
+@pytest.mark.parametrize("execution", EXECUTIONS)
+def test_no_memory_for_a_step_takes_fewer_sequences_at_a_time(engines, monkeypatch, caplog, execution, most):
+    """Sequences restart, and no step is reported twice."""
+    engine, frames = engine_with(engines["llada-mha"], execution), []
+    before = engine.execution
     wanted = engine_with(engines["llada-mha"]).generate(**RAGGED, cache="region", trace=True)
-    monkeypatch.setattr(Step, "run", _crowded(most))
+    monkeypatch.setattr(ModelRunner, "launch", _crowded(most))
     done = engine.generate(**RAGGED, cache="region", trace=True, on_step=frames.append)
     assert_same(done, wanted)
     assert "at most 1 slots from now on: no memory for a step: no room for activations" in caplog.text
-    for row, result in enumerate(wanted):
-        told = [place for frame in frames for place in frame.committed[row]]
-        assert len(told) == len(set(told)) == sum(step >= 0 for step in result.commit_step)
-    assert engine.loop == engine_with(engines["llada-mha"], loop).loop
+    for index, result in enumerate(wanted):
+        committed = [place for frame in frames for place in frame.committed[index]]
+        assert len(committed) == len(set(committed)) == sum(step >= 0 for step in result.commit_step)
+    assert engine.execution == before, "it fell back"
 
 
-def test_no_memory_for_one_row_is_said_so(engines, monkeypatch):
+def test_no_memory_for_one_sequence_is_an_error(engines, monkeypatch):
     """The next generation may have room again."""
     engine = engine_with(engines["llada-mha"])
     wanted = engine.generate(**OPTIONS, cache="region")
-    monkeypatch.setattr(Step, "run", _crowded(0))
+    monkeypatch.setattr(ModelRunner, "launch", _crowded(0))
     for given in (OPTIONS, RAGGED):
         with pytest.raises(
             OutOfDeviceMemory, match=r"for a step of a canvas of \d+ positions with cache='region': no room"
@@ -262,12 +263,12 @@ def test_no_memory_for_one_row_is_said_so(engines, monkeypatch):
 
 
 @pytest.mark.parametrize("at", [None, 3])
-def test_no_memory_is_no_failure_of_a_loop(engines, at):
-    """The loop below needs as much."""
+def test_no_memory_is_no_failure_of_an_execution(engines, at):
+    """Eager execution needs as much."""
     engine = engine_with(engines["llada-mha"], Failing(at, torch.OutOfMemoryError("CUDA out of memory.")))
     with pytest.raises(OutOfDeviceMemory):
         engine.generate(**RAGGED)
-    assert engine.loop == "replay"
+    assert engine.execution == "cuda_graphs"
 
 
 @pytest.mark.gpu
@@ -281,35 +282,40 @@ def test_out_of_memory_on_a_gpu():
     assert_same(small.generate(**options), wanted)
 
 
-# --------------------------------------------------------------------------------------------------- loops that fail
+# ---------------------------------------------------------------------------------------------- executions that fail
 
 
-@pytest.mark.parametrize("name", ["warp", "", "Eager", 3])
-def test_unknown_loops(engines, golden, name):
-    with pytest.raises(ArgumentError, match=re.escape(f"loop={name!r} is not one of ('eager', 'replay'")):
-        sfs_triton.load(golden / "models" / "llada-mha", "cpu", loop=name)
-    with pytest.raises(ArgumentError, match=re.escape(f"loop={name!r}")):
-        Engine(engines["llada-mha"].model, loop=name)
+@pytest.mark.parametrize("value", ["replay", "", 3])
+def test_cuda_graphs_is_a_flag(engines, golden, value):
+    named = re.escape(f"cuda_graphs={value!r} is neither True nor False")
+    with pytest.raises(ArgumentError, match=named):
+        sfs_triton.load(golden / "models" / "llada-mha", "cpu", cuda_graphs=value)
+    with pytest.raises(ArgumentError, match=named):
+        Engine(engines["llada-mha"].model, cuda_graphs=value)
 
 
-def test_loops_that_a_device_does_not_have(engines, golden):
+def test_the_former_name_of_the_flag_is_refused(golden):
+    with pytest.raises(ArgumentError, match="'loop' is called 'cuda_graphs' now"):
+        sfs_triton.load(golden / "models" / "llada-mha", "cpu", loop="replay")
+
+
+def test_cuda_graphs_need_a_gpu(engines, golden):
     for make in (
-        lambda name: sfs_triton.load(golden / "models" / "llada-mha", "cpu", loop=name),
-        lambda name: Engine(engines["llada-mha"].model, loop=name),
+        lambda: sfs_triton.load(golden / "models" / "llada-mha", "cpu", cuda_graphs=True),
+        lambda: Engine(engines["llada-mha"].model, cuda_graphs=True),
     ):
-        with pytest.raises(ArgumentError, match="loop='replay' needs a GPU: device 'cpu'"):
-            make("replay")
+        with pytest.raises(ArgumentError, match="cuda_graphs=True needs a GPU: device 'cpu'"):
+            make()
 
 
-def test_the_choice_of_a_loop_is_logged_once(golden, caplog):
+@pytest.mark.parametrize("cuda_graphs", [None, False])
+def test_the_choice_of_an_execution_is_logged_once(golden, caplog, cuda_graphs):
     with caplog.at_level(logging.INFO, "sfs_triton"):
-        engine = sfs_triton.load(golden / "models" / "llada-mha", "cpu")
+        engine = sfs_triton.load(golden / "models" / "llada-mha", "cpu", cuda_graphs=cuda_graphs)
         engine.generate(**OPTIONS)
-    (line,) = (record.getMessage() for record in caplog.records if "loop" in record.getMessage())
-    assert line == "loop eager: device 'cpu' has no CUDA graphs"
-    with caplog.at_level(logging.INFO, "sfs_triton"):
-        assert sfs_triton.load(golden / "models" / "llada-mha", "cpu", loop="eager").loop == "eager"
-    assert caplog.records[-1].getMessage() == "loop eager: asked for"
+    assert engine.execution == "eager"
+    (line,) = (record.getMessage() for record in caplog.records if "execution" in record.getMessage())
+    assert line == "execution: eager"
 
 
 def _warnings(caplog) -> list[str]:
@@ -318,14 +324,14 @@ def _warnings(caplog) -> list[str]:
 
 @pytest.mark.parametrize("at", [None, 0, 1, 4])
 @pytest.mark.parametrize("policy", ["none", "refresh", "region"])
-def test_a_loop_that_fails_falls_back_once(engines, caplog, at, policy):
+def test_an_execution_that_fails_is_replaced_once(engines, caplog, at, policy):
     options = {**RAGGED, "cache": POLICIES[policy], "trace": True}
     wanted = engine_with(engines["llada-mha"]).generate(**options)
     engine = engine_with(engines["llada-mha"], Failing(at))
-    assert engine.loop == "replay"
+    assert engine.execution == "cuda_graphs"
     assert_same(engine.generate(**options), wanted)
-    assert engine.loop == "eager"
-    assert _warnings(caplog) == ["loop replay failed, going on with loop eager: CUDA error: an illegal address"]
+    assert engine.execution == "eager"
+    assert _warnings(caplog) == ["execution by cuda_graphs failed, going on with eager: CUDA error: an illegal address"]
     assert_same(engine.generate(**options), wanted)
     assert len(_warnings(caplog)) == 1
 
@@ -340,12 +346,13 @@ def test_frames_are_not_repeated_after_a_failure(engines, at):
 
 @pytest.mark.parametrize("at", [None, 2])
 def test_a_second_failure_is_raised(engines, monkeypatch, caplog, at):
-    class Broken(EagerLoop):
-        def run(self, step):
+    class Broken(Eager):
+        def run(self, planner, runner):
             raise RuntimeError("CUDA error: unspecified launch failure")
+            yield
 
     engine = engine_with(engines["llada-mha"], Failing(at))
-    engine._loops._eager = Broken(tight=True)
+    engine._execution._eager = Broken(exact=True)
     with pytest.raises(RuntimeError, match="unspecified launch failure"):
         engine.generate(**OPTIONS)
     assert len(_warnings(caplog)) == 1
@@ -358,34 +365,35 @@ def test_a_second_failure_is_raised(engines, monkeypatch, caplog, at):
     "error", [LoopTimeout("late"), SfsError("odd"), ArgumentError("bad"), StepCapExceeded("stuck"), KeyError("a bug")]
 )
 @pytest.mark.parametrize("at", [None, 2])
-def test_what_is_no_failure_of_a_loop_is_raised(engines, caplog, at, error):
+def test_other_errors_are_raised(engines, caplog, at, error):
     engine = engine_with(engines["llada-mha"], Failing(at, error))
     with pytest.raises(type(error)) as caught:
         engine.generate(**OPTIONS)
     assert caught.value is error
-    assert engine.loop == "replay" and not _warnings(caplog)
+    assert engine.execution == "cuda_graphs" and not _warnings(caplog)
 
 
-def test_what_on_step_raises_is_no_failure_of_a_loop(engines, caplog):
-    engine = engine_with(engines["llada-mha"], "replay")
+def test_an_error_of_on_step_is_no_failure_of_an_execution(engines, caplog):
+    engine = engine_with(engines["llada-mha"], "graphs")
 
     def on_step(frame):
         raise RuntimeError("mine")
 
     with pytest.raises(RuntimeError, match="mine"):
         engine.generate(**OPTIONS, on_step=on_step)
-    assert engine.loop == "replay" and not _warnings(caplog)
+    assert engine.execution == "cuda_graphs" and not _warnings(caplog)
 
 
 def test_generations_side_by_side_fall_back_together(engines, caplog):
-    """The loop fails under two of them, and both go on."""
+    """The execution fails in both of them, and both go on."""
     wanted = engine_with(engines["llada-mha"]).generate(**OPTIONS)
     both = threading.Barrier(2, timeout=20)
 
-    class Fragile(ReplayLoop):
-        def run(self, step):
+    class Fragile(CudaGraphs):
+        def run(self, planner, runner):
             both.wait()
             raise RuntimeError("CUDA error: an illegal address")
+            yield
 
     engine, done = engine_with(engines["llada-mha"], Fragile(capture=stand_in)), []
     threads = [threading.Thread(target=lambda: done.append(engine.generate(**OPTIONS))) for _ in range(2)]
@@ -393,23 +401,22 @@ def test_generations_side_by_side_fall_back_together(engines, caplog):
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(done) == 2 and engine.loop == "eager" and len(_warnings(caplog)) == 1
+    assert len(done) == 2 and engine.execution == "eager" and len(_warnings(caplog)) == 1
     for one in done:
         assert_same(one, wanted)
 
 
 @pytest.mark.parametrize("error", [LoopTimeout("late"), KeyboardInterrupt(), RuntimeError("CUDA error")])
-def test_a_session_that_failed_is_not_used_again(engines, error):
-    """Its device may still be at work, so that no one may have the host's memory that it writes to, either."""
+def test_a_batch_that_failed_is_not_used_again(engines, error):
+    """Its device may still run, so the host memory that it writes to is not freed either."""
     engine = engine_with(engines["llada-mha"], Failing(2, error))
-    engine._loops._eager = engine._loops.loop
-    mail = []
-    keep = engine._loops.loop.prepare
-    engine._loops.loop.prepare = lambda step: mail.append(weakref.ref(step.mailbox)) or keep(step)
+    engine._execution._eager = execution = engine._execution.current
+    rings, prepare = [], execution.prepare
+    execution.prepare = lambda planner, runner: rings.append(weakref.ref(runner.ring)) or prepare(planner, runner)
     with pytest.raises(type(error)):
         engine.generate(**OPTIONS)
     gc.collect()
-    assert engine.lanes.spare == [] and mail[0]() is not None
+    assert engine.batches.spare == [] and rings[0]() is not None
 
 
 # ----------------------------------------------------------------------------- checkpoints that change as they are read
