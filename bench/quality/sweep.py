@@ -1,7 +1,7 @@
 """Accuracy under parallelism: tokens per forward of each sampler, and their cost in correct answers.
 
     python -m bench.quality.sweep --limit 500 --json bench/results/sweep.json
-    python -m bench.quality.sweep --json bench/results/sweep.json --write-doc docs/settings.md
+    python -m bench.quality.sweep --json bench/results/sweep.json --write-doc docs/sweep.md
 
 The first line measures: an interrupted run resumes where it stopped. The second puts tables into a page, between its
 markers, and pictures beside it.

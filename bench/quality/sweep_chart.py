@@ -39,7 +39,7 @@ def draw_accuracy(found: list[Summary], path: Path) -> Path:
         axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.xaxis.set_major_formatter(FuncFormatter(lambda pace, _: f"{pace:g}"))
         axis.xaxis.set_minor_locator(NullLocator())
-        axis.set_xlabel("tokens a forward")
+        axis.set_xlabel("tokens per forward")
         axis.set_ylabel("right, % (95% intervals)")
         axis.grid(color="#dddddd", linewidth=0.6)
         axis.set_axisbelow(True)

@@ -138,7 +138,7 @@ def tables(found: list[Summary]) -> str:
 def _methods(summary: Summary) -> list[str]:
     rows = [
         f"**{summary.task}**, {summary.n} held-out problems, by sampler:\n",
-        "| | settings | AUP (95%) | most tokens a forward without a loss that shows | right |",
+        "| | settings | AUP (95%) | most tokens per forward without a measurable loss | right |",
         "|---|---|---|---|---|",
     ]
     for method in summary.methods:
@@ -153,8 +153,8 @@ def _methods(summary: Summary) -> list[str]:
 def _settings(summary: Summary) -> list[str]:
     rows = [
         f"**{summary.task}**, all settings:\n",
-        "| | setting | right (95%) | lost against the default (95%) | tokens a forward (95%) | NFE | full forwards "
-        "| rows |",
+        "| | setting | right (95%) | lost against the default (95%) | tokens per forward (95%) | NFE | full forwards "
+        "| positions |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for method in summary.methods:

@@ -278,7 +278,7 @@ def test_the_record_has_every_setting(committed):
 
 
 def test_pages_say_what_their_records_say(committed):
-    assert between("settings.md", "sweep") == sweep_summary.tables(sweep_summary.summaries(committed))
+    assert between("sweep.md", "sweep") == sweep_summary.tables(sweep_summary.summaries(committed))
     [record] = (ROOT / "bench" / "results").glob("*-policies.json")
     assert between("caches.md", "policies") == policies.tables(measured.read(record))
 
