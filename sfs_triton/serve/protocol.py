@@ -1,6 +1,6 @@
 """Requests and answers of OpenAI's interface, with the extension fields of this server.
 
-Unsupported values are refused with the field's name; ``docs/serving.md`` lists the fields without effect.
+Unsupported values are refused with the field's name; ``docs/serving-api.md`` lists the fields without effect.
 """
 
 from __future__ import annotations

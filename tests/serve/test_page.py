@@ -174,7 +174,7 @@ def frames_of(visit: Visit, kind: str = "slowfast") -> list[dict]:
 
 
 def rebuilt(frames: list[dict], count: int) -> list[str | None]:
-    """The canvas after ``count`` steps, as docs/serving.md says it is rebuilt."""
+    """The canvas after ``count`` steps, as docs/serving-api.md says it is rebuilt."""
     opening, steps = frames[0], frames[1 : count + 1]
     canvas = [None] * opening["response_length"]
     for frame in steps:
