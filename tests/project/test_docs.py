@@ -458,8 +458,8 @@ def test_the_readme_and_the_site_list_every_page():
 
 def test_files_that_pages_name_are_there():
     """On the pages that walk through the code, everything that looks like a path of this repository is one."""
-    for name in ("adding-a-model.md", "adding-a-sampler.md", "kernels.md"):
-        for path in re.findall(r"`((?:[\w-]+/)+[\w.-]*)`", (ROOT / "docs" / name).read_text()):
+    for name in ("docs/adding-a-model.md", "docs/adding-a-sampler.md", "kernels/README.md"):
+        for path in re.findall(r"`((?:[\w-]+/)+[\w.-]*)`", (ROOT / name).read_text()):
             assert (ROOT / path).exists(), f"{name}: {path}"
 
 
