@@ -55,15 +55,15 @@ class Ceilings:
 
 
 # A product of n rows with W weights reads 2 W bytes and does 2 W n operations: memory and arithmetic take equally long
-# at n = flops / bytes per second, which the design puts at about 184 rows. Its other number agrees: a full forward of
-# 2,124 rows is 34.2 T operations with the head on all rows, 43 ms at this peak, where the design says about 44.
+# at n = flops / bytes per second, assumed to be 184 rows. A full forward of 2,124 rows, 34.2 T operations with the head
+# on all rows, then takes 43 ms.
 CEILINGS = {
     "h200": Ceilings(
         bytes_per_second=4.3e12,
         flops_per_second=184 * 4.3e12,
         seconds_per_launch=1.2e-6,
-        source="one H200 as the design assumes it: 4.3 TB/s as a copy reaches them, products weight-bound up to 184 "
-        "rows (so 791 TFLOP/s), 1.2 us a kernel of a replayed graph",
+        source="one H200, 4.3 TB/s as a copy reaches them, products weight-bound up to 184 "
+        "rows (so 791 TFLOP/s), 1.2 us per kernel of a replayed graph",
     )
 }
 
@@ -187,24 +187,6 @@ def _winner_table(ceilings: Ceilings) -> str:
     return table(f"| slow | fast | tokens | cycles a refresh | ops | {names} | wins | measured |", rows)
 
 
-DESIGN_VANILLA = 0.055  # seconds per step
-DESIGN_REGION = {8: 13, 20: 45, 64: 75, 128: 136}  # tokens a cycle: speed-up, with a full refresh every 8 cycles
-
-
-def _design_table(ceilings: Ceilings) -> str:
-    """Tabulate the steps per cycle that the design's speed-ups allow, at the predicted cost per step."""
-    rows = []
-    for tokens, speedup in DESIGN_REGION.items():
-        setting, cells = Setting(span_cap=max(64, tokens)), []
-        budget = tokens * DESIGN_VANILLA / speedup
-        for backend in BACKENDS:
-            steps = steps_of(setting, backend, "region")
-            full, some = (ceilings.seconds(steps.count(kind)) for kind in kinds(setting, "region"))
-            cells.append(f"{(budget - (full - some) / 8) / some:.1f}")
-        rows.append((tokens, f"{speedup}x", f"{1e3 * budget:.1f}", *cells, ""))
-    return table("| tokens a cycle | design | ms a cycle | steps, torch | steps, triton | measured |", rows)
-
-
 CAPACITIES, BATCHES = (32, 64, 128, 256), (1, 2, 4, 16)
 
 
@@ -235,7 +217,6 @@ def doc_tables() -> dict[str, str]:
         "steps": _step_table(ceilings),
         "parts": part_table(steps, ceilings),
         "winners": _winner_table(ceilings),
-        "design": _design_table(ceilings),
         "batches": _batch_table(ceilings),
     }
 

@@ -76,7 +76,7 @@ def test_products_of_a_region_step_by_hand():
     d, after = spec.d_model, spec.d_model**2 + 3 * spec.d_model * spec.mlp
     each = 3 * d * d + after
     flops = 2 * (31 * positions * each + positions * 2 * d * d + targets * (d * d + after))
-    assert 32 * each + spec.vocab_size * d == pytest.approx(6.98e9 + 0.52e9, rel=2e-3)  # as the design counts them
+    assert 32 * each + spec.vocab_size * d == pytest.approx(6.98e9 + 0.52e9, rel=2e-3)  # layers, head
     _, kind = kinds(SETTING, "region")
     for backend in BACKENDS:
         parts = steps_of(SETTING, backend, "region").count(kind).parts
