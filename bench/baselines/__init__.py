@@ -59,20 +59,20 @@ _SLOWFAST_HAS = (
     "truncated forwards in the fast stage after its first step",
     "parallel filling over confidence thresholds",
     "a softmax in the logits' dtype",
-    "at most four host reads in a slow step, two in a fast one and two more a cycle (the original: more)",
+    "at most four host reads in a slow step, two in a fast one and two more per cycle (the original: more)",
 )
 _VANILLA_HAS = (
     "a softmax in the logits' dtype (the original's first versions: float64)",
-    "one host read a block (the original: one a step and more)",
+    "one host read per block (the original: at least one per step)",
 )
 _FEATURES_HAS = (
-    "prompt and response features that are kept, and computed anew in intervals",
+    "prompt and response features that are kept, and recomputed at intervals",
     "between them, only the response positions whose values moved most",
     "keys that are kept rotated (the original rotates all of them in every forward)",
 )
 _FAST_DLLM_HAS = (
     "parallel filling over a confidence threshold",
-    "a threshold that is compared on the device, one host read a step (the original: one a candidate)",
+    "a threshold that is compared on the device, one host read per step (the original: one per candidate)",
 )
 _KEPT_KEYS = "keys that are kept rotated (the original rotates all of them in every forward)"
 _DOUBLE = "a softmax in less than float64, which the original takes"

@@ -303,9 +303,9 @@ PUBLISHED = (
     ),
     Published("Fast-dLLM, LLaDA-8B", "114 tokens/s", "HumanEval 0-shot", "A100"),
     Published(
-        "Fast-dLLM, LLaDA-8B, rerun", "114 tokens/s at 2.77 tokens a forward", "HumanEval 0-shot", "H100", 2770 / 114
+        "Fast-dLLM, LLaDA-8B, rerun", "114 tokens/s at 2.77 tokens per forward", "HumanEval 0-shot", "H100", 2770 / 114
     ),
-    Published("d3LLM-LLaDA in SGLang", "545 tokens/s at 9.91 tokens a forward", "as published", "H100", 9910 / 545),
+    Published("d3LLM-LLaDA in SGLang", "545 tokens/s at 9.91 tokens per forward", "as published", "H100", 9910 / 545),
     Published("DiffusionGemma 26B-A4B, FP8, in vLLM", "1,288 tokens/s", "as published; another model", "H200"),
 )
 
@@ -326,7 +326,7 @@ def published_section(record: Record | None) -> str:
         for p in PUBLISHED
     ]
     here = f" ({ours:.2f} ms: {record.header.get('gpu')}, region, 128 rows)" if ours else ""
-    return table(("what", "figure", "conditions", "hardware", "ms a forward", f"over ours{here}"), rows)
+    return table(("what", "figure", "conditions", "hardware", "ms per forward", f"over ours{here}"), rows)
 
 
 def baselines_section() -> str:
@@ -340,7 +340,7 @@ def baselines_section() -> str:
         kind: [item for item in getattr(every[0], kind) if all(item in getattr(b, kind) for b in every)]
         for kind in ("has", "lacks")
     }
-    lines = ["- **all that follow but the last**" + told("have", shared["has"]) + told("lack", shared["lacks"])]
+    lines = ["- **all but the last**" + told("have", shared["has"]) + told("lack", shared["lacks"])]
     for b in (*every, AUTOREGRESSIVE):
         of_all = shared if b in every else {"has": (), "lacks": ()}
         own = (told(kind, [item for item in getattr(b, kind) if item not in of_all[kind]]) for kind in ("has", "lacks"))
@@ -353,37 +353,36 @@ def baselines_section() -> str:
 HEAD = """\
 # Benchmarks
 
-Rendered from the records under `bench/results/` by `python -m bench.report`; do not edit. A record is what one run of
+Rendered from the records under `bench/results/` by `python -m bench.report`; do not edit. One run of a command is one record:
 
 ```
 python -m bench.gpu --minutes 9           # on a machine with a GPU: bench/results/<gpu>/<date>-<commit>.jsonl
 make bench-all                            # on any: bench/results/<machine>/<date>-<commit>/
 ```
 
-found out; a GPU's lines say how each part ended. A cell that nobody measured is empty.
+A cell without a measurement is empty.
 """
 
 NONE = "**There is no record of a GPU yet.**"
 
 ABOUT_CPUS = """\
-By `make bench-all`, which takes what needs no GPU. On a CPU a forwarded row is time, so these tables show what samplers
-and caches save in rows and steps; they say nothing about kernels, loops and the sizes of real models. "plain torch" are
-the baselines below, in the same process, taking turns with sfs_triton. ~ is extrapolated from some of a generation's
-steps. Behind few-shot prompts the embedded model's answers are wrong, since it has not been trained on conversations of
-several turns, and takes more steps; a step is the same work all the same.
+From `make bench-all`. On a CPU the time of a step follows the positions that it forwards, so these tables show the
+positions and steps that samplers and caches save; they say nothing about kernels, CUDA graphs and the sizes of real
+models. "plain torch" are the baselines below, in the same process, in turns with sfs_triton. ~ is extrapolated from
+some of a generation's steps. Behind few-shot prompts the embedded model, which was trained on single turns, answers
+wrongly and takes more steps; the work per step is the same.
 """
 
 ABOUT_BASELINES = """\
-`bench/baselines/` has the published samplers in eager PyTorch, written from their papers, and held to the recorded runs
+`bench/baselines/` has the published samplers in eager PyTorch, written from their papers. They equal the recorded runs
 of their authors' code in tokens and forwards (`tests/bench/test_baselines.py`).
 """
 
 ABOUT_PUBLISHED = """\
-Each under its own conditions, as its authors give it. Tokens a second depend on the text, on how many tokens a forward
-that text allows, and on the model; *milliseconds a forward* compare engines of models of the same size. They are
-derived here: of vanilla decoding, which takes a token a forward, in the first row, else tokens a forward over tokens a
-second. A ratio marked † is one **across machines**, canvases and kinds of forward: it says what to expect, not which
-engine is better.
+Each under its own conditions, as its authors give it. Tokens per second depend on the text, on the tokens per forward
+that it allows, and on the model; *ms per forward* compares engines of models of the same size. It is derived here as
+tokens per forward over tokens per second (first row: of vanilla decoding, one token per forward). A ratio marked † is
+**across machines**, canvases and kinds of forward: it does not rank engines.
 """
 
 SECTIONS: dict[str, Callable[[Record, Record | None], str]] = {
@@ -404,13 +403,13 @@ def render(found: Sequence[Record], cpus: Sequence[CpuRun] = (), root: Path = RO
     parts = [HEAD]
     if not found:
         empty = Record(Path("none"), ())
-        parts += [NONE, "## Against the design's targets (one H200, bfloat16, LLaDA-8B)", targets_section(empty, None)]
+        parts += [NONE, "## Targets (one H200, bfloat16, LLaDA-8B)", targets_section(empty, None)]
     else:
         parts += ["## Records", machines_section(found)]
     for gpu, its in by_gpu.items():
         new, old = its[-1], its[-2] if len(its) > 1 else None
         parts += [f"## {gpu}", f"The last record, `{new.name}`{f', beside `{old.name}`' if old else ''}."]
-        parts += ["### Against the design's targets", targets_section(new, old)]
+        parts += ["### Targets", targets_section(new, old)]
         for name, file in gpu_charts.names(new, _merged(new)).items():
             parts.append(f"![{gpu_charts.TITLES[name]}]({file})")
         if missed := gaps(new):
