@@ -36,7 +36,7 @@ FUZZ_REPORT ?= fuzz.json.partial
 # Tests whose verdict rests on floating-point arithmetic: logits, scores, decisions and whole generations on the CPU.
 NUMERIC ?= $(addprefix tests/,bench/test_baselines.py bench/test_embedded.py bench/test_inflate.py decoding/test_reference.py \
   decoding/test_region.py decoding/test_samplers.py distributed engine/test_conformance.py \
-  integrations/test_transformers.py kernels/test_steps.py models ops runner/test_loops.py scheduling/test_batches.py)
+  integrations/test_transformers.py kernels/test_steps.py models ops runner/test_execution.py scheduling/test_batches.py)
 # Each word is a setting, its variables apart by commas. An x86 CPU needs AVX2 for the second. The first differs from
 # every machine's own choice.
 CPUS ?= ATEN_CPU_CAPABILITY=default,MKL_CBWR=COMPATIBLE,ONEDNN_MAX_CPU_ISA=SSE41 \

@@ -75,7 +75,5 @@ setup(
         'triton>=3.6; sys_platform == "linux"',
     ],
     extras_require=EXTRAS,
-    entry_points={
-        "console_scripts": ["sfs = sfs_triton.cli.main:main", "sfs-eval = sfs_triton.cli.evaluate:main"]
-    },
+    entry_points={"console_scripts": ["sfs = sfs_triton.cli.main:main", "sfs-eval = sfs_triton.cli.evaluate:main"]},
 )

@@ -128,7 +128,9 @@ Execution = Eager | CudaGraphs
 
 def check_cuda_graphs(cuda_graphs: bool | None, device: torch.device) -> None:
     """Raise :class:`~sfs_triton.errors.ArgumentError` if CUDA graphs are asked for and ``device`` has none."""
-    require(cuda_graphs is None or isinstance(cuda_graphs, bool), f"cuda_graphs={cuda_graphs!r} is neither True nor False")
+    require(
+        cuda_graphs is None or isinstance(cuda_graphs, bool), f"cuda_graphs={cuda_graphs!r} is neither True nor False"
+    )
     require(not cuda_graphs or device.type == "cuda", f"cuda_graphs=True needs a GPU: device {str(device)!r} has none")
 
 

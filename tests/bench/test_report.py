@@ -89,7 +89,13 @@ def test_the_page_in_the_repository_is_current(capsys):
 def test_without_a_record_every_measured_cell_is_empty(tmp_path):
     text = report.render(targets.records(tmp_path))
     assert "There is no record of a GPU yet" in text
-    for quantity in ("step of 128 positions", "everything in a step", "blocking CUDA calls", "confidence", "fused head"):
+    for quantity in (
+        "step of 128 positions",
+        "everything in a step",
+        "blocking CUDA calls",
+        "confidence",
+        "fused head",
+    ):
         assert _row(text, quantity)[2:] == ["", "", "", ""], quantity
     assert _row(text, "d3LLM")[-1] == ""
 

@@ -18,7 +18,6 @@ import httpx  # noqa: E402
 
 from bench.server import soak, soak_requests  # noqa: E402
 from bench.server.loopback import Server, check_loopback, own_server  # noqa: E402
-
 from tests.support.server import Running, serving  # noqa: E402
 
 

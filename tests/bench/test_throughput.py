@@ -23,7 +23,19 @@ from bench.shapes.inflate import inflate
 from tests.support.paths import GOLDEN
 
 KEYS = {
-    *("by", "sampler", "preset", "cache", "backend", "execution", "batch", "nfe", "tpf", "tokens_per_second", "speedup"),
+    *(
+        "by",
+        "sampler",
+        "preset",
+        "cache",
+        "backend",
+        "execution",
+        "batch",
+        "nfe",
+        "tpf",
+        "tokens_per_second",
+        "speedup",
+    ),
     *("tokens_per_second_p20", "tokens_per_second_p80", "ms_per_forward", "ms_per_forward_p20", "ms_per_forward_p80"),
     *("accuracy", "peak_memory_bytes", "extrapolated"),
 }

@@ -22,7 +22,7 @@ from sfs_triton import ArgumentError, FixedSteps, NoCache, RefreshCache, RegionC
 from sfs_triton import distributed as parallel
 from sfs_triton.distributed import Vocabulary, share
 from sfs_triton.models import Transformer
-from sfs_triton.ops.dispatch import Draw, implementation
+from sfs_triton.ops.dispatch import Draw
 from sfs_triton.ops.torch import sharded
 from tests.support import ranks
 from tests.support.combinations import PAIRS, POLICIES, SAMPLERS, assert_same

@@ -136,12 +136,18 @@ ALLOWED = [
     Allowed(r"python -m bench\.shapes\.inflate", "writes 16 GB", check_parsed),
     Allowed(r"python -m bench\.report", "writes into the checkout", check_parsed),
     Allowed(r"python -m bench\.cost\.cost_model --write-doc", "writes into the checkout", check_parsed),
-    Allowed(r"python -m bench\.quality\.sweep", "takes an hour; tests/bench/test_sweep.py runs a small one", check_parsed),
     Allowed(
-        r"python -m bench\.quality\.quantised", "takes minutes; tests/models/test_quantised.py runs a small one", check_parsed
+        r"python -m bench\.quality\.sweep", "takes an hour; tests/bench/test_sweep.py runs a small one", check_parsed
+    ),
+    Allowed(
+        r"python -m bench\.quality\.quantised",
+        "takes minutes; tests/models/test_quantised.py runs a small one",
+        check_parsed,
     ),
     Allowed(r"python -m bench\.server\.serve_load", "takes two minutes", check_parsed),
-    Allowed(r"python -m bench\.server\.soak", "takes half an hour; tests/bench/test_soak.py runs a short one", check_parsed),
+    Allowed(
+        r"python -m bench\.server\.soak", "takes half an hour; tests/bench/test_soak.py runs a short one", check_parsed
+    ),
     Allowed(r"python -m bench\.server\.determinism", "takes minutes, and writes into the checkout", check_parsed),
     Allowed(r"python -m bench\.server\.reliability", "writes into the checkout", check_parsed),
     Allowed(r"python tests/conformance\.py", "takes minutes; tests/engine/test_conformance.py runs it", check_parsed),

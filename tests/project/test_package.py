@@ -202,7 +202,11 @@ def test_an_unknown_module_has_no_room(tmp_path):
 def test_each_integration_is_a_room(tmp_path):
     path = tmp_path / "x.py"
     path.write_text("from ..integrations import ray\nfrom ..integrations.lm_eval.costs import Costs\n")
-    assert _imported_rooms(path, "sfs_triton.cli", PACKAGE) == {"integrations", "integrations/ray", "integrations/lm_eval"}
+    assert _imported_rooms(path, "sfs_triton.cli", PACKAGE) == {
+        "integrations",
+        "integrations/ray",
+        "integrations/lm_eval",
+    }
 
 
 def test_kernels_import_only_torch_triton_and_siblings():

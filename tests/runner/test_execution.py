@@ -75,7 +75,9 @@ def test_executions_agree_on_options(engines, sampler, policy, option):
 def test_executions_agree_on_early_stops(engines, sampler, policy):
     options = {**RAGGED, "cache": policy}
     engine = _ending(engines["dream-gqa"], sampler=sampler, **options)
-    done = _assert_executions_agree(engine, {"graphs": EXECUTIONS["graphs"]}, sampler=sampler.replace(eos_stop=True), **options)
+    done = _assert_executions_agree(
+        engine, {"graphs": EXECUTIONS["graphs"]}, sampler=sampler.replace(eos_stop=True), **options
+    )
     assert any(commit < 0 for row in done for commit in row.commit_step[row.prompt_length :]), "nothing was cut off"
 
 
@@ -83,7 +85,9 @@ def test_executions_agree_on_early_stops(engines, sampler, policy):
 @pytest.mark.parametrize("model", ["llada-mha", "dream-gqa"])
 def test_executions_agree_on_infilling(engines, model, sampler, policy):
     mask = engines[model].spec.mask_id
-    listed = policy.name == "region" and engines[model].spec.shifted  # such a model predicts a position from the one before it
+    listed = (
+        policy.name == "region" and engines[model].spec.shifted
+    )  # such a model predicts a position from the one before it
     canvases = [
         PROMPTS[0] + [mask] * 12 + [7, 8] + [mask] * 5 + PROMPTS[1],
         [4 if listed else mask, 5, 6, mask, mask, *PROMPTS[2], mask],
@@ -105,7 +109,11 @@ def test_executions_agree_on_partial_refreshes(engines, monkeypatch, model, name
     cosine_similarity = F.cosine_similarity
     monkeypatch.setattr(F, "cosine_similarity", likeness)
     _assert_executions_agree(
-        engines[model], {"padded": EXECUTIONS["padded"]}, **RAGGED, sampler=SAMPLERS[name], cache=RefreshCache(7, 4, ratio)
+        engines[model],
+        {"padded": EXECUTIONS["padded"]},
+        **RAGGED,
+        sampler=SAMPLERS[name],
+        cache=RefreshCache(7, 4, ratio),
     )
 
 
