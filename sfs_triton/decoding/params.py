@@ -18,7 +18,7 @@ RENAMED = {"raw": "apply_chat_template", "impl": "backend", "loop": "cuda_graphs
 
 
 class BatchKey(NamedTuple):
-    """What sequences must share to be in one persistent batch.
+    """Batch key: the settings that all sequences of a persistent batch share.
 
     ``sampler`` has its per-sequence parameters blanked. ``trace``, ``frames``: publish the inputs of each decision, and
     the canvases after each step.

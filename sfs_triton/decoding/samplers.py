@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 
@@ -34,17 +34,6 @@ def _check_flag(name: str, value: Any) -> None:
 
 def _check_choice(name: str, value: Any, allowed: tuple) -> None:
     require(value in allowed, f"{name}={value!r} is not one of {allowed}")
-
-
-class SamplingValues(NamedTuple):
-    """Per-sequence sampling parameters. They may differ within a batch and are stored on the device, in the columns of
-    the same names."""
-
-    temperature: float
-    top_p: float
-    tau_min: float = math.inf
-    tau_slow: float = math.inf
-    tau: float = math.inf
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,9 +91,9 @@ class Sampler:
         Sequences can share a batch if their forms are equal."""
         return replace(self, temperature=float(self.temperature > 0), top_p=1e-3 if self.has_nucleus else None)
 
-    def sampling_values(self) -> SamplingValues:
-        """Return the per-sequence parameters."""
-        return SamplingValues(self.temperature or 1.0, self.top_p if self.has_nucleus else math.inf)
+    def sampling_values(self) -> dict[str, float]:
+        """Return the per-sequence parameters, which may differ within a batch: the columns ``SAMPLING`` that it uses."""
+        return {"temperature": self.temperature or 1.0, "top_p": self.top_p if self.has_nucleus else math.inf}
 
     def block_steps(self, length: int) -> int:
         """Return the steps that a schedule gives to each block of ``length`` response positions; 0 without one."""
@@ -209,9 +198,9 @@ class SlowFast(Sampler):
     def batch_key(self) -> SlowFast:
         return replace(super().batch_key(), tau_min=1.0, tau_high=1.0, tau_slow=None, name="")
 
-    def sampling_values(self) -> SamplingValues:
+    def sampling_values(self) -> dict[str, float]:
         never = math.inf if self.tau_slow is None else self.tau_slow
-        return super().sampling_values()._replace(tau_min=self.tau_min, tau_slow=never, tau=self.tau_high)
+        return super().sampling_values() | {"tau_min": self.tau_min, "tau_slow": never, "tau": self.tau_high}
 
     def check_cache(self, policy) -> None:
         require(
@@ -329,8 +318,8 @@ class Threshold(Sampler):
     def batch_key(self) -> Threshold:
         return replace(super().batch_key(), tau=1.0)
 
-    def sampling_values(self) -> SamplingValues:
-        return super().sampling_values()._replace(tau=self.tau)
+    def sampling_values(self) -> dict[str, float]:
+        return super().sampling_values() | {"tau": self.tau}
 
     def rules(
         self, opening: str = "normal", *, look_ahead: int = 0, partial: bool = False, span_cap: int | None = None

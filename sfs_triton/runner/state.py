@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -93,7 +94,7 @@ class DecodeState:
         block_length: int | None,
         seeds: list[int],
         caps: list[int],
-        sampling: Sequence[float],
+        sampling: Mapping[str, float],
         device: torch.device,
         trace: bool,
     ) -> DecodeState:
@@ -168,7 +169,7 @@ class DecodeState:
         block_length: int | None,
         seed: int,
         cap: int,
-        sampling: Sequence[float],
+        sampling: Mapping[str, float],
         block_steps: int = 0,
     ) -> Progress:
         """Put a canvas into a slot whose sequence is done, in stream order; return its progress.
@@ -195,7 +196,7 @@ class DecodeState:
         masked[end:] = False
         torch.logical_not(masked, out=self.given[slot])
         self.seed[slot : slot + 1].fill_(seed)
-        send(self.sampling[slot], list(sampling))
+        send(self.sampling[slot], [sampling.get(name, math.inf) for name in SAMPLING])
         fresh = {"commit_step": -1, "forwarded": -1, "spread": float("nan")}
         for name in ("candidate", "token", "score", "fill", "dirty", "history", *fresh):
             getattr(self, name)[slot : slot + 1].fill_(fresh.get(name, 0))

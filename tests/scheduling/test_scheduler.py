@@ -11,7 +11,6 @@ import torch
 from sfs_triton import Engine, FixedSteps, NumericalFault, OutOfDeviceMemory, Sampler, SlowFast, Threshold
 from sfs_triton.decoding.caching import BatchBounds
 from sfs_triton.decoding.params import DecodingParams
-from sfs_triton.decoding.samplers import SamplingValues
 from sfs_triton.kernels.control import SAMPLING
 from sfs_triton.models import Transformer
 from sfs_triton.runner import CudaGraphs, Eager, ModelRunner
@@ -168,7 +167,7 @@ def test_every_other_setting_is_part_of_the_batch_key():
             assert sampler.replace(**change).batch_key() == sampler.batch_key(), change
     told = {name for sampler, changes in (*OWN.values(), *APART.values()) for change in changes for name in change}
     assert told == {field.name for kind in (SlowFast, Threshold, FixedSteps) for field in fields(kind)}
-    assert SamplingValues._fields == SAMPLING
+    assert {*SlowFast().sampling_values(), *Threshold().sampling_values()} == {*SAMPLING}
     assert Threshold(top_p=1.0).batch_key() == Threshold().batch_key(), "it leaves nothing out"
 
 

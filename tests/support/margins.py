@@ -24,10 +24,10 @@ def decision_margin(done: Generation, sampler: Sampler) -> float:
     sampling, gaps = sampler.sampling_values(), [float("inf")]
     for step in done.trace:
         slow = step.phase == "slow"
-        tau = sampling.tau_slow if slow else sampling.tau
-        thresholds = [tau, sampling.tau_min] if slow else [tau]
+        tau = sampling["tau_slow" if slow else "tau"]
+        thresholds = [tau, sampling["tau_min"]] if slow else [tau]
         if slow and sampler.share_stable:
-            thresholds.append(sampling.tau)
+            thresholds.append(sampling["tau"])
         scores = sorted((c for c in step.confidence if c is not None), reverse=True)
         gaps += [abs(score - threshold) for score in scores for threshold in thresholds]
         fewest = 1
