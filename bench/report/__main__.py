@@ -353,7 +353,8 @@ def baselines_section() -> str:
 HEAD = """\
 # Benchmarks
 
-Rendered from the records under `bench/results/` by `python -m bench.report`; do not edit. One run of a command is one record:
+Rendered from the records under `bench/results/` by `python -m bench.report`; do not edit. One run of a command
+is one record:
 
 ```
 python -m bench.gpu --minutes 9           # on a machine with a GPU: bench/results/<gpu>/<date>-<commit>.jsonl
