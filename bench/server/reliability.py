@@ -63,13 +63,13 @@ def soak_part(results: Path) -> str:
         ),
         (
             f"its slope after {record['warm_up_minutes']:g} minutes",
-            f"{record['slope_mib_per_minute']:+.2f} ± {record['slope_interval']:.2f} MiB a minute; "
+            f"{record['slope_mib_per_minute']:+.2f} ± {record['slope_interval']:.2f} MiB per minute; "
             f"the bound is {record['slope_bound']:g}",
         ),
         ("sequences running, requests waiting at the end", f"{record['running_at_end']}, {record['waiting_at_end']}"),
         (
             f"slots taken at once, of {record['slots']}",
-            f"{record['slots_taken_first']} at the begin, {record['slots_taken_last']} at the end",
+            f"{record['slots_taken_first']} at the start, {record['slots_taken_last']} at the end",
         ),
         ("exit code after SIGTERM", f"{record['exit_code']}"),
         ("checks", f"{sum(checks.values())} of {len(checks)} passed" + _failed(checks)),
@@ -80,7 +80,7 @@ def soak_part(results: Path) -> str:
     given = "".join(f", {name}={value}" for name, value in record.get("environment", {}).items())
     about = (
         f"{record['machine']}, torch {record['torch']}{given} ({where}{note}). "
-        f"The load average was {first[0]:g} at the begin and {last[0]:g} at the end."
+        f"The load average was {first[0]:g} at the start and {last[0]:g} at the end."
     )
     wrong = "".join(f"Not as expected: `{text[:160]}`.\n\n" for text in record["first_failures"])
     return f"{table(('', 'found'), rows)}\n\n{wrong}{about}\n\n![{_told(record)}]({PICTURE})\n"
@@ -151,7 +151,7 @@ def draw(record: dict, path: Path) -> Path:
     x, y = zip(*((s / 60, mib) for s, mib in record["resident_at_rest_mib"] if s / 60 >= after), strict=True)
     middle, level, slope = sum(x) / len(x), sum(y) / len(y), record["slope_mib_per_minute"]
     ends = (x[0], x[-1])
-    label = f"fitted: {slope:+.2f} MiB a minute (bound {record['slope_bound']:g})"
+    label = f"fitted: {slope:+.2f} MiB per minute (bound {record['slope_bound']:g})"
     axis.plot(ends, [level + slope * (end - middle) for end in ends], color="#d95f02", linewidth=2, label=label)
     axis.axvspan(0, after, color="#f0f0f0", zorder=0)
     axis.text(
