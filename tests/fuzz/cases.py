@@ -27,23 +27,26 @@ from sfs_triton import (
     Threshold,
 )
 from sfs_triton.decoding.caching import CachePolicy
+from sfs_triton.decoding.params import DecodingParams
 from sfs_triton.decoding.samplers import FIXED_METRICS, PRESETS, ROUNDINGS, SLOW_ENDS, SPREADS
 from sfs_triton.errors import SequenceFault
 from sfs_triton.models import Transformer
 from sfs_triton.models.spec import ModelSpec
 from sfs_triton.models.weights import LayerWeights, Weights
-from sfs_triton.runner import EagerLoop, ReplayLoop
+from sfs_triton.runner import CudaGraphs, Eager
+from sfs_triton.scheduling.sequence import Sequence
 from tests.support.combinations import Roomy, assert_same, goes_with, stand_in
 
 ROOM = 96  # most positions of a model here
-LOOPS = {
-    "fixed": lambda: EagerLoop(tight=False),
-    "replay": lambda: ReplayLoop(capture=stand_in),
-    "replay ahead": lambda: ReplayLoop(ahead=3, capture=stand_in),
-    "roomy": lambda: Roomy(EagerLoop(tight=True), 7),
-    "roomy fixed": lambda: Roomy(EagerLoop(tight=False), 19),
+EXECUTIONS = {
+    "exact": lambda: Eager(exact=True),
+    "padded": lambda: Eager(exact=False),
+    "graphs": lambda: CudaGraphs(capture=stand_in),
+    "graphs ahead": lambda: CudaGraphs(ahead=3, capture=stand_in),
+    "roomy": lambda: Roomy(Eager(exact=True), 7),
+    "roomy padded": lambda: Roomy(Eager(exact=False), 19),
 }
-SHARPNESS = (0.5, 1.0, 1.7, 2.5, 3.0)  # standard deviation of the logits: how sure a model is
+SHARPNESS = (0.5, 1.0, 1.7, 2.5, 3.0)  # standard deviation of the logits
 
 
 @dataclass(frozen=True)
@@ -55,8 +58,8 @@ class Made:
     sharpness: float
     mask_out: bool
 
-    def engine(self, impl: str = "torch", device: str = "cpu") -> Engine:
-        return Engine(Transformer(self.spec, weights_of(self, device), impl))
+    def engine(self, backend: str = "torch", device: str = "cpu") -> Engine:
+        return Engine(Transformer(self.spec, weights_of(self, device), backend))
 
 
 @dataclass(frozen=True)
@@ -70,37 +73,50 @@ class Case:
     policy: CachePolicy
     seeds: list[int]
 
-    def canvas(self, row: int) -> tuple[list[int], int]:
+    def canvas(self, index: int) -> tuple[list[int], int]:
         """Return a sequence's canvas, and the position from which it is decoded."""
+        prompt = self.prompts[index]
         if self.lengths is None:
-            return self.prompts[row], 0
-        return self.prompts[row] + [self.model.spec.mask_id] * self.lengths[row], len(self.prompts[row])
+            return prompt, 0
+        return prompt + [self.model.spec.mask_id] * self.lengths[index], len(prompt)
 
-    def run(self, engine: Engine, rows: list[int] | None = None, **options: Any) -> list[Generation | str]:
-        """Return the outcome of each of ``rows`` (default: all), in one batch."""
-        rows = list(range(len(self.prompts))) if rows is None else rows
-        prompts = [self.prompts[row] for row in rows]
-        common = {"sampler": self.sampler, "cache": self.policy, "seed": [self.seeds[row] for row in rows], **options}
+    def sequences(self) -> list[Sequence]:
+        """Return the sequences of the call, with a trace."""
+        found = []
+        for index, seed in enumerate(self.seeds):
+            canvas, start = self.canvas(index)
+            # infilling has no response length: one that goes with the sampler
+            length = self.sampler.block_length or 1 if self.lengths is None else self.lengths[index]
+            params = DecodingParams(sampler=self.sampler, cache=self.policy, gen_length=length, seed=seed)
+            found.append(Sequence(params, canvas, start, self.model.spec.mask_id, trace=True))
+        return found
+
+    def run(self, engine: Engine, order: list[int] | None = None, **options: Any) -> list[Generation | str]:
+        """Return the outcomes of the sequences in ``order`` (default: all), in one batch."""
+        order = list(range(len(self.prompts))) if order is None else order
+        prompts = [self.prompts[index] for index in order]
+        common = {"sampler": self.sampler, "cache": self.policy, "seed": [self.seeds[index] for index in order]}
+        common |= options
         if self.lengths is None:
-            return outcomes(lambda: engine.infill(prompts, **common), len(rows))
-        lengths = [self.lengths[row] for row in rows]
-        return outcomes(lambda: engine.generate(prompts, gen_length=lengths, **common), len(rows))
+            return outcomes(lambda: engine.infill(prompts, **common), len(order))
+        lengths = [self.lengths[index] for index in order]
+        return outcomes(lambda: engine.generate(prompts, gen_length=lengths, **common), len(order))
 
 
-def outcomes(call: Callable[[], list[Generation]], rows: int) -> list[Generation | str]:
+def outcomes(call: Callable[[], list[Generation]], count: int) -> list[Generation | str]:
     """Return the result of a call per sequence: its generation, or the kind of fault that ended it."""
     try:
         return call()
     except SequenceFault as fault:
-        return [fault.finished.get(row, type(fault).__name__) for row in range(rows)]
+        return [fault.finished.get(index, type(fault).__name__) for index in range(count)]
 
 
 def assert_outcomes(mine: list[Generation | str], wanted: list[Generation | str]) -> None:
     assert [x for x in mine if isinstance(x, str)] == [x for x in wanted if isinstance(x, str)]
-    for row, other in zip(mine, wanted, strict=True):
-        assert isinstance(row, str) == isinstance(other, str)
-        if not isinstance(row, str):
-            assert_same(row, other)
+    for one, other in zip(mine, wanted, strict=True):
+        assert isinstance(one, str) == isinstance(other, str)
+        if not isinstance(one, str):
+            assert_same(one, other)
 
 
 # ------------------------------------------------------------------------------------------------------------- models
@@ -249,7 +265,7 @@ def region(draw: st.DrawFn) -> RegionCache:
     )
 
 
-# Which rows dLLM-Cache refreshes in between is decided by rounding, unless it is none or all of them.
+# Which positions dLLM-Cache refreshes in between is decided by rounding, unless it is none or all of them.
 REFRESH = st.builds(RefreshCache, st.integers(1, 5), st.integers(1, 5), st.sampled_from([0.0, 1.0]))
 POLICIES = st.sampled_from([NoCache(), PrefixCache(), DualCache()]) | REFRESH | region()
 
@@ -260,15 +276,15 @@ POLICIES = st.sampled_from([NoCache(), PrefixCache(), DualCache()]) | REFRESH | 
 @st.composite
 def cases(
     draw: st.DrawFn,
-    rows: int = 3,
+    most: int = 3,
     longest: int = 16,
     policies: st.SearchStrategy = POLICIES,
     made: st.SearchStrategy | None = None,
     settled: bool = False,
 ) -> Case:
-    """Draw calls of at most ``rows`` sequences and ``longest`` decoded positions each.
+    """Draw calls of at most ``most`` sequences and ``longest`` decoded positions each.
 
-    ``settled`` cases are those that the oracle knows: it refuses quotas that do not come out even, and no model may
+    ``settled`` cases are those that the oracle accepts: it refuses quotas that do not come out even, and no model may
     predict the mask.
     """
     sampler = draw(samplers())
@@ -276,7 +292,7 @@ def cases(
     policy = next((policy for policy in drawn if goes_with(sampler, policy)), NoCache())
     if made is None:
         made = models(mask_out=True if settled else None)
-    model, count = draw(made), draw(st.integers(1, rows))
+    model, count = draw(made), draw(st.integers(1, most))
     spec, infill = model.spec, draw(st.sampled_from([False, False, False, True]))
     token = st.integers(0, spec.vocab_size - 1).filter(lambda t: t != spec.mask_id)
     prompts = draw(st.lists(st.lists(token, min_size=1, max_size=12), min_size=count, max_size=count))
@@ -284,7 +300,9 @@ def cases(
     if infill:
         if isinstance(sampler, Threshold) and settled:
             sampler = sampler.replace(steps=None)
-        keep = isinstance(policy, RegionCache) and spec.shifted  # such a model has no row for the first position
+        keep = (
+            isinstance(policy, RegionCache) and spec.shifted
+        )  # such a model cannot predict the first position from a list
         canvases = [_punched(draw, prompt, spec.mask_id, keep, longest) for prompt in prompts]
         return Case(model, canvases, None, sampler, policy, seeds)
     unit = getattr(sampler, "block_length", None) or 1
@@ -304,14 +322,14 @@ def _punched(draw: st.DrawFn, prompt: list[int], mask_id: int, keep_first: bool,
     return [*canvas, mask_id][: longest + len(prompt)] if mask_id not in canvas else canvas[: longest + len(prompt)]
 
 
-def with_eos_that_is_said(case: Case) -> Case:
+def with_predicted_eos(case: Case) -> Case:
     """Make the token that the first sequence commits first end-of-text: random models hardly ever predict it."""
-    (row,) = case.run(case.model.engine(), [0])
-    if isinstance(row, str):
+    (done,) = case.run(case.model.engine(), [0])
+    if isinstance(done, str):
         return case
-    decided = [p for p, step in enumerate(row.commit_step) if step >= 0]
-    first = min(decided, key=lambda p: (row.commit_step[p], p))
-    eos_id, spec = row.canvas[first], case.model.spec
+    decided = [p for p, step in enumerate(done.commit_step) if step >= 0]
+    first = min(decided, key=lambda p: (done.commit_step[p], p))
+    eos_id, spec = done.canvas[first], case.model.spec
     if eos_id == spec.mask_id:
         return case
     return replace(case, model=replace(case.model, spec=replace(spec, eos_id=eos_id, pad_id=eos_id)))
@@ -319,6 +337,4 @@ def with_eos_that_is_said(case: Case) -> Case:
 
 def ended(strategy: st.SearchStrategy) -> st.SearchStrategy:
     """Give half of the cases an end-of-text token that the model predicts."""
-    return st.tuples(strategy, st.booleans()).map(
-        lambda drawn: with_eos_that_is_said(drawn[0]) if drawn[1] else drawn[0]
-    )
+    return st.tuples(strategy, st.booleans()).map(lambda drawn: with_predicted_eos(drawn[0]) if drawn[1] else drawn[0])

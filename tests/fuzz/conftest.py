@@ -43,7 +43,7 @@ Fuzz = Callable[..., None]
 def fuzz(record_property) -> Fuzz:
     """Try a property on cases: ``fuzz(check, strategy, examples=40, share=0.2)``.
 
-    ``examples`` are drawn in the test suite, ``share`` of ``FUZZ_CASES`` otherwise. Cases that ``check`` turns down by
+    ``examples`` are drawn in the test suite, ``share`` of ``FUZZ_CASES`` otherwise. Cases that ``check`` rejects by
     ``hypothesis.assume`` do not count.
     """
 
@@ -69,19 +69,19 @@ def fuzz(record_property) -> Fuzz:
         finally:
             record_property("fuzz_cases", passed)
             record_property("fuzz_seconds", round(time.time() - began, 1))
-        assert passed >= examples // 2, f"only {passed} cases were good for anything"
+        assert passed >= examples // 2, f"only {passed} cases could be checked"
 
     return run
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     """Collect the tests' records from all workers."""
-    told = dict(report.user_properties)
-    if report.when == "call" and "fuzz_cases" in told:
+    recorded = dict(report.user_properties)
+    if report.when == "call" and "fuzz_cases" in recorded:
         name = report.nodeid.split("::", 1)[1].removeprefix("test_")
         _found[name] = {
-            "cases": told["fuzz_cases"],
-            "seconds": told["fuzz_seconds"],
+            "cases": recorded["fuzz_cases"],
+            "seconds": recorded["fuzz_seconds"],
             "outcome": report.outcome,
         }
 

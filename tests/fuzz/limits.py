@@ -30,9 +30,9 @@ def confined(call: Callable[[], object], seconds: int = SECONDS, room: int = ROO
             os._exit(0)
     os.close(write)
     with os.fdopen(read, "rb") as pipe:
-        told = pipe.read().decode()
+        outcome = pipe.read().decode()
     _, status = os.waitpid(child, 0)
-    return told or f"killed by {signal.Signals(os.WTERMSIG(status)).name} after at most {seconds} s"
+    return outcome or f"killed by {signal.Signals(os.WTERMSIG(status)).name} after at most {seconds} s"
 
 
 def _limit(seconds: int, room: int) -> None:
