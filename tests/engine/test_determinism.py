@@ -1,7 +1,7 @@
-"""The same seed gives the same tokens: in another process, with other threads, in any batch, loop and front end.
+"""The same seed gives the same tokens: in another process, with other threads, by any execution and front end.
 
-Rows that join and leave a batch are in tests/scheduling/test_scheduler.py, orders of a batch in
-tests/scheduling/test_batches.py, and all samplers and caches on all loops in tests/runner/test_loops.py.
+Sequences that join and leave a batch are in tests/scheduling/test_scheduler.py, orders of a batch in
+tests/scheduling/test_batches.py, and all samplers and caches by all executions in tests/runner/test_execution.py.
 docs/reliability.md says where it ends.
 """
 
@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from sfs_triton import FixedSteps, SlowFast
-from tests.support.combinations import LOOPS, engine_with
+from tests.support.combinations import EXECUTIONS, engine_with
 from tests.support.paths import ROOT
 from tests.support.repeats import PROMPTS, TABLE, WAYS, all_ways, results
 
@@ -30,7 +30,7 @@ def wanted(embedded) -> dict[str, list[list[int]]]:
 
 
 def test_seeds_matter(embedded, wanted):
-    """Or all of this would say nothing."""
+    """Otherwise the other tests here could not fail."""
     for name, (sampler, cache) in WAYS.items():
         others = results(embedded.generate(PROMPTS, sampler=sampler, cache=cache, gen_length=32, seed=77))
         assert others != wanted[name], name
@@ -78,21 +78,21 @@ def test_another_dtype_repeats_itself():
     assert elsewhere("bfloat16", 1, 1, names) == elsewhere("bfloat16", 2, 2, names)
 
 
-@pytest.mark.parametrize("loop", LOOPS)
-def test_loops_on_a_trained_model(embedded, wanted, loop):
-    """Decode one prompt at a time, with each loop's step shapes."""
-    engine = engine_with(embedded, loop)
+@pytest.mark.parametrize("execution", EXECUTIONS)
+def test_executions_on_a_trained_model(embedded, wanted, execution):
+    """Decode one prompt at a time, with the shapes of each execution."""
+    engine = engine_with(embedded, execution)
     for name in ("noise", "noise-region", "random-positions"):
         sampler, cache = WAYS[name]
-        rows = [
+        done = [
             engine.generate(prompt, gen_length=32, sampler=sampler, cache=cache, seed=seed)
             for prompt, seed in zip(PROMPTS[:2], (3, 4), strict=True)
         ]
-        assert [row.canvas for row in rows] == wanted[name][0:6:3], name
-        assert [row.commit_step for row in rows] == wanted[name][1:6:3], name
+        assert [result.canvas for result in done] == wanted[name][0:6:3], name
+        assert [result.commit_step for result in done] == wanted[name][1:6:3], name
 
 
-# ---------------------------------------------------------------------------------------------------------------- faces
+# ----------------------------------------------------------------------------------------------------------- front ends
 
 
 def test_calls_of_the_engine(embedded, wanted):
@@ -114,11 +114,11 @@ def test_the_command_line(embedded):
     command += ["--device", "cpu", "--dtype", "float32"]
     environment = {**os.environ, "OMP_NUM_THREADS": "2"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
-    said = json.loads(done.stdout)
-    assert (said["tokens"], said["nfe"], said["text"]) == (alone.tokens, alone.nfe, alone.text)
+    printed = json.loads(done.stdout)
+    assert (printed["tokens"], printed["nfe"], printed["text"]) == (alone.tokens, alone.nfe, alone.text)
 
 
-def test_a_server_under_requests_that_come_at_random(embedded):
+def test_a_server_under_requests_at_random_times(embedded):
     """Each of a set of requests, sent twice: in two orders, at two rhythms, with others beside them."""
     pytest.importorskip("fastapi")
     pytest.importorskip("openai")
@@ -143,14 +143,14 @@ def test_a_server_under_requests_that_come_at_random(embedded):
     for seed in (1, 2):
         rng = random.Random(seed)
         order = rng.sample(range(len(asks)), len(asks))
-        with serving(embedded, max_batch=3, max_lanes=2) as server, ThreadPoolExecutor(len(asks)) as pool:
+        with serving(embedded, max_batch=3, max_batches=2) as server, ThreadPoolExecutor(len(asks)) as pool:
             sent = {}
             for number in order:
                 sent[number] = pool.submit(server.post, asks[number])
                 time.sleep(rng.uniform(0, 0.08))
             for number, future in sent.items():
                 assert answer_of(future.result(), asks[number]["stream"]) == alone[number], f"request {number}"
-            assert max(server.gate.rows) > 1, "no two rows were ever together"
+            assert max(server.gate.rows) > 1, "no two sequences were ever together"
 
 
 def answer_of(response, stream: bool) -> tuple[str, int]:

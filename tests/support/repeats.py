@@ -19,9 +19,9 @@ WAYS = {
 }
 
 
-def results(rows: list[Generation]) -> list[list[int]]:
+def results(done: list[Generation]) -> list[list[int]]:
     """Return the values that must be equal: tokens, and the step at which each was decided."""
-    return [part for row in rows for part in (row.canvas, row.commit_step, row.forward_lengths)]
+    return [part for each in done for part in (each.canvas, each.commit_step, each.forward_lengths)]
 
 
 def all_ways(engine: Engine, names: Sequence[str] = tuple(WAYS)) -> dict[str, list[list[int]]]:
