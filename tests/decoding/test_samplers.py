@@ -1,4 +1,4 @@
-"""The vectorised engine against the oracle, on settings that no recording has."""
+"""The engine compared with the oracle, on settings that no recording has."""
 
 from __future__ import annotations
 
@@ -33,13 +33,15 @@ LENGTH = 32
 
 
 @cache
-def engine_of(name: str, eos_id: int | None = None, impl: str = "torch") -> sfs_triton.Engine:
+def engine_of(name: str, eos_id: int | None = None, backend: str = "torch") -> sfs_triton.Engine:
     """A small trained model, on request with another id as its end-of-text, or computed by the kernels."""
-    device = "cuda" if impl == "triton" and torch.cuda.is_available() else "cpu"
-    engine = sfs_triton.load(GOLDEN / "models" / name, device, "float32", impl)
+    device = "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
+    engine = sfs_triton.load(GOLDEN / "models" / name, device, "float32", backend)
     if eos_id is None:
         return engine
-    return sfs_triton.Engine(Transformer(dataclasses.replace(engine.spec, eos_id=eos_id), engine.model.weights, impl))
+    return sfs_triton.Engine(
+        Transformer(dataclasses.replace(engine.spec, eos_id=eos_id), engine.model.weights, backend)
+    )
 
 
 def half_of(*sets: Sequence) -> list:
@@ -149,19 +151,19 @@ OPTION_CASES = [
 ]
 
 
-@pytest.mark.parametrize(("option", "eos_stop", "impl", "name"), OPTION_CASES)
-def test_options_of_the_cycle(option: str, eos_stop: bool, name: str, impl: str):
+@pytest.mark.parametrize(("option", "eos_stop", "backend", "name"), OPTION_CASES)
+def test_options_of_the_cycle(option: str, eos_stop: bool, name: str, backend: str):
     """Against the oracle, and that the option changes something."""
-    rng, changed, length = random.Random(f"options/{option}/{name}"), False, 16 if impl == "triton" else LENGTH
+    rng, changed, length = random.Random(f"options/{option}/{name}"), False, 16 if backend == "triton" else LENGTH
     sampler = SlowFast(tau_high=0.6, eos_stop=eos_stop).replace(**OPTIONS[option])
     without = sampler.replace(share_stable=False, eos_horizon=True)
-    for _ in range(2 if impl == "triton" else 4):
+    for _ in range(2 if backend == "triton" else 4):
         prompt = random_prompt(rng)
         canvas = prompt + [engine_of(name).spec.mask_id] * length
         eos_id = token_at_the_horizon(engine_of(name), canvas, len(prompt), without)
         oracle = engine_of(name, eos_id)
         with brisk_interpreter():
-            check(engine_of(name, eos_id, impl), prompt, length, sampler, oracle=oracle)
+            check(engine_of(name, eos_id, backend), prompt, length, sampler, oracle=oracle)
         traces = [reference(oracle, canvas, len(prompt), which).trace for which in (sampler, without)]
         changed |= traces[0] != traces[1]
     assert changed
@@ -204,7 +206,7 @@ def test_random_block_samplers(make, seed: int, name: str):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("changes", [{}, {"top_k": 5}, {"top_p": 0.7}], ids=["plain", "top_k", "top_p"])
 def test_noise(changes: dict, name: str):
-    """Drawn tokens: the same noise through both. It is keyed by sequence seed, token, position and step."""
+    """Drawn tokens: the same noise through both. It is keyed by the seed, token, position and step."""
     rng = random.Random(f"noise/{name}")
     samplers = [
         SlowFast(),
@@ -257,7 +259,7 @@ def test_infilling(seed: int, name: str):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("seed", range(10))
-def test_rows_of_a_batch_are_the_rows_alone(seed: int, name: str):
+def test_sequences_of_a_batch_equal_those_alone(seed: int, name: str):
     """Different prompt and response lengths put sequences in different stages at any one step."""
     rng = random.Random(f"batch/{name}/{seed}")
     sampler = [random_slowfast, random_slowfast, random_threshold, random_fixed, random_slowfast][seed % 5](rng)
@@ -268,11 +270,11 @@ def test_rows_of_a_batch_are_the_rows_alone(seed: int, name: str):
     prompts = [random_prompt(rng) for _ in range(4)] + [[7]]
     lengths = [rng.choice([16, 32, 48]) for _ in prompts]
     batch = engine.generate(prompts, gen_length=lengths, sampler=sampler, seed=5, trace=True)
-    for index, (row, prompt, length) in enumerate(zip(batch, prompts, lengths, strict=True)):
+    for index, (done, prompt, length) in enumerate(zip(batch, prompts, lengths, strict=True)):
         canvas = prompt + [engine.spec.mask_id] * length
         wanted = reference(engine, canvas, len(prompt), sampler, 5 + index)
-        wrong = compare(row, wanted)
-        assert wrong is None or wanted.margin < MARGIN, f"row {index}, {sampler}\n{wrong}"
+        wrong = compare(done, wanted)
+        assert wrong is None or wanted.margin < MARGIN, f"sequence {index}, {sampler}\n{wrong}"
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)
@@ -333,7 +335,7 @@ def test_a_traced_standard_deviation_is_that_of_the_history():
     ids=["paper", "llada-reference", "threshold", "fixed"],
 )
 @pytest.mark.parametrize("first", [0, 8, 24])
-def test_a_block_without_masks_costs_nothing(first: int, sampler: Sampler):
+def test_a_block_without_masks_takes_no_step(first: int, sampler: Sampler):
     engine, rng = engine_of("llada-mha"), random.Random(first)
     canvas = [rng.randrange(490) if first <= i < first + 8 else engine.spec.mask_id for i in range(32)]
     done = engine.infill(canvas, sampler=sampler, trace=True)
