@@ -331,7 +331,7 @@ def test_weights_of_half_precision_are_rounded_once():
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 def test_the_cost_model_counts_the_bytes_of_codes(impl):
-    plain, codes = (Setting(prompt=64, response=64, capacity=64, span_cap=32, weights=w) for w in (None, "fp8"))
+    plain, codes = (Setting(prompt=64, response=64, capacity=64, span_cap=32, quantization=w) for w in (None, "fp8"))
     rows = list(kinds(plain, "region"))[1]
     was, now = (steps_of(setting, impl, "region").count(rows).parts for setting in (plain, codes))
     half = 32 * 4096 * (4 * 4096 + 3 * 12288)
@@ -341,8 +341,8 @@ def test_the_cost_model_counts_the_bytes_of_codes(impl):
     else:
         assert now["products"].bytes > was["products"].bytes
     assert now["products"].flops == was["products"].flops
-    with pytest.raises(ValueError, match="weights='int8'"):
-        Setting(weights="int8")
+    with pytest.raises(ValueError, match="quantization='int8'"):
+        Setting(quantization="int8")
 
 
 def test_agreement_is_measured_and_written(tmp_path, monkeypatch, capsys):
