@@ -1,4 +1,4 @@
-"""The region cache beside a simulation that keeps, for each position, the keys and values of its last forward."""
+"""The region cache compared with a simulation that keeps the keys and values of each position's last forward."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import torch.nn.functional as F
 import sfs_triton
 from sfs_triton import ArgumentError, FixedSteps, RegionCache, SlowFast, Threshold
 from sfs_triton.models import Transformer
-from sfs_triton.runner import EagerLoop, ReplayLoop
 from tests.conformance import MARGIN
 from tests.reference import decode, logits_of
 from tests.reference.slowfast import Row
+from tests.support.combinations import EXECUTIONS, engine_with
 from tests.support.paths import GOLDEN, MODELS
 
 LENGTH = 24
@@ -33,51 +33,51 @@ class Simulation:
         self.encoded: dict[int, int] = {}  # the token that a position had when it was last forwarded
         self.age: dict[int, int] = {}
         self.kept: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
-        self.listed: list[int] = []  # rows of each step
+        self.listed: list[int] = []  # number of positions that each step forwards
 
-    def rows(self, canvas: list[int], limit: int, wanted: list[int], step: int) -> list[int]:
+    def positions(self, canvas: list[int], limit: int, wanted: list[int], step: int) -> list[int]:
         every = range(limit)
         if step == 0 or self.refresh_every and step % self.refresh_every == 0:
             return list(every)
         dirty = [p for p in every if canvas[p] != self.encoded[p]]
         shift = int(self.model.spec.shifted)
         needed = sorted({p - back for p in wanted for back in (0, shift)} - set(dirty))
-        assert len(dirty) + len(needed) <= self.capacity, "the simulation knows no steps that decide in part"
+        assert len(dirty) + len(needed) <= self.capacity, "the simulation has no steps that decide in part"
         rest = sorted(set(every) - set(dirty) - set(needed), key=lambda p: (self.age[p], p)) if self.rotate else []
         return sorted(dirty + needed + rest[: self.capacity - len(dirty) - len(needed)])
 
     def forward(self, canvas: list[int], limit: int, wanted: list[int], step: int) -> dict[int, torch.Tensor]:
         """Logits at each wanted position."""
         spec, weights = self.model.spec, self.model.weights
-        rows = self.rows(canvas, limit, wanted, step)
-        self.listed.append(len(rows))
+        listed = self.positions(canvas, limit, wanted, step)
+        self.listed.append(len(listed))
         inverse = spec.rope_theta ** -(torch.arange(0, spec.head_dim, 2).float() / spec.head_dim)
-        angle = torch.tensor(rows)[:, None].float() * inverse
+        angle = torch.tensor(listed)[:, None].float() * inverse
         cos, sin = (torch.cat((f(angle), f(angle)), -1)[:, None] for f in (torch.cos, torch.sin))
 
-        def turn(x: torch.Tensor) -> torch.Tensor:
+        def rotate(x: torch.Tensor) -> torch.Tensor:
             low, high = x.chunk(2, -1)
             return x * cos + torch.cat((-high, low), -1) * sin
 
-        x = weights.embedding[[canvas[p] for p in rows]]
+        x = weights.embedding[[canvas[p] for p in listed]]
         for index, layer in enumerate(weights.layers):
             h = F.rms_norm(x, (spec.d_model,), layer.attn_norm, spec.norm_eps)
             heads = F.linear(h, layer.qkv, layer.qkv_bias).unflatten(-1, (-1, spec.head_dim))
             q, k, v = heads.split((spec.n_heads, spec.n_kv_heads, spec.n_kv_heads), 1)
-            for p, key, value in zip(rows, turn(k), v, strict=True):
+            for p, key, value in zip(listed, rotate(k), v, strict=True):
                 self.kept[index, p] = key, value
             keys, values = (torch.stack([self.kept[index, p][i] for p in range(limit)]) for i in (0, 1))
             keys, values = (t.repeat_interleave(spec.n_heads // spec.n_kv_heads, 1) for t in (keys, values))
-            weight = (torch.einsum("qhd,khd->hqk", turn(q), keys) * spec.head_dim**-0.5).softmax(-1)
+            weight = (torch.einsum("qhd,khd->hqk", rotate(q), keys) * spec.head_dim**-0.5).softmax(-1)
             x = x + F.linear(torch.einsum("hqk,khd->qhd", weight, values).flatten(1), layer.out)
             h = F.rms_norm(x, (spec.d_model,), layer.mlp_norm, spec.norm_eps)
             gate, up = F.linear(h, layer.gate_up).chunk(2, -1)
             x = x + F.linear(F.silu(gate) * up, layer.down)
-        for p in rows:
+        for p in listed:
             self.encoded[p], self.age[p] = canvas[p], step
         logits = F.linear(F.rms_norm(x, (spec.d_model,), weights.norm, spec.norm_eps), weights.head)
         shift = int(spec.shifted)
-        return {p: logits[rows.index(p - shift)] for p in wanted}
+        return {p: logits[listed.index(p - shift)] for p in wanted}
 
 
 def simulate(monkeypatch, engine, prompt: list[int], sampler: SlowFast, simulation: Simulation):
@@ -113,16 +113,10 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("loop", ["tight", "fixed", "replay"])
 @pytest.mark.parametrize("name", SETTINGS)
-def test_equals_the_simulation(monkeypatch, engine, name, loop):
+def test_equals_the_simulation(monkeypatch, engine, name):
     sampler, options = SETTINGS[name]
-    engine._loops.loop = {
-        "tight": EagerLoop(tight=True),
-        "fixed": EagerLoop(tight=False),
-        "replay": ReplayLoop(capture=lambda step, shape: lambda: step.run([shape])),
-    }[loop]
-    for seed in range(3):
+    for seed, execution in enumerate(EXECUTIONS):
         prompt = some_prompt(engine, seed)
         simulation = Simulation(
             engine.model, options["capacity"], options.get("refresh_every"), options.get("rotate", True)
@@ -131,7 +125,8 @@ def test_equals_the_simulation(monkeypatch, engine, name, loop):
             wanted = simulate(patched, engine, prompt, sampler, simulation)
         if wanted.margin < MARGIN:
             continue  # another order of summation may decide otherwise
-        done = engine.generate(prompt, gen_length=LENGTH, sampler=sampler, cache=RegionCache(span_cap=None, **options))
+        cache = RegionCache(span_cap=None, **options)
+        done = engine_with(engine, execution).generate(prompt, gen_length=LENGTH, sampler=sampler, cache=cache)
         assert (done.response, done.nfe) == (wanted.tokens, wanted.nfe)
         assert done.forward_lengths == simulation.listed
 
@@ -174,7 +169,7 @@ def test_options_are_checked(options, named):
         RegionCache(**options)
 
 
-def test_what_does_not_go_together_is_refused(engine):
+def test_combinations_that_do_not_work_are_refused(engine):
     for sampler in (FixedSteps(), FixedSteps(block_length=64)):
         with pytest.raises(ArgumentError, match="does not go with cache='region', capacity=128.*below 64"):
             engine.generate([5, 6, 7], gen_length=64, sampler=sampler, cache="region")
@@ -183,14 +178,14 @@ def test_what_does_not_go_together_is_refused(engine):
         engine.generate([5, 6, 7], gen_length=64, sampler=sampler, cache=RegionCache(look_ahead=4))
     canvas = [engine.spec.mask_id, 5, engine.spec.mask_id]
     if engine.spec.shifted:
-        with pytest.raises(ArgumentError, match="cache='region': canvas 0 begins with a mask"):
+        with pytest.raises(ArgumentError, match="cache='region': canvas 0 starts with a mask"):
             engine.infill(canvas, cache="region")
     else:
         assert engine.infill(canvas, cache="region").masks_left == 0
 
 
 def test_a_capped_window_over_a_mean_of_zeros_is_refused(engine):
-    """A cycle could restart before its decided positions, and never see a mask."""
+    """A cycle could restart before its decided positions, and never reach a mask."""
     sampler = SlowFast(zero_history=True, k_max=2, window=3, slow_end="filled")
     with pytest.raises(ArgumentError, match="span_cap=4 does not go with zero_history=True"):
         engine.generate([5, 6, 7], gen_length=24, sampler=sampler, cache=RegionCache(span_cap=4))
