@@ -22,7 +22,7 @@ from sfs_triton import ArgumentError, FixedSteps, NoCache, RefreshCache, RegionC
 from sfs_triton import distributed as parallel
 from sfs_triton.distributed import Vocabulary, share
 from sfs_triton.models import Transformer
-from sfs_triton.ops.dispatch import Draw
+from sfs_triton.ops.dispatch import Draw, operations
 from sfs_triton.ops.torch import sharded
 from tests.support import ranks
 from tests.support.combinations import PAIRS, POLICIES, SAMPLERS, assert_same
@@ -61,11 +61,11 @@ def models(golden, tmp_path_factory) -> dict[str, Path]:
     return found
 
 
-def _check(world: ranks.World, model: str | Path, options: list[dict], quantised: str | None = None) -> None:
+def _check(world: ranks.World, model: str | Path, options: list[dict], quantization: str | None = None) -> None:
     """Every rank's results are those of one process, down to the trace."""
-    alone = sfs_triton.load(model, "cpu", "float32", weights=quantised)
+    alone = sfs_triton.load(model, "cpu", "float32", quantization=quantization)
     wanted = [alone.generate(**given) for given in options]
-    for rank, got in enumerate(world.run(ranks.generate, model, options, quantised=quantised)):
+    for rank, got in enumerate(world.run(ranks.generate, model, options, quantization=quantization)):
         assert isinstance(got, list), f"rank {rank}: {got}"
         for given, mine, one in zip(options, got, wanted, strict=True):
             assert len(one) == len(given["prompts"]) and one[0].nfe > 1, given
@@ -142,11 +142,11 @@ def test_logits_are_those_of_the_whole_model(two, models, model):
         assert_logits_close(got, wanted)
 
 
-def test_kernels_do_it_as_well(two, models):
+def test_kernels_give_the_same(two, models):
     options = [{"prompts": PROMPTS[1], "gen_length": 4, "sampler": SlowFast(temperature=t)} for t in (0.0, 0.7)]
     alone = sfs_triton.load(models["dream-gqa"], "cpu", "float32")
     wanted = [alone.generate(**given) for given in options]
-    for got in two.run(ranks.generate, models["dream-gqa"], options, impl="triton"):
+    for got in two.run(ranks.generate, models["dream-gqa"], options, backend="triton"):
         for mine, one in zip(got, wanted, strict=True):
             assert_same(mine, one)
 
@@ -213,8 +213,8 @@ def test_one_bad_logit_on_one_rank_spoils_the_score_on_all(metric, tempered, bad
     logits = torch.randn(3, 12, generator=torch.Generator().manual_seed(1))
     logits[1, 7] = bad
     parts, draw = {0: logits[:, :6], 6: logits[:, 6:]}, Draw(metric=metric, tempered=tempered)
-    told = torch.stack([sharded.partials(part, draw, vocab_start=start) for start, part in parts.items()])
-    token, score = sharded.merge(told, metric)
+    gathered = torch.stack([sharded.partials(part, draw, vocab_start=start) for start, part in parts.items()])
+    token, score = sharded.merge(gathered, metric)
     if metric == "entropy":
         score = sum(sharded.entropy(part, score) for part in parts.values())
     assert score.isnan().tolist() == [False, True, False]
@@ -239,13 +239,12 @@ NUMBERS = {
 
 
 @pytest.mark.parametrize("sampler, numbers", NUMBERS.values(), ids=NUMBERS)
-def test_a_few_numbers_a_row_and_never_logits(two, models, sampler, numbers):
+def test_a_few_numbers_per_position_and_never_logits(two, models, sampler, numbers):
     spec = sfs_triton.load(models["dream-gqa"], "cpu").spec
     options = {"prompts": PROMPTS[0], "gen_length": 16, "sampler": sampler}
     for done, gathered, sent in two.run(ranks.traffic, models["dream-gqa"], **options):
-        assert {shape[0] if len(shape) > 1 else 1 for shape in gathered} == numbers  # for each row of the head
-        rows = max(shape[-1] for shape in gathered)
-        assert rows <= 16
+        assert {shape[0] if len(shape) > 1 else 1 for shape in gathered} == numbers  # per position that the head takes
+        assert max(shape[-1] for shape in gathered) <= 16
         assert sent["all_gather"] == sum(4 * torch.Size(shape).numel() for shape in gathered)
         # the rest are sums of hidden states: an embedding, and two a layer, each of at most the canvas
         assert sent["all_reduce"] <= done.positions_forwarded * spec.d_model * 4 * (1 + 2 * spec.n_layers)
@@ -326,9 +325,9 @@ def test_not_started_for_it(monkeypatch):
         sfs_triton.load("embedded", "cpu", tensor_parallel=2)
 
 
-def test_a_loop_that_queues_steps_is_refused(two, models):
-    for failed in two.run(ranks.with_loop, models["dream-gqa"], "replay"):
-        assert failed.kind == "ArgumentError" and "loop='replay'" in failed.text
+def test_cuda_graphs_are_refused(two, models):
+    for failed in two.run(ranks.with_cuda_graphs, models["dream-gqa"]):
+        assert failed.kind == "ArgumentError" and "cuda_graphs=True does not go with tensor_parallel=2" in failed.text
 
 
 def test_what_only_one_rank_can_load(tmp_path, models):
@@ -376,7 +375,7 @@ def test_a_generation_within_another_is_refused(two, models):
     assert {failed.kind for failed in two.run(ranks.nested, models["dream-gqa"])} == {"ArgumentError"}
 
 
-# -------------------------------------------------------------------------------------------------------------- faces
+# --------------------------------------------------------------------------------------------------------- front ends
 
 
 def _torchrun(*words: str, stdin: str = "", ranks: int = 2) -> subprocess.CompletedProcess:

@@ -19,7 +19,7 @@ from sfs_triton import Engine
 from sfs_triton import distributed as parallel
 from sfs_triton.models import weights
 from sfs_triton.models.cache import KVCache
-from sfs_triton.scheduling.lane import Lane
+from sfs_triton.runner import ModelRunner
 
 _STARTER = multiprocessing.get_context("forkserver")  # a process that has imported it all, and forks
 _STARTER.set_forkserver_preload(["tests.support.ranks", "torch.distributed"])
@@ -35,7 +35,7 @@ class Failed(NamedTuple):
 
 
 class World:
-    """``size`` ranks that wait for something to do; ``patience`` is what they have with each other, in seconds."""
+    """``size`` ranks that wait for work; each waits at most ``patience`` seconds for the others."""
 
     def __init__(self, size: int, folder: Path, patience: float = 30.0):
         self.size, self._ranks, self._pipes = size, [], []
@@ -49,7 +49,8 @@ class World:
             self._pipes.append(mine)
 
     def run(self, work: Callable, *arguments: Any, limit: float = 90.0, **options: Any) -> list[Any]:
-        """Run ``work(*arguments, **options)`` on each rank: its result or :class:`Failed`, None if it died."""
+        """Return the results of ``work(*arguments, **options)`` on each rank: :class:`Failed` if it raised, None if it
+        died."""
         for pipe in self._pipes:
             pipe.send((work, arguments, options))
         deadline, results = time.monotonic() + limit, []
@@ -100,16 +101,17 @@ def _serve(rank: int, size: int, store: Path, pipe: Connection, patience: float)
 # ----------------------------------------------------------------------------------------------------- work of ranks
 
 
-def engine(model: str | Path, impl: str | None = None, quantised: str | None = None) -> Engine:
-    """The model, shared by all ranks of this world; loaded once."""
-    key, size = (model, impl, quantised), torch.distributed.get_world_size()
+def engine(model: str | Path, backend: str | None = None, quantization: str | None = None) -> Engine:
+    """Return the model that all ranks of this world share; it is loaded once."""
+    key, size = (model, backend, quantization), torch.distributed.get_world_size()
     if key not in _ENGINES:
-        _ENGINES[key] = sfs_triton.load(model, "cpu", "float32", impl, weights=quantised, tensor_parallel=size)
+        options = {"backend": backend, "quantization": quantization, "tensor_parallel": size}
+        _ENGINES[key] = sfs_triton.load(model, "cpu", "float32", **options)
     return _ENGINES[key]
 
 
 def generate(model: str | Path, given: list[dict], **how: str) -> list:
-    """Results of several calls of ``Engine.generate``."""
+    """Return the results of several calls of ``Engine.generate``."""
     return [engine(model, **how).generate(**options) for options in given]
 
 
@@ -123,7 +125,7 @@ def logits(model: str | Path, tokens: list[list[int]]) -> torch.Tensor:
 
 
 def die(model: str | Path, rank: int, step: int, how: str, **options: Any) -> int:
-    """Generate; one rank exits, sleeps or raises before that step. How many steps it took."""
+    """Generate; one rank exits, sleeps or raises before that step. Return the number of steps taken."""
     taken = 0
 
     def count(frame: sfs_triton.Frame) -> None:
@@ -142,23 +144,23 @@ def die(model: str | Path, rank: int, step: int, how: str, **options: Any) -> in
 
 
 def load_own(models: list[str | Path]) -> str:
-    """Each rank loads a model of its own."""
+    """Load a model; each rank has its own."""
     rank, size = parallel.world()
     return type(sfs_triton.load(models[rank], "cpu", tensor_parallel=size)).__name__
 
 
 def generate_own(model: str | Path, options: list[dict]) -> Any:
-    """Each rank asks for something else."""
+    """Generate; each rank has a request of its own."""
     return engine(model).generate(**options[torch.distributed.get_rank()])
 
 
 def after(model: str | Path, **options: Any) -> Any:
-    """A generation on an engine whose group may be over."""
+    """Generate on an engine whose group may have ended."""
     return engine(model).generate(**options)
 
 
 class Counting(parallel.Group):
-    """A group that counts what this rank sends: bytes by kind of call, and the widest row gathered."""
+    """A group that counts the data that this rank sends: bytes by kind of call, and the shapes gathered."""
 
     def __init__(self, group: parallel.Group):
         self._group, self.rank, self.size = group, group.rank, group.size
@@ -217,14 +219,14 @@ def _tensors(held: weights.Weights) -> list[torch.Tensor]:
 
 
 def caches(model: str | Path) -> tuple[int, int]:
-    """Key/value heads in a rank's cache of 64 positions, and how many values its keys are."""
+    """Return the key/value heads in a rank's cache of 64 positions, and the number of values that it holds."""
     shared = engine(model).model
     cache = KVCache(shared.local, 1, 64, shared.device, shared.dtype)
     return cache.k.shape[2], cache.k.numel() * 2
 
 
-def with_loop(model: str | Path, loop: str) -> None:
-    Engine(engine(model).model, None, loop)
+def with_cuda_graphs(model: str | Path) -> None:
+    Engine(engine(model).model, cuda_graphs=True)
 
 
 def nested(model: str | Path) -> None:
@@ -258,15 +260,15 @@ def evaluate(prompts: list[str], together: int) -> tuple[list[str], int, int] | 
 
 def short_of_memory(model: str | Path, **options: Any) -> list:
     """Generate on a model for which the last rank has memory for one sequence at a time, and the others for all."""
-    allocate, last = Lane._allocate, torch.distributed.get_world_size() - 1
+    init, last = ModelRunner.__init__, torch.distributed.get_world_size() - 1
 
-    def refuse(self, *given):
-        if torch.distributed.get_rank() == last and self.slots > 1:
+    def refuse(self, model, key, slots, *given):
+        if torch.distributed.get_rank() == last and slots > 1:
             raise torch.OutOfMemoryError("no room")
-        allocate(self, *given)
+        init(self, model, key, slots, *given)
 
-    Lane._allocate = refuse
+    ModelRunner.__init__ = refuse
     try:
         return engine(model).generate(**options)
     finally:
-        Lane._allocate = allocate
+        ModelRunner.__init__ = init
