@@ -180,6 +180,7 @@ class Scheduler:
 
     def _advance(self, batch: PersistentBatch) -> list[Sequence]:
         held = batch.sequences
+        steps = [sequence.steps for sequence in held]
         try:
             stepped, released = batch.advance()
         except BaseException as error:
@@ -188,7 +189,8 @@ class Scheduler:
             if not is_lack_of_memory(error) or batch.slots == 1 or batch.model.group.size > 1:
                 self._fail(batch, held, error)
             self._restart(held, error)
-            return []
+            # some may have taken their step before another plan of the round failed; it is not reported again
+            return [sequence for sequence, before in zip(held, steps, strict=True) if sequence.steps > before]
         for sequence in stepped:
             if sequence.progress.done and sequence.status is Status.RUNNING:
                 sequence.status = Status.ENDING

@@ -248,6 +248,30 @@ def test_no_memory_for_a_step_takes_fewer_sequences_at_a_time(engines, monkeypat
     assert engine.execution == before, "it fell back"
 
 
+@pytest.mark.parametrize("execution", ["padded", "graphs"])
+def test_no_memory_for_a_later_plan_of_a_round_loses_no_frame(engines, monkeypatch, execution):
+    """Steps of the plans before it are in a frame, although their sequences restart."""
+    options = {**RAGGED, "sampler": Threshold(block_length=8, tau=0.3), "cache": "dual"}
+    wanted = engine_with(engines["llada-mha"]).generate(**options)
+    launch, frames, failed, inside = ModelRunner.launch, [], [], False
+
+    def crowded(runner, plan):
+        nonlocal inside
+        if inside and runner.slots > 1:
+            failed.append(plan)
+            raise torch.OutOfMemoryError("no room for activations")
+        launch(runner, plan)
+        inside = not plan.completes_round
+
+    monkeypatch.setattr(ModelRunner, "launch", crowded)
+    done = engine_with(engines["llada-mha"], execution).generate(**options, on_step=frames.append)
+    assert len(failed) == 1, "no round had a second plan"
+    assert_same(done, wanted)
+    for index, result in enumerate(wanted):
+        committed = [place for frame in frames for place in frame.committed[index]]
+        assert sorted(committed) == [place for place, step in enumerate(result.commit_step) if step >= 0]
+
+
 def test_no_memory_for_one_sequence_is_an_error(engines, monkeypatch):
     """The next generation may have room again."""
     engine = engine_with(engines["llada-mha"])
