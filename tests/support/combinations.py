@@ -48,7 +48,7 @@ SAMPLERS = {
     "margin": FixedSteps(steps=8, metric="topk_margin"),
     "origin": FixedSteps(steps=8, metric="origin"),
 }
-# Which rows dLLM-Cache refreshes in between is decided by rounding (golden/README.md) unless it is none or all.
+# Which positions dLLM-Cache refreshes in between is decided by rounding (golden/README.md) unless it is none or all.
 POLICIES = {
     "none": NoCache(),
     "prefix": PrefixCache(),
@@ -156,7 +156,7 @@ def assert_same(mine: Sequence[Generation] | Generation, wanted: Sequence[Genera
         for name in (field.name for field in fields(Generation) if field.name not in ("seconds", "trace")):
             assert getattr(one, name) == getattr(other, name), f"sequence {index}: {name}"
         assert (one.trace is None) == (other.trace is None)
-        for step, told in zip(one.trace or [], other.trace or [], strict=True):
-            assert replace(step, confidence=[]) == replace(told, confidence=[]), f"sequence {index}: step {told.step}"
-            looked, there = ([float("nan") if c is None else c for c in s.confidence] for s in (step, told))
-            torch.testing.assert_close(looked, there, rtol=0, atol=1e-4, equal_nan=True)
+        for step, same in zip(one.trace or [], other.trace or [], strict=True):
+            assert replace(step, confidence=[]) == replace(same, confidence=[]), f"sequence {index}: step {same.step}"
+            found, there = ([float("nan") if c is None else c for c in s.confidence] for s in (step, same))
+            torch.testing.assert_close(found, there, rtol=0, atol=1e-4, equal_nan=True)
