@@ -64,7 +64,7 @@ def load(
         RankFailure: another process could not load its part, or has not come.
         CheckpointError: names the file, key or tensor at fault. Code and pickles in a checkpoint are never touched.
     """
-    refuse_unknown("load", set(unknown))
+    refuse_unknown(unknown)
     group = tensor_parallel if isinstance(tensor_parallel, Group) else join(tensor_parallel, device)
     with group.together("loading the model"):
         engine = _load(path_or_hub_id, device, dtype, backend, cuda_graphs, quantization, group)

@@ -96,7 +96,7 @@ class DecodingParams:
                 require(len(listed) == count, f"params has {len(listed)} entries for {count} prompts")
                 return listed
             return [replace(params, seed=params.seed + index) for index in range(count)]
-        refuse_unknown("generate", set(fields) - {"sampler", "cache", "gen_length", "seed"})
+        refuse_unknown(set(fields) - {"sampler", "cache", "gen_length", "seed"})
         seed = fields.pop("seed", 0)
         seeds = [seed + index for index in range(count)] if _is_integer(seed) else _listed("seed", seed, count)
         lengths = _listed("gen_length", fields.pop("gen_length", 128), count)
@@ -205,17 +205,17 @@ def check_options(owner: str, options: Mapping[str, Any], allowed: set[str]) -> 
         require(name in allowed, f"{owner} has no option {name!r}; {has}")
 
 
-def refuse_unknown(function: str, names: set[str]) -> None:
-    """Raise for keyword arguments that ``function`` does not have: ArgumentError with the new name of a renamed one."""
-    refuse_renamed(function, names)
+def refuse_unknown(names: Iterable[str]) -> None:
+    """Raise for keyword arguments that a function does not have: ArgumentError with the new name of a renamed one."""
+    refuse_renamed(names)
     for name in sorted(names):
-        raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
+        raise TypeError(f"unexpected keyword argument {name!r}")
 
 
-def refuse_renamed(function: str, names: Iterable[str]) -> None:
+def refuse_renamed(names: Iterable[str]) -> None:
     """Raise ArgumentError with the new name if one of ``names`` is an old one."""
     for name in sorted(RENAMED.keys() & names):
-        raise ArgumentError(f"{function}: argument {name!r} is called {RENAMED[name]!r} now")
+        raise ArgumentError(f"argument {name!r} is called {RENAMED[name]!r} now")
 
 
 def _listed(name: str, value: Any, count: int) -> list[int]:

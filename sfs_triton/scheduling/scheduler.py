@@ -152,7 +152,7 @@ class Scheduler:
 
         A step that is already queued still runs, but its output is ignored.
         """
-        if sequence.status is Status.WAITING:
+        if sequence in self._waiting:
             self._waiting.remove(sequence)
             sequence.status = Status.FINISHED
         elif sequence.status is Status.RUNNING:

@@ -6,9 +6,11 @@ import json
 
 import pytest
 
+import sfs_triton
 from sfs_triton import ArgumentError, FixedSteps, RefreshCache, RegionCache, SlowFast, Threshold
 from sfs_triton.decoding.caching import POLICIES
 from sfs_triton.decoding.params import (
+    RENAMED,
     DecodingParams,
     cache_options,
     parse_cache,
@@ -79,3 +81,36 @@ def test_refusals(build, message):
 def test_the_engine_takes_names(embedded):
     named = embedded.generate("15,44,79,50", gen_length=32, sampler="threshold", cache="none")
     assert named.tokens == embedded.generate("15,44,79,50", gen_length=32, sampler=Threshold()).tokens
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED.items())
+def test_renamed_arguments_are_refused_with_the_new_name(embedded, old, new):
+    call = embedded.generate if old == "raw" else sfs_triton.load
+    with pytest.raises(ArgumentError, match=f"argument '{old}' is called '{new}' now"):
+        call("embedded", **{old: None})
+
+
+def test_parameters_per_prompt():
+    one = DecodingParams(gen_length=8, seed=3)
+    assert [each.seed for each in DecodingParams.per_prompt(3, one)] == [3, 4, 5]
+    two = [one, DecodingParams(cache=parse_cache("region"))]
+    assert DecodingParams.per_prompt(2, two) == two
+    listed = DecodingParams.per_prompt(2, gen_length=[8, 16], seed=[5, 5], sampler="threshold", cache=None)
+    assert [(each.gen_length, each.seed, each.cache.name) for each in listed] == [(8, 5, "none"), (16, 5, "none")]
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"params": DecodingParams(), "seed": 1}, "params goes without 'seed'"),
+        ({"params": [DecodingParams()]}, "params has 1 entries for 2 prompts"),
+        ({"params": [DecodingParams(), "slowfast"]}, "params='slowfast' is not a DecodingParams"),
+        ({"params": "slowfast"}, "params='s' is not a DecodingParams"),
+        ({"gen_length": [8]}, r"gen_length=\[8\] has 1 entries for 2 prompts"),
+        ({"seed": "x"}, "seed='x' is neither an integer nor a sequence of them"),
+        ({"gen_length": [8, 8.0]}, "gen_length=8.0 is not an integer"),
+    ],
+)
+def test_parameters_per_prompt_that_are_refused(given, words):
+    with pytest.raises(ArgumentError, match=words):
+        DecodingParams.per_prompt(2, **given)

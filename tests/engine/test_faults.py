@@ -318,11 +318,6 @@ def test_cuda_graphs_is_a_flag(engines, golden, value):
         Engine(engines["llada-mha"].model, cuda_graphs=value)
 
 
-def test_the_former_name_of_the_flag_is_refused(golden):
-    with pytest.raises(ArgumentError, match="'loop' is called 'cuda_graphs' now"):
-        sfs_triton.load(golden / "models" / "llada-mha", "cpu", loop="replay")
-
-
 def test_cuda_graphs_need_a_gpu(engines, golden):
     for make in (
         lambda: sfs_triton.load(golden / "models" / "llada-mha", "cpu", cuda_graphs=True),

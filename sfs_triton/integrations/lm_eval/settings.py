@@ -30,7 +30,7 @@ def parse_model_args(sampler: str, cache: str, options: Mapping[str, Any]) -> tu
     Raises:
         ArgumentError: names the argument or option and its value.
     """
-    refuse_renamed("model_args", options)
+    refuse_renamed(options)
     kind, _ = named("model_args: sampler", sampler, SAMPLERS)
     policy, _ = named("model_args: cache", cache, POLICIES)
     of_sampler, of_cache = sampler_options(kind), cache_options(policy)

@@ -57,7 +57,7 @@ def accelerate(
         ArgumentError: ``hf_model`` is not supported in its present form.
         CheckpointError: its configuration or parameters do not match the family; names class and key.
     """
-    refuse_unknown("accelerate", set(unknown))
+    refuse_unknown(unknown)
     _refuse_wrapped(hf_model)
     codec = as_codec(tokenizer)
     valid = backend is None or isinstance(backend, str)
