@@ -1,4 +1,4 @@
-"""Measure each option of the region cache on the embedded model: accuracy, steps, rows, full forwards.
+"""Measure each option of the region cache on the embedded model: accuracy, steps, positions, full forwards.
 
     python -m bench.quality.policies --limit 200 --json bench/results/policies.json
     python -m bench.quality.policies --json bench/results/policies.json --write-doc docs/caches.md

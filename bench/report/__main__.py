@@ -325,7 +325,7 @@ def published_section(record: Record | None) -> str:
         )
         for p in PUBLISHED
     ]
-    here = f" ({ours:.2f} ms: {record.header.get('gpu')}, region, 128 rows)" if ours else ""
+    here = f" ({ours:.2f} ms: {record.header.get('gpu')}, region, 128 positions)" if ours else ""
     return table(("what", "figure", "conditions", "hardware", "ms per forward", f"over ours{here}"), rows)
 
 
