@@ -95,7 +95,7 @@ def test_parameters_per_prompt():
     assert [each.seed for each in DecodingParams.per_prompt(3, one)] == [3, 4, 5]
     two = [one, DecodingParams(cache=parse_cache("region"))]
     assert DecodingParams.per_prompt(2, two) == two
-    listed = DecodingParams.per_prompt(2, gen_length=[8, 16], seed=[5, 5], sampler="threshold", cache=None)
+    listed = DecodingParams.per_prompt(2, gen_length=[8, 16], seed=[5, 5], sampler="fixed", cache=None)
     assert [(each.gen_length, each.seed, each.cache.name) for each in listed] == [(8, 5, "none"), (16, 5, "none")]
 
 

@@ -329,13 +329,13 @@ def test_weights_of_half_precision_are_rounded_once():
 # --------------------------------------------------------------------------------------------------------- benchmarks
 
 
-@pytest.mark.parametrize("impl", ["torch", "triton"])
-def test_the_cost_model_counts_the_bytes_of_codes(impl):
-    plain, codes = (Setting(prompt=64, response=64, capacity=64, span_cap=32, quantization=w) for w in (None, "fp8"))
-    rows = list(kinds(plain, "region"))[1]
-    was, now = (steps_of(setting, impl, "region").count(rows).parts for setting in (plain, codes))
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_the_cost_model_counts_the_bytes_of_codes(backend):
+    plain, codes = (Setting(prompt=64, response=64, capacity=64, span_cap=32, quantization=q) for q in (None, "fp8"))
+    listed = list(kinds(plain, "region"))[1]
+    was, now = (steps_of(setting, backend, "region").count(listed).parts for setting in (plain, codes))
     half = 32 * 4096 * (4 * 4096 + 3 * 12288)
-    if impl == "triton":  # plain torch multiplies weights out in memory, which only adds to what is moved
+    if backend == "triton":  # plain torch multiplies weights out in memory, which only adds to what is moved
         assert 0.95 * half <= was["products"].bytes - now["products"].bytes <= half
         assert 0.99 * 126464 * 4096 <= was["head"].bytes - now["head"].bytes <= 126464 * 4096
     else:
