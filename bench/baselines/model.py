@@ -110,8 +110,8 @@ class PlainModel:
 class Decoded(NamedTuple):
     """A finished generation.
 
-    ``nfe`` counts forwards, ``full_forwards`` those that put the whole canvas through the layers, ``positions_forwarded``
-    the positions that went through them in all.
+    ``nfe`` counts forwards, ``full_forwards`` those that put the whole canvas through the layers,
+    ``positions_forwarded`` the positions that went through them in all.
     """
 
     response: list[int]

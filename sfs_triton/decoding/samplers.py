@@ -92,7 +92,7 @@ class Sampler:
         return replace(self, temperature=float(self.temperature > 0), top_p=1e-3 if self.has_nucleus else None)
 
     def sampling_values(self) -> dict[str, float]:
-        """Return the per-sequence parameters, which may differ within a batch: the columns ``SAMPLING`` that it uses."""
+        """Return the per-sequence parameters, which may differ within a batch: those of ``SAMPLING`` that it uses."""
         return {"temperature": self.temperature or 1.0, "top_p": self.top_p if self.has_nucleus else math.inf}
 
     def block_steps(self, length: int) -> int:
