@@ -93,11 +93,11 @@ class Group:
             raise  # the others cannot be reached
         except Exception as error:
             mine = error
-        told = self.exchange("" if mine is None else f"{type(mine).__name__}: {mine}")
+        errors = self.exchange("" if mine is None else f"{type(mine).__name__}: {mine}")
         if mine is not None:
             raise mine
-        if any(told):
-            failed = "; ".join(f"rank {rank}: {error}" for rank, error in enumerate(told) if error)
+        if any(errors):
+            failed = "; ".join(f"rank {rank}: {error}" for rank, error in enumerate(errors) if error)
             raise RankFailure(f"{doing} failed on {failed}")
 
     def any(self, mine: bool) -> bool:

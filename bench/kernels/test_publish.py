@@ -20,8 +20,8 @@ def _build(device: torch.device, *, shapes: Shapes, depth: int) -> dict:
     return {
         "sources": [torch.randint(2, shape, device=device).to(dtype) for shape, dtype in shapes],
         "rings": [torch.zeros((depth, *shape), dtype=dtype, device=device) for shape, dtype in shapes],
-        "tick": torch.full((1,), 5, device=device),
-        "bell": torch.zeros(1, dtype=torch.int64, device=device),
+        "counter": torch.full((1,), 5, device=device),
+        "published": torch.zeros(1, dtype=torch.int64, device=device),
     }
 
 

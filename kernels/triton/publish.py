@@ -1,8 +1,8 @@
-"""Publishing to the host ring: copies of tensors in a ring of pinned host memory, then their number in ``bell``.
+"""Publishing to the host ring: copies of tensors in a ring of pinned host memory, then their number in ``published``.
 
-Kernels can address pinned host memory. ``bell`` is stored by an atomic exchange that releases at system scope, after
+Kernels can address pinned host memory. ``published`` is stored by an atomic exchange that releases at system scope, after
 all copies: those of its own program before a barrier, those of earlier launches in stream order. So a host that reads
-``bell = t`` sees the copies of tick ``t - 1``, in slot ``(t - 1) % depth``.
+``published = t`` sees the copies of counter ``t - 1``, in slot ``(t - 1) % depth``.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ _MAX_ELEMENTS = 2**30
 
 
 @triton.jit(do_not_specialize=["depth"])
-def _copy_kernel(source_ptr, ring_ptr, tick_ptr, n, depth, BLOCK_N: tl.constexpr):
-    slot = tl.load(tick_ptr) % depth
+def _copy_kernel(source_ptr, ring_ptr, counter_ptr, n, depth, BLOCK_N: tl.constexpr):
+    slot = tl.load(counter_ptr) % depth
     at = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     tl.store(ring_ptr + slot * n + at, tl.load(source_ptr + at, mask=at < n, other=0), mask=at < n)
 
 
 @triton.jit(do_not_specialize=["depth"])
 def _publish_kernel(
-    source_ptr, ring_ptr, tick_ptr, bell_ptr, n, depth, HAS_SOURCE: tl.constexpr, BLOCK_N: tl.constexpr
+    source_ptr, ring_ptr, counter_ptr, published_ptr, n, depth, HAS_SOURCE: tl.constexpr, BLOCK_N: tl.constexpr
 ):
-    tick = tl.load(tick_ptr)
+    counter = tl.load(counter_ptr)
     if HAS_SOURCE:
-        ring_ptr += tick % depth * n
+        ring_ptr += counter % depth * n
         for begin in range(0, n, BLOCK_N):
             at = begin + tl.arange(0, BLOCK_N)
             tl.store(ring_ptr + at, tl.load(source_ptr + at, mask=at < n, other=0), mask=at < n)
-    tl.debug_barrier()  # all threads have the tick, and have written their share of the ring
-    tl.store(tick_ptr, tick + 1)
-    tl.atomic_xchg(bell_ptr, tick + 1, sem="release", scope="sys")
+    tl.debug_barrier()  # all threads have the counter, and have written their share of the ring
+    tl.store(counter_ptr, counter + 1)
+    tl.atomic_xchg(published_ptr, counter + 1, sem="release", scope="sys")
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class PublishConfig:
 def publish_config(n: int, itemsize: int) -> PublishConfig:
     """Return the launch for a source of ``n`` elements: 64 bytes per thread at a time.
 
-    Up to 64 KiB the program that stores ``bell`` copies it: two iterations of 32 KiB, which take less than a launch.
+    Up to 64 KiB the program that stores ``published`` copies it: two iterations of 32 KiB, which take less than a launch.
     """
     with_bell = n * itemsize <= 65536
     block = min(triton.next_power_of_2(max(n, 1)), (32768 if with_bell else 8192) // itemsize)
@@ -65,34 +65,34 @@ def publish_config(n: int, itemsize: int) -> PublishConfig:
 def publish(
     sources: Sequence[torch.Tensor],
     rings: Sequence[torch.Tensor],
-    tick: torch.Tensor,
-    bell: torch.Tensor,
+    counter: torch.Tensor,
+    published: torch.Tensor,
     *,
     config: PublishConfig | None = None,
 ) -> None:
-    """``ring[tick % depth] = source`` for each source, then ``tick += 1``, then ``bell = tick``.
+    """``ring[counter % depth] = source`` for each source, then ``counter += 1``, then ``published = counter``.
 
-    One launch per source, and one more for ``bell`` if even the smallest source is large.
+    One launch per source, and one more for ``published`` if even the smallest source is large.
 
     Args:
         sources: dense tensors of any shapes, of bool, uint8, int32, int64, float32 or float64.
         rings: for each source ``[depth, *shape]`` of its dtype, dense, in pinned memory of the host, or where the
-            source is. ``depth`` is the same for all; a host has ``depth - 1`` further ticks to read a slot.
-        tick: int64 ``[1]`` where the sources are, never negative: how often something was posted.
-        bell: int64 ``[1]``, where the rings are.
+            source is. ``depth`` is the same for all; a host has ``depth - 1`` further copies to read a slot.
+        counter: int64 ``[1]`` where the sources are, never negative: how often something was published.
+        published: int64 ``[1]``, where the rings are.
         config: for all sources.
     """
-    check_tensor("tick", tick, dtype=torch.int64, shape=[1])
-    check_tensor("bell", bell, dtype=torch.int64, shape=[1])
-    _check_place("bell", bell, tick.device)
+    check_tensor("counter", counter, dtype=torch.int64, shape=[1])
+    check_tensor("published", published, dtype=torch.int64, shape=[1])
+    _check_place("published", published, counter.device)
     refuse_unless(len(sources) == len(rings), f"{len(sources)} sources and {len(rings)} rings")
     depth = len(rings[0]) if rings and rings[0].dim() else 1
     for index, (source, ring) in enumerate(zip(sources, rings, strict=True)):
         name = f"sources[{index}]", f"rings[{index}]"
-        check_tensor(name[0], source, dtype=_DTYPES, shape=[...], device=tick.device, dense=True)
+        check_tensor(name[0], source, dtype=_DTYPES, shape=[...], device=counter.device, dense=True)
         refuse_unless(source.numel() <= _MAX_ELEMENTS, f"{name[0]} has more than {_MAX_ELEMENTS} elements")
         check_tensor(name[1], ring, dtype=source.dtype, shape=[depth, *source.shape], dense=True)
-        _check_place(name[1], ring, tick.device)
+        _check_place(name[1], ring, counter.device)
     refuse_unless(depth > 0, "rings[0] has no slots")
     pairs = [(source, ring) for source, ring in zip(sources, rings, strict=True) if source.numel()]
     pairs.sort(key=lambda pair: -pair[0].nbytes)
@@ -106,7 +106,7 @@ def publish(
             (triton.cdiv(source.numel(), copy.BLOCK_N),),
             source_ptr=_words(source),
             ring_ptr=_words(ring),
-            tick_ptr=tick,
+            counter_ptr=counter,
             n=source.numel(),
             depth=depth,
             BLOCK_N=copy.BLOCK_N,
@@ -119,8 +119,8 @@ def publish(
         (1,),
         source_ptr=None if last is None else _words(last[0]),
         ring_ptr=None if last is None else _words(last[1]),
-        tick_ptr=tick,
-        bell_ptr=bell,
+        counter_ptr=counter,
+        published_ptr=published,
         n=n,
         depth=depth,
         HAS_SOURCE=last is not None,
@@ -142,5 +142,5 @@ def _check_place(name: str, x: torch.Tensor, device: torch.device) -> None:
 
 
 def publish_cost(n_bytes: int) -> Cost:
-    """The sources read and their slots written once; the tick read and written, and the bell."""
+    """The sources read and their slots written once; the counter read and written, and the published."""
     return Cost(bytes=2 * n_bytes + 3 * 8, flops=0)

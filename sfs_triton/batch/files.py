@@ -259,9 +259,9 @@ class Parts:
         self._lock = FileLock(self.folder / "lock", timeout=0)
 
     def __enter__(self) -> Parts:
-        begun = (self.folder / "run.json").exists()
+        started = (self.folder / "run.json").exists()
         require(
-            self.overwrite or begun or not self.out.exists(),
+            self.overwrite or started or not self.out.exists(),
             f"out={str(self.out)!r} exists already; remove it, or overwrite it (--overwrite)",
         )
         fresh = not self.folder.exists()
@@ -327,18 +327,18 @@ class Parts:
             self._places |= places
 
     def _check_settings(self, note: Path) -> None:
-        advice = "give the settings it was begun with, or begin anew (--overwrite)"
+        advice = "give the settings it was started with, or start anew (--overwrite)"
         try:
-            begun = json.loads(note.read_bytes())
-            version, before = begun["format"], dict(begun["settings"])
+            started = json.loads(note.read_bytes())
+            version, before = started["format"], dict(started["settings"])
         except (ValueError, KeyError, TypeError):
-            raise ArgumentError(f"{str(note)!r} is damaged; begin anew (--overwrite)") from None
+            raise ArgumentError(f"{str(note)!r} is damaged; start anew (--overwrite)") from None
         require(version == _FORMAT, f"{str(self.folder)!r} is of another version of this package; {advice}")
         now = json.loads(json.dumps(self.settings))
         for name in now:
             same = before.get(name) == now[name]
             require(
-                same, f"{str(self.folder)!r} was begun with {name}={before.get(name)!r}, not {now[name]!r}; {advice}"
+                same, f"{str(self.folder)!r} was started with {name}={before.get(name)!r}, not {now[name]!r}; {advice}"
             )
 
     def __contains__(self, row: Row) -> bool:

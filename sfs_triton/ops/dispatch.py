@@ -90,8 +90,8 @@ class Ops:
             if vocabulary is None:
                 return self.lm_head(hidden, head, **how)
             values, winner = self.lm_head_partials(hidden, head, vocab_start=vocabulary.start, **how)
-            told = vocabulary.group.all_gather(sharded.pack(values, winner))
-            return self.merge_partials(*sharded.unpack(told))
+            gathered = vocabulary.group.all_gather(sharded.pack(values, winner))
+            return self.merge_partials(*sharded.unpack(gathered))
         if rows is not None:
             hidden = hidden[rows.clamp(min=0)]
         logits = self.product(hidden, head)
@@ -118,8 +118,8 @@ def _choose_together(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """:meth:`Ops.choose` from each rank's own logits ``[T, v]``."""
     group, logits = vocabulary.group, sharded.measured(logits, draw, noise.get("temperature"))
-    told = group.all_gather(sharded.partials(logits, draw, vocab_start=vocabulary.start, **noise))
-    token, score = sharded.merge(told, draw.metric)
+    gathered = group.all_gather(sharded.partials(logits, draw, vocab_start=vocabulary.start, **noise))
+    token, score = sharded.merge(gathered, draw.metric)
     if draw.metric == "entropy":
         score = group.all_gather(sharded.entropy(logits, score)).sum(0)
     return token, score

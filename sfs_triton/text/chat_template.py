@@ -58,10 +58,10 @@ class Renderer:
             answer = self._ask(line, self.seconds)
         if answer is None:
             raise TemplateError(f"it took more than {self.seconds:g} s or {BYTES >> 20} MiB, or crashed")
-        told = json.loads(answer)
-        if "error" in told:
-            raise TemplateError(told["error"])
-        return told["text"]
+        reply = json.loads(answer)
+        if "error" in reply:
+            raise TemplateError(reply["error"])
+        return reply["text"]
 
     def close(self) -> None:
         """End the process; the next conversation starts a new one."""

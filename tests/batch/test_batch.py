@@ -378,10 +378,10 @@ def test_other_settings_are_refused_another_batch_is_not(source, tmp_path, whole
     out = tmp_path / "out.jsonl"
     stop_after(embedded, source, out, 1)
     for change, words in [
-        ({"gen_length": 8}, "was begun with gen_length=16, not 8"),
-        ({"seed": 1}, "was begun with seed=0, not 1"),
-        ({"sampler": FixedSteps()}, "was begun with sampler="),
-        ({"model": "other"}, "was begun with model='embedded', not 'other'"),
+        ({"gen_length": 8}, "was started with gen_length=16, not 8"),
+        ({"seed": 1}, "was started with seed=0, not 1"),
+        ({"sampler": FixedSteps()}, "was started with sampler="),
+        ({"model": "other"}, "was started with model='embedded', not 'other'"),
     ]:
         with pytest.raises(ArgumentError, match=words):
             run(source, out, changed(**change), never)

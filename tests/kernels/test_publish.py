@@ -22,21 +22,21 @@ def values(generator: torch.Generator, shape: tuple[int, ...], dtype: torch.dtyp
 
 
 def assert_publish(shapes: list[tuple[int, ...]], dtypes: list[torch.dtype], depth: int, start: int, n: int, **options):
-    """Publish ``n`` times from ``start`` ticks on: a slot holds the last that was published to it, or still poison."""
+    """Publish ``n`` times from ``start`` copies on: a slot holds the last that was published to it, or still poison."""
     generator = torch.Generator().manual_seed(depth)
     for function in (publish, twin.publish):
         guards = Guards(DEVICE)
         kinds = list(zip(shapes, dtypes, strict=True))
         sources = [guards.empty(*shape, dtype=dtype) for shape, dtype in kinds]
         rings = [guards.empty(depth, *shape, dtype=dtype) for shape, dtype in kinds]
-        tick, bell = guards.empty(1, dtype=torch.int64).fill_(start), guards.empty(1, dtype=torch.int64)
+        counter, published = guards.empty(1, dtype=torch.int64).fill_(start), guards.empty(1, dtype=torch.int64)
         slots = [[torch.full(shape, poison(dtype), dtype=dtype)] * depth for shape, dtype in kinds]
         for time in range(start, start + n):
             for source, ring in zip(sources, slots, strict=True):
                 ring[time % depth] = values(generator, source.shape, source.dtype)
                 source.copy_(ring[time % depth])
-            function(sources, rings, tick, bell, **(options if function is publish else {}))
-            assert tick.item() == bell.item() == time + 1
+            function(sources, rings, counter, published, **(options if function is publish else {}))
+            assert counter.item() == published.item() == time + 1
             for source, ring, slot in zip(sources, rings, slots, strict=True):
                 assert torch.equal(_bits(ring.cpu()), _bits(torch.stack(slot)))
                 assert torch.equal(_bits(source.cpu()), _bits(slot[time % depth]))
@@ -76,9 +76,9 @@ def test_large_sources(dtype):
 def test_the_smallest_source_goes_with_the_bell(sizes, launches):
     sources = [torch.empty(size, dtype=torch.int64, device="meta") for size in sizes]
     rings = [torch.empty((4, size), dtype=torch.int64, device="meta") for size in sizes]
-    tick, bell = (torch.empty(1, dtype=torch.int64, device="meta") for _ in range(2))
+    counter, published = (torch.empty(1, dtype=torch.int64, device="meta") for _ in range(2))
     with recording() as recorded:
-        publish(sources, rings, tick, bell)
+        publish(sources, rings, counter, published)
     assert [launch.kernel.__name__.strip("_").removesuffix("_kernel") for launch in recorded] == launches
     together = [size for size in sizes if 0 < size <= 8192]
     last = recorded[-1].arguments
@@ -97,15 +97,15 @@ def test_configuration():
 
 def test_the_twin_needs_no_data():
     source, ring = torch.empty((2, 3), device="meta"), torch.empty((4, 2, 3), device="meta")
-    tick, bell = (torch.empty(1, dtype=torch.int64, device="meta") for _ in range(2))
-    twin.publish([source], [ring], tick, bell)
+    counter, published = (torch.empty(1, dtype=torch.int64, device="meta") for _ in range(2))
+    twin.publish([source], [ring], counter, published)
 
 
 def test_refuses_what_it_cannot_take(device):
     source = torch.zeros((2, 3), device=device)
     ring = torch.zeros((4, 2, 3), device=device)
-    tick, bell = (torch.zeros(1, dtype=torch.int64, device=device) for _ in range(2))
-    fine = {"sources": [source], "rings": [ring], "tick": tick, "bell": bell}
+    counter, published = (torch.zeros(1, dtype=torch.int64, device=device) for _ in range(2))
+    fine = {"sources": [source], "rings": [ring], "counter": counter, "published": published}
     publish(**fine)
     for message, changes in {
         "1 sources and 0 rings": {"rings": []},
@@ -119,14 +119,14 @@ def test_refuses_what_it_cannot_take(device):
         r"rings\[0\] is on device 'meta'": {"rings": [ring.to("meta")]},
         r"rings\[1\] has shape \[3, 2, 3\], not \[4, 2, 3\]": {"sources": [source] * 2, "rings": [ring, ring[:3]]},
         r"rings\[0\] has no slots": {"rings": [ring[:0]]},
-        "tick has shape": {"tick": torch.zeros((), dtype=torch.int64, device=device)},
-        "tick has dtype int32": {"tick": tick.int()},
-        "bell has dtype float32": {"bell": bell.float()},
-        "bell is on device 'meta'": {"bell": bell.to("meta")},
+        "counter has shape": {"counter": torch.zeros((), dtype=torch.int64, device=device)},
+        "counter has dtype int32": {"counter": counter.int()},
+        "published has dtype float32": {"published": published.float()},
+        "published is on device 'meta'": {"published": published.to("meta")},
     }.items():
         with pytest.raises(ValueError, match=message):
             publish(**{**fine, **changes})
-    assert bell.item() == 1
+    assert published.item() == 1
 
 
 def test_places_that_kernels_can_reach():
@@ -137,16 +137,16 @@ def test_places_that_kernels_can_reach():
             self.device, self.is_pinned = torch.device(device), lambda: pinned
 
     gpu = torch.device("cuda", 0)
-    kernel._check_place("bell", Place("cuda:0"), gpu)
-    kernel._check_place("bell", Place("cpu", pinned=True), gpu)
-    kernel._check_place("bell", Place("cpu"), torch.device("cpu"))
+    kernel._check_place("published", Place("cuda:0"), gpu)
+    kernel._check_place("published", Place("cpu", pinned=True), gpu)
+    kernel._check_place("published", Place("cpu"), torch.device("cpu"))
     for place, device, message in (
-        (Place("cpu"), gpu, "bell is in memory of the host that is not pinned"),
-        (Place("cuda:1"), gpu, "bell is on device 'cuda:1'"),
-        (Place("cuda:0"), torch.device("cpu"), "bell is on device 'cuda:0'"),
+        (Place("cpu"), gpu, "published is in memory of the host that is not pinned"),
+        (Place("cuda:1"), gpu, "published is on device 'cuda:1'"),
+        (Place("cuda:0"), torch.device("cpu"), "published is on device 'cuda:0'"),
     ):
         with pytest.raises(ValueError, match=message):
-            kernel._check_place("bell", place, device)
+            kernel._check_place("published", place, device)
 
 
 @pytest.mark.gpu
@@ -154,17 +154,20 @@ def test_a_host_reads_the_number_and_finds_what_was_published():
     """The host only reads memory while a graph publishes; a slot is complete once its number is there."""
     sources = [torch.zeros(n, dtype=torch.int64, device="cuda") for n in (50, 100_000)]
     rings = [torch.zeros((64, len(source)), dtype=torch.int64, pin_memory=True) for source in sources]
-    tick, bell = torch.zeros(1, dtype=torch.int64, device="cuda"), torch.zeros(1, dtype=torch.int64, pin_memory=True)
-    publish(sources, rings, tick, bell)  # compiled before it is captured
+    counter, published = (
+        torch.zeros(1, dtype=torch.int64, device="cuda"),
+        torch.zeros(1, dtype=torch.int64, pin_memory=True),
+    )
+    publish(sources, rings, counter, published)  # compiled before it is captured
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for source in sources:
             source.add_(1)
-        publish(sources, rings, tick, bell)
+        publish(sources, rings, counter, published)
     for _ in range(60):
         graph.replay()
-    seen = bell.numpy()  # the same memory
+    seen = published.numpy()  # the same memory
     last = 1
     while last < 61:
         now = int(seen[0])
@@ -172,4 +175,4 @@ def test_a_host_reads_the_number_and_finds_what_was_published():
             assert all((ring[time] == time).all() for ring in rings)
         last = now
     torch.cuda.synchronize()
-    assert tick.item() == bell.item() == 61
+    assert counter.item() == published.item() == 61

@@ -8,12 +8,12 @@ import torch
 
 
 def publish(
-    sources: Sequence[torch.Tensor], rings: Sequence[torch.Tensor], tick: torch.Tensor, bell: torch.Tensor
+    sources: Sequence[torch.Tensor], rings: Sequence[torch.Tensor], counter: torch.Tensor, published: torch.Tensor
 ) -> None:
-    """``ring[tick % depth] = source`` for each, ``rings[i]`` being ``[depth, *sources[i].shape]``; then ``tick += 1``
-    and ``bell = tick``. Both are int64 ``[1]``. All are on one device: torch has no store to host memory that is
+    """``ring[counter % depth] = source`` for each, ``rings[i]`` being ``[depth, *sources[i].shape]``; then ``counter += 1``
+    and ``published = counter``. Both are int64 ``[1]``. All are on one device: torch has no store to host memory that is
     ordered with a GPU's work, so a GPU takes the kernel."""
     for source, ring in zip(sources, rings, strict=True):
-        ring.index_copy_(0, tick % ring.shape[0], source[None])
-    tick.add_(1)
-    bell.copy_(tick)
+        ring.index_copy_(0, counter % ring.shape[0], source[None])
+    counter.add_(1)
+    published.copy_(counter)
