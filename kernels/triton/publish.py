@@ -1,8 +1,8 @@
 """Publishing to the host ring: copies of tensors in a ring of pinned host memory, then their number in ``published``.
 
-Kernels can address pinned host memory. ``published`` is stored by an atomic exchange that releases at system scope, after
-all copies: those of its own program before a barrier, those of earlier launches in stream order. So a host that reads
-``published = t`` sees the copies of counter ``t - 1``, in slot ``(t - 1) % depth``.
+Kernels can address pinned host memory. ``published`` is stored by an atomic exchange that releases at system scope,
+after all copies: those of its own program before a barrier, those of earlier launches in stream order. So a host that
+reads ``published = t`` sees the copies of counter ``t - 1``, in slot ``(t - 1) % depth``.
 """
 
 from __future__ import annotations
@@ -49,17 +49,17 @@ def _publish_kernel(
 class PublishConfig:
     BLOCK_N: int
     num_warps: int
-    with_bell: bool
+    with_count: bool
 
 
 def publish_config(n: int, itemsize: int) -> PublishConfig:
     """Return the launch for a source of ``n`` elements: 64 bytes per thread at a time.
 
-    Up to 64 KiB the program that stores ``published`` copies it: two iterations of 32 KiB, which take less than a launch.
+    Up to 64 KiB the program that stores ``published`` copies it: two iterations of 32 KiB take less than a launch.
     """
-    with_bell = n * itemsize <= 65536
-    block = min(triton.next_power_of_2(max(n, 1)), (32768 if with_bell else 8192) // itemsize)
-    return PublishConfig(BLOCK_N=block, num_warps=max(1, block * itemsize // 2048), with_bell=with_bell)
+    with_count = n * itemsize <= 65536
+    block = min(triton.next_power_of_2(max(n, 1)), (32768 if with_count else 8192) // itemsize)
+    return PublishConfig(BLOCK_N=block, num_warps=max(1, block * itemsize // 2048), with_count=with_count)
 
 
 def publish(
@@ -97,7 +97,7 @@ def publish(
     pairs = [(source, ring) for source, ring in zip(sources, rings, strict=True) if source.numel()]
     pairs.sort(key=lambda pair: -pair[0].nbytes)
     last = None
-    if pairs and (config or publish_config(pairs[-1][0].numel(), pairs[-1][0].itemsize)).with_bell:
+    if pairs and (config or publish_config(pairs[-1][0].numel(), pairs[-1][0].itemsize)).with_count:
         last = pairs.pop()
     for source, ring in pairs:
         copy = config or publish_config(source.numel(), source.itemsize)
