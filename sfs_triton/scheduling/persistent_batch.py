@@ -68,26 +68,24 @@ class PersistentBatch:
     def prepare(self, bounds: BatchBounds) -> None:
         """Prepare for sequences within these bounds; capture the graphs that are missing. All slots must be free."""
         self.bounds = bounds
-        execution = self._plan_for(bounds)
+        self._start_planner()
         try:
             with torch.inference_mode(), torch.device("cpu"):
-                execution.prepare(self._planner, self.runner)
+                self._execution.prepare(self._planner, self.runner)
         except RuntimeError as error:
             full = is_lack_of_memory(error)
-            if full or isinstance(error, SfsError) or not self._choice.fall_back(execution, error):
+            if full or isinstance(error, SfsError) or not self._choice.fall_back(self._execution, error):
                 self._abandon()
                 if full:
                     raise OutOfDeviceMemory(self._no_memory()) from error
                 raise
-            self._plan_for(bounds)
+            self._start_planner()
 
-    def _plan_for(self, bounds: BatchBounds) -> Execution:
-        """Start a planner for the present execution; return the execution."""
-        self._execution = self._choice.current
-        exact = self._execution.is_exact(self.slots)
-        bounds = bounds._replace(length=self.length)
+    def _start_planner(self) -> None:
+        """Take the engine's present execution, and start a planner of the shapes that it needs."""
+        self._execution: Execution = self._choice.current
+        exact, bounds = self._execution.is_exact(self.slots), self.bounds._replace(length=self.length)
         self._planner = StepPlanner(self.key.sampler, self.key.cache, self.slots, bounds, exact)
-        return self._execution
 
     @property
     def sequences(self) -> list[Sequence]:
@@ -198,7 +196,7 @@ class PersistentBatch:
 
     def _restart(self) -> None:
         self._outputs = None
-        self._plan_for(self.bounds)
+        self._start_planner()
         for slot, sequence in enumerate(self._sequences):
             if sequence is not None and slot not in self._ending:
                 self._put(slot, sequence)
