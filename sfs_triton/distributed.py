@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import distributed
 
-from .errors import ArgumentError, RankFailure, SequenceFault, require
+from .errors import ArgumentError, RankFailure, SequenceFault, check_integer, require
 
 PATIENCE = "SFS_TRITON_PATIENCE"  # environment: seconds that a rank waits for the others; loading takes part of them
 _DEFAULT_PATIENCE = 600.0
@@ -236,8 +236,7 @@ def joined() -> bool:
 
 def check_size(size: object) -> None:
     """Raise :class:`~sfs_triton.errors.ArgumentError` unless ``size`` is a number of processes."""
-    whole = isinstance(size, int) and not isinstance(size, bool) and size >= 1
-    require(whole, f"tensor_parallel={size!r} is not a number of processes, at least 1")
+    check_integer("tensor_parallel", size)
     if size > 1:
         require(distributed.is_available(), f"tensor_parallel={size}: this torch is built without torch.distributed")
 

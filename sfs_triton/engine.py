@@ -14,7 +14,7 @@ import torch
 
 from .decoding.params import DecodingParams, parse_sampler, refuse_unknown
 from .distributed import Group, join, own_device
-from .errors import ArgumentError, CheckpointError, require
+from .errors import ArgumentError, CheckpointError, check_choice, require
 from .files import read_json
 from .models import Transformer, load_weights, read_spec
 from .ops.dispatch import operations
@@ -88,7 +88,7 @@ def _load(
     if dtype is None:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     if isinstance(dtype, str):
-        require(dtype in DTYPES, f"dtype={dtype!r} is not one of {tuple(DTYPES)}")
+        check_choice("dtype", dtype, DTYPES)
         dtype = DTYPES[dtype]
     require(dtype in DTYPES.values(), f"dtype={dtype!r} is not one of {tuple(DTYPES)}")
     fine = quantization in (None, *QUANTIZATIONS)

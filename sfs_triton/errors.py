@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from typing import Any
+
 
 class SfsError(Exception):
     """Base class of the package's errors."""
@@ -55,3 +58,31 @@ def require(condition: bool, message: str) -> None:
     """Raise :class:`ArgumentError` with ``message`` unless ``condition`` holds."""
     if not condition:
         raise ArgumentError(message)
+
+
+def check_integer(
+    name: str, value: Any, least: int = 1, most: int | None = None, error: type[SfsError] = ArgumentError
+) -> None:
+    """Raise ``error`` unless ``value`` is an integer from ``least`` to ``most``. True and False are no integers."""
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if not whole or value < least or most is not None and value > most:
+        limits = f"of at least {least}" if most is None else f"from {least} to {most}"
+        raise error(f"{name}={value!r} is not an integer {limits}")
+
+
+def check_number(name: str, value: Any, least: float = 0.0, most: float = 1e30) -> None:
+    """Raise :class:`ArgumentError` unless ``value`` is a number from ``least`` to ``most``, which fits float32."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    fine = number and least <= value <= most
+    require(fine, f"{name}={value!r} is not a number from {least:g} to {most:g}")
+
+
+def check_flag(name: str, value: Any, error: type[SfsError] = ArgumentError) -> None:
+    """Raise ``error`` unless ``value`` is True or False."""
+    if not isinstance(value, bool):
+        raise error(f"{name}={value!r} is neither True nor False")
+
+
+def check_choice(name: str, value: Any, allowed: Collection) -> None:
+    """Raise :class:`ArgumentError` unless ``value`` is one of ``allowed``."""
+    require(value in tuple(allowed), f"{name}={value!r} is not one of {tuple(allowed)}")

@@ -12,7 +12,7 @@ from typing import IO, Any
 
 from filelock import FileLock, Timeout
 
-from ..errors import ArgumentError, MissingDependencyError, SfsError, require
+from ..errors import ArgumentError, MissingDependencyError, SfsError, check_integer, require
 from ..files import whole_file
 
 SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
@@ -157,12 +157,11 @@ def _row(line: int, values: Mapping[str, Any]) -> Row:
 def _id(line: int, value: Any) -> str | int:
     if value is None:
         return line
-    fine = isinstance(value, (str, int)) and not isinstance(value, bool) and value != ""
-    require(fine, f"line {line}: id={value!r} is neither text nor an integer")
     if isinstance(value, str):
+        require(value != "", f"line {line}: id is empty")
         _check_unicode(line, "id", value)
     else:
-        require(-(2**63) <= value < 2**63, f"line {line}: id={value} is not an integer of 64 bits")
+        check_integer(f"line {line}: id", value, -(2**63), 2**63 - 1)
     return value
 
 
@@ -194,10 +193,8 @@ def _check_unicode(line: int, name: str, text: str) -> None:
 def _whole(line: int, name: str, value: Any, least: int) -> int | None:
     if isinstance(value, float) and value.is_integer() and abs(value) < _EXACT:
         value = int(value)
-    if value is None:
-        return None
-    fine = isinstance(value, int) and not isinstance(value, bool) and least <= value < 2**63
-    require(fine, f"line {line}: {name}={value!r} is not an integer from {least} to 2^63 - 1")
+    if value is not None:
+        check_integer(f"line {line}: {name}", value, least, 2**63 - 1)
     return value
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from ..decoding.params import DecodingParams
 from ..engine import Engine, load
-from ..errors import ArgumentError, SequenceFault, require
+from ..errors import ArgumentError, SequenceFault, check_integer, require
 from .files import BatchError, Parts, Row, Survey, file_format, read_rows
 
 __all__ = ["BatchError", "BatchSettings", "Summary", "in_process", "run_batch"]
@@ -45,8 +45,7 @@ class BatchSettings:
     cuda_graphs: bool | None = None
 
     def __post_init__(self) -> None:
-        fine = isinstance(self.batch, int) and self.batch > 0
-        require(fine, f"batch={self.batch!r} is not a positive integer")
+        check_integer("batch", self.batch)
         require(isinstance(self.params, DecodingParams), f"params={self.params!r} is not a DecodingParams")
         require(self.params.seed < 2**62, f"seed={self.params.seed!r} is not in [0, 2**62)")
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
-from ..errors import require
+from ..errors import check_flag, check_integer, check_number
 from ..kernels.control import FAST, Progress
 from ..models.cache import FeatureCache, Features, KVCache
 from .samplers import Sampler
@@ -203,8 +203,8 @@ class RefreshCache(CachePolicy):
 
     def __post_init__(self) -> None:
         for name in ("prompt_interval", "response_interval"):
-            _check_count(name, getattr(self, name))
-        require(isinstance(self.ratio, (int, float)) and 0 <= self.ratio <= 1, f"ratio={self.ratio!r} is not in [0, 1]")
+            check_integer(name, getattr(self, name))
+        check_number("ratio", self.ratio, most=1)
 
     @property
     def period(self) -> int:
@@ -245,12 +245,12 @@ class RegionCache(CachePolicy):
     store = KVCache
 
     def __post_init__(self) -> None:
-        _check_count("capacity", self.capacity, least=2)  # a shifted model decides a position by the row before it
+        check_integer("capacity", self.capacity, least=2)  # a shifted model decides a position by the row before it
         for name in ("span_cap", "refresh_every"):
             if getattr(self, name) is not None:
-                _check_count(name, getattr(self, name))
-        _check_count("look_ahead", self.look_ahead, least=0)
-        require(isinstance(self.rotate, bool), f"rotate={self.rotate!r} is neither True nor False")
+                check_integer(name, getattr(self, name))
+        check_integer("look_ahead", self.look_ahead, least=0)
+        check_flag("rotate", self.rotate)
 
     @property
     def rules(self) -> dict[str, Any]:
@@ -289,11 +289,6 @@ class RegionCache(CachePolicy):
 
 def _coarse(length: int) -> int:
     return length // _COARSE * _COARSE
-
-
-def _check_count(name: str, value: Any, least: int = 1) -> None:
-    fine = isinstance(value, int) and not isinstance(value, bool) and value >= least
-    require(fine, f"{name}={value!r} is not an integer of at least {least}")
 
 
 POLICIES = {policy.name: policy for policy in (NoCache, RegionCache, PrefixCache, DualCache, RefreshCache)}

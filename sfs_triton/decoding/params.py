@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
-from ..errors import ArgumentError, require
+from ..errors import ArgumentError, check_integer, require
 from .caching import POLICIES, CachePolicy, NoCache
 from .samplers import PRESETS, SAMPLERS, Sampler, SlowFast
 
@@ -54,10 +54,8 @@ class DecodingParams:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        require(_is_integer(self.gen_length), f"gen_length={self.gen_length!r} is not an integer")
-        require(self.gen_length > 0, f"gen_length={self.gen_length} is not positive")
-        require(_is_integer(self.seed), f"seed={self.seed!r} is not an integer")
-        require(0 <= self.seed < SEEDS, f"seed={self.seed} is not in [0, 2**63)")
+        check_integer("gen_length", self.gen_length)
+        check_integer("seed", self.seed, 0, SEEDS - 1)
         check_pair(self.sampler, self.cache)
         self.sampler.check_length(self.gen_length)
 
@@ -97,8 +95,7 @@ class DecodingParams:
                 return listed
             return [replace(params, seed=params.seed + index) for index in range(count)]
         refuse_unknown(set(fields) - {"sampler", "cache", "gen_length", "seed"})
-        seed = fields.pop("seed", 0)
-        seeds = [seed + index for index in range(count)] if _is_integer(seed) else _listed("seed", seed, count)
+        seeds = _listed("seed", fields.pop("seed", 0), count, least=0, increment=1)
         lengths = _listed("gen_length", fields.pop("gen_length", 128), count)
         base = cls.parse(**fields, gen_length=lengths[0], seed=seeds[0])
         return [replace(base, gen_length=n, seed=s) for n, s in zip(lengths, seeds, strict=True)]
@@ -140,9 +137,7 @@ def parse_sampler(value: str | Mapping[str, Any] | Sampler, **options: Any) -> S
     check_options(f"sampler {kind!r}", options, sampler_options(kind))
     if kind != "slowfast":
         return SAMPLERS[kind](**options)
-    preset = options.pop("preset", "paper")
-    require(isinstance(preset, str), f"preset={preset!r} is not one of {tuple(PRESETS)}")
-    return SlowFast.preset(preset, **options)
+    return SlowFast.preset(options.pop("preset", "paper"), **options)
 
 
 def parse_cache(value: str | Mapping[str, Any] | CachePolicy, **options: Any) -> CachePolicy:
@@ -218,16 +213,10 @@ def refuse_renamed(names: Iterable[str]) -> None:
         raise ArgumentError(f"argument {name!r} is called {RENAMED[name]!r} now")
 
 
-def _listed(name: str, value: Any, count: int) -> list[int]:
-    """Return ``count`` integers: the given ones, or one repeated."""
-    listed = isinstance(value, Sequence) and not isinstance(value, (str, bytes))
-    require(listed or _is_integer(value), f"{name}={value!r} is neither an integer nor a sequence of them")
-    values = list(value) if listed else [value] * count
-    require(len(values) == count, f"{name}={value!r} has {len(values)} entries for {count} prompts")
-    for each in values:
-        require(_is_integer(each), f"{name}={each!r} is not an integer")
-    return values
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _listed(name: str, value: Any, count: int, least: int = 1, increment: int = 0) -> list[Any]:
+    """Return one value per prompt: the given ones, which the records check, or one integer with its increments."""
+    if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
+        require(len(value) == count, f"{name}={value!r} has {len(value)} entries for {count} prompts")
+        return list(value)
+    check_integer(name, value, least)
+    return [value + increment * index for index in range(count)]

@@ -8,32 +8,13 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..errors import require
+from ..errors import check_choice, check_flag, check_integer, check_number, require
 from ..kernels.rules import ROUNDINGS, SLOW_ENDS, BlockRules, CycleRules
 from ..ops.dispatch import Draw
 
 SPREADS = ("variance", "std", "unbiased")
 LARGEST = 1_000_000  # of whole numbers: no canvas has so many positions
 FIXED_METRICS = ("confidence", "maskgit_plus", "topk_margin", "entropy", "origin")
-
-
-def _check_number(name: str, value: Any, least: float = 0.0) -> None:
-    ok = isinstance(value, (int, float)) and not isinstance(value, bool) and least <= value <= 1e30  # fits float32
-    require(ok, f"{name}={value!r} is not a number from {least:g} to 1e30")
-
-
-def _check_integer(name: str, value: Any, least: int = 1) -> None:
-    ok = isinstance(value, int) and not isinstance(value, bool) and value >= least
-    require(ok, f"{name}={value!r} is not an integer of at least {least}")
-    require(value <= LARGEST, f"{name}={value!r} is larger than {LARGEST}, more than any canvas has room for")
-
-
-def _check_flag(name: str, value: Any) -> None:
-    require(isinstance(value, bool), f"{name}={value!r} is neither True nor False")
-
-
-def _check_choice(name: str, value: Any, allowed: tuple) -> None:
-    require(value in allowed, f"{name}={value!r} is not one of {allowed}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,18 +38,18 @@ class Sampler:
     block_length = None
 
     def __post_init__(self) -> None:
-        _check_number("temperature", self.temperature)
+        check_number("temperature", self.temperature)
         require(
             self.temperature == 0 or self.temperature >= 1e-6,
             f"temperature={self.temperature!r} is neither 0 nor at least 1e-6",
         )
-        _check_number("cfg_scale", self.cfg_scale)
-        _check_flag("eos_stop", self.eos_stop)
+        check_number("cfg_scale", self.cfg_scale)
+        check_flag("eos_stop", self.eos_stop)
         if self.top_p is not None:
-            _check_number("top_p", self.top_p)
+            check_number("top_p", self.top_p)
             require(0 < self.top_p <= 1, f"top_p={self.top_p!r} is not in (0, 1]")
         if self.top_k is not None:
-            _check_integer("top_k", self.top_k)
+            check_integer("top_k", self.top_k, most=LARGEST)
 
     def replace(self, **changes: Any) -> Sampler:
         """Return a copy with some fields changed."""
@@ -170,19 +151,19 @@ class SlowFast(Sampler):
     def __post_init__(self) -> None:
         Sampler.__post_init__(self)
         for name in ("tau_min", "tau_high", "spread_limit"):
-            _check_number(name, getattr(self, name))
+            check_number(name, getattr(self, name))
         if self.tau_slow is not None:
-            _check_number("tau_slow", self.tau_slow)
+            check_number("tau_slow", self.tau_slow)
         for name in ("k_max", "window", "min_parallel", "min_parallel_slow"):
-            _check_integer(name, getattr(self, name))
+            check_integer(name, getattr(self, name), most=LARGEST)
         for name in ("block_length", "max_cycles"):
             if getattr(self, name) is not None:
-                _check_integer(name, getattr(self, name))
-        _check_choice("spread", self.spread, SPREADS)
-        _check_choice("slow_end", self.slow_end, SLOW_ENDS)
-        _check_choice("rounding", self.rounding, ROUNDINGS)
+                check_integer(name, getattr(self, name), most=LARGEST)
+        check_choice("spread", self.spread, SPREADS)
+        check_choice("slow_end", self.slow_end, SLOW_ENDS)
+        check_choice("rounding", self.rounding, ROUNDINGS)
         for name in ("inclusive", "strict", "zero_history", "share_stable", "eos_horizon"):
-            _check_flag(name, getattr(self, name))
+            check_flag(name, getattr(self, name))
         require(
             not self.share_stable or self.slow_end == "stable",
             f"share_stable=True does not go with slow_end={self.slow_end!r}: only slow_end='stable' ends the slow "
@@ -192,7 +173,7 @@ class SlowFast(Sampler):
     @classmethod
     def preset(cls, name: str = "paper", **changes: Any) -> SlowFast:
         """Return one of :data:`PRESETS`, with some fields changed."""
-        _check_choice("preset", name, tuple(PRESETS))
+        check_choice("preset", name, PRESETS)
         return PRESETS[name].replace(**changes)
 
     def batch_key(self) -> SlowFast:
@@ -219,13 +200,13 @@ class SlowFast(Sampler):
             partial: row lists may leave out positions that a step would decide.
             span_cap: with ``partial``: most candidates of a slow step.
         """
-        _check_integer("look_ahead", look_ahead, 0)
+        check_integer("look_ahead", look_ahead, 0, most=LARGEST)
         require(
             not (look_ahead and self.zero_history),
             f"look_ahead={look_ahead} does not go with zero_history=True: there is no empty history to start",
         )
         if span_cap is not None:
-            _check_integer("span_cap", span_cap)
+            check_integer("span_cap", span_cap, most=LARGEST)
             require(
                 not self.zero_history,
                 f"span_cap={span_cap} does not go with zero_history=True: a mean over zeros may move a cycle's begin "
@@ -310,10 +291,10 @@ class Threshold(Sampler):
 
     def __post_init__(self) -> None:
         Sampler.__post_init__(self)
-        _check_number("tau", self.tau)
+        check_number("tau", self.tau)
         for name in ("block_length", "steps"):
             if getattr(self, name) is not None:
-                _check_integer(name, getattr(self, name))
+                check_integer(name, getattr(self, name), most=LARGEST)
 
     def batch_key(self) -> Threshold:
         return replace(super().batch_key(), tau=1.0)
@@ -358,12 +339,12 @@ class FixedSteps(Sampler):
 
     def __post_init__(self) -> None:
         Sampler.__post_init__(self)
-        _check_choice("metric", self.metric, FIXED_METRICS)
-        _check_number("eps", self.eps)
+        check_choice("metric", self.metric, FIXED_METRICS)
+        check_number("eps", self.eps)
         require(0 < self.eps < 1, f"eps={self.eps!r} is not in (0, 1)")
         for name in ("block_length", "steps"):
             if getattr(self, name) is not None:
-                _check_integer(name, getattr(self, name))
+                check_integer(name, getattr(self, name), most=LARGEST)
 
     def check_cache(self, policy) -> None:
         if policy.name == "region":

@@ -20,7 +20,7 @@ from ..batch import run as batch
 from ..batch.files import Row
 from ..batch.run import BatchError, BatchSettings, Finished, Summary
 from ..engine import load
-from ..errors import MissingDependencyError, SfsError, require
+from ..errors import MissingDependencyError, SfsError, check_integer, require
 from ..serve.settings import ServeSettings
 
 try:
@@ -62,7 +62,7 @@ def run_batch(
         ArgumentError: the cluster has no room for the workers; or as :func:`sfs_triton.batch.run_batch`.
         BatchError: a chunk failed repeatedly; or as :func:`sfs_triton.batch.run_batch`.
     """
-    require(isinstance(workers, int) and workers > 0, f"workers={workers!r} is not a positive integer")
+    check_integer("workers", workers)
     settings = settings or BatchSettings()
 
     def execute(chunks: Iterator[list[Row]]) -> Iterator[Finished]:
@@ -273,7 +273,7 @@ def deployment(
         settings: settings of each replica; default: the server's defaults, for a model of this name.
         cpus, gpus: resources per replica; ``gpus`` by default 1 for a ``device`` that is a GPU, else 0.
     """
-    require(isinstance(replicas, int) and replicas > 0, f"replicas={replicas!r} is not a positive integer")
+    check_integer("replicas", replicas)
     settings = settings or ServeSettings(model=model.rstrip("/").rpartition("/")[2] or model)
     settings.sampler.check_cache(settings.cache)
     if gpus is None:

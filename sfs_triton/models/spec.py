@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..errors import CheckpointError, UnsupportedConfigError, require
+from ..errors import CheckpointError, UnsupportedConfigError, check_flag, check_integer, require
 
 
 @dataclass(frozen=True)
@@ -119,16 +119,15 @@ def _integer(config: Mapping[str, Any], key: str, default: int | None = None, le
     value = default if config.get(key) is None else config[key]
     if value is None:
         raise CheckpointError(f"config.json lacks the required key {key!r}")
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-        raise CheckpointError(f"config.json: {key}={value!r} is not an integer from {least} to {most}")
+    check_integer(f"config.json: {key}", value, least, most, CheckpointError)
     return value
 
 
 def _flag(config: Mapping[str, Any], key: str) -> bool:
     """Read a boolean; an absent key is false."""
     value = config.get(key)
-    if value not in (True, False, None) or isinstance(value, (int, float)) and not isinstance(value, bool):
-        raise CheckpointError(f"config.json: {key}={value!r} is not true or false")
+    if value is not None:
+        check_flag(f"config.json: {key}", value, CheckpointError)
     return bool(value)
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from ..distributed import Vocabulary
-from ..errors import ArgumentError, MissingDependencyError, require
+from ..errors import ArgumentError, MissingDependencyError, check_choice
 from .torch import sharded
 from .torch.confidence import Draw, filter_logits
 from .torch.linear import Matrix, Quantised, quantize
@@ -127,7 +127,8 @@ def _choose_together(
 
 def check_backend(backend: str | None) -> None:
     """Raise :class:`~sfs_triton.errors.ArgumentError` unless ``backend`` is None or one of :data:`BACKENDS`."""
-    require(backend is None or backend in BACKENDS, f"backend={backend!r} is not one of {BACKENDS}")
+    if backend is not None:
+        check_choice("backend", backend, BACKENDS)
 
 
 def operations(backend: str | None, device: torch.device) -> Ops:

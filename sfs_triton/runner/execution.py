@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 
 from ..decoding.step_plan import Forward, StepOutput, StepPlan
-from ..errors import require
+from ..errors import check_flag, require
 from ..kernels.control import Progress
 from .cuda_graph import capture_graph
 from .model_runner import ModelRunner
@@ -128,9 +128,8 @@ Execution = Eager | CudaGraphs
 
 def check_cuda_graphs(cuda_graphs: bool | None, device: torch.device) -> None:
     """Raise :class:`~sfs_triton.errors.ArgumentError` if CUDA graphs are asked for and ``device`` has none."""
-    require(
-        cuda_graphs is None or isinstance(cuda_graphs, bool), f"cuda_graphs={cuda_graphs!r} is neither True nor False"
-    )
+    if cuda_graphs is not None:
+        check_flag("cuda_graphs", cuda_graphs)
     require(not cuda_graphs or device.type == "cuda", f"cuda_graphs=True needs a GPU: device {str(device)!r} has none")
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from ..decoding.caching import CachePolicy, NoCache
 from ..decoding.samplers import Sampler, SlowFast
-from ..errors import require
+from ..errors import check_integer, require
 
 KEY_LENGTH = 8  # minimum characters of an API key
 LARGEST = {"max_batch": 1024, "max_batches": 64}  # slots are allocated at the start
@@ -60,14 +60,12 @@ class ServeSettings:
         least = {"default_tokens": 1, "max_batch": 1, "max_batches": 1, "max_queue": 1, "max_body": 1024}
         optional = {name: 1 for name in ("max_tokens", "cache_memory") if getattr(self, name) is not None}
         for name, smallest in {**least, **optional}.items():
-            _check_count(name, getattr(self, name), smallest)
-        for name, largest in LARGEST.items():
-            require(getattr(self, name) <= largest, f"{name}={getattr(self, name)} is over {largest}")
+            check_integer(name, getattr(self, name), smallest, LARGEST.get(name))
         for name in ("time_limit", "body_seconds", "grace"):
             value = getattr(self, name)
             fine = isinstance(value, (int, float)) and math.isfinite(value) and value > 0
             require(fine, f"{name}={value!r} is not a positive number of seconds")
-        require(0 <= self.port < 65536, f"port={self.port} is not in [0, 65536)")
+        check_integer("port", self.port, 0, 65535)
         require(bool(self.model) and self.model.isprintable(), f"model={self.model!r} is no name")
         key = self.api_key
         fine = key is None or len(key) >= KEY_LENGTH and key.isascii() and key.isprintable() and " " not in key
@@ -96,8 +94,3 @@ class ServeSettings:
         name = header[: header.rfind("]") + 1] if header.startswith("[") else header.partition(":")[0]
         ours = {"localhost", "127.0.0.1", "[::1]", self.host, f"[{self.host}]", *self.allowed_hosts}
         return not self.loopback or name.lower() in {known.lower() for known in ours}
-
-
-def _check_count(name: str, value: object, least: int) -> None:
-    fine = isinstance(value, int) and not isinstance(value, bool) and value >= least
-    require(fine, f"{name}={value!r} is not an integer of at least {least}")

@@ -476,7 +476,7 @@ def test_where_it_may_listen():
         (("--sampler", "vanilla", "--preset", "fast"), ("--preset fast", "vanilla")),
         (("--cache", "prefix"), ("prefix", "SlowFast")),
         (("--max-batch", "0"), ("max_batch=0",)),
-        (("--max-batch", "2000"), ("max_batch=2000 is over 1024",)),
+        (("--max-batch", "2000"), ("max_batch=2000 is not an integer from 1 to 1024",)),
         (("--cache-memory", "0"), ("--cache-memory 0.0", "positive")),
         (("--cache-memory", "0.000001"), ("cache_memory=1073", "the shortest canvas takes")),
         (("--time-limit", "-1"), ("time_limit=-1",)),

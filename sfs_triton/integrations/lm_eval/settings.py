@@ -21,7 +21,7 @@ from ...decoding.params import (
     sampler_options,
 )
 from ...decoding.samplers import SAMPLERS, Sampler
-from ...errors import ArgumentError, require
+from ...errors import ArgumentError, check_flag, check_integer, require
 
 
 def parse_model_args(sampler: str, cache: str, options: Mapping[str, Any]) -> tuple[Sampler, CachePolicy]:
@@ -45,13 +45,13 @@ def parse_model_args(sampler: str, cache: str, options: Mapping[str, Any]) -> tu
 
 def integer(name: str, value: Any, least: int) -> int:
     """Return ``value`` as an integer of at least ``least``; the command line passes some integers as text."""
-    valid = not isinstance(value, (bool, float)) and str(value).lstrip("-").isdecimal() and int(value) >= least
-    require(valid, f"model_args: {name}={value!r} is not an integer of at least {least}")
+    whole = not isinstance(value, (bool, float)) and str(value).removeprefix("-").isdecimal()
+    check_integer(f"model_args: {name}", int(value) if whole else value, least)
     return int(value)
 
 
 def flag(name: str, value: Any) -> bool:
-    require(isinstance(value, bool), f"model_args: {name}={value!r} is neither True nor False")
+    check_flag(f"model_args: {name}", value)
     return value
 
 
