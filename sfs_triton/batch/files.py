@@ -14,6 +14,7 @@ from filelock import FileLock, Timeout
 
 from ..errors import ArgumentError, MissingDependencyError, SfsError, check_integer, require
 from ..files import whole_file
+from ..text.codec import check_unicode
 
 SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
 COLUMNS = ("id", "prompt", "messages", "gen_length", "seed")  # all others are ignored
@@ -159,7 +160,7 @@ def _id(line: int, value: Any) -> str | int:
         return line
     if isinstance(value, str):
         require(value != "", f"line {line}: id is empty")
-        _check_unicode(line, "id", value)
+        check_unicode(f"line {line}: id", value)
     else:
         check_integer(f"line {line}: id", value, -(2**63), 2**63 - 1)
     return value
@@ -171,7 +172,7 @@ def _prompt(line: int, prompt: Any, messages: Any) -> str | list[dict[str, str]]
     if messages is None:
         require(isinstance(prompt, str), f"line {line}: prompt is a {type(prompt).__name__}, not text")
         require(prompt != "", f"line {line}: prompt is empty")
-        _check_unicode(line, "prompt", prompt)
+        check_unicode(f"line {line}: prompt", prompt)
         return prompt
     require(isinstance(messages, list) and bool(messages), f"line {line}: messages is no list of messages")
     turns = []
@@ -179,15 +180,8 @@ def _prompt(line: int, prompt: Any, messages: Any) -> str | list[dict[str, str]]
         fine = isinstance(turn, Mapping) and all(isinstance(turn.get(part), str) for part in ("role", "content"))
         require(fine, f"line {line}: message {turn!r} is not an object with a text 'role' and a text 'content'")
         turns.append({part: turn[part] for part in ("role", "content")})
-        _check_unicode(line, "messages", turn["role"] + turn["content"])
+        check_unicode(f"line {line}: messages", turn["role"] + turn["content"])
     return turns
-
-
-def _check_unicode(line: int, name: str, text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeError as error:
-        raise ArgumentError(f"line {line}: {name} is not valid text: {error}") from None
 
 
 def _whole(line: int, name: str, value: Any, least: int) -> int | None:

@@ -89,7 +89,7 @@ class Conversation:
 
     def _encode(self, name: str, new: str, question: str) -> list[int]:
         """Return the checked token ids of the messages and a question; errors about ``new`` call it ``name``."""
-        check_unicode(new)
+        check_unicode(f"the {name}", new)
         check_size(name, new, self.engine.spec.max_length)
         ids = self.engine.encode([*self.messages, {"role": "user", "content": question}])
         mask = self.engine.spec.mask_id

@@ -19,9 +19,9 @@ from ..decoding.params import DecodingParams, parse_cache, parse_sampler
 from ..decoding.samplers import PRESETS, SAMPLERS, Sampler
 from ..distributed import Group, check_started, join, joined, world
 from ..engine import DTYPES, QUANTIZATIONS, Engine, Generation, load
-from ..errors import ArgumentError, MissingDependencyError, SfsError, require
+from ..errors import MissingDependencyError, SfsError, require
 from ..ops.dispatch import BACKENDS
-from ..text.codec import check_size
+from ..text.codec import check_size, check_unicode
 from ..version import __version__
 from ..view.printable import printable, printable_json
 
@@ -112,13 +112,13 @@ class Request:
 
     def text(self) -> str:
         """Return the prompt, read from stdin if it is ``-``."""
-        try:
-            text = sys.stdin.read(LARGEST_INPUT + 1) if self.prompt == "-" else self.prompt
+        text = self.prompt
+        if text == "-":
+            sys.stdin.reconfigure(errors="surrogateescape")  # undecodable bytes are refused below, as in an argument
+            text = sys.stdin.read(LARGEST_INPUT + 1)
             require(len(text) <= LARGEST_INPUT, f"the prompt on stdin is larger than {LARGEST_INPUT:,} characters")
-            text = text.rstrip("\n") if self.prompt == "-" else text
-            text.encode()  # undecodable bytes arrive as lone surrogates
-        except UnicodeError as error:
-            raise ArgumentError(f"the prompt is not valid text: {error}") from None
+            text = text.rstrip("\n")
+        check_unicode("the prompt", text)
         require(bool(text.strip()), "the prompt is empty")
         return text
 

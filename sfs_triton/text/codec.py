@@ -29,12 +29,12 @@ def check_size(name: str, text: str, context: int) -> None:
     )
 
 
-def check_unicode(text: str) -> None:
-    """Refuse halves of surrogate pairs, which no tokenizer takes."""
+def check_unicode(name: str, text: str) -> None:
+    """Refuse halves of surrogate pairs, which no tokenizer takes; undecodable bytes of a file are read as such."""
     try:
         text.encode()
-    except UnicodeError as error:
-        raise ArgumentError(f"text={text!r} is not valid Unicode: {error}") from None
+    except UnicodeError as error:  # quotes the characters and their position
+        raise ArgumentError(f"{name} is not valid Unicode: {error}") from None
 
 
 class TextCodec:
@@ -74,7 +74,7 @@ class TextCodec:
 
     def encode(self, text: str) -> list[int]:
         """Encode ``text`` to token ids, without added tokens."""
-        check_unicode(text)
+        check_unicode("text", text)
         with _refusing(ArgumentError, f"the checkpoint's tokenizer fails on text={text!r}"):
             return self.tokenizer.encode(text, add_special_tokens=False).ids
 

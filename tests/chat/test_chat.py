@@ -126,7 +126,7 @@ def test_a_conversation_that_is_full_drops_nothing(chat):
     ("text", "words"),
     [
         (" \n", "message .* is empty"),
-        ("a\udcff", r"'a\\udcff' is not valid Unicode"),
+        ("a\udcff", r"message is not valid Unicode: .*'\\udcff' in position 1"),
         ("a <|mdm_mask|>", r"message 'a <\|mdm_mask\|>' holds the mask token"),
         ("a" * 40_000, "the message has 40,000 characters, over 32,768: .* 512 positions"),
     ],

@@ -154,7 +154,8 @@ def test_bad_models_and_prompts_are_refused(model, tmp_path):
     refused(generate(UNREADABLE, "--watch"), "tokenizer.json")
     refused(generate(model, prompt=""), "prompt is empty")
     refused(generate(model, prompt="w1 <|mdm_mask|>"), "mask id 500")
-    refused(generate(model, prompt="w1 \udcff"), "not valid text")
+    refused(generate(model, prompt="w1 \udcff"), "prompt is not valid Unicode")
+    refused(generate(model, prompt="-", stdin=b"w1 \xff"), "prompt is not valid Unicode")
 
 
 def program(*arguments: str, **options) -> subprocess.CompletedProcess:

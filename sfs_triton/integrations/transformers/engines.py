@@ -221,7 +221,7 @@ class TokenizerCodec(TextCodec):
         super().__init__(tokenizer, getattr(tokenizer, "chat_template", None), special)
 
     def encode(self, text: str) -> list[int]:
-        check_unicode(text)
+        check_unicode("text", text)
         return list(self.tokenizer.encode(text, add_special_tokens=False))
 
     def token_id(self, token: str) -> int | None:
