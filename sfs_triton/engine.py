@@ -289,11 +289,7 @@ class Engine:
         mask, sequences = self.spec.mask_id, []
         for index, (ids, each) in enumerate(zip(every, listed, strict=True)):
             self.check_length(index, len(ids), each.gen_length)
-            if mask in ids:
-                raise ArgumentError(
-                    f"prompt {index} holds the mask id {mask} at position {ids.index(mask)}; use Engine.infill to fill "
-                    "in masks"
-                )
+            self.check_no_mask(f"prompt {index}", ids, "; use Engine.infill to fill in masks")
             sequences.append(InFlight(each, ids + [mask] * each.gen_length, len(ids), mask, trace, frames))
         return sequences, single
 
@@ -305,6 +301,19 @@ class Engine:
             f"{self.spec.max_length}",
         )
 
+    def codec(self, purpose: str) -> TextCodec:
+        """Return the text codec; raise ArgumentError if there is none, naming the ``purpose`` that needs it."""
+        source = "a tokenizer.json in the checkpoint, or the tokenizer= of accelerate"
+        require(self.text is not None, f"{purpose} needs a tokenizer, but this engine has none ({source})")
+        return self.text
+
+    def check_no_mask(self, name: str, ids: Sequence[int], hint: str = "") -> None:
+        """Raise ArgumentError if ``ids`` hold the mask token, which marks undecided positions; ``hint`` is appended."""
+        mask = self.spec.mask_id
+        if mask in ids:
+            at = ids.index(mask)
+            raise ArgumentError(f"{name} holds the mask token (id {mask}, at position {at} of its tokens){hint}")
+
     def encode(self, prompt: Prompt, apply_chat_template: bool = True, index: int = 0) -> list[int]:
         """Return the checked token ids of a prompt; errors name it by ``index``."""
         if isinstance(prompt, torch.Tensor):
@@ -312,11 +321,11 @@ class Engine:
         fine = isinstance(prompt, (str, Sequence)) and not isinstance(prompt, (bytes, bytearray))
         require(fine, f"prompt {index} is {prompt!r}, neither text nor a sequence of token ids")
         if isinstance(prompt, str) or (prompt and isinstance(prompt[0], Mapping)):
-            require(self.text is not None, f"prompt {index} is text, but this engine has no tokenizer: give token ids")
+            codec = self.codec(f"prompt {index} is text, not token ids: it")
             require(bool(prompt), f"prompt {index} is empty: {prompt!r}")
-            if isinstance(prompt, str) and apply_chat_template and self.text.template is not None:
+            if isinstance(prompt, str) and apply_chat_template and codec.template is not None:
                 prompt = [{"role": "user", "content": prompt}]
-            ids = self.text.encode(prompt if isinstance(prompt, str) else self.text.render(prompt))
+            ids = codec.encode(prompt if isinstance(prompt, str) else codec.render(prompt))
         else:
             ids = [int(token) if isinstance(token, Integral) else token for token in prompt]
         require(bool(ids), f"prompt {index} is empty: {prompt!r}")

@@ -98,8 +98,7 @@ def measure(
 def run(arguments: argparse.Namespace) -> None:
     """Measure what the record lacks; results are saved after every line."""
     engine = sfs_triton.load(arguments.model, arguments.device, arguments.dtype)
-    if engine.text is None:
-        raise sfs_triton.ArgumentError(f"--model {arguments.model} has no tokenizer.json, which the problems need")
+    engine.codec(f"--model {arguments.model}: a set of problems")
     agreed = {"model": arguments.model, "dtype": arguments.dtype}
     fixed = {"gen_length": measured.GEN_LENGTH, "seed": measured.SEED}
     record = {"machine": machine(engine.model.device), **agreed, **fixed, "lines": []}

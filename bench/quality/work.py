@@ -50,9 +50,7 @@ def read_work(
     Raises:
         ValueError: names the fault, and for a file its line.
     """
-    text = engine.text
-    if text is None:
-        raise ValueError("the checkpoint has no tokenizer.json, which the prompts need")
+    text = engine.codec("a set of problems")
     if source not in problems.DIFFICULTY:
         if prompt_length is not None:
             raise ValueError(f"--prompt-length {prompt_length} packs problems, and --prompts {source!r} is a file")

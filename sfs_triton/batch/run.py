@@ -68,7 +68,7 @@ class BatchSettings:
         engine = load(
             self.model, self.device, self.dtype, self.backend, self.cuda_graphs, quantization=self.quantization
         )
-        require(engine.text is not None, f"model={self.model!r} has no tokenizer.json, which a text prompt needs")
+        engine.codec(f"model={self.model!r}: a text prompt")
         room = engine.spec.max_length
         length = self.params.gen_length
         require(length < room, f"gen_length={length}: the model has only {room} positions")
@@ -172,8 +172,7 @@ def _encode(engine: Engine, settings: BatchSettings, row: Row, length: int) -> l
     """Return the token ids of a row's prompt, with the checks of ``Engine.generate``."""
     ids = engine.encode(row.prompt, settings.apply_chat_template, row.line)
     engine.check_length(row.line, len(ids), length)
-    mask = engine.spec.mask_id
-    require(mask not in ids, f"prompt {row.line} holds the mask id {mask}")
+    engine.check_no_mask(f"prompt {row.line}", ids)
     return ids
 
 

@@ -27,8 +27,7 @@ class Conversation:
     """
 
     def __init__(self, engine: Engine, params: DecodingParams | None = None, system: str = ""):
-        require(engine.text is not None, "the checkpoint has no tokenizer.json, which a chat needs")
-        require(engine.text.template is not None, "the checkpoint has no chat template, which a chat needs")
+        require(engine.codec("a chat").template is not None, "the checkpoint has no chat template, which a chat needs")
         self.engine = engine
         self.params = DecodingParams() if params is None else params
         self.last: Generation | None = None  # of the last answer
@@ -92,6 +91,5 @@ class Conversation:
         check_unicode(f"the {name}", new)
         check_size(name, new, self.engine.spec.max_length)
         ids = self.engine.encode([*self.messages, {"role": "user", "content": question}])
-        mask = self.engine.spec.mask_id
-        require(mask not in ids, f"the {name} {new!r} holds the mask token (id {mask}), which no prompt may hold")
+        self.engine.check_no_mask(f"the {name} {new!r}", ids)
         return ids

@@ -164,7 +164,7 @@ class Job:
         group = join(request.tensor_parallel, request.device)
         prompt = group.first(request.text)
         engine = request.load(group)
-        require(engine.text is not None, f"model={request.model!r} has no tokenizer.json, which a text prompt needs")
+        engine.codec(f"model={request.model!r}: a text prompt")
         room = engine.spec.max_length
         require(request.gen_length < room, f"gen_length={request.gen_length}: the model has only {room} positions")
         check_size("prompt", prompt, room)

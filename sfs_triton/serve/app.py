@@ -18,7 +18,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
 from ..engine import Engine
-from ..errors import ArgumentError, require
+from ..errors import ArgumentError
 from ..version import __version__
 from .answers import Style
 from .errors import ApiError, from_argument
@@ -55,7 +55,7 @@ def create_app(engine: Engine, settings: ServeSettings | None = None) -> FastAPI
         ArgumentError: the engine's checkpoint has no tokenizer.
     """
     settings = settings or ServeSettings()
-    require(engine.text is not None, f"model={settings.model!r} has no tokenizer.json, which a server needs")
+    engine.codec(f"model={settings.model!r}: a server")
     metrics = Metrics()
     worker = Worker(engine, settings, metrics)
     metrics.follow(worker)

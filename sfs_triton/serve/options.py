@@ -158,14 +158,9 @@ def _ids(engine: Engine, field: str, given: str | Sequence[int] | Sequence[dict[
         else:
             message = repr(field) + str(error).removeprefix("prompt 0")
         raise ApiError(400, message, param=field) from None
-    mask = engine.spec.mask_id
-    if mask in ids:
-        raise ApiError(
-            400,
-            f"{field!r} holds the mask token (id {mask}, at position {ids.index(mask)} of its tokens); to have a gap "
-            "filled in, send what comes after it as 'suffix' of /v1/completions",
-            param=field,
-        )
+    with _blamed(field):
+        hint = "; to fill in a gap, send the text after it as 'suffix' of /v1/completions"
+        engine.check_no_mask(repr(field), ids, hint)
     return ids
 
 

@@ -153,7 +153,7 @@ def test_bad_models_and_prompts_are_refused(model, tmp_path):
     refused(generate(tmp_path), "config.json")
     refused(generate(UNREADABLE, "--watch"), "tokenizer.json")
     refused(generate(model, prompt=""), "prompt is empty")
-    refused(generate(model, prompt="w1 <|mdm_mask|>"), "mask id 500")
+    refused(generate(model, prompt="w1 <|mdm_mask|>"), "mask token (id 500, at position 1")
     refused(generate(model, prompt="w1 \udcff"), "prompt is not valid Unicode")
     refused(generate(model, prompt="-", stdin=b"w1 \xff"), "prompt is not valid Unicode")
 

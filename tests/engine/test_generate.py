@@ -101,7 +101,7 @@ def test_unknown_preset_and_setting():
         ([[1, 2], []], "prompt 1 is empty"),
         ([1, 512], "512 at position 1"),
         ([-1], "-1 at position 0"),
-        ([1, 500, 2], "mask id 500 at position 1"),
+        ([1, 500, 2], "mask token .id 500, at position 1"),
         (7, "prompts=7"),
         ([1.5], "1.5"),
     ],
@@ -112,7 +112,7 @@ def test_bad_prompts(engines, prompt, named):
 
 
 def test_text_without_a_tokenizer(engines):
-    with pytest.raises(ArgumentError, match="this engine has no tokenizer"):
+    with pytest.raises(ArgumentError, match="prompt 0 is text, not token ids: it needs a tokenizer"):
         engines["llada-mha"].generate("hello")
 
 

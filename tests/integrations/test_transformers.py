@@ -563,7 +563,7 @@ def test_a_tokenizer_without_a_chat_template(records):
 
 def test_text_without_a_tokenizer(records):
     engine = sfs_triton.accelerate(records[0])
-    with pytest.raises(ArgumentError, match="prompt 0 is text, but .* no tokenizer"):
+    with pytest.raises(ArgumentError, match="prompt 0 is text, .* needs a tokenizer"):
         engine.generate(RECORDS)
     assert engine.generate([5 + i for i in range(1, 9)], gen_length=8).text is None
 

@@ -96,7 +96,7 @@ def test_chats(server, name):
         ({"prompt": ""}, "prompt", "'prompt' is empty; only with a 'suffix' it may be"),
         ({"prompt": []}, "prompt", "'prompt' is empty"),
         ({"prompt": [1, 896]}, "prompt", "'prompt': 896 at position 1 is no token id below 896"),
-        ({"prompt": "a <|mdm_mask|>"}, "prompt", "send what comes after it as 'suffix'"),
+        ({"prompt": "a <|mdm_mask|>"}, "prompt", "send the text after it as 'suffix'"),
         ({"prompt": [9, 5]}, "prompt", "holds the mask token (id 5, at position 1"),
         ({"suffix": "<|mdm_mask|>"}, "suffix", "'suffix' holds the mask token (id 5, at position 0"),
         ({"prompt": LONG}, "prompt", "'prompt' has 601 tokens, which leaves no room"),

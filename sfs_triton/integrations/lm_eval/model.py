@@ -110,10 +110,10 @@ class DiffusionLM(LM):
             self.engine = load(pretrained, where, dtype, backend, graphs, **how)
         if not self._tp.leads:
             self._tp.follow(self.engine)
-        require(self.engine.text is not None, f"model_args: pretrained={self._name!r} has no tokenizer.json")
+        codec = self.engine.codec(f"model_args: pretrained={self._name!r}: an evaluation")
         self._device = self.engine.model.device
-        self._bos = _begin_of_text(self.engine.text, self._name) if flag("add_bos_token", add_bos_token) else []
-        self._special = self.engine.text.special_ids()
+        self._bos = _begin_of_text(codec, self._name) if flag("add_bos_token", add_bos_token) else []
+        self._special = codec.special_ids()
         self._settings = {"sampler": sampler_to_dict(self._sampler), "cache": cache_to_dict(self._cache)}
         self.costs = EvaluationCosts()
         ALL_COSTS.append(self.costs)
