@@ -15,15 +15,18 @@ from tests import audit  # noqa: E402
 
 def test_every_finding_is_reviewed():
     found = audit.bandit()
-    assert not found.new, "mend it, or say in tests/audit.py why it may stay"
-    assert not found.gone, "it is not found any more: take it from the list in tests/audit.py"
+    assert not found.new, "fix it, or say in tests/audit.py why it may stay"
+    assert not found.gone, "remove it from the list in tests/audit.py"
     assert found.reviewed > 0
 
 
+UNSAFE = ("import pickle", "eval(x)", "exec(x)", "os.system(x)", "subprocess.run(x, shell=True)", "torch.load(x)")
+
+
 def test_a_new_finding_is_seen(tmp_path):
-    (tmp_path / "bad.py").write_text("import subprocess\nsubprocess.run('ls', shell=True)\n")
+    (tmp_path / "bad.py").write_text("\n".join(["import os, subprocess, torch", *UNSAFE]))
     found = audit.bandit(("bad.py",), tmp_path)
-    assert any(line.startswith("bad.py:2: B60") for line in found.new) and found.gone
+    assert {line.split(":")[1] for line in found.new} == {str(2 + at) for at in range(len(UNSAFE))} and found.gone
 
 
 def test_code_that_cannot_be_read_is_no_success(tmp_path):
