@@ -13,7 +13,7 @@ import typer
 
 from ..decoding.caching import POLICIES
 from ..decoding.params import parse_cache, parse_sampler
-from ..decoding.samplers import PRESETS, SAMPLERS, Sampler
+from ..decoding.samplers import PRESETS, SAMPLERS
 from ..distributed import world
 from ..engine import DTYPES, QUANTIZATIONS, load
 from ..errors import ArgumentError, MissingDependencyError, require
@@ -68,7 +68,7 @@ def serve(
         api_key=_api_key(api_key_file),
         without_key=without_key,
         allowed_hosts=tuple(allow_host or ()),
-        sampler=_sampler(sampler, preset),
+        sampler=parse_sampler(sampler, **({} if preset is None else {"preset": preset})),
         cache=parse_cache(cache),
         default_tokens=default_tokens,
         max_tokens=max_tokens,
@@ -148,11 +148,3 @@ def _api_key(path: Path | None) -> str | None:
 def _bytes(gib: float | None) -> int | None:
     require(gib is None or 0 < gib < 2**20, f"--cache-memory {gib} is not a positive number of GiB")
     return None if gib is None else max(1, int(gib * 2**30))
-
-
-def _sampler(kind: str, preset: str | None) -> Sampler:
-    require(kind in SAMPLERS, f"--sampler {kind} is not one of {', '.join(SAMPLERS)}")
-    if preset is None:
-        return parse_sampler(kind)
-    require(kind == "slowfast", f"--preset {preset} does not apply to --sampler {kind}, only to slowfast")
-    return parse_sampler(kind, preset=preset)

@@ -57,7 +57,7 @@ def too_late(limit: float) -> ApiError:
 def from_argument(error: ArgumentError, param: str | None = None) -> ApiError:
     """Convert an engine's ArgumentError to an error under the request's field name; ``param`` is the field at fault."""
     message = str(error).replace("gen_length", "max_tokens")
-    named = re.match(r"(\w+)(?:=| is over )", message)
+    named = re.match(r"(\w+)=", message)
     return ApiError(400, message, param=param or named and named[1])
 
 

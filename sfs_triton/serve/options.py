@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from ..decoding.caching import POLICIES, CachePolicy, RefreshCache
-from ..decoding.params import (
-    DecodingParams,
-    cache_options,
-    check_options,
-    named,
-    parse_cache,
-    parse_sampler,
-    sampler_options,
-)
-from ..decoding.samplers import SAMPLERS, Sampler
+from ..decoding.caching import CachePolicy
+from ..decoding.params import DecodingParams, parse_cache, parse_sampler
+from ..decoding.samplers import Sampler
 from ..engine import Engine
 from ..errors import ArgumentError, require
 from ..models.spec import ModelSpec
@@ -30,7 +21,7 @@ from .protocol import ChatRequest, Common
 from .settings import ServeSettings
 
 _OWN = ("temperature", "top_p")  # sampler settings that are fields of a request
-_INTERVAL, _NUMBER = 256, 1e4  # largest refresh interval, and largest number that is not a count
+_INTERVAL, _NUMBER = 256, 1e4  # largest refresh interval, and largest number that is not an integer
 
 
 @dataclass(frozen=True)
@@ -57,7 +48,7 @@ def prepare(engine: Engine, settings: ServeSettings, body: Common) -> Wanted:
         message = f"there is no model {body.model!r} here, only {settings.model!r}"
         raise ApiError(404, message, param="model", code="model_not_found")
     sampler = sampler_for(body, settings.sampler, engine.spec)
-    cache = settings.cache if body.cache is None else _cache(body.cache, engine.spec)
+    cache = cache_for(body, settings.cache, engine.spec)
     prompt, suffix = _given(engine, body)
     with _blamed("cache", when=body.cache is not None):
         sampler.check_cache(cache)
@@ -77,30 +68,25 @@ def prepare(engine: Engine, settings: ServeSettings, body: Common) -> Wanted:
 
 def sampler_for(body: Common, default: Sampler, spec: ModelSpec) -> Sampler:
     """Return the sampler of a request, its own or the server's, at the request's temperature."""
-    with _blamed("sampler"):
-        sampler = default if body.sampler is None else _sampler(body.sampler, spec)
+    sampler = default
+    if body.sampler is not None:
+        with _blamed("sampler"):
+            for name in _OWN:
+                fine = isinstance(body.sampler, str) or name not in body.sampler
+                require(fine, f"sampler.{name}: {name!r} is a field of the request itself, beside 'sampler'")
+            sampler = parse_sampler(body.sampler)
+            _check_limits(body.sampler, spec)
     changes = {"temperature": body.temperature, "top_p": None if body.top_p == 1 else body.top_p}
     return sampler.replace(**{name: value for name, value in changes.items() if value is not None})
 
 
-def _sampler(wanted: str | dict[str, Any], spec: ModelSpec) -> Sampler:
-    kind, options = named("sampler", wanted, SAMPLERS)
-    for name in _OWN:
-        require(name not in options, f"sampler.{name}: {name!r} is a field of the request itself, beside 'sampler'")
-    check_options(f"sampler {kind!r}", options, sampler_options(kind) - {*_OWN})
-    _check_values(options, spec)
-    return parse_sampler(kind, **options)
-
-
-def _cache(wanted: str | dict[str, Any], spec: ModelSpec) -> CachePolicy:
+def cache_for(body: Common, default: CachePolicy, spec: ModelSpec) -> CachePolicy:
+    """Return the cache policy of a request, its own or the server's."""
+    if body.cache is None:
+        return default
     with _blamed("cache"):
-        kind, options = named("cache", wanted, POLICIES)
-        check_options(f"cache {kind!r}", options, cache_options(kind))
-        _check_values(options, spec)
-        policy = parse_cache(kind, **options)
-        if isinstance(policy, RefreshCache):
-            for name in ("prompt_interval", "response_interval"):
-                require(getattr(policy, name) <= _INTERVAL, f"{name}={getattr(policy, name)} is over {_INTERVAL}")
+        policy = parse_cache(body.cache)
+        _check_limits(body.cache, spec)
         return policy
 
 
@@ -113,16 +99,13 @@ def _blamed(field: str, when: bool = True) -> Iterator[None]:
         raise from_argument(error, field if when else None) from None
 
 
-def _check_values(options: dict[str, Any], spec: ModelSpec) -> None:
-    """Refuse numbers that would exhaust time or memory. The records check their own types."""
-    for name, value in options.items():
-        require(value is None or isinstance(value, (bool, int, float, str)), f"{name} is a {type(value).__name__}")
-        if isinstance(value, int) and not isinstance(value, bool):
-            most = spec.vocab_size if name == "top_k" else spec.max_length
-            require(abs(value) <= most, f"{name} is over {most}")
-        elif isinstance(value, float):
-            require(math.isfinite(value), f"{name}={value} is not a finite number")
-            require(abs(value) <= _NUMBER, f"{name} is over {_NUMBER:g}")
+def _check_limits(wanted: str | dict[str, Any], spec: ModelSpec) -> None:
+    """Refuse valid options that would take too much time or memory of a server."""
+    most = {"top_k": spec.vocab_size, "prompt_interval": _INTERVAL, "response_interval": _INTERVAL}
+    for name, value in wanted.items() if isinstance(wanted, dict) else ():
+        if isinstance(value, (int, float)):
+            limit = most.get(name, _NUMBER if isinstance(value, float) else spec.max_length)
+            require(value <= limit, f"{name}={value} is over {limit:g}")
 
 
 def _given(engine: Engine, body: Common) -> tuple[list[int], list[int]]:
