@@ -36,7 +36,7 @@ def philox(seed, token, position, step):
 
 @triton.jit
 def gumbel(seed, token, position, step):
-    """Standard Gumbel noise in float32, keyed by (row seed, token id, position, step). Always finite."""
+    """Standard Gumbel noise in float32, keyed by (sequence seed, token id, position, step). Always finite."""
     uniform = ((philox(seed, token, position, step) >> 8).to(tl.float32) + 0.5) * 5.9604644775390625e-08  # 2^-24
     # the addition rounds the largest word up to 1, whose noise would be infinite and win over any logit
     uniform = tl.minimum(uniform, _LARGEST_BELOW_ONE)

@@ -22,7 +22,7 @@ class Sampler:
     """Parameters that all samplers share.
 
     Args:
-        temperature: 0 takes the most likely token; above, Gumbel noise keyed by row seed, token, position and step.
+        temperature: 0 takes the most likely token; above, Gumbel noise keyed by sequence seed, token, position and step.
         top_p, top_k: limits of the tokens that can be drawn.
         cfg_scale: classifier-free guidance, ``c + cfg_scale * (c - u)``, with the given positions masked in ``u``.
         eos_stop: stop at the leftmost committed end-of-text; later positions become end-of-text and are not computed.

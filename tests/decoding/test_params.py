@@ -107,8 +107,8 @@ def test_parameters_per_prompt():
         ({"params": [DecodingParams(), "slowfast"]}, "params='slowfast' is not a DecodingParams"),
         ({"params": "slowfast"}, "params='s' is not a DecodingParams"),
         ({"gen_length": [8]}, r"gen_length=\[8\] has 1 entries for 2 prompts"),
-        ({"seed": "x"}, "seed='x' is neither an integer nor a sequence of them"),
-        ({"gen_length": [8, 8.0]}, "gen_length=8.0 is not an integer"),
+        ({"seed": "x"}, "seed='x' is not an integer of at least 0"),
+        ({"gen_length": [8, 8.0]}, "gen_length=8.0 is not an integer of at least 1"),
     ],
 )
 def test_parameters_per_prompt_that_are_refused(given, words):

@@ -32,7 +32,7 @@ def philox(seed: torch.Tensor, c0: torch.Tensor, c1: torch.Tensor, c2: torch.Ten
 
 
 def gumbel(seed: torch.Tensor, token: torch.Tensor, position: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
-    """Standard Gumbel noise in float32, keyed by (row seed, token id, position, step); arguments broadcast."""
+    """Standard Gumbel noise in float32, keyed by (sequence seed, token id, position, step); arguments broadcast."""
     uniform = ((philox(seed, token, position, step) >> 8).float() + 0.5) * 2.0**-24
     uniform.clamp_(max=1 - 2.0**-24)  # the largest word and a half rounds to 2**24, and 1 would be infinite noise
     return -torch.log(-torch.log(uniform))
