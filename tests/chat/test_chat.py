@@ -321,7 +321,9 @@ def test_interrupts_keep_the_conversation(tmp_path):
         terminal.press("\x03")
         assert "NFE" not in terminal.wait_for("interrupted; an unfinished answer is not kept")
         terminal.wait_for("\n> ")
-        terminal.press("half a line\x03")
+        terminal.press("half a line")
+        terminal.wait_for("half a line")  # readline shows it, so it handles signals by now
+        terminal.press("\x03")
         terminal.wait_for("interrupted")
         terminal.wait_for("\n> ")
         terminal.press("/sampler slowfast\n/set gen_length=32\n1,2,3\n")
