@@ -1,4 +1,4 @@
-"""The command line: ``sfs generate``, ``plot``, ``chat``, ``serve``. Results go to stdout, all else to stderr."""
+"""The command line ``sfs``. Results go to stdout, all else to stderr."""
 
 from __future__ import annotations
 
@@ -77,38 +77,39 @@ class Output(io.TextIOWrapper):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
-    """Prompt and options that ``generate`` and ``plot`` share."""
+class CommandOptions:
+    """Prompt and options that the commands share."""
 
-    prompt: Annotated[str, typer.Argument(help="The prompt; - reads it from stdin.", show_default=False)]
-    model: Annotated[str, typer.Option(help="'embedded', a checkpoint folder, or a hub id.")] = "embedded"
-    sampler: Annotated[str, typer.Option(metavar="|".join(SAMPLERS), help="vanilla: one token a step.")] = "slowfast"
-    preset: Annotated[str | None, typer.Option(metavar="|".join(PRESETS), help="slowfast: default paper.")] = None
-    tau_min: Annotated[float | None, typer.Option(help="slowfast: confidence of a horizon candidate.")] = None
-    tau_high: Annotated[float | None, typer.Option(help="slowfast: confidence to commit in fast steps.")] = None
-    k_max: Annotated[int | None, typer.Option(help="slowfast: most slow steps of a cycle.")] = None
-    window: Annotated[int | None, typer.Option(help="slowfast: horizons the stability test looks at.")] = None
+    prompt: Annotated[str, typer.Argument(help="Prompt; - reads it from stdin.", show_default=False)]
+    model: Annotated[str, typer.Option(help="Model: 'embedded', a checkpoint folder, or a hub id.")] = "embedded"
+    sampler: Annotated[str, typer.Option(metavar="|".join(SAMPLERS), help="vanilla: one token per step.")] = "slowfast"
+    preset: Annotated[str | None, typer.Option(metavar="|".join(PRESETS), help="Preset. Default: paper.")] = None
+    tau_min: Annotated[float | None, typer.Option(help="slowfast: confidence of a candidate for the horizon.")] = None
+    tau_high: Annotated[float | None, typer.Option(help="slowfast: confidence to commit in the fast stage.")] = None
+    k_max: Annotated[int | None, typer.Option(help="slowfast: maximum number of slow steps per cycle.")] = None
+    window: Annotated[int | None, typer.Option(help="slowfast: number of horizons in the stability test.")] = None
     tau: Annotated[float | None, typer.Option(help="threshold: confidence to commit.")] = None
-    steps: Annotated[int | None, typer.Option(help="fixed: steps in all; threshold: sets a quota a step.")] = None
+    steps: Annotated[int | None, typer.Option(help="fixed: total steps; threshold: sets a quota per step.")] = None
     block_length: Annotated[int | None, typer.Option(help="Decode block by block (threshold: 32).")] = None
     cache: Annotated[str, typer.Option(metavar="|".join(POLICIES), help="Cache policy.")] = "none"
-    gen_length: Annotated[int, typer.Option(help="Response positions.")] = 128
-    temperature: Annotated[float, typer.Option(help="0 takes the most likely token.")] = 0.0
-    cfg_scale: Annotated[float, typer.Option(help="Classifier-free guidance; 0 is off.")] = 0.0
+    gen_length: Annotated[int, typer.Option(help="Number of response positions.")] = 128
+    temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 takes the most likely token.")] = 0.0
+    cfg_scale: Annotated[float, typer.Option(help="Scale of classifier-free guidance; 0 is off.")] = 0.0
     eos_stop: Annotated[bool, typer.Option(help="Stop decoding at the first end-of-text.")] = False
-    seed: Annotated[int, typer.Option(help="Of the noise, for temperatures above 0.")] = 0
+    seed: Annotated[int, typer.Option(help="Random seed, used at temperatures above 0.")] = 0
     apply_chat_template: Annotated[
-        bool,
-        typer.Option("--chat-template/--no-chat-template", help="Make the prompt a user turn, or use it as it is."),
+        bool, typer.Option("--chat-template/--no-chat-template", help="Use the prompt as a user message, or as it is.")
     ] = True
-    device: Annotated[str | None, typer.Option(help="Default: a GPU if there is one.", show_default=False)] = None
-    dtype: Annotated[str | None, typer.Option(metavar="|".join(DTYPES), help="Default: by device.")] = None
-    quantization: Annotated[str | None, typer.Option(metavar="|".join(QUANTIZATIONS), help="Default: none.")] = None
-    backend: Annotated[
-        str | None, typer.Option(metavar="|".join(BACKENDS), help="Of the operations. Default: torch.")
+    device: Annotated[str | None, typer.Option(help="Device. Default: a GPU, if any.", show_default=False)] = None
+    dtype: Annotated[str | None, typer.Option(metavar="|".join(DTYPES), help="Data type. Default: by device.")] = None
+    quantization: Annotated[
+        str | None, typer.Option(metavar="|".join(QUANTIZATIONS), help="Weights. Default: none.")
     ] = None
-    cuda_graphs: Annotated[bool | None, typer.Option(help="Replay captured steps. Default: no.")] = None
-    tensor_parallel: Annotated[int, typer.Option(help="Processes that share the model, started by torchrun.")] = 1
+    backend: Annotated[
+        str | None, typer.Option(metavar="|".join(BACKENDS), help="Kernel back end. Default: torch.")
+    ] = None
+    cuda_graphs: Annotated[bool | None, typer.Option(help="Replay steps as CUDA graphs. Default: no.")] = None
+    tensor_parallel: Annotated[int, typer.Option(help="Processes per model, started by torchrun.")] = 1
 
     def text(self) -> str:
         """Return the prompt, read from stdin if it is ``-``."""
@@ -133,7 +134,7 @@ class Request:
         given |= {"temperature": self.temperature, "cfg_scale": self.cfg_scale, "eos_stop": self.eos_stop}
         return parse_sampler(self.sampler, **given)
 
-    def settings(self) -> DecodingParams:
+    def params(self) -> DecodingParams:
         """Return decoding parameters, checked as far as possible without a checkpoint."""
         sampler, policy = self.make_sampler(), parse_cache(self.cache)
         return DecodingParams(sampler=sampler, cache=policy, gen_length=self.gen_length, seed=self.seed)
@@ -149,30 +150,30 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
-    """A checked request and its loaded model."""
+class PreparedCommand:
+    """Checked options, the prompt, and the loaded model."""
 
-    request: Request
+    options: CommandOptions
     prompt: str
-    settings: DecodingParams
+    params: DecodingParams
     engine: Engine
 
     @classmethod
-    def prepare(cls, request: Request) -> Job:
-        """Check the request as far as possible before a checkpoint of many gigabytes is loaded, then load it."""
-        settings = request.settings()
-        group = join(request.tensor_parallel, request.device)
-        prompt = group.first(request.text)
-        engine = request.load(group)
-        engine.codec(f"model={request.model!r}: a text prompt")
+    def prepare(cls, options: CommandOptions) -> PreparedCommand:
+        """Check the options as far as possible before a checkpoint of many gigabytes is loaded, then load it."""
+        params = options.params()
+        group = join(options.tensor_parallel, options.device)
+        prompt = group.first(options.text)
+        engine = options.load(group)
+        engine.codec(f"model={options.model!r}: a text prompt")
         room = engine.spec.max_length
-        require(request.gen_length < room, f"gen_length={request.gen_length}: the model has only {room} positions")
+        require(options.gen_length < room, f"gen_length={options.gen_length}: the model has only {room} positions")
         check_size("prompt", prompt, room)
-        return cls(request, prompt, settings, engine)
+        return cls(options, prompt, params, engine)
 
-    def run(self, **options: Any) -> Generation:
-        options["apply_chat_template"] = self.request.apply_chat_template
-        return self.engine.generate(self.prompt, self.settings, **options)
+    def run(self, **arguments: Any) -> Generation:
+        arguments["apply_chat_template"] = self.options.apply_chat_template
+        return self.engine.generate(self.prompt, self.params, **arguments)
 
 
 def _summary(result: Generation, label: str) -> str:
@@ -184,15 +185,15 @@ def _summary(result: Generation, label: str) -> str:
     )
 
 
-def _as_json(job: Job, result: Generation) -> str:
-    return printable_json({**result.as_dict(), "model": job.request.model, **job.settings.to_dict()})
+def _as_json(command: PreparedCommand, result: Generation) -> str:
+    return printable_json({**result.as_dict(), "model": command.options.model, **command.params.to_dict()})
 
 
 def generate(
-    request: Request,
+    options: CommandOptions,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the text.")] = False,
     watch: Annotated[bool, typer.Option("--watch", help="Show the canvas live, on stderr.")] = False,
-    delay: Annotated[float | None, typer.Option(help=f"Seconds per frame of --watch; default {DELAY}.")] = None,
+    delay: Annotated[float | None, typer.Option(help=f"Seconds per frame of --watch. Default: {DELAY}.")] = None,
 ) -> None:
     """Answer a prompt. The text goes to stdout, a one-line summary to stderr."""
     require(watch or delay is None, "--delay applies only with --watch")
@@ -200,39 +201,39 @@ def generate(
     require(math.isfinite(delay) and delay >= 0, f"--delay {delay} is not a number of seconds")
     if watch:
         from ..view.canvas import Watcher
-    job = Job.prepare(request)
-    if watch and job.engine.model.group.rank > 0:
-        result = job.run(on_step=lambda frame: None)  # ranks make the same calls
+    command = PreparedCommand.prepare(options)
+    if watch and command.engine.model.group.rank > 0:
+        result = command.run(on_step=lambda frame: None)  # ranks make the same calls
     elif watch:
-        title = f"sfs: {request.label()}"
-        with Watcher(job.engine, job.settings.sampler, request.gen_length, delay=delay, title=title) as show:
-            result = job.run(on_step=show)
+        title = f"sfs: {options.label()}"
+        with Watcher(command.engine, command.params.sampler, options.gen_length, delay=delay, title=title) as show:
+            result = command.run(on_step=show)
     else:
-        result = job.run()
-    if job.engine.model.group.rank > 0:
+        result = command.run()
+    if command.engine.model.group.rank > 0:
         return
     text = printable(result.text) if sys.stdout.isatty() else result.text  # a file gets the text unescaped
-    typer.echo(_as_json(job, result) if as_json else text)
-    typer.echo(_summary(result, request.label()), err=True)
+    typer.echo(_as_json(command, result) if as_json else text)
+    typer.echo(_summary(result, options.label()), err=True)
 
 
 def plot(
-    request: Request,
+    options: CommandOptions,
     out: Annotated[Path, typer.Argument(help="Picture to write: .png, .svg or .pdf.", show_default=False)],
 ) -> None:
     """Draw the confidence map of a generation: position by step, with stages, cycles and spans."""
     from ..view.plot import check_path, confidence_map, save
 
     check_path(out)
-    job = Job.prepare(request)
-    result = job.run(trace=True)
-    save(confidence_map(result, job.settings.sampler, title=request.label()), out)
-    typer.echo(f"{_summary(result, request.label())} | wrote {out}", err=True)
+    command = PreparedCommand.prepare(options)
+    result = command.run(trace=True)
+    save(confidence_map(result, command.params.sampler, title=options.label()), out)
+    typer.echo(f"{_summary(result, options.label())} | wrote {out}", err=True)
 
 
 def chat(
-    request: Request,
-    system: Annotated[str, typer.Option(help="A system message.", show_default=False)] = "",
+    options: CommandOptions,
+    system: Annotated[str, typer.Option(help="System message.", show_default=False)] = "",
     watch: Annotated[bool, typer.Option("--watch", help="Show the canvas live, on stderr.")] = False,
 ) -> None:
     """Chat with a model. Lines that start with / are commands: /help lists them."""
@@ -241,34 +242,34 @@ def chat(
 
     if watch:
         from ..view import canvas as render  # noqa: F401  names the extra if rich is missing
-    params = request.settings()
-    raise typer.Exit(run(Conversation(request.load(), params, system), request.model, watch))
+    params = options.params()
+    raise typer.Exit(run(Conversation(options.load(), params, system), options.model, watch))
 
 
-def _takes_request(command: Callable[..., None], **fixed: Any) -> Callable[..., None]:
-    """Add one option per field of :class:`Request` to ``command``; report package errors in one line, exit code 2.
+def _takes_options(command: Callable[..., None], **fixed: Any) -> Callable[..., None]:
+    """Add an option per field of :class:`CommandOptions` to ``command``; report errors in one line, exit code 2.
 
     ``fixed`` fields are no options. This defines the options once, and keeps twenty parameters out of each command.
     """
-    hints = get_type_hints(Request, include_extras=True)
+    hints = get_type_hints(CommandOptions, include_extras=True)
     shared = [
         inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, annotation=hints[f.name], default=_default(f))
-        for f in fields(Request)
+        for f in fields(CommandOptions)
         if f.name not in fixed
     ]
     own_hints = get_type_hints(command, include_extras=True)
     own = [
         p.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=own_hints[p.name])
         for p in inspect.signature(command).parameters.values()
-        if p.name != "request"
+        if p.name != "options"
     ]
 
     @functools.wraps(command)
     def wrapper(**values: Any) -> None:
-        request = {f.name: fixed[f.name] if f.name in fixed else values.pop(f.name) for f in fields(Request)}
+        options = {f.name: fixed[f.name] if f.name in fixed else values.pop(f.name) for f in fields(CommandOptions)}
         with _refusals():
-            check_started(request["tensor_parallel"])
-            command(Request(**request), **values)
+            check_started(options["tensor_parallel"])
+            command(CommandOptions(**options), **values)
 
     parameters = [shared[0], *own, *shared[1:]]  # typed order: the prompt, then the rest
     wrapper.__signature__ = inspect.Signature(parameters)
@@ -320,7 +321,7 @@ def _prompt_command() -> type:
                 return super().parse_args(ctx, args)
             except typer.BadParameter.__base__ as error:  # usage errors of the parser
                 if any(arg.startswith("-") and (" " in arg or arg[1:2].isdigit()) for arg in given):
-                    error.message += "\nA prompt that begins with a dash goes last, after --, as in: -- '-5 apples'"
+                    error.message += "\nA prompt that starts with a dash goes last, after --, as in: -- '-5 apples'"
                 raise
 
     return PromptCommand
@@ -330,13 +331,13 @@ def _build_app() -> typer.Typer:
     built = typer.Typer(name="sfs", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
     built.callback()(_root)
     alone = {"tensor_parallel": 1}
-    built.command(cls=_prompt_command())(_takes_request(generate))
-    built.command(cls=_prompt_command())(_takes_request(plot, **alone))
-    built.command()(_takes_request(chat, prompt="", apply_chat_template=True, **alone))
+    built.command(cls=_prompt_command())(_takes_options(generate))
+    built.command(cls=_prompt_command())(_takes_options(plot, **alone))
+    built.command()(_takes_options(chat, prompt="", apply_chat_template=True, **alone))
     from ..serve.command import serve
     from .batch import batch
 
-    built.command()(_takes_request(batch, prompt="", **alone))
+    built.command()(_takes_options(batch, prompt="", **alone))
     built.command()(_refusals()(serve))
     return built
 

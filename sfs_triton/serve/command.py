@@ -25,37 +25,41 @@ _LIMITS = ServeSettings()
 
 
 def serve(
-    model: Annotated[str, typer.Option(help="'embedded', a checkpoint folder, or a hub id.")] = "embedded",
-    name: Annotated[str | None, typer.Option(help="What clients call the model; default: as --model ends.")] = None,
-    host: Annotated[str, typer.Option(help="Where to listen; others than loopback need an API key.")] = _LIMITS.host,
-    port: Annotated[int, typer.Option(help="0 takes a free one.")] = _LIMITS.port,
+    model: Annotated[str, typer.Option(help="Model: 'embedded', a checkpoint folder, or a hub id.")] = "embedded",
+    name: Annotated[str | None, typer.Option(help="Model name for clients. Default: the last part of --model.")] = None,
+    host: Annotated[str, typer.Option(help="Listen address; all but loopback need an API key.")] = _LIMITS.host,
+    port: Annotated[int, typer.Option(help="Listen port; 0 takes a free one.")] = _LIMITS.port,
     api_key_file: Annotated[
-        Path | None, typer.Option(help=f"A file with the API key; or set {KEY_VARIABLE}.", show_default=False)
+        Path | None, typer.Option(help=f"File with the API key; or set {KEY_VARIABLE}.", show_default=False)
     ] = None,
-    without_key: Annotated[bool, typer.Option("--without-key", help="Let everyone in, wherever they are.")] = False,
-    allow_host: Annotated[list[str] | None, typer.Option(help="Another name for the Host header.")] = None,
-    sampler: Annotated[str, typer.Option(metavar="|".join(SAMPLERS), help="Of requests that do not say.")] = "slowfast",
-    preset: Annotated[str | None, typer.Option(metavar="|".join(PRESETS), help="slowfast: default paper.")] = None,
-    cache: Annotated[str, typer.Option(metavar="|".join(POLICIES), help="Of requests that do not say.")] = "none",
-    default_tokens: Annotated[int, typer.Option(help="max_tokens if not said.")] = _LIMITS.default_tokens,
-    max_tokens: Annotated[int | None, typer.Option(help="Most that may be asked for.", show_default=False)] = None,
-    max_batch: Annotated[int, typer.Option(help="Rows that are decoded side by side.")] = _LIMITS.max_batch,
-    max_batches: Annotated[int, typer.Option(help="Settings that may have rows at a time.")] = _LIMITS.max_batches,
+    without_key: Annotated[
+        bool, typer.Option("--without-key", help="Listen on any address without an API key.")
+    ] = False,
+    allow_host: Annotated[list[str] | None, typer.Option(help="Accept this Host header as well.")] = None,
+    sampler: Annotated[str, typer.Option(metavar="|".join(SAMPLERS), help="Default sampler.")] = "slowfast",
+    preset: Annotated[str | None, typer.Option(metavar="|".join(PRESETS), help="Preset. Default: paper.")] = None,
+    cache: Annotated[str, typer.Option(metavar="|".join(POLICIES), help="Default cache policy.")] = "none",
+    default_tokens: Annotated[int, typer.Option(help="Default of max_tokens.")] = _LIMITS.default_tokens,
+    max_tokens: Annotated[int | None, typer.Option(help="Maximum of max_tokens.", show_default=False)] = None,
+    max_batch: Annotated[int, typer.Option(help="Sequences decoded together per batch.")] = _LIMITS.max_batch,
+    max_batches: Annotated[int, typer.Option(help="Maximum number of persistent batches.")] = _LIMITS.max_batches,
     cache_memory: Annotated[
         float | None,
-        typer.Option(help="GiB for all caches. Default: half of a CPU's.", show_default=False),
+        typer.Option(help="GiB for all caches. Default on a CPU: half of the free memory.", show_default=False),
     ] = None,
-    max_queue: Annotated[int, typer.Option(help="Requests that may wait.")] = _LIMITS.max_queue,
-    time_limit: Annotated[float, typer.Option(help="Seconds a request may take.")] = _LIMITS.time_limit,
-    max_body: Annotated[int, typer.Option(help="Bytes of a request.")] = _LIMITS.max_body,
-    grace: Annotated[float, typer.Option(help="Seconds to finish work when told to stop.")] = _LIMITS.grace,
-    device: Annotated[str | None, typer.Option(help="Default: a GPU if there is one.", show_default=False)] = None,
-    dtype: Annotated[str | None, typer.Option(metavar="|".join(DTYPES), help="Default: by device.")] = None,
-    quantization: Annotated[str | None, typer.Option(metavar="|".join(QUANTIZATIONS), help="Default: none.")] = None,
+    max_queue: Annotated[int, typer.Option(help="Maximum number of waiting requests.")] = _LIMITS.max_queue,
+    time_limit: Annotated[float, typer.Option(help="Maximum seconds per request.")] = _LIMITS.time_limit,
+    max_body: Annotated[int, typer.Option(help="Maximum bytes per request body.")] = _LIMITS.max_body,
+    grace: Annotated[float, typer.Option(help="Seconds to finish requests at shutdown.")] = _LIMITS.grace,
+    device: Annotated[str | None, typer.Option(help="Device. Default: a GPU, if any.", show_default=False)] = None,
+    dtype: Annotated[str | None, typer.Option(metavar="|".join(DTYPES), help="Data type. Default: by device.")] = None,
+    quantization: Annotated[
+        str | None, typer.Option(metavar="|".join(QUANTIZATIONS), help="Weights. Default: none.")
+    ] = None,
     backend: Annotated[
-        str | None, typer.Option(metavar="|".join(BACKENDS), help="Of the operations. Default: torch.")
+        str | None, typer.Option(metavar="|".join(BACKENDS), help="Kernel back end. Default: torch.")
     ] = None,
-    cuda_graphs: Annotated[bool | None, typer.Option(help="Replay captured steps. Default: no.")] = None,
+    cuda_graphs: Annotated[bool | None, typer.Option(help="Replay steps as CUDA graphs. Default: no.")] = None,
 ) -> None:
     """Serve a model through OpenAI's HTTP interface, until SIGINT or SIGTERM."""
     _need_libraries()
