@@ -137,7 +137,7 @@ def report(options: argparse.Namespace, tally: LoadCounts, took: float, page: st
         "tokens": tally.tokens,
         "tokens_per_second": round(tally.tokens / took, 1),
         "tokens_per_forward": round(tally.tokens / max(1, tally.nfe), 2),
-        "sequences_per_step": round(values["sfs_step_rows_sum"] / max(1, values["sfs_step_rows_count"]), 2),
+        "sequences_per_step": round(values["sfs_step_sequences_sum"] / max(1, values["sfs_step_sequences_count"]), 2),
         "resident_mib": [[at, round(size / 2**20, 1)] for at, size in tally.memory],
         "resident_growth_second_half_mib": round((half[-1] - half[0]) / 2**20, 2) if half else None,
         "sampler": options.sampler,

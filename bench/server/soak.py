@@ -42,7 +42,7 @@ SLOPE_BOUND = 0.5  # MiB a minute: a kilobyte or two for each request, less than
 WARM_UP = 1 / 3  # of the time, after which memory must be flat
 # Freed memory returns to the system at once, so that resident memory is held memory.
 _MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "131072"}
-_GAUGES = ("sfs_running_rows", "sfs_waiting_requests")
+_GAUGES = ("sfs_running_sequences", "sfs_waiting_requests")
 _LOOK = 10.0  # seconds between two looks at the memory under load
 _REST = 60.0  # and between two at rest
 _NO_HTTP = "WARNING:  Invalid HTTP request received."  # which the log says of garbage
@@ -211,7 +211,7 @@ class Soak:
         sent = [asyncio.create_task(self.ask(ask, random.Random(0))) for ask in asks]
         most = 0
         while not all(task.done() for task in sent):
-            most = max(most, int((await self.look())["sfs_running_rows"]))
+            most = max(most, int((await self.look())["sfs_running_sequences"]))
             await asyncio.sleep(0.1)
         for task in sent:
             task.result()
@@ -317,9 +317,9 @@ def report(options: argparse.Namespace, tally: SoakCounts, rest: dict[str, float
         "slots_taken_last": slots[1],
         "running_at_end": int(rest[_GAUGES[0]]),
         "waiting_at_end": int(rest[_GAUGES[1]]),
-        "sequences": int(rest["sfs_joined_rows_total"]),
-        "steps": int(rest["sfs_step_rows_count"]),
-        "sequences_per_step": round(rest["sfs_step_rows_sum"] / rest["sfs_step_rows_count"], 2),
+        "sequences": int(rest["sfs_joined_sequences_total"]),
+        "steps": int(rest["sfs_step_sequences_count"]),
+        "sequences_per_step": round(rest["sfs_step_sequences_sum"] / rest["sfs_step_sequences_count"], 2),
         "tokens": int(rest["sfs_tokens_total"]),
         "latency_s": quantiles(tally.seconds),
         "requests_by_minute": [tally.minutes[minute] for minute in range(int(options.minutes))],

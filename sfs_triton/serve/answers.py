@@ -10,16 +10,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .jobs import Event, Failed, Finished, Started, Stepped
-from .options import Wanted
+from .options import PreparedRequest
 from .protocol import Common
 
 
 @dataclass(slots=True)
-class Style:
+class ResponseFormatter:
     """Format of one request's answer; ``chat`` or completion."""
 
     model: str
-    wanted: Wanted
+    request: PreparedRequest
     body: Common
     chat: bool
     id: str = ""
@@ -79,10 +79,10 @@ class Style:
 
     @property
     def _seed(self) -> int:
-        return self.wanted.sequence.params.seed
+        return self.request.sequence.params.seed
 
     def _usage(self, done: Finished) -> dict[str, Any]:
-        given = self.wanted.given
+        given = self.request.given
         return {
             "prompt_tokens": given,
             "completion_tokens": done.tokens,

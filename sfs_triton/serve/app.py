@@ -20,31 +20,31 @@ from starlette.exceptions import HTTPException
 from ..engine import Engine
 from ..errors import ArgumentError
 from ..version import __version__
-from .answers import Style
+from .answers import ResponseFormatter
 from .errors import ApiError, from_argument
-from .guard import Guard, refuse
+from .guard import RequestLimits, refuse
 from .jobs import Job
 from .metrics import Metrics
 from .options import prepare
 from .protocol import Answer, ChatRequest, Common, CompletionRequest, ErrorBody, ModelCard, ModelList, parse
 from .settings import ServeSettings
-from .sse import Answering, Inbox
+from .sse import Answering, EventQueue
 from .worker import Worker
 
 PAGE = Path(__file__).parent / "page"  # index.html is served at /, its assets below /page
 _SCHEMAS = "#/components/schemas/"
 _REFUSALS = {
-    400: "The request cannot be answered; says which field is at fault.",
+    400: "The request cannot be answered; names the field at fault.",
     401: "The API key is missing or wrong.",
     404: "There is no such model.",
-    408: "The body did not come in time.",
+    408: "The body did not arrive in time.",
     413: "The body is too large.",
     415: "The body is not declared as JSON, or as encoded.",
     421: "The Host header names another server.",
-    429: "The queue is full; Retry-After says when to come back.",
+    429: "The queue is full; Retry-After has the estimated wait in seconds.",
     500: "The generation failed.",
     503: "The server is shutting down, or its engine has stopped.",
-    504: "The time limit is over.",
+    504: "The time limit has passed.",
 }
 
 
@@ -68,7 +68,7 @@ def create_app(engine: Engine, settings: ServeSettings | None = None) -> FastAPI
 
     app = FastAPI(title="sfs_triton", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.engine, app.state.settings, app.state.worker, app.state.metrics = engine, settings, worker, metrics
-    app.add_middleware(Guard, settings=settings, metrics=metrics)
+    app.add_middleware(RequestLimits, settings=settings, metrics=metrics)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(ApiError, _api_error)
@@ -86,15 +86,15 @@ def _add_completions(app: FastAPI) -> None:
         state.worker.check_room()
         body = parse(kind, await request.body())
         try:
-            wanted = await run_in_threadpool(prepare, state.engine, state.settings, body)
+            prepared = await run_in_threadpool(prepare, state.engine, state.settings, body)
         except ArgumentError as error:
             raise from_argument(error) from None
-        inbox, deadline = Inbox(), began + state.settings.time_limit
+        events, deadline = EventQueue(), began + state.settings.time_limit
         stream, frames = bool(body.stream), bool(body.frames)
-        job = Job(wanted, inbox.put, stops=body.stops, stream=stream, frames=frames, deadline=deadline)
-        style = Style(state.settings.model, wanted, body, chat=kind is ChatRequest)
+        job = Job(prepared, events.put, stops=body.stops, stream=stream, frames=frames, deadline=deadline)
+        formatter = ResponseFormatter(state.settings.model, prepared, body, chat=kind is ChatRequest)
         state.worker.submit(job)
-        return Answering(job, inbox, style, state.worker)
+        return Answering(job, events, formatter, state.worker)
 
     @app.post("/v1/chat/completions", **_described(ChatRequest))
     async def chat_completions(request: Request) -> Response:
@@ -139,7 +139,7 @@ def _add_state(app: FastAPI) -> None:
     async def ready() -> dict[str, str]:
         """Readiness: new requests are accepted."""
         if not worker.ready:
-            raise ApiError(503, "no requests are taken", code="not_ready")
+            raise ApiError(503, "no requests are accepted", code="not_ready")
         return {"status": "ready"}
 
     @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}, **_refusals(401)})

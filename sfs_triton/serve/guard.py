@@ -44,7 +44,7 @@ _HEADERS = {
 }
 
 
-class Guard:
+class RequestLimits:
     """ASGI middleware: host, API key, type and size of the body. Refuses with OpenAI-shaped errors.
 
     The whole body is read here, within a limit of bytes and of seconds, before any other work for the request.
@@ -101,7 +101,7 @@ class Guard:
         settings, headers = self._settings, Headers(scope=scope)
         path = scope["path"].removeprefix(scope.get("root_path", ""))  # the path that routes match
         if not settings.knows_host(headers.get("host", "localhost")):
-            raise ApiError(421, "this Host is not served here; --allow-host adds a name", code="unknown_host")
+            raise ApiError(421, "this Host is not accepted; --allow-host adds a name", code="unknown_host")
         if settings.api_key is not None and path.startswith(_PROTECTED):
             scheme, _, key = headers.get("authorization", "").partition(" ")
             if scheme.lower() != "bearer" or not _same(key.strip(), settings.api_key):
@@ -126,7 +126,7 @@ class Guard:
         try:
             return await asyncio.wait_for(self._read(receive), self._settings.body_seconds)
         except (asyncio.TimeoutError, TimeoutError):
-            raise ApiError(408, "the body did not come in time", headers={"Connection": "close"}) from None
+            raise ApiError(408, "the body did not arrive in time", headers={"Connection": "close"}) from None
 
     async def _read(self, receive: Any) -> bytes:
         parts, size = [], 0

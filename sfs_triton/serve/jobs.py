@@ -15,7 +15,7 @@ from ..scheduling.trace import StepTrace
 from ..text.codec import TextCodec
 from ..text.settled import SettledText
 from .errors import ApiError
-from .options import Wanted
+from .options import PreparedRequest
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ class Job:
 
     def __init__(
         self,
-        wanted: Wanted,
+        request: PreparedRequest,
         emit: Callable[[Event], None],
         *,
         stops: Sequence[str] = (),
@@ -67,18 +67,18 @@ class Job:
         frames: bool = False,
         deadline: float = math.inf,
     ):
-        self.wanted, self.stops, self.stream, self.frames, self.deadline = wanted, stops, stream, frames, deadline
+        self.request, self.stops, self.stream, self.frames, self.deadline = request, stops, stream, frames, deadline
         self.left = False  # True once its client has disconnected
         self.outcome: Finished | Failed | None = None
         self._emit = emit
 
     @property
-    def over(self) -> bool:
+    def finished(self) -> bool:
         return self.outcome is not None
 
-    def tell(self, event: Event) -> None:
+    def emit(self, event: Event) -> None:
         """Emit an event. The last one ends the job; later ones are dropped."""
-        if self.over:
+        if self.finished:
             return
         if isinstance(event, (Finished, Failed)):
             self.outcome = event
@@ -86,40 +86,40 @@ class Job:
             self._emit(event)
 
 
-class Follower:
+class OutputProcessor:
     """Emit the events of a job from the steps of its sequence, which may get a slot more than once."""
 
     def __init__(self, job: Job, codec: TextCodec, spec: ModelSpec, piece: Callable[[int], str]):
         self.job, self._spec, self._piece = job, spec, piece
-        self._text, self._began = SettledText(codec, job.stops), 0.0
-        self._nfe = self._told = 0
+        self._text, self._start_time = SettledText(codec, job.stops), 0.0
+        self._nfe = self._emitted = 0
 
     @property
-    def begun(self) -> bool:
+    def started(self) -> bool:
         """True once the sequence has had a slot."""
-        return self._began > 0
+        return self._start_time > 0
 
-    def begin(self) -> None:
+    def start(self) -> None:
         """Note that the sequence has a slot."""
-        if not self.begun:
-            self._began = time.monotonic()
+        if not self.started:
+            self._start_time = time.monotonic()
             if self.job.stream:
-                self.job.tell(Started(self._opening() if self.job.frames else None))
+                self.job.emit(Started(self._opening() if self.job.frames else None))
 
-    def see(self, sequence: InFlight) -> None:
+    def process(self, sequence: InFlight) -> None:
         """Emit the sequence's last step, and finish the job if its answer is complete."""
-        job, first, stop = self.job, self.job.wanted.first, self.job.wanted.stop
+        job, first, stop = self.job, self.job.request.first, self.job.request.stop
         trace = sequence.take_trace()
         self._nfe = sequence.steps
         canvas, settled = sequence.tokens, min(sequence.settled, stop)
         filled = not sequence.running and not self._open(canvas)
-        grown, self._told = settled > self._told, max(settled, self._told)
+        grown, self._emitted = settled > self._emitted, max(settled, self._emitted)
         new, watched = "", job.stream or job.stops
         if watched and (grown or filled):
             new = self._text.take(self._answer(canvas[first:settled]), filled)
         shown = self._frame(sequence, trace) if job.frames and trace is not None else None
         if job.stream and (new or shown):
-            job.tell(Stepped(new, shown))
+            job.emit(Stepped(new, shown))
         if self._text.stopped_at is not None:
             self._finish(self._text.stopped_at, "stop")
         elif filled:
@@ -128,9 +128,9 @@ class Follower:
     def end(self, result: Generation) -> None:
         """Finish a sequence that its sampler's own limits left with undecided positions."""
         self._nfe = result.nfe
-        response = result.canvas[self.job.wanted.first : self.job.wanted.stop]
+        response = result.canvas[self.job.request.first : self.job.request.stop]
         if self.job.stream and (new := self._text.take(self._answer(response), True)):
-            self.job.tell(Stepped(new, None))
+            self.job.emit(Stepped(new, None))
         if self._text.stopped_at is None:
             self._complete(response)
         else:
@@ -144,24 +144,24 @@ class Follower:
         self._finish(response.index(end) + 1 if ended else len(response), "stop" if ended else "length")
 
     def _finish(self, tokens: int, reason: str) -> None:
-        seconds = time.monotonic() - self._began
-        self.job.tell(Finished(self._text.text, tokens, self._nfe, reason, seconds))
+        seconds = time.monotonic() - self._start_time
+        self.job.emit(Finished(self._text.text, tokens, self._nfe, reason, seconds))
 
     def _answer(self, tokens: list[int]) -> list[int]:
         end = self._spec.eos_id
         return tokens[: tokens.index(end)] if end in tokens else tokens
 
     def _open(self, canvas: list[int]) -> bool:
-        return self._spec.mask_id in canvas[self.job.wanted.first : self.job.wanted.stop]
+        return self._spec.mask_id in canvas[self.job.request.first : self.job.request.stop]
 
     def _opening(self) -> dict[str, Any]:
-        wanted = self.job.wanted
-        params = wanted.sequence.params.to_dict()
+        request = self.job.request
+        params = request.sequence.params.to_dict()
         return {
             "type": "start",
-            "prompt_length": wanted.first,
-            "response_length": wanted.stop - wanted.first,
-            "suffix_length": len(wanted.sequence.canvas) - wanted.stop,
+            "prompt_length": request.first,
+            "response_length": request.stop - request.first,
+            "suffix_length": len(request.sequence.canvas) - request.stop,
             "mask_id": self._spec.mask_id,
             "eos_id": self._spec.eos_id,
             "sampler": params["sampler"],
@@ -171,8 +171,8 @@ class Follower:
 
     def _frame(self, sequence: InFlight, trace: StepTrace) -> dict[str, Any]:
         """Return the step's changes as a frame; positions count from the answer's first."""
-        wanted, canvas = self.job.wanted, sequence.tokens
-        first, size = wanted.first, wanted.stop - wanted.first
+        request, canvas = self.job.request, sequence.tokens
+        first, size = request.first, request.stop - request.first
         start, sampler = sequence.start, sequence.params.sampler
         block = start - first + trace.block * (sampler.block_length or 0)
         committed = []
@@ -196,15 +196,15 @@ class Follower:
             "cycle": trace.cycle,
             "span": [max(0, block + trace.s), None if trace.e is None else min(size, max(0, block + trace.e))],
             "committed": committed,
-            "settled": max(0, min(sequence.settled, wanted.stop) - first),
-            "masks_left": canvas[first : wanted.stop].count(self._spec.mask_id),
+            "settled": max(0, min(sequence.settled, request.stop) - first),
+            "masks_left": canvas[first : request.stop].count(self._spec.mask_id),
             "closed_from": closed if closed else None,
             "positions_forwarded": trace.positions_forwarded,
-            "seconds": round(time.monotonic() - self._began, 6),
+            "seconds": round(time.monotonic() - self._start_time, 6),
         }
 
     def _first_end(self, sequence: InFlight) -> int | None:
         """Return one past the leftmost committed end-of-text, counted from the answer's first position, or None."""
-        first, stop = self.job.wanted.first, self.job.wanted.stop
+        first, stop = self.job.request.first, self.job.request.stop
         pairs = zip(sequence.tokens[first:stop], sequence.commit_step[first:stop], strict=True)
         return next((n + 1 for n, (token, at) in enumerate(pairs) if token == self._spec.eos_id and at >= 0), None)

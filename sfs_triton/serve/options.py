@@ -25,7 +25,7 @@ _INTERVAL, _NUMBER = 256, 1e4  # largest refresh interval, and largest number th
 
 
 @dataclass(frozen=True)
-class Wanted:
+class PreparedRequest:
     """A checked request for the engine: one sequence, of whose canvas ``[first, stop)`` is the answer."""
 
     sequence: InFlight
@@ -38,7 +38,7 @@ class Wanted:
         return len(self.sequence.canvas) - (self.stop - self.first)
 
 
-def prepare(engine: Engine, settings: ServeSettings, body: Common) -> Wanted:
+def prepare(engine: Engine, settings: ServeSettings, body: Common) -> PreparedRequest:
     """Encode the prompt and run all of the engine's checks.
 
     Raises:
@@ -63,7 +63,7 @@ def prepare(engine: Engine, settings: ServeSettings, body: Common) -> Wanted:
     first, mask = len(prompt), engine.spec.mask_id
     start, canvas = 0 if suffix else first, prompt + [mask] * length + suffix
     sequence = InFlight(params, canvas, start, mask, trace=bool(body.frames), frames=True)
-    return Wanted(sequence, first, first + length)
+    return PreparedRequest(sequence, first, first + length)
 
 
 def sampler_for(body: Common, default: Sampler, spec: ModelSpec) -> Sampler:

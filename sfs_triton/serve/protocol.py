@@ -18,7 +18,7 @@ _HALF = re.compile(
     rb"(?<!\\u[dD][89abAB][0-9a-fA-F]{2})\\u[dD][c-fC-F][0-9a-fA-F]{2}"
     rb"|\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])"
 )
-_ONE = "this server gives one choice a request"
+_ONE = "this server returns one choice per request"
 _CALLS = "this server calls no tools"
 # Fields that are accepted only with neutral values, and the error text for others.
 UNSUPPORTED = {
@@ -29,8 +29,8 @@ UNSUPPORTED = {
     "functions": _CALLS,
     "function_call": _CALLS,
     "response_format": "this server constrains no formats; only {'type': 'text'} is accepted",
-    "logprobs": "this server gives no log probabilities; stream with frames=true for confidences",
-    "top_logprobs": "this server gives no log probabilities; stream with frames=true for confidences",
+    "logprobs": "this server returns no log probabilities; stream with frames=true for confidences",
+    "top_logprobs": "this server returns no log probabilities; stream with frames=true for confidences",
     "logit_bias": "this server biases no tokens",
     "frequency_penalty": "this server has no penalties; only 0 is accepted",
     "presence_penalty": "this server has no penalties; only 0 is accepted",
@@ -176,7 +176,7 @@ def _check_messages(messages: list[Message]) -> None:
         if message.role != "assistant" and not message.plain()["content"].strip():
             raise ApiError(400, f"'messages.{index}' is empty: a {message.role} message needs text", param="messages")
     if not any(message.role == "user" for message in messages):
-        raise ApiError(400, "'messages' has no user message, so nothing is asked", param="messages")
+        raise ApiError(400, "'messages' has no user message", param="messages")
 
 
 def _explain(error: ValidationError, body: bytes) -> ApiError:
@@ -189,7 +189,7 @@ def _explain(error: ValidationError, body: bytes) -> ApiError:
     if first["type"] == "json_invalid":
         return ApiError(400, _not_json(first["msg"].removeprefix("Invalid JSON: "), body), code="invalid_json")
     if name is None:
-        return ApiError(400, f"the body is no JSON object: {first['msg']}")
+        return ApiError(400, f"the body is not a JSON object: {first['msg']}")
     if first["type"] == "missing":
         return ApiError(400, f"{'.'.join(path)!r} is missing", param=name)
     if name in UNSUPPORTED:
@@ -213,8 +213,8 @@ def _not_json(reason: str, body: bytes) -> str:
     half = _HALF.search(body) if "hex escape" in reason else None
     if half is not None:
         escape = half[0].decode()
-        return f"the body is no valid JSON: {escape} is half of a surrogate pair, and stands alone ({reason})"
-    return f"the body is no valid JSON: {reason}"
+        return f"the body is not valid JSON: {escape} is half of a surrogate pair, and stands alone ({reason})"
+    return f"the body is not valid JSON: {reason}"
 
 
 class Usage(BaseModel):

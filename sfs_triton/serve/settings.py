@@ -26,8 +26,7 @@ class ServeSettings:
         sampler, cache: defaults for requests that set none; the temperature is always the request's.
         default_tokens, max_tokens: default and maximum number of response positions (None: limited by the model's
             context only).
-        max_batch: sequences per persistent batch, which share a cache policy and :meth:`Sampler.form
-            <sfs_triton.Sampler.form>`.
+        max_batch: sequences per persistent batch, which share a batch key.
         max_batches: maximum number of persistent batches, one per batch key or canvas length.
         cache_memory: maximum bytes of caches and canvases. None: on a CPU half of the memory that is free when the
             server starts, on a GPU its free memory.
@@ -66,14 +65,14 @@ class ServeSettings:
             fine = isinstance(value, (int, float)) and math.isfinite(value) and value > 0
             require(fine, f"{name}={value!r} is not a positive number of seconds")
         check_integer("port", self.port, 0, 65535)
-        require(bool(self.model) and self.model.isprintable(), f"model={self.model!r} is no name")
+        require(bool(self.model) and self.model.isprintable(), f"model={self.model!r} is not a printable name")
         key = self.api_key
         fine = key is None or len(key) >= KEY_LENGTH and key.isascii() and key.isprintable() and " " not in key
         require(fine, f"the API key is not {KEY_LENGTH} or more printable ASCII characters without a space")
         require(
             self.loopback or key is not None or self.without_key,
-            f"host={self.host!r} can be reached from other machines: set an API key, or say that there is to be none "
-            "(--without-key)",
+            f"host={self.host!r} can be reached from other machines: set an API key, or accept requests "
+            "without one (--without-key)",
         )
 
     @property

@@ -8,7 +8,7 @@ from typing import Any
 
 from starlette.responses import JSONResponse, Response
 
-from .answers import Style
+from .answers import ResponseFormatter
 from .errors import ApiError
 from .guard import refuse
 from .jobs import Event, Failed, Finished, Job
@@ -18,7 +18,7 @@ _QUIET = 15.0  # seconds after which a comment keeps a silent stream open
 _STALLED = 60.0  # seconds that a client may leave a chunk unread
 
 
-class Inbox:
+class EventQueue:
     """Event queue of a job, read by the event loop that created it."""
 
     def __init__(self) -> None:
@@ -46,30 +46,30 @@ class Answering(Response):
     slot freed, when the client disconnects or the server cancels the response.
     """
 
-    def __init__(self, job: Job, inbox: Inbox, style: Style, worker: Worker):
+    def __init__(self, job: Job, queue: EventQueue, formatter: ResponseFormatter, worker: Worker):
         super().__init__()
-        self._job, self._inbox, self._style, self._worker = job, inbox, style, worker
+        self._job, self._queue, self._formatter, self._worker = job, queue, formatter, worker
 
     async def __call__(self, scope: dict, receive: Any, send: Any) -> None:
         watch = asyncio.create_task(self._watch(receive))
         try:
-            first = await self._inbox.get()
+            first = await self._queue.get()
             if isinstance(first, Failed):
                 await refuse(first.error)(scope, receive, send)
             elif isinstance(first, Finished):
-                await JSONResponse(self._style.whole(first))(scope, receive, send)
+                await JSONResponse(self._formatter.whole(first))(scope, receive, send)
             else:
                 await self._stream(first, send)
         finally:
             watch.cancel()
-            if not self._job.over:
+            if not self._job.finished:
                 self._worker.leave(self._job)
 
     async def _watch(self, receive: Any) -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
         self._worker.leave(self._job)
-        self._inbox.put(Failed(ApiError(499, "the client has left")))  # wakes a reader that would wait for ever
+        self._queue.put(Failed(ApiError(499, "the client has left")))  # wakes a reader that would wait for ever
 
     async def _stream(self, first: Event, send: Any) -> None:
         headers = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-store"}
@@ -77,7 +77,7 @@ class Answering(Response):
         pairs = [(name.encode(), value.encode()) for name, value in headers.items()]
         await send({"type": "http.response.start", "status": 200, "headers": pairs})
         async for event in self._events(first):
-            lines = [": still there"] if event is None else [f"data: {chunk}" for chunk in self._style.chunks(event)]
+            lines = [": keep-alive"] if event is None else map("data: {}".format, self._formatter.chunks(event))
             body = "".join(line + "\n\n" for line in lines).encode()
             try:
                 await asyncio.wait_for(send({"type": "http.response.body", "body": body, "more_body": True}), _STALLED)
@@ -90,5 +90,5 @@ class Answering(Response):
         event: Event | None = first
         yield event
         while not isinstance(event, (Finished, Failed)):
-            event = await self._inbox.get(_QUIET)
+            event = await self._queue.get(_QUIET)
             yield event

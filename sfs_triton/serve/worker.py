@@ -20,7 +20,7 @@ from ..scheduling.scheduler import Scheduler, bounds_around, least_bounds
 from ..scheduling.sequence import Sequence as InFlight
 from ..scheduling.sequence import fault_of
 from .errors import ApiError, busy, from_failure, stopped, stopping, too_late
-from .jobs import Failed, Finished, Follower, Job
+from .jobs import Failed, Finished, Job, OutputProcessor
 from .settings import ServeSettings
 
 logger = logging.getLogger("sfs_triton")
@@ -30,7 +30,7 @@ _SMOOTH = 0.1  # weight of the newest answer in the mean that Retry-After is est
 _LOOK = 0.05  # seconds between an idle thread's checks for requests past their time limit
 
 
-class Watch:
+class EngineObserver:
     """Observer interface; this one ignores all events. Called in the engine's thread, ``ended`` in others as well."""
 
     def joined(self) -> None:
@@ -51,8 +51,8 @@ class Worker:
     disconnected, or its time limit has passed.
     """
 
-    def __init__(self, engine: Engine, settings: ServeSettings, watch: Watch | None = None):
-        self._engine, self._settings, self._watch = engine, settings, watch or Watch()
+    def __init__(self, engine: Engine, settings: ServeSettings, observer: EngineObserver | None = None):
+        self._engine, self._settings, self._observer = engine, settings, observer or EngineObserver()
         most = engine.spec.max_length
         memory = settings.cache_memory or _half_of_what_is_free(engine.model.device)
         key = BatchKey(settings.sampler.batch_key(), settings.cache, trace=False, frames=True)
@@ -73,7 +73,7 @@ class Worker:
         self._broken = False  # True once the thread has failed
         self._mean = 1.0  # seconds per answer, from its sequence's start
         self._pieces: dict[int, str] = {}
-        self._followers: dict[InFlight, Follower] = {}  # of unfinished jobs
+        self._processors: dict[InFlight, OutputProcessor] = {}  # of unfinished jobs
 
     @property
     def waiting(self) -> int:
@@ -83,7 +83,7 @@ class Worker:
     @property
     def jobs(self) -> list[Job]:
         """Unfinished jobs that have a slot."""
-        return [follower.job for follower in list(self._followers.values()) if follower.begun]
+        return [processor.job for processor in list(self._processors.values()) if processor.started]
 
     @property
     def running(self) -> int:
@@ -147,21 +147,21 @@ class Worker:
                     self._after_step(stepped)
         except BaseException:
             self._broken = True
-            logger.critical("the engine's thread has failed, and no requests are taken any more", exc_info=True)
+            logger.critical("the engine's thread has failed; no more requests are accepted", exc_info=True)
         finally:  # however this thread ends, no client may keep waiting
             self._closed = True
             with self._change:
-                left = [*self._arrived, *(follower.job for follower in self._followers.values())]
+                left = [*self._arrived, *(processor.job for processor in self._processors.values())]
                 self._arrived.clear()
             for job in left:
                 self._end(job, stopped() if self._broken else stopping(), "failed" if self._broken else "late")
-            self._followers.clear()
+            self._processors.clear()
             self._scheduler.close()
 
     def _receive(self) -> bool:
         """Receive new jobs, end late and abandoned ones; wait while there are none. Return False if closed."""
         with self._change:
-            while not self._closed and not self._arrived and not self._followers:
+            while not self._closed and not self._arrived and not self._processors:
                 self._change.wait(_LOOK if self._last_call < float("inf") else None)
             arrived, closed = list(self._arrived), self._closed
             self._arrived.clear()
@@ -170,38 +170,38 @@ class Worker:
             return False
         engine = self._engine
         for job in arrived:
-            sequence = job.wanted.sequence
-            self._followers[sequence] = Follower(job, engine.text, engine.spec, self._piece)
+            sequence = job.request.sequence
+            self._processors[sequence] = OutputProcessor(job, engine.text, engine.spec, self._piece)
             self._scheduler.submit(sequence)
-        for sequence, follower in list(self._followers.items()):
-            if follower.job.left:
+        for sequence, processor in list(self._processors.items()):
+            if processor.job.left:
                 self._part(sequence, None, "left")
-            elif (error := self._late(follower.job)) is not None:
+            elif (error := self._late(processor.job)) is not None:
                 self._part(sequence, error, "late")
         return True
 
     def _joined(self, sequence: InFlight) -> None:
-        self._followers[sequence].begin()
-        self._watch.joined()
+        self._processors[sequence].start()
+        self._observer.joined()
 
     def _after_step(self, stepped: list[InFlight]) -> None:
         """Emit the steps of ``stepped`` sequences, and the answers of finished ones."""
         if stepped:
-            self._watch.step(len(stepped))
+            self._observer.step(len(stepped))
         for sequence in stepped:
-            if (follower := self._followers.get(sequence)) is not None and not sequence.fault:
+            if (processor := self._processors.get(sequence)) is not None and not sequence.fault:
                 with self._blamed(sequence):
-                    follower.see(sequence)
-                    if follower.job.over:
+                    processor.process(sequence)
+                    if processor.job.finished:
                         self._part(sequence, None, "left")
-        for sequence, follower in list(self._followers.items()):
+        for sequence, processor in list(self._processors.items()):
             if sequence.finished and sequence.fault:
                 error = fault_of([sequence], {})
                 logger.error("%s", error)
                 self._part(sequence, from_failure(error), "failed")
             elif sequence.finished:  # with undecided positions, by its sampler's own limits
                 with self._blamed(sequence):
-                    follower.end(sequence.result(self._engine.spec, None))
+                    processor.end(sequence.result(self._engine.spec, None))
                     self._part(sequence, None, "left")
 
     @contextmanager
@@ -211,14 +211,14 @@ class Worker:
             yield
         except Exception as error:
             logger.error("the output of a sequence could not be emitted", exc_info=error)
-            if sequence in self._followers:
+            if sequence in self._processors:
                 self._part(sequence, from_failure(error), "failed")
 
     def _part(self, sequence: InFlight, error: ApiError | None, how: str) -> None:
         """Remove a sequence. Its job gets ``error`` unless it has its answer; None: there is no client left."""
-        job = self._followers.pop(sequence).job
+        job = self._processors.pop(sequence).job
         if isinstance(job.outcome, Finished):
-            self._watch.ended(job.outcome.reason, job.outcome.tokens, job.outcome.nfe)
+            self._observer.ended(job.outcome.reason, job.outcome.tokens, job.outcome.nfe)
             self._mean += _SMOOTH * (job.outcome.seconds - self._mean)
         self._end(job, error, how)
         if not sequence.finished:
@@ -231,7 +231,7 @@ class Worker:
         else:
             logger.error("a generation failed", exc_info=error)
         for sequence in self._scheduler.failed:
-            if sequence in self._followers:
+            if sequence in self._processors:
                 self._part(sequence, from_failure(error), "failed")
 
     def _late(self, job: Job) -> ApiError | None:
@@ -243,9 +243,9 @@ class Worker:
 
     def _end(self, job: Job, error: ApiError | None, how: str) -> None:
         """End a job without an answer; ``error`` is None if there is no client left."""
-        if not job.over:
-            job.tell(Failed(error or ApiError(499, "the client has left")))
-            self._watch.ended(how, 0, 0)
+        if not job.finished:
+            job.emit(Failed(error or ApiError(499, "the client has left")))
+            self._observer.ended(how, 0, 0)
 
     def _piece(self, token: int) -> str:
         if token not in self._pieces:

@@ -25,7 +25,7 @@ import torch  # noqa: E402
 from sfs_triton import Engine, FixedSteps, SlowFast  # noqa: E402
 from sfs_triton.models import Transformer  # noqa: E402
 from sfs_triton.runner import ModelRunner  # noqa: E402
-from sfs_triton.serve.jobs import Follower  # noqa: E402
+from sfs_triton.serve.jobs import OutputProcessor  # noqa: E402
 from tests.support.combinations import Failing, engine_with  # noqa: E402
 from tests.support.paths import ROOT  # noqa: E402
 from tests.support.server import (  # noqa: E402
@@ -74,21 +74,21 @@ def test_a_dead_engine_thread_keeps_nobody_waiting(embedded, monkeypatch, caplog
         later = server.post(chat())
         assert later.status_code == 503 and error_of(later)["code"] == "engine_stopped"
         counted = server.metrics()
-        assert counted["sfs_running_rows"] == counted["sfs_waiting_requests"] == 0 and counted["failed"] == 5
+        assert counted["sfs_running_sequences"] == counted["sfs_waiting_requests"] == 0 and counted["failed"] == 5
     (record,) = [record for record in caplog.records if record.levelname == "CRITICAL"]
     assert "engine's thread has failed" in record.getMessage() and record.exc_info[0] is kind
 
 
 def test_output_that_cannot_be_emitted_fails_alone(embedded, monkeypatch):
     """The fault is between the engine and a client, not in the engine."""
-    see = Follower.see
+    see = OutputProcessor.process
 
     def broken(follower, sequence):
         if sequence.params.seed == 13 and sequence.steps == 2:
             raise UnicodeError("no text")
         see(follower, sequence)
 
-    monkeypatch.setattr(Follower, "see", broken)
+    monkeypatch.setattr(OutputProcessor, "process", broken)
     wanted = embedded.generate(SUMS, gen_length=32, sampler=FixedSteps()).text
     with serving(embedded) as server, ThreadPoolExecutor(4) as pool:
         sent = [pool.submit(server.post, chat(sampler="vanilla", seed=seed)) for seed in (12, 13, 14)]
@@ -243,7 +243,7 @@ class Crowd:
                 self._go.clear()
             seen = 0
             while busy := self._busy:
-                counts = [gauge(self.url, {}, f"sfs_{name}") for name in ("waiting_requests", "running_rows")]
+                counts = [gauge(self.url, {}, f"sfs_{name}") for name in ("waiting_requests", "running_sequences")]
                 seen = seen + 1 if sum(counts) == busy == self._busy else 0
                 if seen == 2:
                     return

@@ -247,8 +247,8 @@ def test_requests_that_wait_are_decoded_together_and_get_what_they_get_alone(emb
             assert answer["choices"][0]["message"]["content"] == alone.text
             assert answer["usage"]["nfe"] == alone.nfe and answer["usage"]["completion_tokens"] == len(alone.tokens)
         counted = server.metrics()
-        assert counted["sfs_joined_rows_total"] == 7 and max(server.gate.rows) == len(asked)
-        assert counted["sfs_running_rows"] == counted["sfs_waiting_requests"] == 0
+        assert counted["sfs_joined_sequences_total"] == 7 and max(server.gate.rows) == len(asked)
+        assert counted["sfs_running_sequences"] == counted["sfs_waiting_requests"] == 0
 
 
 def test_a_short_answer_does_not_wait_for_a_long_one(embedded):
@@ -369,7 +369,7 @@ def sent_by(monkeypatch, stalls: bool) -> tuple[list[bytes], list]:
     monkeypatch.setattr(sse, "_STALLED", 0.05)
     monkeypatch.setattr(sse, "_QUIET", 0.02)
     sent, given_up = [], []
-    job = SimpleNamespace(over=False)
+    job = SimpleNamespace(finished=False)
     style = SimpleNamespace(chunks=lambda event: ["x"])
 
     async def receive():
@@ -379,17 +379,17 @@ def sent_by(monkeypatch, stalls: bool) -> tuple[list[bytes], list]:
         sent.append(message.get("body"))
         await asyncio.sleep(30 if stalls and len(sent) > 1 else 0)
         if len(sent) == 4:
-            inbox.put(Failed(ApiError(500, "enough")))
+            queue.put(Failed(ApiError(500, "enough")))
 
     async def run():
-        nonlocal inbox
-        inbox = sse.Inbox()
-        inbox.put(Started(None))
+        nonlocal queue
+        queue = sse.EventQueue()
+        queue.put(Started(None))
         await asyncio.wait_for(
-            sse.Answering(job, inbox, style, SimpleNamespace(leave=given_up.append))({}, receive, send), 20
+            sse.Answering(job, queue, style, SimpleNamespace(leave=given_up.append))({}, receive, send), 20
         )
 
-    inbox = None
+    queue = None
     asyncio.run(run())
     return sent, given_up
 
@@ -401,7 +401,7 @@ def test_a_client_that_does_not_read_is_given_up(monkeypatch):
 
 def test_a_silent_stream_is_kept_open(monkeypatch):
     sent, _ = sent_by(monkeypatch, stalls=False)
-    assert sent == [None, b"data: x\n\n", b": still there\n\n", b": still there\n\n", b"data: x\n\n", b""]
+    assert sent == [None, b"data: x\n\n", b": keep-alive\n\n", b": keep-alive\n\n", b"data: x\n\n", b""]
 
 
 # ----------------------------------------------------------------------------------------------------------- access
@@ -751,7 +751,13 @@ def test_state_pages(server):
     page = httpx.get(server.url + "/metrics")
     assert page.headers["content-type"].startswith("text/plain")
     names = {family.name for family in text_string_to_metric_families(page.text)}
-    assert {"sfs_http_requests", "sfs_tokens", "sfs_step_rows", "sfs_waiting_requests", "sfs_running_rows"} <= names
+    assert {
+        "sfs_http_requests",
+        "sfs_tokens",
+        "sfs_step_sequences",
+        "sfs_waiting_requests",
+        "sfs_running_sequences",
+    } <= names
 
 
 def test_a_folder_of_the_page_is_served(embedded, tmp_path, monkeypatch):
@@ -808,7 +814,7 @@ def test_a_signal_lets_running_and_waiting_work_finish(embedded):
 
             with ThreadPoolExecutor(3) as pool:
                 running = pool.submit(ask)
-                wait_for(lambda: gauge(url, headers, "sfs_running_rows") == 1)
+                wait_for(lambda: gauge(url, headers, "sfs_running_sequences") == 1)
                 waiting = [pool.submit(ask), pool.submit(ask, stream=True)]
                 wait_for(lambda: gauge(url, headers, "sfs_waiting_requests") == 2)
                 process.send_signal(signal.SIGTERM)
