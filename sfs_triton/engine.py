@@ -144,7 +144,7 @@ class Engine:
     def __init__(self, model: Transformer, text: TextCodec | None = None, cuda_graphs: bool | None = None):
         self.model, self.text = model, text
         if model.group.size > 1:
-            # replays are queued ahead, and each rank could queue a different number of them, depending on timing
+            # a graph would hold collectives, which nothing here captures
             require(not cuda_graphs, f"cuda_graphs=True does not go with tensor_parallel={model.group.size}")
         self._execution = ExecutionChoice(cuda_graphs, model.device)
         self.batches = BatchPool(model, self._execution)
@@ -212,6 +212,7 @@ class Engine:
         """
         single = _is_single(canvases)
         every = [self.encode(c, False, i) for i, c in enumerate([canvases] if single else canvases)]
+        require(bool(every), "canvases=[] holds no canvas")
         for index, ids in enumerate(every):
             require(self.spec.mask_id in ids, f"canvas {index} holds no mask (id {self.spec.mask_id})")
             self.check_length(index, len(ids), 0)
@@ -330,10 +331,10 @@ class Engine:
             ids = [int(token) if isinstance(token, Integral) else token for token in prompt]
         require(bool(ids), f"prompt {index} is empty: {prompt!r}")
         for position, token in enumerate(ids):
-            require(
-                isinstance(token, int) and 0 <= token < self.spec.vocab_size,
-                f"prompt {index}: {token!r} at position {position} is no token id below {self.spec.vocab_size}",
-            )
+            if not (isinstance(token, int) and 0 <= token < self.spec.vocab_size):
+                raise ArgumentError(
+                    f"prompt {index}: {token!r} at position {position} is no token id below {self.spec.vocab_size}"
+                )
         return ids
 
     def _finish(

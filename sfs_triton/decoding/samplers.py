@@ -22,7 +22,7 @@ class Sampler:
     """Parameters that all samplers share.
 
     Args:
-        temperature: 0 takes the most likely token; above, Gumbel noise keyed by sequence seed, token, position and step.
+        temperature: 0 takes the most likely token; above, Gumbel noise keyed by seed, token, position and step.
         top_p, top_k: limits of the tokens that can be drawn.
         cfg_scale: classifier-free guidance, ``c + cfg_scale * (c - u)``, with the given positions masked in ``u``.
         eos_stop: stop at the leftmost committed end-of-text; later positions become end-of-text and are not computed.
@@ -69,7 +69,7 @@ class Sampler:
     def batch_key(self) -> Sampler:
         """Return this sampler with its per-sequence numbers (:meth:`sampling_values`) blanked.
 
-        Sequences can share a batch if their forms are equal."""
+        Sequences can share a batch if these are equal."""
         return replace(self, temperature=float(self.temperature > 0), top_p=1e-3 if self.has_nucleus else None)
 
     def sampling_values(self) -> dict[str, float]:

@@ -47,7 +47,7 @@ class StepPlan:
         order: slots in the order in which ``forwards`` take them, padding last; empty if one takes all of the batch.
         paused: running slots that do not take the step. They keep their state.
         slow: some sequences may be in their slow stage.
-        completes_round: every running sequence has taken a step of this round.
+        completes_round: every sequence that ran at the start of this round has taken a step of it.
     """
 
     number: int

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -15,13 +16,21 @@ if TYPE_CHECKING:
     from .model_runner import ModelRunner
 
 
+_CAPTURE = threading.Lock()  # a capture disturbs others: all share a stream, and warm-ups synchronise the device
+
+
 def capture_graph(runner: ModelRunner, shape: Forward) -> Callable[[], None]:
     """Capture a step of this shape and return its replay; all sequences of the runner must be done.
 
     Warm-up and capture share a stream and with it the workspace that cuBLAS keeps per stream. Workspaces are freed
-    before and after: one from a graph's pool must not outlive the graph by use in others. Inference mode is off during
-    the capture, since it would mark the random state that torch shares between graphs.
+    before and after: one from a graph's pool must not outlive the graph by use in others. Inference mode is off when
+    the capture starts, since it would mark the random state that torch shares between graphs.
     """
+    with _CAPTURE:
+        return _capture(runner, shape)
+
+
+def _capture(runner: ModelRunner, shape: Forward) -> Callable[[], None]:
     device = runner.state.tokens.device
     stream = _stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))

@@ -38,6 +38,10 @@ class HostRing:
         """Queue a copy of the tensors, in stream order, without counting it: a graph that holds it is replayed."""
         self._publish(self._sources, self._rings, self._counter, self._count)
 
+    def forget_sources(self) -> None:
+        """Let go of the device tensors; nothing is published any more, and the host memory stays."""
+        self._sources = []
+
     def count_launch(self) -> int:
         """Count a copy that has just been queued or replayed; return its number, from 1."""
         self.launched += 1

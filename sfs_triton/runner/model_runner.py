@@ -101,7 +101,8 @@ class ModelRunner:
         """Return the bytes of caches and canvases, without the activations of a step."""
         store, branches = key.cache.store, 2 if key.sampler.cfg_scale else 1
         cache = 0 if store is None else branches * store.values(model.local, length) * model.dtype.itemsize
-        return slots * (cache + _CANVAS * length)
+        schedule = 4 * sum(key.sampler.schedule_sizes(length).values())  # float32
+        return slots * (cache + _CANVAS * length + schedule)
 
     # ------------------------------------------------------------------------------------------------------ sequences
 
@@ -155,8 +156,7 @@ class ModelRunner:
 
     def launch(self, plan: StepPlan) -> None:
         """Queue a step on the device: replay its graph if there is one, else launch its operations."""
-        if plan.order or plan.paused != self._selected[1]:
-            self._select(plan)
+        self._select(plan)
         replay = self.graphs.get(plan.forwards[0]) if plan.padded else None
         if replay is not None:
             replay()
@@ -183,7 +183,9 @@ class ModelRunner:
 
     def abandon(self) -> None:
         """Give this runner up after an error: keep its host memory, where the device may still write."""
-        _ABANDONED.extend((self.ring, *self._finals))
+        for ring in (self.ring, *self._finals):
+            ring.forget_sources()
+            _ABANDONED.append(ring)
 
     def warm_up(self, shape: Forward) -> None:
         """Run a step of a padded shape while all sequences are done: it changes nothing."""

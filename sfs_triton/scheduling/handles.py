@@ -21,7 +21,7 @@ class Stream(Iterator[Frame]):
         self._run: Run | None = None
         self._frames: Iterator[Frame] | None = None
         self._done: list[Generation] | None = None
-        self._failure: Exception | None = None
+        self._failure: BaseException | None = None
         self._closed = False
         self._lock = threading.RLock()
 
@@ -30,26 +30,23 @@ class Stream(Iterator[Frame]):
             return self._next()
 
     def _next(self) -> Frame:
-        frame = None
+        if self._closed:
+            raise StopIteration
         try:
-            if not self._closed:
-                if self._run is None:
-                    self._run = self._stack.enter_context(self._context)
-                    self._frames = self._run.frames()
-                frame = next(self._frames, None)
-                if frame is None:
-                    self._done = self._run.results()
+            if self._run is None:
+                self._run = self._stack.enter_context(self._context)
+                self._frames = self._run.frames()
+            if (frame := next(self._frames, None)) is not None:
+                return frame
+            self._done = self._run.results()
         except SequenceFault as fault:
             self._failure = fault  # raised by result(); iteration itself ends normally
-        except Exception as failure:
-            self._failure = failure
+        except BaseException as failure:
+            self._failure, self._closed = failure, True
+            self._stack.__exit__(type(failure), failure, failure.__traceback__)  # ranks of a group must learn of it
             raise
-        finally:
-            if frame is None:
-                self.close()
-        if frame is None:
-            raise StopIteration
-        return frame
+        self.close()
+        raise StopIteration
 
     def result(self) -> Generation | list[Generation]:
         """Run the remaining steps; return the same as :meth:`Engine.generate`.

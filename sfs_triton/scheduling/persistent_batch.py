@@ -100,8 +100,9 @@ class PersistentBatch:
     def join(self, sequence: Sequence) -> bool:
         """Put a sequence into a free slot; return whether it has steps to take. The next round then includes it."""
         slot = self._sequences.index(None)
+        has_steps = self._put(slot, sequence)
         self._sequences[slot] = sequence
-        return self._put(slot, sequence)
+        return has_steps
 
     def _put(self, slot: int, sequence: Sequence) -> bool:
         params = sequence.params
@@ -115,8 +116,10 @@ class PersistentBatch:
         return not progress.done
 
     def drop(self, sequence: Sequence) -> None:
-        """End a running sequence before its next step; the others are not affected. A step that is already queued still
-        runs, but its output is ignored."""
+        """End a running sequence before its next step; the others are not affected.
+
+        A step that is already queued still runs: what it commits is in the final state, but is not reported.
+        """
         slot = self._sequences.index(sequence)
         self.runner.end(slot)
         self._end(slot)
@@ -203,13 +206,15 @@ class PersistentBatch:
 
     def close(self) -> None:
         """Stop at any point: sequences keep their present state, and all slots become free."""
-        if self._outputs is not None:
-            try:
+        try:
+            if self._outputs is not None:
                 self._outputs.close()
-            except BaseException:
-                self._abandon()
-                raise
-            self._outputs = None
+            for slot in self._ending:  # its copy must not be in flight when this batch is freed
+                self.runner.read_final(slot, _PATIENCE)
+        except BaseException:
+            self._abandon()
+            raise
+        self._outputs = None
         self.runner.end()
         for slot in range(self.slots):
             self._planner.leave(slot)

@@ -17,7 +17,6 @@ class Run:
 
     def __init__(self, scheduler: Scheduler, sequences: list[Sequence], spec: ModelSpec, text: TextCodec | None):
         self._scheduler, self._sequences, self._spec, self._text = scheduler, sequences, spec, text
-        self._started = False
         for sequence in sequences:
             scheduler.submit(sequence)
 
@@ -27,7 +26,6 @@ class Run:
 
     def advance(self) -> list[Sequence] | None:
         """Run the next round; return the sequences that took a step, None at the end."""
-        self._started = True
         while not all(sequence.finished for sequence in self._sequences):
             if stepped := self._scheduler.step():
                 return stepped
@@ -40,13 +38,10 @@ class Run:
         runs, but no frame shows the sequence in it.
 
         Raises:
-            RuntimeError: no step has been taken yet.
             ArgumentError: there is no such sequence.
         """
         count = len(self._sequences)
         require(0 <= index < count, f"index={index} is not one of the {count} sequences of this generation")
-        if not self._started:
-            raise RuntimeError(f"sequence {index} cannot be dropped before the first step")
         self._scheduler.drop(self._sequences[index])
 
     def frames(self) -> Iterator[Frame]:

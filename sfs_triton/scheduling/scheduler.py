@@ -15,6 +15,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 
 from ..decoding.caching import BatchBounds
 from ..decoding.params import BatchKey
@@ -46,7 +47,7 @@ def bounds_of(sequences: Iterable[Sequence]) -> BatchBounds:
 def bounds_around(sequence: Sequence, most: int) -> BatchBounds:
     """Return bounds for this sequence and similar ones: the next power of two, at most ``most`` positions.
 
-    Prompts are kept apart, by powers of two as well, only where a policy's steps depend on them."""
+    Where a policy's steps depend on the shortest prompt, that is bounded too, by a power of two."""
     length = min(max(_SHORTEST, 1 << (len(sequence.canvas) - 1).bit_length()), most)
     apart = sequence.params.cache.by_prompt and sequence.start
     shortest = 1 << (sequence.start.bit_length() - 1) if apart else 0
@@ -150,7 +151,7 @@ class Scheduler:
     def drop(self, sequence: Sequence) -> None:
         """End a sequence before its next step; the others are not affected. One that has ended stays as it is.
 
-        A step that is already queued still runs, but its output is ignored.
+        A step that is already queued still runs: what it commits is in the result, but is not reported.
         """
         if sequence in self._waiting:
             self._waiting.remove(sequence)
@@ -170,6 +171,7 @@ class Scheduler:
             OutOfDeviceMemory: a sequence does not fit in a batch of one slot.
             Exception: any failure of a batch. In either case ``failed`` holds the evicted sequences.
         """
+        self.failed = []
         self._admit()
         for _ in range(len(self._open)):
             batch = self._open[0]
@@ -225,11 +227,20 @@ class Scheduler:
                 self._waiting.appendleft(sequence)
 
     def close(self) -> None:
-        """Stop all sequences and return the batches to the pool."""
-        self._waiting.clear()
+        """Stop all sequences and return the batches to the pool; raise the first error once all are there."""
         self._closing.clear()
-        while self._open:
-            self._pool.give(self._open.popleft())
+        with ExitStack() as batches:
+            while self._open:
+                batch = self._open.popleft()
+                self._stop(batch.sequences)
+                batches.callback(self._pool.give, batch)
+        self._stop(self._waiting)
+        self._waiting.clear()
+
+    def _stop(self, sequences: Iterable[Sequence]) -> None:
+        for sequence in sequences:
+            if not sequence.finished:
+                sequence.status = Status.DROPPED
 
     # ------------------------------------------------------------------------------------------------------ admission
 
@@ -244,10 +255,18 @@ class Scheduler:
                 stuck = home is None
             if home is not None:
                 self._waiting.remove(sequence)
-                sequence.status = Status.RUNNING if home.join(sequence) else Status.ENDING
-                self._joined(sequence)
+                self._join(home, sequence)
         if stuck and not self._closing:
             self._closing.add(min(self._open, key=lambda batch: len(batch.sequences)))
+
+    def _join(self, batch: PersistentBatch, sequence: Sequence) -> None:
+        try:
+            has_steps = batch.join(sequence)
+        except BaseException:
+            self._evict([sequence])
+            raise
+        sequence.status = Status.RUNNING if has_steps else Status.ENDING
+        self._joined(sequence)
 
     def _takes(self, batch: PersistentBatch, sequence: Sequence) -> bool:
         """Return whether a batch has capacity for a sequence, now or when a slot is free."""

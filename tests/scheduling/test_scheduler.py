@@ -537,3 +537,57 @@ def test_only_the_scheduler_writes_a_status():
     writers = [path.name for path in (ROOT / "sfs_triton").rglob("*.py") if ".status = " in path.read_text()]
     initial = (ROOT / "sfs_triton" / "scheduling" / "sequence.py").read_text().count(".status = ")
     assert sorted(writers) == ["scheduler.py", "sequence.py"] and initial == 1
+
+
+def test_a_sequence_that_cannot_join_is_evicted_and_frees_its_slot(engines, monkeypatch):
+    engine = engine_with(engines["llada-mha"])
+    bad, fine = sequences_of(engine, asked(random.Random(18), 2, engine.spec.mask_id))
+    scheduler = scheduler_of(engine, [bad, fine], slots=1)
+    scheduler.submit(bad), scheduler.submit(fine)
+    put = ModelRunner.put
+
+    def failing(runner, slot, canvas, *given, **named):
+        if canvas is bad.canvas:
+            raise RuntimeError("no pinned memory")
+        return put(runner, slot, canvas, *given, **named)
+
+    monkeypatch.setattr(ModelRunner, "put", failing)
+    with pytest.raises(RuntimeError, match="pinned"):
+        scheduler.step()
+    assert scheduler.failed == [bad] and bad.status is Status.FAILED and scheduler.running == 0
+    scheduler.drop(bad)
+    run_out(scheduler)
+    assert fine.finished and scheduler.failed == []
+    assert_same(fine.result(engine.spec, None), alone(engines["llada-mha"], fine))
+
+
+def test_closing_stops_every_batch_and_raises_the_first_error(engines, monkeypatch):
+    engine, rng = engine_with(engines["llada-mha"]), random.Random(19)
+    sequences = [
+        sequences_of(engine, asked(rng, 1, engine.spec.mask_id), sampler)[0] for sampler in (SlowFast(), VANILLA)
+    ]
+    scheduler = scheduler_of(engine, slots=1, most=2)
+    for one in sequences:
+        scheduler.submit(one)
+    scheduler.step(), scheduler.step()
+    given = []
+
+    def give(batch):
+        given.append(batch)
+        raise RuntimeError(f"batch {len(given)}")
+
+    monkeypatch.setattr(engine.batches, "give", give)
+    with pytest.raises(RuntimeError, match="batch"):
+        scheduler.close()
+    assert len(given) == 2 and scheduler.batches == 0
+    assert {one.status for one in sequences} == {Status.DROPPED}
+    scheduler.drop(sequences[0])
+
+
+def test_the_schedule_of_a_sampler_counts_as_memory(engines):
+    engine = engines["llada-mha"]
+    given = asked(random.Random(20), 1, engine.spec.mask_id)
+    plain, random_ = (sequences_of(engine, given, FixedSteps(metric=m))[0] for m in ("confidence", "origin"))
+    bounds = bounds_around(plain, 512)
+    small, large = (engine.batches.bytes_needed(one.batch_key, 1, bounds) for one in (plain, random_))
+    assert large >= small + 4 * bounds.length**2
