@@ -364,6 +364,15 @@ def test_a_rank_that_fails_ends_the_others_wait(tmp_path, models, how, patience)
             assert again.kind == "RankFailure" and "has left its group" in again.text
 
 
+def test_a_stream_that_fails_on_one_rank_ends_the_others_wait(tmp_path, models):
+    with ranks.World(2, tmp_path, patience=30) as world:
+        start = time.monotonic()
+        given = {"prompts": PROMPTS[0], "gen_length": 24}
+        kept, failed = world.run(ranks.die_in_a_stream, models["dream-gqa"], 1, 3, limit=60, **given)
+        assert time.monotonic() - start < 25
+        assert kept.kind == "RankFailure" and failed.kind == "KeyError"
+
+
 def test_what_one_rank_has_no_memory_for_none_has(two, models):
     options = {"prompts": PROMPTS, "gen_length": [9, 7]}  # a batch that no other test has left behind
     wanted = sfs_triton.load(models["llada-mha"], "cpu", "float32").generate(**options)

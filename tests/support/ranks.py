@@ -17,6 +17,7 @@ import torch
 import sfs_triton
 from sfs_triton import Engine
 from sfs_triton import distributed as parallel
+from sfs_triton.decoding.step_plan import StepPlan
 from sfs_triton.models import weights
 from sfs_triton.models.cache import KVCache
 from sfs_triton.runner import ModelRunner
@@ -141,6 +142,25 @@ def die(model: str | Path, rank: int, step: int, how: str, **options: Any) -> in
 
     engine(model).generate(**options, on_step=count)
     return taken
+
+
+def die_in_a_stream(model: str | Path, rank: int, step: int, **options: Any) -> None:
+    """Stream; a step fails on one rank."""
+    launch, launched = ModelRunner.launch, 0
+
+    def failing(runner: ModelRunner, plan: StepPlan) -> None:
+        nonlocal launched
+        launched += 1
+        if torch.distributed.get_rank() == rank and launched == step:
+            raise KeyError("on purpose")
+        launch(runner, plan)
+
+    ModelRunner.launch = failing
+    try:
+        for _ in engine(model).stream(**options):
+            pass
+    finally:
+        ModelRunner.launch = launch
 
 
 def load_own(models: list[str | Path]) -> str:
