@@ -249,6 +249,8 @@ def test_infilling_keeps_what_is_given(engines, model, sampler):
 def test_infill_needs_a_mask(engines):
     with pytest.raises(ArgumentError, match="holds no mask"):
         engines["llada-mha"].infill(PROMPT)
+    with pytest.raises(ArgumentError, match="holds no canvas"):
+        engines["llada-mha"].infill([])
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
