@@ -227,15 +227,15 @@ class Scheduler:
                 self._waiting.appendleft(sequence)
 
     def close(self) -> None:
-        """Stop all sequences and return the batches to the pool; raise the first error once all are there."""
+        """Stop all sequences and return all batches to the pool, even if one of them raises."""
         self._closing.clear()
+        self._stop(self._waiting)
+        self._waiting.clear()
         with ExitStack() as batches:
             while self._open:
                 batch = self._open.popleft()
                 self._stop(batch.sequences)
                 batches.callback(self._pool.give, batch)
-        self._stop(self._waiting)
-        self._waiting.clear()
 
     def _stop(self, sequences: Iterable[Sequence]) -> None:
         for sequence in sequences:
