@@ -8,6 +8,7 @@ import os
 import pty
 import re
 import select
+import signal
 import subprocess
 import sys
 import termios
@@ -283,9 +284,15 @@ class Terminal:
             cwd=folder,
             env={**os.environ, "PYTHONPATH": str(ROOT), "TERM": "dumb", "PYTHONIOENCODING": "utf-8"},
             start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+            preexec_fn=self._take_terminal,
         )
         os.close(screen)
+
+    @staticmethod
+    def _take_terminal() -> None:
+        """Make the pseudo-terminal the program's own; a test run in the background ignores SIGINT, which is inherited."""
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     def wait_for(self, text: str, seconds: float = 60.0) -> str:
         """Read on until ``text`` is there, beyond what earlier calls waited for. Returns all up to its end."""

@@ -31,7 +31,7 @@ ROOMS = {
     "scheduling": ("runner", "decoding", "models", "text", "kernels", "errors"),
     "engine": ("scheduling", "runner", "decoding", "models", "ops", "text", "distributed", "files", "errors"),
     "view": ("engine", "scheduling", "decoding", "files", "errors"),
-    "batch": ("engine", "decoding", "files", "errors"),
+    "batch": ("engine", "decoding", "text", "files", "errors"),
     "serve": (
         *("engine", "scheduling", "runner", "decoding", "models", "ops", "text", "distributed", "version", "errors"),
     ),
