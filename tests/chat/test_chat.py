@@ -290,7 +290,7 @@ class Terminal:
 
     @staticmethod
     def _take_terminal() -> None:
-        """Make the pseudo-terminal the program's own; a test run in the background ignores SIGINT, which is inherited."""
+        """Make the terminal its own. A test run in the background ignores SIGINT, which the program would inherit."""
         fcntl.ioctl(0, termios.TIOCSCTTY, 0)
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
