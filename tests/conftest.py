@@ -40,7 +40,12 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return True if only_quick and collection_path not in QUICK else None
 
 
+# Tests of minutes. They start first, so that no worker is left with one of them when the others have finished.
+LONGEST = ("test_every_variant_fits_its_gpu[attention]", "test_all_recorded_cases", "test_a_worker_is_killed")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: not item.name.startswith(LONGEST))
     for item in items:
         if item.path in QUICK and "triton" not in item.name:
             item.add_marker(pytest.mark.quick)
