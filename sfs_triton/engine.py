@@ -14,7 +14,7 @@ import torch
 
 from .decoding.params import DecodingParams, parse_sampler, refuse_unknown
 from .distributed import Group, join, own_device
-from .errors import ArgumentError, CheckpointError, check_choice, require
+from .errors import ArgumentError, CheckpointError, check_choice, check_flag, require
 from .files import read_json
 from .models import Transformer, load_weights, read_spec
 from .ops.dispatch import operations
@@ -210,7 +210,7 @@ class Engine:
         Arguments as for :meth:`generate`; ``gen_length`` has no meaning. ``prompt_length`` of the result is 0: the
         whole canvas is the response.
         """
-        single = _is_single(canvases)
+        single = _is_single("canvases", canvases)
         every = [self.encode(c, False, i) for i, c in enumerate([canvases] if single else canvases)]
         require(bool(every), "canvases=[] holds no canvas")
         for index, ids in enumerate(every):
@@ -283,7 +283,9 @@ class Engine:
 
         ``frames``: publish the canvases after each step.
         """
-        single = _is_single(prompts)
+        check_flag("apply_chat_template", apply_chat_template)
+        check_flag("trace", trace)
+        single = _is_single("prompts", prompts)
         every = [self.encode(p, apply_chat_template, i) for i, p in enumerate([prompts] if single else prompts)]
         require(bool(every), "prompts=[] holds no prompt")
         listed = DecodingParams.per_prompt(len(every), params, **fields)
@@ -374,10 +376,11 @@ def _frames_for(on_step: Callable[[Frame], None] | None) -> bool:
     return on_step is not None
 
 
-def _is_single(prompts: Any) -> bool:
-    if isinstance(prompts, torch.Tensor):
-        require(prompts.dim() in (1, 2), f"prompts is a tensor of {prompts.dim()} dimensions, not of 1 or 2")
-        return prompts.dim() == 1
-    fine = isinstance(prompts, (str, Sequence)) and not isinstance(prompts, (bytes, bytearray))
-    require(fine, f"prompts={prompts!r} is neither text nor a sequence")
-    return isinstance(prompts, str) or bool(prompts) and not isinstance(prompts[0], (str, Sequence, torch.Tensor))
+def _is_single(name: str, given: Any) -> bool:
+    """Return whether ``given``, the argument ``name``, is one prompt and not a list of them."""
+    if isinstance(given, torch.Tensor):
+        require(given.dim() in (1, 2), f"{name} is a tensor of {given.dim()} dimensions, not of 1 or 2")
+        return given.dim() == 1
+    fine = isinstance(given, (str, Sequence)) and not isinstance(given, (bytes, bytearray))
+    require(fine, f"{name}={given!r} is neither text nor a sequence")
+    return isinstance(given, str) or bool(given) and not isinstance(given[0], (str, Sequence, torch.Tensor))

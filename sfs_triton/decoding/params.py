@@ -13,8 +13,14 @@ from .samplers import PRESETS, SAMPLERS, Sampler, SlowFast
 SEEDS = 2**63  # seeds are below it: kernels take them as int64
 
 
-# old names of arguments, refused with the new one
-RENAMED = {"raw": "apply_chat_template", "impl": "backend", "loop": "cuda_graphs", "weights": "quantization"}
+# old names of arguments, and what to use instead
+RENAMED = {
+    "raw": "apply_chat_template=False, an argument of generate()",
+    "impl": "backend=, an argument of load()",
+    "loop": "cuda_graphs=True or False, an argument of load()",
+    "weights": "quantization=, an argument of load()",
+}
+FIELDS = ("sampler", "cache", "gen_length", "seed")
 
 
 class BatchKey(NamedTuple):
@@ -85,16 +91,17 @@ class DecodingParams:
         One record or seed serves all prompts, with ``seed + i`` for prompt ``i``; ``gen_length`` and ``seed`` may be
         lists with one number per prompt.
         """
+        hint = f"; decoding parameters are {', '.join(FIELDS)}, and options of a sampler or cache go into these two"
+        refuse_unknown(set(fields) - {*FIELDS}, hint)
         if params is not None:
             require(not fields, f"params goes without {', '.join(map(repr, fields))}: they are fields of the record")
-            listed = list(params) if isinstance(params, Sequence) else None
-            for each in listed or [params]:
-                require(isinstance(each, DecodingParams), f"params={each!r} is not a DecodingParams")
-            if listed is not None:
-                require(len(listed) == count, f"params has {len(listed)} entries for {count} prompts")
-                return listed
-            return [replace(params, seed=params.seed + index) for index in range(count)]
-        refuse_unknown(set(fields) - {"sampler", "cache", "gen_length", "seed"})
+            listed = list(params) if isinstance(params, Sequence) and not isinstance(params, str) else None
+            fits = listed is None or len(listed) == count
+            require(fits, f"params has {len(listed or ())} entries for {count} prompts")
+            for index, each in enumerate([params] if listed is None else listed):
+                name = "params" if listed is None else f"params[{index}]"
+                require(isinstance(each, DecodingParams), f"{name}={each!r} is not a DecodingParams")
+            return listed or [replace(params, seed=params.seed + index) for index in range(count)]
         seeds = _listed("seed", fields.pop("seed", 0), count, least=0, increment=1)
         lengths = _listed("gen_length", fields.pop("gen_length", 128), count)
         base = cls.parse(**fields, gen_length=lengths[0], seed=seeds[0])
@@ -116,7 +123,8 @@ class DecodingParams:
 
 def check_pair(sampler: Sampler, cache: CachePolicy) -> None:
     """Raise ArgumentError unless the two are a sampler and a cache policy that work together."""
-    require(isinstance(sampler, tuple(SAMPLERS.values())), f"sampler={sampler!r} is not a sampler")
+    known = isinstance(sampler, tuple(SAMPLERS.values()))
+    require(known, f"sampler={sampler!r} is not a sampler; DecodingParams.parse takes names")
     require(isinstance(cache, tuple(POLICIES.values())), f"cache={cache!r} is not a policy or its name")
     sampler.check_cache(cache)
     sampler.rules(**cache.rules)  # the rules of both together are checked where they are built
@@ -200,17 +208,17 @@ def check_options(owner: str, options: Mapping[str, Any], allowed: set[str]) -> 
         require(name in allowed, f"{owner} has no option {name!r}; {has}")
 
 
-def refuse_unknown(names: Iterable[str]) -> None:
-    """Raise for keyword arguments that a function does not have: ArgumentError with the new name of a renamed one."""
+def refuse_unknown(names: Iterable[str], hint: str = "") -> None:
+    """Raise for keyword arguments that a function does not have: ArgumentError for an old name, else TypeError."""
     refuse_renamed(names)
     for name in sorted(names):
-        raise TypeError(f"unexpected keyword argument {name!r}")
+        raise TypeError(f"unexpected keyword argument {name!r}{hint}")
 
 
 def refuse_renamed(names: Iterable[str]) -> None:
-    """Raise ArgumentError with the new name if one of ``names`` is an old one."""
+    """Raise ArgumentError that says what to use instead if one of ``names`` is an old one."""
     for name in sorted(RENAMED.keys() & names):
-        raise ArgumentError(f"argument {name!r} is called {RENAMED[name]!r} now")
+        raise ArgumentError(f"argument {name!r} has a new name: use {RENAMED[name]}")
 
 
 def _listed(name: str, value: Any, count: int, least: int = 1, increment: int = 0) -> list[Any]:

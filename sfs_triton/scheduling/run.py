@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ..errors import require
+from ..errors import check_integer
 from ..models import ModelSpec
 from ..text.codec import TextCodec
 from .outputs import Frame, Generation
@@ -40,8 +40,7 @@ class Run:
         Raises:
             ArgumentError: there is no such sequence.
         """
-        count = len(self._sequences)
-        require(0 <= index < count, f"index={index} is not one of the {count} sequences of this generation")
+        check_integer("index", index, 0, len(self._sequences) - 1)
         self._scheduler.drop(self._sequences[index])
 
     def frames(self) -> Iterator[Frame]:
