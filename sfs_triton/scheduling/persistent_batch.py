@@ -60,7 +60,7 @@ class PersistentBatch:
 
     # ---------------------------------------------------------------------------------------------- joining, leaving
 
-    def serves(self, key: BatchKey, slots: int, bounds: BatchBounds) -> bool:
+    def matches(self, key: BatchKey, slots: int, bounds: BatchBounds) -> bool:
         """Return whether a new persistent batch with these arguments would be equal to this one."""
         responses_fit = not key.sampler.schedule_sizes(1) or self._response == bounds.response
         return (self.key, self.slots, self.length) == (key, slots, bounds.length) and responses_fit

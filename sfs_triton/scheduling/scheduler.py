@@ -77,7 +77,7 @@ class BatchPool:
         length = self._choice.current.canvas_length(bounds.length, self._model.spec.max_length)
         padded = bounds._replace(length=length)
         with self._lock:
-            batch = next((batch for batch in self.spare if batch.serves(key, slots, padded)), None)
+            batch = next((batch for batch in self.spare if batch.matches(key, slots, padded)), None)
             if batch is not None:
                 self.spare.remove(batch)
             else:
