@@ -219,7 +219,7 @@ class Engine:
         if params is None:
             require("gen_length" not in fields, "gen_length has no meaning for infill: the canvas has its length")
             sampler = fields["sampler"] = parse_sampler(fields.get("sampler") or "slowfast")
-            fields["gen_length"] = sampler.block_length or 1  # not used; a length that goes with the sampler
+            fields["gen_length"] = sampler.least_length
         listed = DecodingParams.per_prompt(len(every), params, **fields)
         for index, (ids, each) in enumerate(zip(every, listed, strict=True)):
             require(

@@ -91,6 +91,11 @@ class Sampler:
     def check_cache(self, policy) -> None:
         """Refuse a cache policy that does not work with this sampler."""
 
+    @property
+    def least_length(self) -> int:
+        """Least response length; for infilling, where ``gen_length`` must be valid and is not used."""
+        return self.block_length or 1
+
     def check_length(self, length: int) -> None:
         """Refuse a response length that is not a multiple of the block length."""
         block = self.block_length

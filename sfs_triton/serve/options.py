@@ -55,7 +55,7 @@ def prepare(engine: Engine, settings: ServeSettings, body: Common) -> PreparedRe
     length = _length(engine, settings, body, (len(prompt), len(suffix)), sampler)
     seed = secrets.randbelow(2**31) if body.seed is None else body.seed
     # with a suffix, blocks count from the canvas' first position, and any length goes
-    gen_length = (sampler.block_length or 1) if suffix else length
+    gen_length = sampler.least_length if suffix else length
     with _blamed("cache" if body.sampler is None else "sampler"):  # the remaining check: their compatibility
         params = DecodingParams(sampler=sampler, cache=cache, gen_length=gen_length, seed=seed)
     if suffix:
