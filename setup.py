@@ -14,6 +14,7 @@ PACKAGES = [
     "sfs_triton.chat",
     "sfs_triton.cli",
     "sfs_triton.decoding",
+    "sfs_triton.decoding.samplers",
     "sfs_triton.integrations",
     "sfs_triton.integrations.lm_eval",
     "sfs_triton.integrations.transformers",

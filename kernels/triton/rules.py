@@ -11,7 +11,7 @@ from dataclasses import dataclass
 SPREADS = ("variance", "unbiased")
 SLOW_ENDS = ("stable", "fixed", "filled")
 ROUNDINGS = ("floor", "even")
-SCHEDULES = ("even", "timesteps")
+SELECTIONS = ("threshold", "even", "shares", "random")
 OPENINGS = ("normal", "repeat", "first")
 
 
@@ -80,46 +80,49 @@ class CycleRules:
 
 @dataclass(frozen=True)
 class BlockRules:
-    """Rules of the block machine: the number of positions that a step commits, by a threshold or a fixed schedule.
+    """Rules of the block machine: which of the block's undecided positions a step commits.
 
     The number of steps per block of a schedule is per sequence (``state.block_steps``), since lengths differ.
 
     Args:
+        select: ``"threshold"``: the best position and all that reach ``tau``; or a schedule: ``"even"``: counts spread
+            over the block's steps; ``"shares"``: shares of the positions left, the best of them; ``"random"``: the same
+            shares, as probabilities (Dream's ``"origin"``).
         block_length: length of a block; None is one block.
-        by_threshold: a step commits the best position and all that reach ``tau``, instead of scheduled counts.
         paced_steps: with a threshold: at most length / ``paced_steps`` positions per step, plus the unused quota of
             earlier steps.
-        schedule: ``"even"``: counts spread over the block's steps; ``"timesteps"``: shares of the positions left.
-        at_random: positions are drawn with the schedule's shares, not ranked (Dream's ``"origin"``).
         opening: ``"repeat"``: a block takes at least two forwards; ``"first"``: and the first of them commits only the
             block's first masked position, whose logits need the row before the block.
         eos_stop: the leftmost committed end-of-text ends the sequence.
         partial: a list may lack positions of the block; a sequence whose list has none of them waits.
     """
 
+    select: str
     block_length: int | None
-    by_threshold: bool = False
     paced_steps: int | None = None
-    schedule: str = "even"
-    at_random: bool = False
     opening: str = "normal"
     eos_stop: bool = False
     partial: bool = False
 
     def __post_init__(self) -> None:
-        _check_choice("schedule", self.schedule, SCHEDULES)
+        _check_choice("select", self.select, SELECTIONS)
         _check_choice("opening", self.opening, OPENINGS)
-        _require(
-            not self.at_random or self.timesteps,
-            f"at_random goes with schedule='timesteps' and no threshold, not {self.schedule!r}",
-        )
         for name in ("paced_steps", "block_length"):
             _check_positive(name, getattr(self, name))
+        _require(
+            self.paced_steps is None or self.select == "threshold",
+            f"paced_steps={self.paced_steps} does not go with select={self.select!r}",
+        )
 
     @property
-    def timesteps(self) -> bool:
+    def scheduled(self) -> bool:
+        """True if a schedule says how many steps a block takes."""
+        return self.select in ("even", "shares", "random")
+
+    @property
+    def shared(self) -> bool:
         """True if steps commit the shares of a schedule."""
-        return self.schedule == "timesteps" and not self.by_threshold
+        return self.select in ("shares", "random")
 
 
 def _require(condition: bool, message: str) -> None:

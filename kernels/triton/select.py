@@ -194,10 +194,8 @@ def _decide_kernel(
     eos_id,
     paced_steps,
     block_length,
-    HAS_TAU: tl.constexpr,
+    SELECT: tl.constexpr,
     IS_PACED: tl.constexpr,
-    TIMESTEPS: tl.constexpr,
-    AT_RANDOM: tl.constexpr,
     OPENING: tl.constexpr,
     EOS_STOP: tl.constexpr,
     PARTIAL: tl.constexpr,
@@ -234,13 +232,13 @@ def _decide_kernel(
         return
 
     share, tau = 0.0, 0.0
-    if HAS_TAU:
+    if SELECT == "threshold":
         tau = tl.load(sampling_ptr + row * N_SAMPLING + TAU)
-    if TIMESTEPS:
+    if SELECT == "shares" or SELECT == "random":
         share = tl.load(shares_ptr + row * n_shares + tl.minimum(k, n_shares - 1))
-    if HAS_TAU and not IS_PACED:
+    if SELECT == "threshold" and not IS_PACED:
         _fill_over(score_ptr + at, candidate_ptr + at, fill_ptr + at, length, tau, best, BLOCK_L)
-    elif AT_RANDOM:
+    elif SELECT == "random":
         share = tl.where(k >= steps - 1, 1.0, share)  # the last step takes all
         _fill_at_random(
             uniform_ptr + row * n_uniform,
@@ -258,9 +256,9 @@ def _decide_kernel(
             quota += (end - start + paced_steps - 1) // paced_steps
             count = quota
         else:
-            count, quota = _scheduled(left, k, steps, quota, share, TIMESTEPS, OPENING == "first")
+            count, quota = _scheduled(left, k, steps, quota, share, SELECT == "shares", OPENING == "first")
         taken = _fill_ranked(
-            score_ptr + at, candidate_ptr + at, fill_ptr + at, length, count, left, tau, best, HAS_TAU, BLOCK_L
+            score_ptr + at, candidate_ptr + at, fill_ptr + at, length, count, left, tau, best, IS_PACED, BLOCK_L
         )
         if IS_PACED:
             quota -= taken
@@ -281,9 +279,9 @@ def _decide_kernel(
     if OPENING != "normal":
         if not EOS_STOP:
             block_over = block_over & (k >= 2)
-    elif not HAS_TAU and not EOS_STOP:
+    elif SELECT != "threshold" and not EOS_STOP:
         block_over = block_over & (k >= steps)  # the references run every step of their schedule
-    if not HAS_TAU:
+    if SELECT != "threshold":
         block_over = block_over | (k >= (tl.maximum(steps, 2) if OPENING == "first" else steps))
     block_over = moves & block_over
     over = block_over & (following >= length)
@@ -310,9 +308,9 @@ def decide_block(state, rules: BlockRules, *, slow: bool = True, config: ScanCon
     """Take one step of the block machine for all rows of a decode state, in place. Rows that are done do not change.
 
     Beside the tensors of :func:`~sfs_triton.kernels.commit.check_state` it takes ``state.uniform``, float32 ``[B, n]``,
-    each row's stream of uniform numbers, read with ``at_random``, and ``state.shares``, float32 ``[B, n]``, each row's
-    schedule, read with ``schedule="timesteps"``. A state with a trace records its event: control numbers and history
-    before the step.
+    each row's stream of uniform numbers, read with ``select="random"``, and ``state.shares``, float32 ``[B, n]``, each
+    row's schedule, read with that and with ``select="shares"``. A state with a trace records its event: control
+    numbers and history before the step.
 
     Of equal scores the lowest position is best; 0.0 and -0.0 are equal. A NaN score ends its row with a fault and
     commits nothing. ``slow`` matches the signature of the cycle machine; blocks have no stages.
@@ -322,8 +320,9 @@ def decide_block(state, rules: BlockRules, *, slow: bool = True, config: ScanCon
         shape, device = [batch, None], state.control.device
         check_tensor(name, getattr(state, name), dtype=torch.float32, shape=shape, device=device, dense=True)
     n_uniform, n_shares = state.uniform.shape[1], state.shares.shape[1]
-    refuse_unless(not rules.timesteps or n_shares > 0, "shares is empty and schedule='timesteps'")
-    refuse_unless(not rules.at_random or n_uniform > 0, "uniform is empty and at_random is set")
+    at_random = rules.select == "random"
+    refuse_unless(not rules.shared or n_shares > 0, f"shares is empty and select={rules.select!r}")
+    refuse_unless(not at_random or n_uniform > 0, "uniform is empty and select='random'")
     if batch == 0 or length == 0:
         return
     event = None if state.events is None else (state.control.clone(), state.history.clone())
@@ -332,18 +331,16 @@ def decide_block(state, rules: BlockRules, *, slow: bool = True, config: ScanCon
         _decide_kernel,
         (batch,),
         **state_pointers(state),
-        uniform_ptr=state.uniform if rules.at_random else None,
-        shares_ptr=state.shares if rules.timesteps else None,
+        uniform_ptr=state.uniform if at_random else None,
+        shares_ptr=state.shares if rules.shared else None,
         length=length,
         n_uniform=n_uniform,
         n_shares=n_shares,
         eos_id=state.eos_id,
         paced_steps=min(rules.paced_steps or 0, MAX_LENGTH),  # one position per step; sums fit 32 bits
         block_length=min(rules.block_length or 0, MAX_LENGTH + 1),  # of which a canvas has one
-        HAS_TAU=rules.by_threshold,
-        IS_PACED=rules.by_threshold and rules.paced_steps is not None,
-        TIMESTEPS=rules.timesteps,
-        AT_RANDOM=rules.at_random,
+        SELECT=rules.select,
+        IS_PACED=rules.paced_steps is not None,
         OPENING=rules.opening,
         EOS_STOP=rules.eos_stop,
         PARTIAL=rules.partial,

@@ -28,7 +28,9 @@ from sfs_triton import (
 )
 from sfs_triton.decoding.caching import CachePolicy
 from sfs_triton.decoding.params import DecodingParams
-from sfs_triton.decoding.samplers import FIXED_METRICS, PRESETS, ROUNDINGS, SLOW_ENDS, SPREADS
+from sfs_triton.decoding.samplers import PRESETS
+from sfs_triton.decoding.samplers.fixed import FIXED_METRICS
+from sfs_triton.decoding.samplers.slowfast import ROUNDINGS, SLOW_ENDS, SPREADS
 from sfs_triton.errors import SequenceFault
 from sfs_triton.models import Transformer
 from sfs_triton.models.spec import ModelSpec

@@ -622,10 +622,10 @@ def test_cycle_rules_are_checked(rules, named):
 @pytest.mark.parametrize(
     ("rules", "named"),
     [
-        ({"schedule": "odd"}, "schedule='odd'"),
+        ({"select": "odd"}, "select='odd'"),
         ({"opening": "last"}, "opening='last'"),
-        ({"at_random": True}, "at_random goes with"),
-        ({"by_threshold": True, "paced_steps": 0}, "paced_steps=0"),
+        ({"paced_steps": 4}, "paced_steps=4 does not go with select='even'"),
+        ({"select": "threshold", "paced_steps": 0}, "paced_steps=0"),
         ({"block_length": -1}, "block_length=-1"),
     ],
 )

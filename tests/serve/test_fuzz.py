@@ -21,13 +21,9 @@ from schemathesis.specs.openapi.checks import (  # noqa: E402
 )
 
 from sfs_triton.decoding.caching import POLICIES  # noqa: E402
-from sfs_triton.decoding.samplers import (  # noqa: E402
-    FIXED_METRICS,
-    ROUNDINGS,
-    SAMPLERS,  # noqa: E402
-    SLOW_ENDS,
-    SPREADS,
-)
+from sfs_triton.decoding.samplers import SAMPLERS  # noqa: E402
+from sfs_triton.decoding.samplers.fixed import FIXED_METRICS  # noqa: E402
+from sfs_triton.decoding.samplers.slowfast import ROUNDINGS, SLOW_ENDS, SPREADS  # noqa: E402
 from tests.support.server import serving  # noqa: E402
 
 CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]

@@ -17,7 +17,7 @@ def _share(state) -> torch.Tensor:
 def _count(state, candidate: torch.Tensor, moves: torch.Tensor, rules: BlockRules) -> torch.Tensor:
     """Count the positions that each row commits in this step of a fixed schedule."""
     left = candidate.sum(1)
-    if rules.schedule == "timesteps":
+    if rules.select == "shares":
         count = torch.where(state.stage_step == state.block_steps - 1, left, (left.float() * _share(state)).long())
         return torch.where(state.stage_step < state.block_steps, count, 0)
     done = 1 if rules.opening == "first" else 0  # the opening forward is not one of the steps that share the rest
@@ -62,9 +62,9 @@ def decide_block(state, rules: BlockRules, *, slow: bool = True) -> None:
     moves = state.done == 0
     if rules.partial:
         moves &= ~waiting(state, state.block_start, state.block_end)
-    if rules.by_threshold:
+    if rules.select == "threshold":
         fill = _threshold_fill(state, candidate, scores, moves, rules)
-    elif rules.at_random:
+    elif rules.select == "random":
         fill = _random_fill(state, candidate, rules)
     else:
         fill = (rank_by_score(scores) < _count(state, candidate, moves, rules)[:, None]) & candidate
@@ -87,9 +87,9 @@ def _advance(state, moves: torch.Tensor, rules: BlockRules) -> None:
     over = first_masked(state, state.block_start) >= state.block_end
     if rules.opening != "normal":
         over &= (state.stage_step >= 2) | rules.eos_stop
-    elif not rules.by_threshold and not rules.eos_stop:
+    elif rules.scheduled and not rules.eos_stop:
         over &= state.stage_step >= state.block_steps  # the references run every step of their schedule
-    if not rules.by_threshold:
+    if rules.scheduled:
         over |= state.stage_step >= (state.block_steps.clamp(min=2) if rules.opening == "first" else state.block_steps)
     over &= moves
     following = first_masked(state, state.block_end)

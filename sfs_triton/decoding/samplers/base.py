@@ -1,0 +1,130 @@
+"""Base of all samplers: what they share, and what the machines and cache policies ask of them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar
+
+import torch
+
+from ...errors import check_flag, check_integer, check_number, require
+from ...kernels.rules import BlockRules
+from ...ops.dispatch import Draw
+
+LARGEST = 1_000_000  # of whole numbers: no canvas has so many positions
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampler:
+    """Parameters that all samplers share.
+
+    Args:
+        temperature: 0 takes the most likely token; above, Gumbel noise keyed by seed, token, position and step.
+        top_p, top_k: limits of the tokens that can be drawn.
+        cfg_scale: classifier-free guidance, ``c + cfg_scale * (c - u)``, with the given positions masked in ``u``.
+        eos_stop: stop at the leftmost committed end-of-text; later positions become end-of-text and are not computed.
+    """
+
+    temperature: float = 0.0
+    top_p: float | None = None
+    top_k: int | None = None
+    cfg_scale: float = 0.0
+    eos_stop: bool = False
+
+    by_stage: ClassVar[bool] = False  # works in cycles of a slow and a fast stage, not block by block
+    block_length = None
+
+    def __post_init__(self) -> None:
+        check_number("temperature", self.temperature)
+        require(
+            self.temperature == 0 or self.temperature >= 1e-6,
+            f"temperature={self.temperature!r} is neither 0 nor at least 1e-6",
+        )
+        check_number("cfg_scale", self.cfg_scale)
+        check_flag("eos_stop", self.eos_stop)
+        if self.top_p is not None:
+            check_number("top_p", self.top_p)
+            require(0 < self.top_p <= 1, f"top_p={self.top_p!r} is not in (0, 1]")
+        if self.top_k is not None:
+            check_integer("top_k", self.top_k, most=LARGEST)
+
+    def replace(self, **changes: Any) -> Sampler:
+        """Return a copy with some fields changed."""
+        unknown = set(changes) - {f.name for f in fields(self)}
+        require(not unknown, f"{type(self).__name__} has no setting {sorted(unknown)}")
+        return replace(self, **changes)
+
+    def draw(self) -> Draw:
+        """Return the rules for drawing and scoring tokens."""
+        return Draw(noise=self.temperature > 0, nucleus=self.has_nucleus, top_k=self.top_k)
+
+    @property
+    def has_nucleus(self) -> bool:
+        """True if ``top_p`` is below 1."""
+        return self.top_p is not None and self.top_p < 1
+
+    def batch_key(self) -> Sampler:
+        """Return this sampler with its per-sequence numbers (:meth:`sampling_values`) blanked.
+
+        Sequences can share a batch if these are equal."""
+        return replace(self, temperature=float(self.temperature > 0), top_p=1e-3 if self.has_nucleus else None)
+
+    def sampling_values(self) -> dict[str, float]:
+        """Return the per-sequence parameters, which may differ within a batch: those of ``SAMPLING`` that it uses."""
+        return {"temperature": self.temperature or 1.0, "top_p": self.top_p if self.has_nucleus else math.inf}
+
+    def block_steps(self, length: int) -> int:
+        """Return the steps that a schedule gives to each block of ``length`` response positions; 0 without one."""
+        return 0
+
+    def schedule_sizes(self, longest: int) -> dict[str, int]:
+        """Return the sizes of the tensors that hold a sequence's schedule, for responses of up to ``longest``."""
+        return {}
+
+    def schedule(self, length: int, seed: int) -> dict[str, list[float] | torch.Tensor]:
+        """Return the values of those tensors for one sequence."""
+        return {}
+
+    def check_cache(self, policy) -> None:
+        """Refuse a cache policy that does not work with this sampler."""
+
+    @property
+    def least_length(self) -> int:
+        """Least response length; for infilling, where ``gen_length`` must be valid and is not used."""
+        return self.block_length or 1
+
+    def check_length(self, length: int) -> None:
+        """Refuse a response length that is not a multiple of the block length."""
+        block = self.block_length
+        require(block is None or length % block == 0, f"gen_length={length} is not a multiple of block_length={block}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockSampler(Sampler):
+    """Base of samplers that decode block by block.
+
+    Args:
+        block_length: length of a block; None is one block.
+    """
+
+    block_length: int | None = 32
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.block_length is not None:
+            check_integer("block_length", self.block_length, most=LARGEST)
+
+    def selection(self) -> dict[str, Any]:
+        """Return the fields of ``BlockRules`` that say which positions a step commits."""
+        raise NotImplementedError
+
+    def rules(
+        self, opening: str = "normal", *, look_ahead: int = 0, partial: bool = False, span_cap: int | None = None
+    ) -> BlockRules:
+        """Return the rules of the block machine; arguments come from the cache policy.
+
+        ``look_ahead`` and ``span_cap`` are for the cycle machine; blocks have neither.
+        """
+        how = {"block_length": self.block_length, "opening": opening, "eos_stop": self.eos_stop, "partial": partial}
+        return BlockRules(**self.selection(), **how)
