@@ -5,7 +5,16 @@ print(engine.generate("15,44,79,50").text)
 """
 
 from .decoding.caching import DualCache, NoCache, PrefixCache, RefreshCache, RegionCache
-from .decoding.samplers import FixedSteps, Sampler, SlowFast, Threshold
+from .decoding.samplers import (
+    EntropyBound,
+    FixedSteps,
+    Hierarchy,
+    LocalLeap,
+    MultiBlock,
+    Sampler,
+    SlowFast,
+    Threshold,
+)
 from .engine import Engine, load
 from .errors import (
     ArgumentError,
@@ -29,11 +38,15 @@ __all__ = [
     "CheckpointError",
     "DualCache",
     "Engine",
+    "EntropyBound",
     "FixedSteps",
     "Frame",
     "Generation",
+    "Hierarchy",
+    "LocalLeap",
     "LoopTimeout",
     "MissingDependencyError",
+    "MultiBlock",
     "NoCache",
     "NumericalFault",
     "OutOfDeviceMemory",

@@ -40,6 +40,8 @@ def decode_state(
     state.control[:, COLUMN["stage"]] = SLOW
     state.control[:, COLUMN["block_steps"]] = 64
     state.candidate.copy_(state.masked)
+    if sampler.draw().entropy:
+        state.choice_entropy = torch.rand(state.choice_score.shape, generator=generator)
     if isinstance(sampler, FixedSteps):
         state.shares = torch.full((batch, 64), 0.05)
         state.uniform = torch.rand((batch, 64 * response), generator=generator)

@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 
-from sfs_triton import FixedSteps, Threshold
+from sfs_triton import EntropyBound, FixedSteps, Hierarchy, LocalLeap, MultiBlock, Threshold
 from sfs_triton.kernels.select import decide_block_cost
 from sfs_triton.ops import torch_backend as torch_impl
 from sfs_triton.ops import triton_backend as triton_impl
@@ -19,6 +19,13 @@ SAMPLERS = {  # settings, and what a cache policy adds to them
     "threshold": (Threshold(block_length=32, eos_stop=True), {}),
     "threshold-dual": (Threshold(block_length=32), {"opening": "repeat"}),
     "threshold-region": (Threshold(block_length=32), {"partial": True}),
+    "threshold-least": (Threshold(block_length=32, least=2), {}),
+    "leap-region": (LocalLeap(), {"partial": True}),
+    "leap-counts": (LocalLeap(steps=64), {}),
+    "bound": (EntropyBound(), {}),
+    "runs": (Hierarchy(), {}),
+    "open-region": (MultiBlock(eos_stop=True), {"partial": True}),
+    "open-strict": (MultiBlock.preset("d3llm-dream"), {}),
     "paced": (Threshold(block_length=None, steps=64), {}),
     "even": (FixedSteps(block_length=32), {}),
     "even-first": (FixedSteps(block_length=32), {"opening": "first"}),

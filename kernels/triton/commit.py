@@ -45,6 +45,8 @@ N_CONTROL: tl.constexpr = tl.constexpr(len(CONTROL))
 TAU_MIN: tl.constexpr = tl.constexpr(SAMPLING_COLUMN["tau_min"])
 TAU_SLOW: tl.constexpr = tl.constexpr(SAMPLING_COLUMN["tau_slow"])
 TAU: tl.constexpr = tl.constexpr(SAMPLING_COLUMN["tau"])
+TAU_LOW: tl.constexpr = tl.constexpr(SAMPLING_COLUMN["tau_low"])
+BOUND: tl.constexpr = tl.constexpr(SAMPLING_COLUMN["bound"])
 N_SAMPLING: tl.constexpr = tl.constexpr(len(SAMPLING))
 
 

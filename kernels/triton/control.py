@@ -48,5 +48,7 @@ SAMPLING = (
     "tau_min",  # confidence of a candidate for the horizon
     "tau_slow",  # for parallel unmasking in the slow stage
     "tau",  # for parallel unmasking: in the fast stage, or in a block
+    "tau_low",  # near an anchor, or for the best of a run
+    "bound",  # of a sum of entropies
 )
 SAMPLING_COLUMN = {name: index for index, name in enumerate(SAMPLING)}

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 SPREADS = ("variance", "unbiased")
 SLOW_ENDS = ("stable", "fixed", "filled")
 ROUNDINGS = ("floor", "even")
-SELECTIONS = ("threshold", "even", "shares", "random")
+SELECTIONS = ("threshold", "leap", "bound", "runs", "open", "even", "shares", "random")
 OPENINGS = ("normal", "repeat", "first")
 
 
@@ -85,10 +85,20 @@ class BlockRules:
     The number of steps per block of a schedule is per sequence (``state.block_steps``), since lengths differ.
 
     Args:
-        select: ``"threshold"``: the best position and all that reach ``tau``; or a schedule: ``"even"``: counts spread
-            over the block's steps; ``"shares"``: shares of the positions left, the best of them; ``"random"``: the same
-            shares, as probabilities (Dream's ``"origin"``).
+        select: beside the ``least`` best positions, ``"threshold"``: all that reach ``tau``; ``"leap"``: the same, and
+            all within ``radius`` of a position that reaches ``tau`` and themselves reach ``tau_low``; ``"bound"``: in
+            order of score, as long as the entropies before a position sum to at most ``bound``; ``"runs"``: all over
+            ``tau``, and the best of each run of undecided positions if it is over ``tau_low``; ``"open"``: all that
+            reach ``tau`` in the open blocks, and at least one of the leftmost block with masks. Or a schedule:
+            ``"even"``: counts spread over the block's steps; ``"shares"``: shares of the positions left, the best of
+            them; ``"random"``: the same shares, as probabilities (Dream's ``"origin"``).
         block_length: length of a block; None is one block.
+        least: number of best positions that each step commits.
+        strict: scores must exceed ``tau``, not just reach it.
+        radius: with ``"leap"``: how far an anchor reaches.
+        counted: with ``"leap"``: commit the counts of the even schedule instead of ``least`` and of all that reach
+            ``tau``; only these can be anchors.
+        open_masks: with ``"open"``: the next block opens once the last open one has at most so many masks.
         paced_steps: with a threshold: at most length / ``paced_steps`` positions per step, plus the unused quota of
             earlier steps.
         opening: ``"repeat"``: a block takes at least two forwards; ``"first"``: and the first of them commits only the
@@ -99,6 +109,11 @@ class BlockRules:
 
     select: str
     block_length: int | None
+    least: int = 1
+    strict: bool = False
+    radius: int = 0
+    counted: bool = False
+    open_masks: int = 0
     paced_steps: int | None = None
     opening: str = "normal"
     eos_stop: bool = False

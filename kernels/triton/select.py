@@ -16,6 +16,7 @@ from .commit import (
     BLOCK_END,
     BLOCK_START,
     BLOCK_STEPS,
+    BOUND,
     CAP,
     CYCLE,
     DONE,
@@ -34,6 +35,7 @@ from .commit import (
     START,
     STEP,
     TAU,
+    TAU_LOW,
     ScanConfig,
     block_at,
     check_state,
@@ -45,63 +47,17 @@ from .commit import (
 from .cost import Cost
 from .launch import launch
 from .rules import BlockRules
-
-
-@triton.jit
-def _load_keys(score_ptr, candidate_ptr, place, length):
-    """Scores as integers in the same order, the least integer where there is no candidate; and the candidates."""
-    candidate = tl.load(candidate_ptr + place, mask=place < length, other=0) != 0
-    score = tl.load(score_ptr + place, mask=candidate, other=0.0) + 0.0  # -0.0 and 0.0 are the same score
-    bits = score.to(tl.int32, bitcast=True)
-    return tl.where(candidate, bits ^ ((bits >> 31) & 0x7FFFFFFF), -0x80000000), candidate
-
-
-@triton.jit
-def _scan(score_ptr, candidate_ptr, length, BLOCK_L: tl.constexpr):
-    """Scan the candidates: their number, the lowest, the lowest with the largest score, whether one is NaN."""
-    left = tl.zeros([BLOCK_L], tl.int32)
-    bad = tl.zeros([BLOCK_L], tl.int32)
-    lowest = tl.zeros([BLOCK_L], tl.int32) + length
-    best_key = tl.full([BLOCK_L], -0x80000000, tl.int32)
-    best_place = tl.zeros([BLOCK_L], tl.int32) + length
-    for begin in range(0, length, BLOCK_L):
-        place = begin + tl.arange(0, BLOCK_L)
-        key, candidate = _load_keys(score_ptr, candidate_ptr, place, length)
-        score = tl.load(score_ptr + place, mask=candidate, other=0.0)
-        left += candidate.to(tl.int32)
-        bad |= (score != score).to(tl.int32)
-        lowest = tl.minimum(lowest, tl.where(candidate, place, length))
-        better = key > best_key
-        best_key = tl.where(better, key, best_key)
-        best_place = tl.where(better, place, best_place)
-    top = tl.max(best_key, axis=0)
-    best = tl.min(tl.where(best_key == top, best_place, length), axis=0)
-    return tl.sum(left, axis=0), tl.min(lowest, axis=0), best, tl.max(bad, axis=0) != 0
-
-
-@triton.jit
-def _count_above(score_ptr, candidate_ptr, length, bound, BLOCK_L: tl.constexpr):
-    """Count the candidates whose key exceeds ``bound``."""
-    total = tl.zeros([BLOCK_L], tl.int32)
-    for begin in range(0, length, BLOCK_L):
-        key, candidate = _load_keys(score_ptr, candidate_ptr, begin + tl.arange(0, BLOCK_L), length)
-        total += (candidate & (key > bound)).to(tl.int32)
-    return tl.sum(total, axis=0)
-
-
-@triton.jit
-def _kth_largest(score_ptr, candidate_ptr, length, count, BLOCK_L: tl.constexpr):
-    """The key of the ``count``-th largest score (at least 1), by bisection, and how many positions of that very key
-    belong to the ``count`` largest."""
-    low = tl.full([], -0x80000000, tl.int64)  # int64, so that the sum of two does not overflow
-    high = tl.full([], 0x7FFFFFFF, tl.int64)
-    while low < high:  # the smallest key that fewer than ``count`` exceed
-        middle = (low + high) >> 1
-        fewer = _count_above(score_ptr, candidate_ptr, length, middle.to(tl.int32), BLOCK_L) < count
-        high = tl.where(fewer, middle, high)
-        low = tl.where(fewer, low, middle + 1)
-    bound = low.to(tl.int32)
-    return bound, count - _count_above(score_ptr, candidate_ptr, length, bound, BLOCK_L)
+from .selection import (
+    add_best_of_block,
+    add_near_anchors,
+    add_over,
+    add_within_bound,
+    count_masks,
+    fill_runs,
+    kth_largest,
+    load_keys,
+    scan_candidates,
+)
 
 
 @triton.jit
@@ -109,15 +65,15 @@ def _fill_ranked(
     score_ptr, candidate_ptr, fill_ptr, length, count, left, tau, best, HAS_TAU: tl.constexpr, BLOCK_L: tl.constexpr
 ):
     """Mark the ``count`` best of ``left`` positions, with HAS_TAU only those of them that reach ``tau`` or are the best
-    one; returns how many."""
+    one; return how many, and the least key of the ``count``."""
     total = tl.zeros([BLOCK_L], tl.int32)
     bound = tl.full([], -0x80000000, tl.int32)  # where all are taken, every one exceeds it
     ties = count
     if (count > 0) & (count < left):
-        bound, ties = _kth_largest(score_ptr, candidate_ptr, length, count, BLOCK_L)
+        bound, ties = kth_largest(score_ptr, candidate_ptr, length, count, BLOCK_L)
     for begin in range(0, length, BLOCK_L):
         place = begin + tl.arange(0, BLOCK_L)
-        key, candidate = _load_keys(score_ptr, candidate_ptr, place, length)
+        key, candidate = load_keys(score_ptr, candidate_ptr, place, length)
         tie = candidate & (key == bound)
         rank = tl.cumsum(tie.to(tl.int32), axis=0) - 1
         chosen = candidate & ((key > bound) | (tie & (rank < ties))) & (count > 0)
@@ -127,7 +83,7 @@ def _fill_ranked(
             chosen = chosen & ((score >= tau) | (place == best))
         tl.store(fill_ptr + place, chosen, mask=place < length)
         total += chosen.to(tl.int32)
-    return tl.sum(total, axis=0)
+    return tl.sum(total, axis=0), bound
 
 
 @triton.jit
@@ -174,11 +130,47 @@ def _scheduled(left, k, steps, quota, share, TIMESTEPS: tl.constexpr, OPENING_FI
     return tl.where(k < steps, quota // steps + (k < quota % steps).to(tl.int32), 0), quota
 
 
-@triton.jit(do_not_specialize=["length", "eos_id", "paced_steps", "block_length", "n_uniform", "n_shares"])
+@triton.jit
+def _fill_best(
+    score_ptr, entropy_ptr, candidate_ptr, masked_ptr, fill_ptr, sampling_ptr, length, left, lowest, best, least,
+    radius, start, block_length, SELECT: tl.constexpr, LEAST: tl.constexpr, STRICT: tl.constexpr, BLOCK_L: tl.constexpr,
+):  # fmt: skip
+    """Mark the ``least`` best positions, and those that the rule of selection adds. Pointers are the row's own."""
+    tau, tau_low = tl.load(sampling_ptr + TAU), tl.load(sampling_ptr + TAU_LOW)
+    if SELECT == "runs":
+        fill_runs(score_ptr, candidate_ptr, masked_ptr, fill_ptr, length, tau, tau_low, best, BLOCK_L)
+    else:
+        if LEAST == 1:
+            _fill_one(fill_ptr, length, tl.where(left > 0, best, length), BLOCK_L)
+        else:
+            _fill_ranked(
+                score_ptr, candidate_ptr, fill_ptr, length, tl.minimum(least, left), left, tau, best, False, BLOCK_L
+            )
+        tl.debug_barrier()
+        if SELECT == "bound":
+            bound = tl.load(sampling_ptr + BOUND).to(tl.float64)
+            add_within_bound(score_ptr, entropy_ptr, candidate_ptr, fill_ptr, length, bound, BLOCK_L)
+        else:
+            add_over(score_ptr, candidate_ptr, fill_ptr, length, tau, STRICT, BLOCK_L)
+        if SELECT == "leap":
+            every = tl.full([], -0x80000000, tl.int32)
+            add_near_anchors(score_ptr, candidate_ptr, fill_ptr, length, tau, tau_low, every, radius, BLOCK_L)
+        if SELECT == "open":
+            tl.debug_barrier()
+            first = start + (lowest - start) // block_length * block_length
+            add_best_of_block(score_ptr, candidate_ptr, fill_ptr, length, first, first + block_length, BLOCK_L)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "length", "eos_id", "paced_steps", "block_length", "n_uniform", "n_shares", "least", "radius", "open_masks"
+    ]
+)  # fmt: skip
 def _decide_kernel(
     token_ptr,
     score_ptr,
     candidate_ptr,
+    entropy_ptr,
     uniform_ptr,
     shares_ptr,
     tokens_ptr,
@@ -194,7 +186,13 @@ def _decide_kernel(
     eos_id,
     paced_steps,
     block_length,
+    least,
+    radius,
+    open_masks,
     SELECT: tl.constexpr,
+    LEAST: tl.constexpr,
+    STRICT: tl.constexpr,
+    COUNTED: tl.constexpr,
     IS_PACED: tl.constexpr,
     OPENING: tl.constexpr,
     EOS_STOP: tl.constexpr,
@@ -220,7 +218,7 @@ def _decide_kernel(
     )
     steps, limit = tl.load(control_ptr + BLOCK_STEPS).to(tl.int32), tl.load(control_ptr + LIMIT).to(tl.int32)
     cap = tl.load(control_ptr + CAP).to(tl.int32)
-    left, lowest, best, bad = _scan(score_ptr + at, candidate_ptr + at, length, BLOCK_L)
+    left, lowest, best, bad = scan_candidates(score_ptr + at, candidate_ptr + at, length, BLOCK_L)
     moves = tl.full([], True, tl.int1)
     if PARTIAL:  # a waiting row has no candidates and commits nothing; only its step counts
         moves = row_waits(candidate_ptr + at, masked_ptr + at, length, block_start, block_end, BLOCK_L) == 0
@@ -231,13 +229,21 @@ def _decide_kernel(
         tl.store(control_ptr + DONE, 1)
         return
 
+    scheduled: tl.constexpr = SELECT == "even" or SELECT == "shares" or SELECT == "random"
+    plain: tl.constexpr = SELECT == "threshold" and LEAST == 1  # one loop does all
     share, tau = 0.0, 0.0
-    if SELECT == "threshold":
+    if plain or COUNTED:
         tau = tl.load(sampling_ptr + row * N_SAMPLING + TAU)
     if SELECT == "shares" or SELECT == "random":
         share = tl.load(shares_ptr + row * n_shares + tl.minimum(k, n_shares - 1))
-    if SELECT == "threshold" and not IS_PACED:
+    if plain and not IS_PACED:
         _fill_over(score_ptr + at, candidate_ptr + at, fill_ptr + at, length, tau, best, BLOCK_L)
+    elif not scheduled and not IS_PACED and not COUNTED:
+        _fill_best(
+            score_ptr + at, entropy_ptr + at, candidate_ptr + at, masked_ptr + at, fill_ptr + at,
+            sampling_ptr + row * N_SAMPLING, length, left, lowest, best, least, radius, start, block_length,
+            SELECT, LEAST, STRICT, BLOCK_L,
+        )  # fmt: skip
     elif SELECT == "random":
         share = tl.where(k >= steps - 1, 1.0, share)  # the last step takes all
         _fill_at_random(
@@ -257,11 +263,18 @@ def _decide_kernel(
             count = quota
         else:
             count, quota = _scheduled(left, k, steps, quota, share, SELECT == "shares", OPENING == "first")
-        taken = _fill_ranked(
+        taken, least_key = _fill_ranked(
             score_ptr + at, candidate_ptr + at, fill_ptr + at, length, count, left, tau, best, IS_PACED, BLOCK_L
         )
         if IS_PACED:
             quota -= taken
+        if COUNTED:
+            tau_low = tl.load(sampling_ptr + row * N_SAMPLING + TAU_LOW)
+            tau = tl.where(count > 0, tau, float("inf"))  # without chosen positions there is no anchor
+            tl.debug_barrier()
+            add_near_anchors(
+                score_ptr + at, candidate_ptr + at, fill_ptr + at, length, tau, tau_low, least_key, radius, BLOCK_L
+            )
     tl.debug_barrier()
     if OPENING == "first":
         if k == 0:
@@ -279,12 +292,18 @@ def _decide_kernel(
     if OPENING != "normal":
         if not EOS_STOP:
             block_over = block_over & (k >= 2)
-    elif SELECT != "threshold" and not EOS_STOP:
+    elif scheduled and not EOS_STOP:
         block_over = block_over & (k >= steps)  # the references run every step of their schedule
-    if SELECT != "threshold":
+    if scheduled:
         block_over = block_over | (k >= (tl.maximum(steps, 2) if OPENING == "first" else steps))
     block_over = moves & block_over
     over = block_over & (following >= length)
+    if SELECT == "open":
+        over = moves & (first >= length)
+        tl.debug_barrier()
+        begin = start + (block_end - start - 1) // block_length * block_length
+        if moves & (count_masks(masked_ptr + at, length, begin, block_end, BLOCK_L) <= open_masks):
+            block_end = tl.minimum(block_end + block_length, end)
     if (over == 0) & (step >= cap):
         tl.store(control_ptr + FAULT, -step)
         over = over | True
@@ -293,8 +312,12 @@ def _decide_kernel(
     tl.store(control_ptr + QUOTA, quota)
     tl.store(control_ptr + MASKS_LEFT, masks_left)
     tl.store(control_ptr + DONE, over.to(tl.int32))
-    tl.store(control_ptr + STAGE_STEP, tl.where(block_over, 0, k))
-    if HAS_BLOCKS:
+    if SELECT == "open":
+        tl.store(control_ptr + STAGE_STEP, k)
+        tl.store(control_ptr + BLOCK_END, block_end)
+    else:
+        tl.store(control_ptr + STAGE_STEP, tl.where(block_over, 0, k))
+    if HAS_BLOCKS and SELECT != "open":
         if block_over:
             index, begin, stop = block_at(start, end, following, block_length)
             tl.store(control_ptr + BLOCK, index)
@@ -331,6 +354,7 @@ def decide_block(state, rules: BlockRules, *, slow: bool = True, config: ScanCon
         _decide_kernel,
         (batch,),
         **state_pointers(state),
+        entropy_ptr=state.entropy if rules.select == "bound" else state.score,
         uniform_ptr=state.uniform if at_random else None,
         shares_ptr=state.shares if rules.shared else None,
         length=length,
@@ -339,7 +363,13 @@ def decide_block(state, rules: BlockRules, *, slow: bool = True, config: ScanCon
         eos_id=state.eos_id,
         paced_steps=min(rules.paced_steps or 0, MAX_LENGTH),  # one position per step; sums fit 32 bits
         block_length=min(rules.block_length or 0, MAX_LENGTH + 1),  # of which a canvas has one
+        least=min(rules.least, MAX_LENGTH),
+        radius=min(rules.radius, MAX_LENGTH),
+        open_masks=min(rules.open_masks, MAX_LENGTH),
         SELECT=rules.select,
+        LEAST=min(rules.least, 2),
+        STRICT=rules.strict,
+        COUNTED=rules.counted,
         IS_PACED=rules.paced_steps is not None,
         OPENING=rules.opening,
         EOS_STOP=rules.eos_stop,

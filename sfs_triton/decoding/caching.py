@@ -135,7 +135,7 @@ class CachePolicy:
 
     def _window(self, bounds: BatchBounds, sampler: Sampler) -> int:
         """Return the most candidates that a step of any sequence within ``bounds`` can have."""
-        limits = (bounds.masks, sampler.block_length, self.span_cap if sampler.by_stage else None, bounds.length)
+        limits = (bounds.masks, sampler.most_candidates, self.span_cap if sampler.by_stage else None, bounds.length)
         return max(1, min(n for n in limits if n is not None))
 
     def _features(self, step: int, shortest: int, longest: int) -> Features | None:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from ..distributed import ALONE, Group, Vocabulary
-from ..ops.dispatch import Draw, Matrix, Ops, operations, rope_tables
+from ..ops.dispatch import Choice, Draw, Matrix, Ops, operations, rope_tables
 from .cache import FeatureCache, Features, KVCache, Scope
 from .spec import ModelSpec
 from .weights import LayerWeights, Weights
@@ -52,10 +52,8 @@ class Transformer:
         logits = self._product(hidden, self.weights.head)
         return logits if self._vocabulary is None else self._vocabulary.gather(logits)
 
-    def choose(
-        self, hidden: torch.Tensor, draw: Draw, **options: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token and score ``[T]`` for rows of normalised hidden states ``[T, d]``; options as for :meth:`Ops.choose`.
+    def choose(self, hidden: torch.Tensor, draw: Draw, **options: torch.Tensor | None) -> Choice:
+        """Choose and score tokens for rows of normalised hidden states ``[T, d]``; options as for :meth:`Ops.choose`.
 
         The bits are equal on all ranks, since all merge the same numbers, so ranks never decide differently.
         """

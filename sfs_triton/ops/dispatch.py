@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from ..distributed import Vocabulary
 from ..errors import ArgumentError, MissingDependencyError, check_choice
 from .torch import sharded
-from .torch.confidence import Draw, filter_logits
+from .torch.confidence import Choice, Draw, filter_logits
 from .torch.linear import Matrix, Quantised, quantize
 from .torch.rope_cache import rope_tables
 
@@ -73,8 +73,8 @@ class Ops:
         vocabulary: Vocabulary | None = None,
         top_p: torch.Tensor | None = None,
         **noise: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token ``[T]`` (int32) and score ``[T]`` (float32) for each row of ``hidden [T, d]``, by ``head [V, d]``.
+    ) -> Choice:
+        """Choose and score a token for each row of ``hidden [T, d]``, by ``head [V, d]``.
 
         ``rows`` int32 ``[T]`` selects rows of ``hidden``, of which the first ``count [1]`` are computed. ``noise``
         is ``temperature`` (float32 ``[T]``), ``seed``, ``position`` and ``step`` (int64 ``[T]``), where the draw has
@@ -83,33 +83,49 @@ class Ops:
         all logits of a row.
         """
         filtered = draw.top_k is not None or draw.nucleus
-        if draw.metric == "confidence" and not draw.tempered and not filtered:
+        if draw.metric == "confidence" and not draw.tempered and not filtered and not draw.entropy:
             if isinstance(head, Quantised):
                 head, noise = head.codes, noise | {"scale": head.scale}
             how = {"rows": rows, "count": count, **noise}
             if vocabulary is None:
-                return self.lm_head(hidden, head, **how)
+                return Choice(*self.lm_head(hidden, head, **how))
             values, winner = self.lm_head_partials(hidden, head, vocab_start=vocabulary.start, **how)
             gathered = vocabulary.group.all_gather(sharded.pack(values, winner))
-            return self.merge_partials(*sharded.unpack(gathered))
+            return Choice(*self.merge_partials(*sharded.unpack(gathered)))
         if rows is not None:
             hidden = hidden[rows.clamp(min=0)]
         logits = self.product(hidden, head)
-        if vocabulary is not None and not filtered:
-            return _choose_together(logits, draw, vocabulary, **noise)
+        if vocabulary is not None and filtered:
+            logits, vocabulary = vocabulary.gather(logits), None
+        entropy = None
+        if draw.entropy:  # first, since the choice may overwrite logits
+            entropy = -self._measure(logits, Draw(metric="entropy"), vocabulary)[1]
+        if filtered:
+            return Choice(*self._choose_filtered(logits, draw, top_p, **noise), entropy)
+        return Choice(*self._measure(logits, draw, vocabulary, **noise), entropy)
+
+    def _measure(
+        self, logits: torch.Tensor, draw: Draw, vocabulary: Vocabulary | None, **noise: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Choose and score by logits ``[T, v]``, of the whole vocabulary or of this rank's part."""
         if vocabulary is not None:
-            logits = vocabulary.gather(logits)
-        how = {"metric": draw.metric, "tempered": draw.tempered}
-        if not filtered:
-            return self.confidence(logits, **how, **noise)
+            return _choose_together(logits, draw, vocabulary, **noise)
+        return self.confidence(logits, metric=draw.metric, tempered=draw.tempered, **noise)
+
+    def _choose_filtered(
+        self, logits: torch.Tensor, draw: Draw, top_p: torch.Tensor | None, **noise: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Choose among the tokens that top-p and top-k leave of ``logits [T, V]``."""
         logits = logits.float()
         if draw.tempered and draw.noise:  # filtered logits are tempered already
             temperature = noise["temperature"]
             logits, noise["temperature"] = logits / temperature[:, None], torch.ones_like(temperature)
         drawn = filter_logits(logits, draw.top_k, top_p)
-        token, score = self.confidence(drawn, **how, **noise)
-        if not draw.tempered:
+        token, score = self._measure(drawn, draw, None, **noise)
+        if not draw.tempered and draw.metric == "confidence":
             score = logits.softmax(-1).gather(-1, token[:, None].long())[:, 0]
+        elif not draw.tempered:
+            score = self._measure(logits, Draw(metric=draw.metric), None)[1]
         return token, score
 
 
@@ -162,6 +178,7 @@ def _module(backend: str, device: torch.device):
 
 
 __all__ = [
+    "Choice",
     "Draw",
     "Matrix",
     "Ops",

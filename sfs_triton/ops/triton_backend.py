@@ -101,5 +101,7 @@ def scatter_choices(
     *,
     which: torch.Tensor | None = None,
     row: torch.Tensor | None = None,
+    scores: torch.Tensor | None = None,
 ) -> None:
-    _scatter_choices.scatter_choices(token, score, target, state.token, state.score, which=which, row=row)
+    into = state.score if scores is None else scores[:-1].view(state.score.shape)
+    _scatter_choices.scatter_choices(token, score, target, state.token, into, which=which, row=row)

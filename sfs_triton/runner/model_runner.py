@@ -63,6 +63,7 @@ class ModelRunner:
             eos_id=spec.eos_id,
             device=device,
             trace=key.trace,
+            entropy=self._draw.entropy,
         )
         for name, size in self.sampler.schedule_sizes(response).items():
             setattr(state, name, torch.zeros((self.slots, size), device=device))
@@ -128,6 +129,7 @@ class ModelRunner:
                 cap=step_cap,
                 sampling=sampler.sampling_values(),
                 block_steps=sampler.block_steps(length),
+                open_blocks=sampler.open_blocks,
             )
 
     @torch.inference_mode()
@@ -264,8 +266,11 @@ class ModelRunner:
             which = keys["rows"] = which[0]
         if self._draw.noise or self._draw.nucleus:
             keys |= self._sampling_of(target, which, batch)
-        token, score = self.model.choose(hidden.flatten(0, 1), self._draw, **keys)
-        ops.scatter_choices(state, token, score, target, which=which, row=batch)
+        choice = self.model.choose(hidden.flatten(0, 1), self._draw, **keys)
+        ops.scatter_choices(state, choice.token, choice.score, target, which=which, row=batch)
+        if choice.entropy is not None:
+            into = state.choice_entropy
+            ops.scatter_choices(state, choice.token, choice.entropy, target, which=which, row=batch, scores=into)
 
     def _scope(self, shape: Forward, batch: torch.Tensor | None) -> Scope:
         """Return the scope to forward, with its lists and ranges written to fixed buffers."""

@@ -27,6 +27,7 @@ class DecodeState:
     candidate: torch.Tensor  # bool [B, L]: candidates of the step
     choice_token: torch.Tensor  # int64 [B L + 1]: token chosen by the last forward, at candidates; one spare element
     choice_score: torch.Tensor  # float32 [B L + 1]: the score of that choice
+    choice_entropy: torch.Tensor  # float32 [B L + 1]: the entropy there; no element if the sampler needs none
     commit_step: torch.Tensor  # int64 [B, L]: step that filled a position, -1 never or given
     fill: torch.Tensor  # bool [B, L]: positions committed by the last step
     dirty: torch.Tensor  # bool [B, L]: committed since it was last forwarded
@@ -46,6 +47,7 @@ class DecodeState:
     events: dict[str, torch.Tensor] | None  # inputs of the last decision; None without a trace
     token: torch.Tensor = field(init=False)  # int64 [B, L]: the choices by position
     score: torch.Tensor = field(init=False)  # float32 [B, L]
+    entropy: torch.Tensor = field(init=False)  # float32 [B, L] or [0]
     start: torch.Tensor = field(init=False)
     end: torch.Tensor = field(init=False)
     limit: torch.Tensor = field(init=False)
@@ -73,6 +75,8 @@ class DecodeState:
     tau_min: torch.Tensor = field(init=False)
     tau_slow: torch.Tensor = field(init=False)
     tau: torch.Tensor = field(init=False)
+    tau_low: torch.Tensor = field(init=False)
+    bound: torch.Tensor = field(init=False)
 
     def __post_init__(self) -> None:
         for index, name in enumerate(CONTROL):
@@ -81,6 +85,8 @@ class DecodeState:
             setattr(self, name, self.sampling[:, index])
         self.token = self.choice_token[:-1].view(self.tokens.shape)
         self.score = self.choice_score[:-1].view(self.tokens.shape)
+        entropies = self.choice_entropy
+        self.entropy = entropies[:-1].view(self.tokens.shape) if len(entropies) else entropies
 
     @classmethod
     def allocate(
@@ -111,7 +117,16 @@ class DecodeState:
 
     @classmethod
     def blank(
-        cls, *, batch: int, length: int, window: int, mask_id: int, eos_id: int, device: torch.device, trace: bool
+        cls,
+        *,
+        batch: int,
+        length: int,
+        window: int,
+        mask_id: int,
+        eos_id: int,
+        device: torch.device,
+        trace: bool,
+        entropy: bool = False,
     ) -> DecodeState:
         """Allocate tensors for ``batch`` canvases of ``length``. Slots are free until :meth:`put` fills them."""
 
@@ -140,6 +155,7 @@ class DecodeState:
             candidate=canvas(torch.bool),
             choice_token=zeros(batch * length + 1),
             choice_score=zeros(batch * length + 1, dtype=torch.float32),
+            choice_entropy=zeros(batch * length + 1 if entropy else 0, dtype=torch.float32),
             commit_step=canvas(),
             fill=canvas(torch.bool),
             dirty=canvas(torch.bool),
@@ -171,11 +187,12 @@ class DecodeState:
         cap: int,
         sampling: Mapping[str, float],
         block_steps: int = 0,
+        open_blocks: int = 1,
     ) -> Progress:
         """Put a canvas into a slot whose sequence is done, in stream order; return its progress.
 
-        ``cap`` is its step limit, ``sampling`` are its sampler's parameters, and ``block_steps`` is the number of steps
-        that a schedule gives to each block.
+        ``cap`` is its step limit, ``sampling`` are its sampler's parameters, ``block_steps`` is the number of steps
+        that a schedule gives to each block, and ``open_blocks`` how many blocks are open at its first step.
         """
         end, masks = len(row), [p for p in range(start, len(row)) if row[p] == self.mask_id]
         size = max(1, end - start if block_length is None else block_length)
@@ -183,7 +200,7 @@ class DecodeState:
         begin = start + block * size
         values = {
             **{"start": start, "end": end, "limit": end},
-            **{"block": block, "block_start": begin, "block_end": min(begin + size, end)},
+            **{"block": block, "block_start": begin, "block_end": min(begin + size * open_blocks, end)},
             **{"span_start": begin, "span_end": -1, "estimate": -1, "block_steps": block_steps},
             "cap": min(cap, 2**31 - 1),  # kernels count in 32 bits
             **{"masks_left": len(masks), "done": int(not masks)},

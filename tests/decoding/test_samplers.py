@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 import sfs_triton
 from bench.baselines import slowfast as baselines
 from bench.common.testing import brisk_interpreter
-from sfs_triton import FixedSteps, Sampler, SlowFast, Threshold
+from sfs_triton import EntropyBound, FixedSteps, Hierarchy, LocalLeap, MultiBlock, Sampler, SlowFast, Threshold
 from sfs_triton.models import Transformer
 from sfs_triton.ops.torch.cycle import spread_of
 from tests.conformance import MARGIN
@@ -121,7 +121,7 @@ def common_token(name: str) -> int:
     return max(set(tokens), key=tokens.count)
 
 
-@pytest.mark.parametrize(("seed", "name"), [(seed, NAMES[seed // 4 % 2]) for seed in range(24)])  # four samplers
+@pytest.mark.parametrize(("seed", "name"), [(seed, NAMES[seed // 4 % 2]) for seed in range(12)])  # four samplers
 def test_end_of_text(seed: int, name: str):
     rng = random.Random(f"eos/{name}/{seed}")
     samplers = [random_slowfast(rng), random_slowfast(rng), random_threshold(rng), random_fixed(rng)]
@@ -176,11 +176,53 @@ def test_guidance(name: str, cfg_scale: float):
 
 
 def random_threshold(rng: random.Random) -> Threshold:
+    steps = rng.choice([None, None, 4, 8, 16, 32])
     return Threshold(
         tau=rng.choice([0.2, 0.5, 0.8, 0.9, 1.0]),
+        metric=rng.choice(["confidence", "confidence", "margin", "entropy"]),
+        least=rng.choice([1, 3]) if steps is None else 1,
         block_length=rng.choice([None, 8, 16, 32]),
-        steps=rng.choice([None, None, 4, 8, 16, 32]),
+        steps=steps,
     )
+
+
+def random_bound(rng: random.Random) -> EntropyBound:
+    return EntropyBound(
+        bound=rng.choice([0.0, 0.1, 0.5, 2.0, 1e9]),
+        metric=rng.choice(["confidence", "margin", "entropy"]),
+        least=rng.choice([1, 1, 3]),
+        block_length=rng.choice([None, 8, 16]),
+    )
+
+
+def random_hierarchy(rng: random.Random) -> Hierarchy:
+    tau = rng.choice([0.3, 0.6, 0.9, 1.0])
+    low = rng.choice([None, 0.0, 0.1, 0.3])
+    return Hierarchy(tau=tau, tau_low=low, block_length=rng.choice([None, 8, 16]))
+
+
+def random_leap(rng: random.Random) -> LocalLeap:
+    tau = rng.choice([0.0, 0.3, 0.6, 0.9])
+    return LocalLeap(
+        tau=tau,
+        tau_near=tau * rng.choice([0.0, 0.3, 0.8]),
+        radius=rng.choice([0, 1, 4, 64]),
+        steps=rng.choice([None, None, 8, 16, 32]),
+        block_length=rng.choice([None, 8, 16]),
+    )
+
+
+def random_multi_block(rng: random.Random) -> MultiBlock:
+    return MultiBlock(
+        entropy=rng.choice([0.0, 0.3, 1.0, 2.5, 10.0]),
+        open_at=rng.choice([0.0, 0.1, 0.5, 1.0]),
+        strict=rng.random() < 0.5,
+        keep_best=rng.random() < 0.5,
+        block_length=rng.choice([4, 8, 16, 32]),
+    )
+
+
+PARALLEL = [random_bound, random_hierarchy, random_leap, random_multi_block]
 
 
 def random_fixed(rng: random.Random) -> FixedSteps:
@@ -193,8 +235,8 @@ def random_fixed(rng: random.Random) -> FixedSteps:
     )
 
 
-@pytest.mark.parametrize(("seed", "name"), [(seed, NAMES[seed % 2]) for seed in range(24)])
-@pytest.mark.parametrize("make", [random_threshold, random_fixed])
+@pytest.mark.parametrize(("seed", "name"), [(seed, NAMES[seed % 2]) for seed in range(12)])
+@pytest.mark.parametrize("make", [random_threshold, random_fixed, *PARALLEL])
 def test_random_block_samplers(make, seed: int, name: str):
     rng = random.Random(f"{make.__name__}/{name}/{seed}")
     check(engine_of(name), random_prompt(rng), LENGTH, make(rng), seed)
@@ -212,13 +254,14 @@ def test_noise(changes: dict, name: str):
         FixedSteps(steps=12),
         FixedSteps(steps=12, metric="entropy"),
         FixedSteps(steps=9, metric="topk_margin"),
+        *(make(rng) for make in PARALLEL),
     ]
     for seed, sampler in enumerate(samplers):
         check(engine_of(name), random_prompt(rng), 16, sampler.replace(temperature=0.8, **changes), seed)
 
 
 @pytest.mark.parametrize(
-    ("make", "seed", "name"), half_of([random_slowfast, random_threshold, random_fixed], range(3), NAMES)
+    ("make", "seed", "name"), half_of([random_slowfast, random_threshold, random_fixed, *PARALLEL], range(3), NAMES)
 )
 def test_kernels(make, seed: int, name: str):
     """Decide through the Triton kernels: with an early end, with noise, with guidance."""
@@ -238,15 +281,16 @@ def test_nucleus_before_top_k(metric: str):
         check(engine_of("dream-gqa"), random_prompt(random.Random(seed)), 16, sampler, seed)
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(14))
 @pytest.mark.parametrize("name", NAMES)
 def test_infilling(seed: int, name: str):
     """Masks anywhere, the first position included."""
     rng = random.Random(f"infill/{name}/{seed}")
     engine = engine_of(name)
     canvas = [engine.spec.mask_id if rng.random() < 0.6 else token for token in random_prompt(rng, 30, 40)]
-    sampler = [random_slowfast, random_threshold, random_fixed][seed % 3](rng)
-    if isinstance(sampler, Threshold):
+    makes = [random_slowfast, random_threshold, random_fixed, *PARALLEL]
+    sampler = makes[seed % len(makes)](rng)
+    if isinstance(sampler, (Threshold, LocalLeap)):
         sampler = sampler.replace(steps=None)
     done = engine.infill(canvas, sampler=sampler, trace=True)
     wanted = reference(engine, canvas, 0, sampler)

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bench.common.testing import Guards
-from sfs_triton import FixedSteps, SlowFast, Threshold
+from sfs_triton import EntropyBound, FixedSteps, Hierarchy, LocalLeap, MultiBlock, SlowFast, Threshold
 from sfs_triton.decoding.samplers import PRESETS, Sampler
 from sfs_triton.kernels import cycle, list_positions, mark_candidates, select
 from sfs_triton.kernels.commit import ScanConfig, scan_config
@@ -49,6 +49,17 @@ CYCLES = {
 BLOCKS = {
     "threshold": Threshold(block_length=8).rules(),
     "threshold, one block": Threshold(block_length=None, eos_stop=True).rules("first"),
+    "threshold, least": Threshold(block_length=8, least=3).rules(),
+    "leap": LocalLeap(block_length=16, radius=2).rules(),
+    "leap, counts": LocalLeap(block_length=None, radius=1, steps=6).rules(),
+    "partial leap": LocalLeap(block_length=8, radius=0).rules(partial=True),
+    "bound": EntropyBound(block_length=None).rules(),
+    "partial bound, least": EntropyBound(block_length=8, least=2, eos_stop=True).rules(partial=True),
+    "runs": Hierarchy(block_length=None).rules(),
+    "partial runs": Hierarchy(block_length=8, eos_stop=True).rules(partial=True),
+    "open": MultiBlock(block_length=4, open_at=0.5).rules(),
+    "open, strict": MultiBlock.preset("d3llm-dream", block_length=8, open_at=0, eos_stop=True).rules(),
+    "partial open": MultiBlock(block_length=8, open_at=1).rules(partial=True),
     "paced": Threshold(block_length=None, steps=5).rules(),
     "paced blocks": Threshold(block_length=8, steps=3).rules("repeat"),
     "even": FixedSteps(steps=6, block_length=8).rules(),
@@ -107,6 +118,8 @@ def random_state(rng: random.Random, rules: CycleRules | BlockRules, batch: int,
                 state.commit_step[row, place] = rng.randint(0, where["step"].item())
         if isinstance(rules, BlockRules):
             put("quota", rng.randint(0, stop - begin))
+            if rules.select == "open":
+                put("block_end", min(begin + rules.block_length * rng.randint(1, 3), where["end"].item()))
             continue
         put("span_start", rng.randint(begin, stop - 1))
         put("stage", rng.choice([SLOW, FAST]))
@@ -123,6 +136,9 @@ def random_state(rng: random.Random, rules: CycleRules | BlockRules, batch: int,
     state.forwarded.copy_(torch.tensor(ages))
     state.shares = torch.tensor([[rng.random() for _ in range(7)] for _ in range(batch)])
     state.uniform = torch.tensor([[rng.random() for _ in range(2 * length)] for _ in range(batch)])
+    if getattr(rules, "select", None) == "bound":
+        entropies = [rng.choice(SCORES) for _ in range(batch * length + 1)]
+        state = dataclasses.replace(state, choice_entropy=torch.tensor(entropies))
     return state
 
 

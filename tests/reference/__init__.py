@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sfs_triton.decoding.samplers import Sampler, SlowFast
-from tests.reference import blocks, slowfast
+from sfs_triton.decoding.samplers import FixedSteps, Sampler, SlowFast, Threshold
+from tests.reference import blocks, parallel, slowfast
 from tests.reference.confidence import Look, look
 from tests.reference.slowfast import Logits, Noise, ReferenceRun, Step
 
@@ -60,4 +60,6 @@ def decode(
     """
     if isinstance(sampler, SlowFast):
         return slowfast.decode(logits_fn, canvas, start, sampler, mask_id, eos_id, noise)
-    return blocks.decode(logits_fn, canvas, start, sampler, mask_id, eos_id, noise, seed)
+    if isinstance(sampler, (FixedSteps, Threshold)):
+        return blocks.decode(logits_fn, canvas, start, sampler, mask_id, eos_id, noise, seed)
+    return parallel.decode(logits_fn, canvas, start, sampler, mask_id, eos_id, noise)

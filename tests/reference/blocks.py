@@ -47,20 +47,29 @@ def highest(scores: dict[int, float], count: int) -> list[int]:
 def decode_threshold(row: Row, sampler: Threshold) -> None:
     """Decode by threshold (Fast-dLLM 1): per step the block's best position, and all that reach the threshold.
 
-    With ``steps``, at most ``gen_length / steps`` positions per step plus the unused allowance (Fast-dLLM 5).
+    Other metrics are d2Cache's (1 and 2) and d3LLM's (6): for the entropy ``tau`` is a highest one. With ``least`` so
+    many of the best are taken in any case. With ``steps``, at most ``gen_length / steps`` positions per step plus the
+    unused allowance (Fast-dLLM 5).
     """
     response = len(row.canvas) - row.start
     if sampler.steps is not None and response % sampler.steps:
         raise ValueError(f"steps={sampler.steps} does not divide the {response} positions")  # the reference asserts it
     allowance = response if sampler.steps is None else response // sampler.steps
-    draw = {"temperature": sampler.temperature, "top_k": sampler.top_k, "top_p": sampler.top_p}
+    draw = {
+        "temperature": sampler.temperature,
+        "top_k": sampler.top_k,
+        "top_p": sampler.top_p,
+        "metric": sampler.metric,
+    }
+    tau = -sampler.tau if sampler.metric == "entropy" else sampler.tau
     filled = 0
 
     def choice(scores: dict[int, float], _: int) -> list[int]:
-        row.note_margin(list(scores.values()), sampler.tau)
+        row.note_margin(list(scores.values()), tau)
         allowed = allowance * (row.nfe + 1) - filled
         ranked = highest(scores, allowed)
-        return ranked[:1] + [p for p in ranked[1:] if passes(scores[p], sampler.tau, strict=False)]
+        sure = ranked[: sampler.least]
+        return sure + [p for p in ranked[sampler.least :] if passes(scores[p], tau, strict=False)]
 
     for block, (begin, end) in enumerate(blocks_of(row.start, len(row.canvas), sampler.block_length)):
         k = 0

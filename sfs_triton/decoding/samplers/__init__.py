@@ -1,7 +1,11 @@
 """Samplers as frozen, validated records. Every threshold and every selection rule is set here and nowhere else."""
 
 from .base import Sampler
+from .entropy_bound import EntropyBound
 from .fixed import FixedSteps
+from .hierarchy import Hierarchy
+from .local_leap import LocalLeap
+from .multi_block import MULTI_BLOCK_PRESETS, MultiBlock
 from .slowfast import PRESETS, SlowFast
 from .threshold import Threshold
 
@@ -9,8 +13,24 @@ from .threshold import Threshold
 SAMPLERS: dict[str, type[Sampler]] = {
     "slowfast": SlowFast,
     "threshold": Threshold,
+    "multi-block": MultiBlock,
+    "local-leap": LocalLeap,
+    "entropy-bound": EntropyBound,
+    "hierarchy": Hierarchy,
     "fixed": FixedSteps,
     "vanilla": FixedSteps,
 }
 
-__all__ = ["PRESETS", "SAMPLERS", "FixedSteps", "Sampler", "SlowFast", "Threshold"]
+__all__ = [
+    "MULTI_BLOCK_PRESETS",
+    "PRESETS",
+    "SAMPLERS",
+    "EntropyBound",
+    "FixedSteps",
+    "Hierarchy",
+    "LocalLeap",
+    "MultiBlock",
+    "Sampler",
+    "SlowFast",
+    "Threshold",
+]

@@ -33,6 +33,7 @@ class Sampler:
     eos_stop: bool = False
 
     by_stage: ClassVar[bool] = False  # works in cycles of a slow and a fast stage, not block by block
+    open_blocks: ClassVar[int] = 1  # blocks in which the first step may commit
     block_length = None
 
     def __post_init__(self) -> None:
@@ -85,6 +86,11 @@ class Sampler:
     def schedule(self, length: int, seed: int) -> dict[str, list[float] | torch.Tensor]:
         """Return the values of those tensors for one sequence."""
         return {}
+
+    @property
+    def most_candidates(self) -> int | None:
+        """Most positions that a step may commit; None if the canvas is the limit."""
+        return self.block_length
 
     def check_cache(self, policy) -> None:
         """Refuse a cache policy that does not work with this sampler."""

@@ -14,6 +14,17 @@ from .base import LARGEST, BlockSampler
 FIXED_METRICS = ("confidence", "maskgit_plus", "topk_margin", "entropy", "origin")
 
 
+def check_counts(sampler: BlockSampler, policy) -> None:
+    """Refuse a region cache that may list only a part of a block, of which a schedule counts all positions."""
+    if policy.name == "region":
+        block = sampler.block_length
+        require(
+            block is not None and 2 * block < policy.capacity,
+            f"block_length={block} does not go with cache='region', capacity={policy.capacity}: a schedule counts the "
+            f"positions of a whole block, so set block_length below {policy.capacity / 2:g}",
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class FixedSteps(BlockSampler):
     """A fixed number of steps, each committing a scheduled count of positions: LLaDA's and Dream's own samplers.
@@ -38,13 +49,7 @@ class FixedSteps(BlockSampler):
             check_integer("steps", self.steps, most=LARGEST)
 
     def check_cache(self, policy) -> None:
-        if policy.name == "region":
-            block = self.block_length
-            require(
-                block is not None and 2 * block < policy.capacity,
-                f"block_length={block} does not go with cache='region', capacity={policy.capacity}: FixedSteps counts "
-                f"what a step commits over a whole block, so set block_length below {policy.capacity / 2:g}",
-            )
+        check_counts(self, policy)
 
     def batch_key(self) -> FixedSteps:
         """Blank the number of steps as well, unless steps follow a time schedule."""

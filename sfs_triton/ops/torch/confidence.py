@@ -8,6 +8,7 @@ after temperature, top-p and top-k (``tempered``).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,13 +22,22 @@ METRICS = ("confidence", "margin", "entropy")
 class Draw:
     """Rules for drawing a token from its logits and scoring it. The numbers are per sequence: its temperature, with
     ``noise``, and its share of the probability, with ``nucleus``. Without noise the largest wins; ties go to the lowest
-    id."""
+    id. ``entropy``: the entropy is wanted beside the score."""
 
     metric: str = "confidence"
     noise: bool = False
     nucleus: bool = False
     top_k: int | None = None
     tempered: bool = False
+    entropy: bool = False
+
+
+class Choice(NamedTuple):
+    """Token ``[T]`` (int32) and score ``[T]`` (float32) per row; the entropy ``[T]`` in nats if it was asked for."""
+
+    token: torch.Tensor
+    score: torch.Tensor
+    entropy: torch.Tensor | None = None
 
 
 def filter_logits(logits: torch.Tensor, top_k: int | None, top_p: torch.Tensor | None) -> torch.Tensor:

@@ -13,6 +13,7 @@ def scatter_choices(
     *,
     which: torch.Tensor | None = None,
     row: torch.Tensor | None = None,
+    scores: torch.Tensor | None = None,
 ) -> None:
     """``state.token[row, position] = token`` and ``state.score[row, position] = score``, and nothing else.
 
@@ -20,8 +21,8 @@ def scatter_choices(
     ``token`` int32 ``[R]`` and ``score`` float32 ``[R]`` belongs to slot ``r`` of the flattened list, or to
     ``which[r]``, int32 ``[R]``, -1 where to none. ``row [b]``: the canvas row of each batch row; None is ``0..b-1``.
 
-    Entries that belong nowhere go to the spare place behind the canvas in ``state.choice_token`` and
-    ``state.choice_score``.
+    ``scores`` takes the scores instead of ``state.choice_score``. Entries that belong nowhere go to the spare place
+    behind the canvas there and in ``state.choice_token``.
     """
     spare = state.choice_token.numel() - 1
     at = target.long()
@@ -32,4 +33,4 @@ def scatter_choices(
     if which is not None:
         at = torch.where(which >= 0, at[which.clamp(min=0)], spare)
     state.choice_token.index_copy_(0, at, token.long())
-    state.choice_score.index_copy_(0, at, score)
+    (state.choice_score if scores is None else scores).index_copy_(0, at, score)

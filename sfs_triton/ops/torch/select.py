@@ -7,6 +7,7 @@ import torch
 from ...kernels.rules import BlockRules
 from .commit import candidate_scores, commit, finish_step, first_masked, mark_faults, rank_by_score, waiting
 from .cycle import enter_block
+from .selection import best_of_first_block, best_of_runs, near_anchors, over, within_bound
 
 
 def _share(state) -> torch.Tensor:
@@ -26,12 +27,28 @@ def _count(state, candidate: torch.Tensor, moves: torch.Tensor, rules: BlockRule
     return torch.where(k < steps, state.quota // steps + (k < state.quota % steps), 0)
 
 
-def _threshold_fill(
-    state, candidate: torch.Tensor, scores: torch.Tensor, moves: torch.Tensor, rules: BlockRules
-) -> torch.Tensor:
-    """Mark the best position and all that reach the threshold; with a quota, only that many of the best."""
-    best = state.position == scores.argmax(1, keepdim=True)
-    fill = ((scores >= state.tau[:, None]) | best) & candidate
+def _fill(state, candidate: torch.Tensor, scores: torch.Tensor, moves: torch.Tensor, rules: BlockRules) -> torch.Tensor:
+    """Mark the best positions, and those that the rule of selection adds; with a quota, only that many of the best."""
+    if rules.counted:
+        count = _count(state, candidate, moves, rules)
+        fill = (rank_by_score(scores) < count[:, None]) & candidate
+        lowest = torch.where(fill, scores, float("inf")).amin(1)
+        return fill | near_anchors(state, scores, lowest, rules)
+    if rules.least == 1:
+        fill = state.position == scores.argmax(1, keepdim=True)
+    else:
+        fill = rank_by_score(scores) < rules.least
+    if rules.select == "bound":
+        fill |= within_bound(state, scores)
+    else:
+        fill |= over(scores, state.tau, rules)
+    if rules.select == "leap":
+        fill |= near_anchors(state, scores, scores.new_full((len(scores),), float("-inf")), rules)
+    elif rules.select == "runs":
+        fill |= best_of_runs(state, scores)
+    fill &= candidate
+    if rules.select == "open":
+        fill |= best_of_first_block(state, scores, fill, rules)
     if rules.paced_steps is not None:
         base = (state.end - state.start + rules.paced_steps - 1) // rules.paced_steps
         quota = base + state.quota
@@ -62,8 +79,8 @@ def decide_block(state, rules: BlockRules, *, slow: bool = True) -> None:
     moves = state.done == 0
     if rules.partial:
         moves &= ~waiting(state, state.block_start, state.block_end)
-    if rules.select == "threshold":
-        fill = _threshold_fill(state, candidate, scores, moves, rules)
+    if not rules.scheduled:
+        fill = _fill(state, candidate, scores, moves, rules)
     elif rules.select == "random":
         fill = _random_fill(state, candidate, rules)
     else:
@@ -84,6 +101,9 @@ def _advance(state, moves: torch.Tensor, rules: BlockRules) -> None:
     running = state.done == 0
     state.step.add_(running)
     state.stage_step.add_(moves)
+    if rules.select == "open":
+        _open_block(state, moves, rules)
+        return finish_step(state, running, moves & (first_masked(state, state.block_start) >= state.length))
     over = first_masked(state, state.block_start) >= state.block_end
     if rules.opening != "normal":
         over &= (state.stage_step >= 2) | rules.eos_stop
@@ -97,3 +117,12 @@ def _advance(state, moves: torch.Tensor, rules: BlockRules) -> None:
     state.stage_step.masked_fill_(over, 0)
     if rules.block_length is not None:
         enter_block(state, over, following, rules.block_length)
+
+
+def _open_block(state, moves: torch.Tensor, rules: BlockRules) -> None:
+    """Open the next block of the rows whose last open one has few enough masks."""
+    size = rules.block_length
+    begin = state.start + (state.block_end - state.start - 1) // size * size
+    last = (state.position >= begin[:, None]) & (state.position < state.block_end[:, None])
+    opens = moves & ((state.masked & last).sum(1) <= rules.open_masks)
+    state.block_end.copy_(torch.where(opens, torch.minimum(state.block_end + size, state.end), state.block_end))
