@@ -7,6 +7,8 @@ A correct result, by kind of record (``golden/README.md`` has the reasons):
 
 * a stable record: its tokens, NFE and trace;
 * a batch: ``batch1_rows``, the rows run one by one, since the references mix up the rows of a batch;
+* a record with ``unmask_call``: its tokens, the step that committed each, and the number of forwards; with an early
+  stop only up to the step that commits the first end-of-text, since here nothing after it is computed;
 * an ``error`` record, which the reference cannot take: a finished canvas, or an error that names the argument;
 * dLLM-Cache with a refresh ratio above 0 is numerically ill-posed (which rows are refreshed is decided by rounding):
   the canvas must be finished, at an NFE within the bounds of the sampler.
@@ -15,6 +17,8 @@ A correct result, by kind of record (``golden/README.md`` has the reasons):
 from __future__ import annotations
 
 import argparse
+import copy
+import dataclasses
 import json
 import os
 import sys
@@ -35,7 +39,18 @@ from safetensors.torch import load_file  # noqa: E402
 
 import sfs_triton  # noqa: E402
 from bench.common.testing import brisk_interpreter  # noqa: E402
-from sfs_triton import FixedSteps, RefreshCache, Sampler, SlowFast, StepTrace, Threshold  # noqa: E402
+from sfs_triton import (  # noqa: E402
+    EntropyBound,
+    FixedSteps,
+    Hierarchy,
+    LocalLeap,
+    MultiBlock,
+    RefreshCache,
+    Sampler,
+    SlowFast,
+    StepTrace,
+    Threshold,
+)
 from sfs_triton.ops.dispatch import check_backend  # noqa: E402
 
 MARGIN = 1e-5  # traced decisions closer than this to a tie may fall either way under another order of summation
@@ -51,6 +66,7 @@ class Setup:
     gen_length: int
     cache: object = "none"
     seed: int = 0
+    eos_id: int | None = None  # the recording's end-of-text, where it stops early
 
 
 def _llada_slowfast(s: dict) -> Setup:
@@ -127,7 +143,93 @@ def _with_refresh(inner: Callable[[dict], Setup]) -> Callable[[dict], Setup]:
     return setup
 
 
-METHODS: dict[str, Callable[[dict], Setup]] = {
+_METRICS = {"topk_margin": "margin"}
+
+
+def _d2cache_confidence(s: dict) -> Setup | None:
+    if {"sigma", "debias", "factor"} & s.keys():
+        return None
+    metric, stop = _METRICS.get(s.get("alg"), s.get("alg", "confidence")), s.get("stop_until_eos", False)
+    tau = s.get("threshold")
+    if metric == "entropy":
+        tau = 0.0 if tau is None else -tau
+    sampler = Threshold(
+        tau=1e9 if tau is None else tau,
+        metric=metric,
+        least=s["num_transfer_tokens"],
+        block_length=s["block_length"],
+        eos_stop=stop,
+    )
+    return Setup("d2cache-confidence", sampler, s["gen_length"], eos_id=s["eos_token_id"] if stop else None)
+
+
+def _d2cache_entropy(s: dict) -> Setup | None:
+    if "sigma" in s:
+        return None
+    stop = s.get("stop_until_eos", False)
+    sampler = EntropyBound(
+        bound=s["gamma"],
+        metric=_METRICS.get(s.get("alg"), s.get("alg", "confidence")),
+        least=s["num_transfer_tokens"],
+        block_length=s["block_length"],
+        eos_stop=stop,
+    )
+    return Setup("eb-sampler", sampler, s["gen_length"], eos_id=s["eos_token_id"] if stop else None)
+
+
+def _localleap(s: dict) -> Setup:
+    sampler = LocalLeap(
+        tau=s["local_leap_anchor_threshold"],
+        tau_near=s["local_leap_neighbor_threshold"],
+        radius=s["local_leap_radius"],
+        steps=s["num_denoising_steps"],
+        block_length=s["block_length"],
+    )
+    return Setup("localleap", sampler, s["gen_length"])
+
+
+def _hierarchy(s: dict) -> Setup | None:
+    """Idle forwards (``maximum_unroll`` above 1), aligned and partial blocks are dInfer's own."""
+    if s.get("maximum_unroll", 4) != 1 or "start_block_align" in s or s["gen_length"] % s["block_length"]:
+        return None
+    tau = 1e9 if s["threshold"] is None else s["threshold"]
+    sampler = Hierarchy(tau=tau, tau_low=s["low_threshold"], block_length=s["block_length"])
+    return Setup("hierarchy", sampler.replace(eos_stop="eos_id" in s), s["gen_length"], eos_id=s.get("eos_id"))
+
+
+def _generate_hierarchy(s: dict) -> Setup | None:
+    if s["decoding"] != "hierarchy_fast_v2":  # these raise
+        return None
+    if s["threshold"] is None:
+        return Setup("hierarchy", FixedSteps(steps=s["steps"], block_length=s["block_length"]), s["gen_length"])
+    return _hierarchy({**s, "maximum_unroll": 1})
+
+
+def _multi_block(preset: str) -> Callable[[dict], Setup | None]:
+    def setup(s: dict) -> Setup | None:
+        if s["decoded_token_threshold"] > 1 or s["max_new_tokens"] % s["block_size"]:
+            return None  # the reference's loop spins there until its limit of 10,000
+        stop, sampler = s.get("early_stop", False), MultiBlock.preset(preset)
+        sampler = sampler.replace(
+            entropy=999 if s["threshold"] is None else s["threshold"],
+            open_at=s["block_add_threshold"],
+            block_length=s["block_size"],
+            eos_stop=stop,
+        )
+        return Setup(preset, sampler, s["max_new_tokens"], eos_id=s["eos_token_id"] if stop else None)
+
+    return setup
+
+
+def _single_block(s: dict) -> Setup:
+    length = s.get("gen_length", s.get("max_new_tokens"))
+    return Setup(
+        "d3llm-single", Threshold(metric="entropy", tau=s["threshold"], block_length=s["block_length"]), length
+    )
+
+
+# None for settings that this package does not have
+METHODS: dict[str, Callable[[dict], Setup | None]] = {
     "slowfast_llada": _llada_slowfast,
     "slowfast_dream": _dream_slowfast,
     "vanilla_llada": _llada_vanilla,
@@ -140,6 +242,14 @@ METHODS: dict[str, Callable[[dict], Setup]] = {
     "slowfast_dream+dllm_cache(patched set_cache)": _with_refresh(_dream_slowfast),
     "vanilla_llada+dllm_cache": _with_refresh(_llada_vanilla),
     "vanilla_dream+dllm_cache": _with_refresh(_dream_vanilla),
+    **dict.fromkeys(("d2confidence_llada", "d2confidence_dream"), _d2cache_confidence),
+    **dict.fromkeys(("ebsampler_llada", "ebsampler_dream"), _d2cache_entropy),
+    "localleap_dlmserve": _localleap,
+    **dict.fromkeys(("dinfer_hierarchy_llada", "dinfer_hierarchy_dream"), _hierarchy),
+    "dinfer_generate_hierarchy": _generate_hierarchy,
+    "d3llm_llada": _multi_block("d3llm-llada"),
+    "d3llm_dream": _multi_block("d3llm-dream"),
+    **dict.fromkeys(("d3llm_llada_single", "d3llm_dream_single"), _single_block),
 }
 
 
@@ -205,6 +315,25 @@ def _check_single(engine: sfs_triton.Engine, case: dict, setup: Setup) -> str | 
     return compare_trace(done[0].trace, case["trace"]) if traced else None
 
 
+def _check_steps(engine: sfs_triton.Engine, case: dict, setup: Setup) -> str | None:
+    """Check tokens and the step that committed each of them."""
+    if setup.eos_id is not None:
+        model = copy.copy(engine.model)
+        model.spec = dataclasses.replace(engine.spec, eos_id=setup.eos_id)
+        engine = sfs_triton.Engine(model)
+    (done,) = engine.generate(case["prompt"], gen_length=setup.gen_length, sampler=setup.sampler)
+    mine = list(zip(done.response, done.commit_step[done.prompt_length :], strict=True))
+    wanted = list(zip(case["out"][0], case["unmask_call"][0], strict=True))
+    ends = [(step, p) for p, (token, step) in enumerate(wanted) if token == setup.eos_id and step >= 0]
+    if ends:
+        step, place = min(ends)
+        mine, wanted = ([(p, x) for p, x in enumerate(y[: place + 1]) if x[1] <= step] for y in (mine, wanted))
+    elif done.nfe != case["calls"]:
+        return f"{done.nfe} forwards, recorded {case['calls']}"
+    wrong = set(mine) ^ set(wanted)
+    return f"{len(wrong)} commits differ" if wrong else None
+
+
 def _check_batch(engine: sfs_triton.Engine, case: dict, setup: Setup) -> str | None:
     done = engine.generate(case["prompt"], gen_length=setup.gen_length, sampler=setup.sampler, cache=setup.cache)
     for index, (row, alone) in enumerate(zip(done, case["batch1_rows"], strict=True)):
@@ -231,9 +360,9 @@ def check(engine: sfs_triton.Engine, case: dict, setup: Setup) -> str | None:
     ill_posed = isinstance(setup.cache, RefreshCache) and setup.cache.ratio > 0
     if len(case["prompt"]) > 1 and "batch1_rows" in case:
         return _check_batch(engine, case, setup)
-    if "error" in case or ill_posed or not case.get("stable", False):
+    if "error" in case or ill_posed or case.get("ill_posed") or not case.get("stable", False):
         return _check_finished(engine, case, setup)
-    wrong = _check_single(engine, case, setup)
+    wrong = (_check_steps if "unmask_call" in case else _check_single)(engine, case, setup)
     if wrong and recorded_margin(case) < MARGIN:
         return _check_finished(engine, case, setup)
     return wrong
@@ -257,6 +386,7 @@ def run(folder: Path, part: slice, backend: str, report: Callable[[str], None] =
     device = "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
     passed: Counter[str] = Counter()
     total: Counter[str] = Counter()
+    left_out: Counter[str] = Counter()
 
     def note(system: str, name: str, wrong: str | None) -> None:
         total[system] += 1
@@ -276,6 +406,9 @@ def run(folder: Path, part: slice, backend: str, report: Callable[[str], None] =
                 note(f"{family}/unknown", case["id"], f"method={case['method']!r} is not known")
                 continue
             setup = METHODS[case["method"]](case["settings"])
+            if setup is None:
+                left_out[family] += 1
+                continue
             try:
                 wrong = check(engines[model], case, setup)
             except sfs_triton.SfsError as error:
@@ -284,6 +417,8 @@ def run(folder: Path, part: slice, backend: str, report: Callable[[str], None] =
             note(f"{family}/{setup.system}", case["id"], wrong)
     for system in sorted(total):
         report(f"{system} {passed[system]}/{total[system]}")
+    for family, count in sorted(left_out.items()):
+        report(f"{family}: {count} cases of settings that this package does not have")
     return sum(passed.values()), sum((total - passed).values())
 
 
