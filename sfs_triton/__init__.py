@@ -18,7 +18,9 @@ from .decoding.samplers import (
 from .engine import Engine, load
 from .errors import (
     ArgumentError,
+    BackendError,
     CheckpointError,
+    DeviceFault,
     LoopTimeout,
     MissingDependencyError,
     NumericalFault,
@@ -35,7 +37,9 @@ from .version import __version__  # noqa: F401
 
 __all__ = [
     "ArgumentError",
+    "BackendError",
     "CheckpointError",
+    "DeviceFault",
     "DualCache",
     "Engine",
     "EntropyBound",

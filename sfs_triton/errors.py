@@ -42,6 +42,14 @@ class LoopTimeout(SfsError, TimeoutError):
     """The device did not finish a step within its time limit."""
 
 
+class DeviceFault(SfsError, RuntimeError):
+    """The device has failed, and does no more work for this process; says what it reported. Start a new process."""
+
+
+class BackendError(SfsError, RuntimeError):
+    """A kernel of the back end that was asked for does not compile, fit or run; names it and says why."""
+
+
 class OutOfDeviceMemory(SfsError, MemoryError):
     """The tensors of a generation do not fit; says how much they need and which canvas would fit."""
 

@@ -29,6 +29,7 @@ class Transformer:
         self.spec, self.weights = spec, weights
         self.group, self.local = group, spec.shard(group.size)
         self._vocabulary = Vocabulary(group, spec.vocab_size) if group.size > 1 else None
+        self.backend = backend or "torch"
         self.ops: Ops = operations(backend, self.device)
         self._cos, self._sin = rope_tables(0, spec.head_dim, spec.rope_theta, self.device)
         self._position = torch.arange(0, device=self.device)

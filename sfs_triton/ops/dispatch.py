@@ -148,7 +148,10 @@ def check_backend(backend: str | None) -> None:
 
 
 def operations(backend: str | None, device: torch.device) -> Ops:
-    """Return the operations for ``device``, all by ``backend``; None is torch. ``publish`` is a kernel on every GPU.
+    """Return the operations for ``device``, all by ``backend``; None is torch.
+
+    On every GPU ``publish`` is a kernel, imported when it is first launched: a captured graph needs it, and plain torch
+    has no store to host memory that a graph can hold.
 
     Raises:
         ArgumentError: ``backend`` is unknown, or cannot run on ``device``.
@@ -157,10 +160,13 @@ def operations(backend: str | None, device: torch.device) -> Ops:
     check_backend(backend)
     module = _module(backend or "torch", device)
     ops = Ops(**{field.name: getattr(module, field.name) for field in fields(Ops)})
-    if device.type != "cuda":
-        return ops
-    # plain torch has no store to host memory that is ordered with a GPU's work
-    return replace(ops, publish=_module("triton", device).publish)
+    return replace(ops, publish=_publish_on_gpu) if device.type == "cuda" and backend != "triton" else ops
+
+
+def _publish_on_gpu(*arguments: object) -> None:
+    from ..kernels.publish import publish
+
+    publish(*arguments)
 
 
 def _module(backend: str, device: torch.device):

@@ -43,7 +43,7 @@ class Eager:
         step_limit: seconds that a step may take.
     """
 
-    name = "eager"
+    name, captures = "eager", False
 
     def __init__(self, exact: bool | None = None, step_limit: float = 600.0):
         self._exact, self._step_limit = exact, step_limit
@@ -83,7 +83,7 @@ class CudaGraphs:
         capture: function that returns the replay of a step of one shape; tests on a CPU pass another one.
     """
 
-    name = "cuda_graphs"
+    name, captures = "cuda_graphs", True
 
     def __init__(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 
@@ -18,6 +19,7 @@ from .host_ring import HostRing
 from .state import DecodeState, send
 
 _CANVAS = 130  # bytes per position of a canvas: decode state and published copies
+_SLEPT, _LONGEST_SLEEP = 0.8, 0.05  # part of a step's last duration that the next wait for one sleeps; seconds
 _ABANDONED: list[HostRing] = []  # a device that still runs may write there, so the memory is never freed
 
 
@@ -32,9 +34,19 @@ class ModelRunner:
     Args:
         response: most positions of a sequence from its prompt's end on.
         depth: outputs that the host ring holds.
+        captures: steps can be captured. Without, plain torch publishes their outputs by copies of its own.
     """
 
-    def __init__(self, model: Transformer, key: BatchKey, slots: int, length: int, response: int, depth: int = 4):
+    def __init__(
+        self,
+        model: Transformer,
+        key: BatchKey,
+        slots: int,
+        length: int,
+        response: int,
+        depth: int = 4,
+        captures: bool = True,
+    ):
         self.model, self.slots, self.length = model, slots, length
         self.sampler, self.policy = key.sampler, key.cache
         self._draw, self._shift = self.sampler.draw(), int(model.spec.shifted)
@@ -42,6 +54,7 @@ class ModelRunner:
         self._stages = {"by_stage": by_stage, "span_cap": self.policy.span_cap if by_stage else None}
         self._rules = self.sampler.rules(self.policy.opening(model.spec.shifted), **self.policy.rules)
         self._decide = model.ops.decide_cycle if by_stage else model.ops.decide_block
+        self.captures = captures
         self.graphs: dict[Forward, Callable[[], None]] = {}  # replays of captured steps
         # graphs share a memory pool: one runs at a time, and none keeps data there for another
         self.pool = torch.cuda.graph_pool_handle() if model.device.type == "cuda" else None
@@ -49,7 +62,10 @@ class ModelRunner:
             self.state = self._blank_state(key, response)
             self._allocate_buffers()
             self._allocate_rings(key, depth)
-        self._outputs: dict[int, int] = {}  # number in the host ring of each output not collected, by plan
+        # of each output not collected, by plan: its number in the host ring, and when it was launched
+        self._outputs: dict[int, tuple[int, float]] = {}
+        self._collected = 0.0  # when the last output was
+        self._seconds: dict[Forward, float] = {}  # duration of the last step of each padded shape
 
     # ---------------------------------------------------------------------------------------------------- allocation
 
@@ -85,7 +101,8 @@ class ModelRunner:
         model.ensure_rope_length(length)
 
     def _allocate_rings(self, key: BatchKey, depth: int) -> None:
-        state, publish, device = self.state, self.model.ops.publish, self.model.device
+        state, device, by_torch = self.state, self.model.device, self.model.backend == "torch"
+        publish = None if by_torch and not self.captures else self.model.ops.publish
         sources = {"control": state.control}
         if key.frames:
             sources |= {"tokens": state.tokens, "commit_step": state.commit_step}
@@ -166,21 +183,29 @@ class ModelRunner:
             self.run_padded(plan.forwards[0])
         else:
             self.run(plan.forwards, pausing=bool(plan.paused), slow=plan.slow)
-        self._outputs[plan.number] = self.ring.count_launch()
+        self._outputs[plan.number] = self.ring.count_launch(), time.monotonic()
 
     def collect(self, plan: StepPlan, limit: float) -> StepOutput:
         """Return the output of a launched plan; wait for it at most ``limit`` seconds. The only read of running steps.
 
         Raises:
+            DeviceFault: the device has failed.
             LoopTimeout: it has not been published by then.
         """
-        published = self.ring.read(self._outputs.pop(plan.number), limit)
+        number, launched = self._outputs.pop(plan.number)
+        began, shape = max(launched, self._collected), plan.forwards[0] if plan.padded else None
+        # most of a step is slept through: polling would take a whole core from the host's other threads
+        slept = min(_SLEPT * self._seconds.get(shape, 0.0), _LONGEST_SLEEP)
+        published = self.ring.read(number, limit, began + slept)
+        self._collected = time.monotonic()
+        if shape is not None:  # exact shapes hardly come twice
+            self._seconds[shape] = self._collected - began
         progress = {slot: Progress(*published["control"][slot].tolist()) for slot in plan.steps}
         return StepOutput(plan.number, progress, published, plan.completes_round)
 
     def drain(self, limit: float) -> None:
         """Wait until no step is in flight; outputs that were not collected are dropped."""
-        self.ring.wait(max(self._outputs.values(), default=0), limit)
+        self.ring.wait(max((number for number, _ in self._outputs.values()), default=0), limit)
         self._outputs.clear()
 
     def abandon(self) -> None:

@@ -13,6 +13,7 @@ from ..errors import OutOfDeviceMemory, SfsError
 from ..kernels.control import Progress
 from ..models import Transformer
 from ..runner import Execution, ExecutionChoice, ModelRunner, Outputs
+from ..runner.faults import is_lack_of_memory
 from .planner import StepPlanner
 from .sequence import Sequence
 
@@ -31,7 +32,9 @@ class PersistentBatch:
         self._response = bounds.response
         full = False
         try:
-            self.runner = ModelRunner(model, key, slots, bounds.length, bounds.response)
+            self.runner = ModelRunner(
+                model, key, slots, bounds.length, bounds.response, captures=choice.current.captures
+            )
         except RuntimeError as error:
             if not is_lack_of_memory(error):
                 raise
@@ -225,8 +228,3 @@ class PersistentBatch:
         if self.healthy:
             self.healthy = False
             self.runner.abandon()
-
-
-def is_lack_of_memory(error: BaseException) -> bool:
-    """Return whether torch reports lack of memory: by class for a GPU, by message for the host."""
-    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)

@@ -22,7 +22,8 @@ from ..decoding.params import BatchKey
 from ..errors import OutOfDeviceMemory
 from ..models import Transformer
 from ..runner import ExecutionChoice, ModelRunner
-from .persistent_batch import PersistentBatch, is_lack_of_memory
+from ..runner.faults import first_line, is_lack_of_memory
+from .persistent_batch import PersistentBatch
 from .sequence import Sequence, Status
 
 logger = logging.getLogger("sfs_triton")
@@ -205,7 +206,7 @@ class Scheduler:
         self._evict([sequence for sequence in held if not sequence.finished])
         if is_lack_of_memory(error):
             canvas = f"a canvas of {batch.length} positions with cache={batch.key.cache.name!r}"
-            raise OutOfDeviceMemory(f"no memory for a step of {canvas}: {_first_line(error)}") from error
+            raise OutOfDeviceMemory(f"no memory for a step of {canvas}: {first_line(error)}") from error
         raise error
 
     def _evict(self, sequences: list[Sequence]) -> None:
@@ -217,7 +218,7 @@ class Scheduler:
         """Queue the sequences of a batch that ran out of memory again, before all others."""
         self.slots = max(1, len(held) // 2)
         logger.warning(
-            "batches have at most %d slots from now on: no memory for a step: %s", self.slots, _first_line(error)
+            "batches have at most %d slots from now on: no memory for a step: %s", self.slots, first_line(error)
         )
         for sequence in reversed(held):
             if sequence.status is Status.DROPPED:
@@ -324,7 +325,3 @@ class Scheduler:
     def _taken(self) -> int:
         """Return the bytes of the open batches."""
         return sum(self._pool.bytes_needed(batch.key, batch.slots, batch.bounds) for batch in self._open)
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).splitlines()[0]

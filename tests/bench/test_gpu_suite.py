@@ -523,7 +523,8 @@ EVENTS = [
     _event("_rms_norm_kernel", "kernel", 14, 500),
     _event("_publish_kernel", "kernel", 15, 250),
     _event("Memcpy DtoD (Device -> Device)", "gpu_memcpy", 16),
-    _event("Memcpy DtoH (Device -> Pinned)", "gpu_memcpy", 200),
+    _event("Memcpy HtoD (Pinned -> Device)", "gpu_memcpy", 17),
+    _event("Memcpy DtoH (Device -> Pageable)", "gpu_memcpy", 200),
 ]
 
 
@@ -533,7 +534,7 @@ def test_a_trace_is_counted_within_its_span():
     assert decode["family_ms"] == {"products": 2.0, "elementwise": 0.5, "machine": 0.25} and decode["gpu_ms"] == 2.75
     assert decode["top"][0] == {"kernel": "nvjet_tst_128x8", "count": 1, "ms": 2.0}
     assert whole["waits"] == {"cudaStreamSynchronize": 1, "Memcpy DtoH": 1}
-    assert whole["copies"] == {"Memcpy DtoD": 1, "Memcpy DtoH": 1}
+    assert whole["copies"] == {"Memcpy DtoD": 1, "Memcpy DtoH": 1, "Memcpy HtoD": 1}
     assert decode["span_ms"] == pytest.approx(2.0), "from the first begin to the last end"
     with pytest.raises(ValueError, match="0 spans 'other'"):
         trace.within(EVENTS, "other")

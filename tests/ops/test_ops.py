@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from dataclasses import fields
 
 import pytest
@@ -15,6 +17,7 @@ from sfs_triton.ops.torch.confidence import confidence, filter_logits
 from sfs_triton.ops.torch.philox import gumbel, philox
 from sfs_triton.runner import ExecutionChoice
 from tests.reference.confidence import look
+from tests.support.paths import ROOT
 
 
 def _philox_in_python(key: tuple[int, int], counter: list[int]) -> int:
@@ -126,13 +129,32 @@ def test_choices_are_the_oracles(impl, metric, tempered, top_k, top_p, temperatu
 
 def test_default_implementation():
     """Torch for every operation; on a GPU, which need not be there to be asked for, ``publish`` is a kernel."""
-    triton_impl = pytest.importorskip("sfs_triton.ops.triton_backend")
     for impl in (None, "torch"):
         for device, kernels in (("cpu", set()), ("cuda", {"publish"})):
             ops = operations(impl, torch.device(device))
             for name in (field.name for field in fields(Ops)):
-                wanted = getattr(triton_impl if name in kernels else torch_impl, name)
-                assert getattr(ops, name) is wanted, (impl, device, name)
+                by_torch = getattr(ops, name) is getattr(torch_impl, name)
+                assert by_torch == (name not in kernels), (impl, device, name)
+
+
+def test_plain_torch_on_a_gpu_needs_no_triton():
+    """Nor a compiler: the kernel of ``publish``, which is only for captured graphs, is imported when it is launched."""
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch; from sfs_triton.ops.dispatch import operations\n"
+        "operations('torch', torch.device('cuda'))\n"
+        "print('fine')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "fine\n", done.stderr
+
+
+def test_publish_on_a_gpu_is_the_kernel(monkeypatch):
+    published = pytest.importorskip("sfs_triton.kernels.publish")
+    given = []
+    monkeypatch.setattr(published, "publish", lambda *arguments: given.append(arguments))
+    operations("torch", torch.device("cuda")).publish([], [], 1, 2)
+    assert given == [([], [], 1, 2)]
 
 
 def test_default_execution():

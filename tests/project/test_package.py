@@ -70,7 +70,9 @@ TABLES = {PACKAGE: ROOMS, BENCH: BENCH_ROOMS}
 def test_exports_are_pinned():
     assert sorted(sfs_triton.__all__) == [
         "ArgumentError",
+        "BackendError",
         "CheckpointError",
+        "DeviceFault",
         "DualCache",
         "Engine",
         "FixedSteps",
