@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from .distributed import Group, join, own_device
 from .errors import ArgumentError, CheckpointError, check_choice, check_flag, require
 from .files import read_json
 from .models import Transformer, load_weights, read_spec
-from .ops.dispatch import operations
+from .ops.dispatch import check_kernels, operations
 from .runner import ExecutionChoice, check_cuda_graphs
 from .scheduling.handles import Pending, Stream
 from .scheduling.outputs import Frame, Generation
@@ -62,6 +63,7 @@ def load(
     Raises:
         ArgumentError: names the argument and its value.
         RankFailure: another process could not load its part, or has not come.
+        BackendError: ``backend="triton"`` or CUDA graphs were asked for, and kernels cannot run.
         CheckpointError: names the file, key or tensor at fault. Code and pickles in a checkpoint are never touched.
     """
     refuse_unknown(unknown)
@@ -85,6 +87,8 @@ def _load(
     device = _device(device if group.size == 1 else own_device(device))
     operations(backend, device)  # fail before gigabytes are read
     check_cuda_graphs(cuda_graphs, device)
+    if backend == "triton" or cuda_graphs:
+        check_kernels(device)
     if dtype is None:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     if isinstance(dtype, str):
@@ -99,7 +103,8 @@ def _load(
     spec = read_spec(read_json(folder / "config.json"))
     spec.shard(group.size)  # fail before anything is read
     loaded = load_weights(folder, spec, device, dtype, group, quantised=quantization == "fp8")
-    return Engine(Transformer(spec, loaded, backend, group), TextCodec.from_folder(folder), cuda_graphs)
+    model, text = Transformer(spec, loaded, backend, group), TextCodec.from_folder(folder)
+    return Engine(model, text, cuda_graphs, pinned=backend is not None)
 
 
 def _folder(path_or_hub_id: str | Path) -> Path:
@@ -139,21 +144,55 @@ def _download(hub_id: str) -> Path:
 
 
 class Engine:
-    """A loaded model with its text codec. Generations may run concurrently, in threads or nested."""
+    """A loaded model with its text codec. Generations may run concurrently, in threads or nested.
 
-    def __init__(self, model: Transformer, text: TextCodec | None = None, cuda_graphs: bool | None = None):
-        self.model, self.text = model, text
+    Args:
+        model: the model, with the operations of its back end.
+        text: tokenizer and chat template.
+        cuda_graphs: replay captured CUDA graphs.
+        pinned: raise the error of a kernel that fails. False: plain torch and eager execution take over.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        text: TextCodec | None = None,
+        cuda_graphs: bool | None = None,
+        *,
+        pinned: bool = True,
+    ):
+        self.text = text
         if model.group.size > 1:
             # a graph would hold collectives, which nothing here captures
             require(not cuda_graphs, f"cuda_graphs=True does not go with tensor_parallel={model.group.size}")
-        self._execution = ExecutionChoice(cuda_graphs, model.device)
-        self.batches = BatchPool(model, self._execution)
+        self._execution = ExecutionChoice(model, cuda_graphs, pinned)
+        self.batches = BatchPool(self._execution)
         self._lock = threading.Lock()
         self._worker: ThreadPoolExecutor | None = None
+        self._abandoned: deque[Callable[[], None]] = deque()  # ends of streams that were dropped before their end
+
+    @property
+    def model(self) -> Transformer:
+        """The model, with the operations in use."""
+        return self._execution.model
 
     @property
     def spec(self):
         return self.model.spec
+
+    def describe(self) -> dict[str, Any]:
+        """Return the back end and the execution in use, and why another pair was given up, if one was; and why nothing
+        runs any more, if the device has failed."""
+        choice, model = self._execution, self.model
+        fault = None if choice.fault is None else str(choice.fault)
+        return {
+            "device": str(model.device),
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "backend": choice.pair.backend,
+            "execution": self.execution,
+            "fallback": choice.reason,
+            "fault": fault,
+        }
 
     @property
     def execution(self) -> str:
@@ -190,6 +229,7 @@ class Engine:
         Raises:
             ArgumentError: names the argument and its value.
             OutOfDeviceMemory: says how much is needed, and what would fit.
+            DeviceFault: the device has failed, now or before.
             NumericalFault: the model produced NaN; names sequence and step. ``finished`` has the results of the others.
         """
         options = {"apply_chat_template": apply_chat_template, "trace": trace, "frames": _frames_for(on_step)}
@@ -247,7 +287,7 @@ class Engine:
         """
         options = {"apply_chat_template": apply_chat_template, "trace": trace, "frames": True}
         sequences, single = self.sequences(prompts, params, **options, **fields)
-        return Stream(self._run(sequences), single)
+        return Stream(self._run(sequences), single, self._abandoned.append)
 
     def generate_async(
         self,
@@ -360,6 +400,8 @@ class Engine:
     @contextmanager
     def _run(self, sequences: list[InFlight]) -> Iterator[Run]:
         """Start sequences on a scheduler of their own, all in one batch if memory allows."""
+        while self._abandoned:
+            self._abandoned.popleft()()
         bounds = bounds_of(sequences)
         with self.model.group.generation(lambda: repr([(s.params, s.canvas, s.start, s.batch_key) for s in sequences])):
             scheduler = Scheduler(self.batches, lambda sequence: bounds, slots=len(sequences))

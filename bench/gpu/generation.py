@@ -25,7 +25,7 @@ class Marked:
     """Execution whose steps, from the first to the last, are a span of the profile."""
 
     def __init__(self, execution: Execution):
-        self._execution, self.name = execution, execution.name
+        self._execution, self.name, self.captures = execution, execution.name, execution.captures
         self.is_exact, self.canvas_length, self.prepare = execution.is_exact, execution.canvas_length, execution.prepare
 
     def run(self, planner: Planner, runner: ModelRunner) -> Outputs:

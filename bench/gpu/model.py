@@ -14,7 +14,7 @@ from sfs_triton.kernels.control import COLUMN
 from sfs_triton.models import ModelSpec, Transformer, Weights
 from sfs_triton.models.weights import LayerWeights
 from sfs_triton.runner import CudaGraphs, ModelRunner
-from sfs_triton.runner.cuda_graph import capture_graph
+from sfs_triton.runner.cuda_graph import capture_graph, capturing
 from sfs_triton.runner.state import DecodeState
 
 LIMIT = 15.0  # seconds that a step may take
@@ -66,7 +66,6 @@ def prompt_ids(spec: ModelSpec, length: int, seed: int = 0) -> list[int]:
 
 def stand_in(runner: ModelRunner, shape: Forward) -> Callable[[], None]:
     """Replace a captured graph where there is no GPU."""
-    runner.warm_up(shape)
     return lambda: runner.run_padded(shape)
 
 
@@ -138,7 +137,9 @@ class Rig:
     def capture(self, shape: Forward) -> Callable[[], None]:
         """Capture a step of this shape by the engine's own code; return its replay."""
         self.runner.end()
-        replay = (capture_graph if self.device.type == "cuda" else stand_in)(self.runner, shape)
+        self.runner.warm_up(shape)
+        with capturing():
+            replay = (capture_graph if self.device.type == "cuda" else stand_in)(self.runner, shape)
 
         def counted() -> None:
             replay()

@@ -43,6 +43,10 @@ class Transformer:
     def dtype(self) -> torch.dtype:
         return self.weights.embedding.dtype
 
+    def by(self, backend: str) -> Transformer:
+        """Return a model of the same weights with the operations of another back end."""
+        return Transformer(self.spec, self.weights, backend, self.group)
+
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:
         """Compute raw logits ``[B, L, V]`` of token ids ``[B, L]``, without cache or shift."""
         length = tokens.shape[1]

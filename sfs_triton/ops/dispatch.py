@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from ..distributed import Vocabulary
-from ..errors import ArgumentError, MissingDependencyError, check_choice
+from ..errors import ArgumentError, BackendError, MissingDependencyError, check_choice
 from .torch import sharded
 from .torch.confidence import Choice, Draw, filter_logits
 from .torch.linear import Matrix, Quantised, quantize
@@ -163,6 +163,23 @@ def operations(backend: str | None, device: torch.device) -> Ops:
     return replace(ops, publish=_publish_on_gpu) if device.type == "cuda" and backend != "triton" else ops
 
 
+def check_kernels(device: torch.device) -> None:
+    """Launch one small kernel: the first needs a C compiler, and better fails before weights are read.
+
+    Raises:
+        BackendError: it does not run; says why.
+    """
+    from ..kernels.publish import publish
+
+    counter = torch.zeros(1, dtype=torch.int64, device=device)
+    published = torch.zeros(1, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
+    try:
+        publish([], [], counter, published)
+    except Exception as error:  # of whatever Triton calls: compilers, linkers, drivers
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise BackendError(f"Triton's kernels cannot run on device {str(device)!r}: {reason}") from error
+
+
 def _publish_on_gpu(*arguments: object) -> None:
     from ..kernels.publish import publish
 
@@ -190,6 +207,7 @@ __all__ = [
     "Ops",
     "Quantised",
     "check_backend",
+    "check_kernels",
     "operations",
     "quantize",
     "rope_tables",

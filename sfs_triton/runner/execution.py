@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
 from ..decoding.step_plan import Forward, StepOutput, StepPlan
-from ..errors import check_flag, require
+from ..errors import DeviceFault, MissingDependencyError, OutOfDeviceMemory, SfsError, check_flag, require
 from ..kernels.control import Progress
-from .cuda_graph import capture_graph
+from ..kernels.errors import KernelError
+from ..models import Transformer
+from .cuda_graph import capture_graph, capturing
+from .faults import check_device, first_line, is_lack_of_memory
 from .model_runner import ModelRunner
 
 logger = logging.getLogger("sfs_triton")
 
-_LENGTHS = 64  # canvases are rounded up to a multiple, so that prompts of similar length share graphs
+_LENGTHS = 64  # least multiple that canvases are rounded up to
 
 # a step's output, and the progress before it of the sequences that took it, by slot
 Outputs = Iterator[tuple[StepOutput, dict[int, Progress]]]
@@ -59,9 +63,11 @@ class Eager:
     def prepare(self, planner: Planner, runner: ModelRunner) -> None:
         """Prepare a batch for these plans, before sequences are put into it: nothing is needed."""
 
+    def capture_all(self, planner: Planner, runner: ModelRunner) -> None:
+        """Capture nothing."""
+
     def run(self, planner: Planner, runner: ModelRunner) -> Outputs:
         """Step until no sequence runs; yield after every step."""
-        runner.graphs.clear()  # of an execution that has failed
         while (plan := planner.next()) is not None:
             runner.launch(plan)
             output = runner.collect(plan, self._step_limit)
@@ -71,8 +77,9 @@ class Eager:
 class CudaGraphs:
     """Replay one captured graph per step. It has not run on a GPU yet.
 
-    Graphs exist for each padded shape at one, two, four... up to all canvases. Sequences that join or leave change
-    values in the buffers that graphs read, and need no new graphs.
+    Graphs exist per padded shape and size: one, two, four... up to all canvases. A step is captured when its shape is
+    first needed, after it has been launched one operation at a time. Sequences that join or leave change values in the
+    buffers that graphs read, and need no new graphs.
 
     Up to ``ahead`` steps are queued beyond the one that the host waits for, where the planner can plan them without
     its output. Surplus steps find no running sequence and change nothing.
@@ -92,20 +99,27 @@ class CudaGraphs:
         capture: Callable[[ModelRunner, Forward], Callable[[], None]] = capture_graph,
     ):
         self._ahead, self._step_limit, self._capture = ahead, step_limit, capture
+        self._failed = 0  # captures in a row
 
     def is_exact(self, slots: int) -> bool:
         return False
 
     def canvas_length(self, longest: int, most: int) -> int:
-        return min(-(-longest // _LENGTHS) * _LENGTHS, max(longest, most))
+        """Round up by an eighth of the next power of two at most, so that many prompts share few batches' graphs."""
+        step = max(_LENGTHS, (1 << (longest - 1).bit_length()) // 8)
+        return min(-(-longest // step) * step, max(longest, most))
 
     def prepare(self, planner: Planner, runner: ModelRunner) -> None:
-        """Capture the graphs that these plans can need and the runner does not have."""
+        """Check that the host ring holds the outputs of the steps in flight."""
         depth = runner.ring.depth
         require(self._ahead < depth, f"ahead={self._ahead} is not below {depth}, the outputs that the host ring holds")
+
+    def capture_all(self, planner: Planner, runner: ModelRunner) -> None:
+        """Capture every graph that these plans can need, before any sequence is put into the batch."""
         for shape in planner.shapes():
             if shape not in runner.graphs:
-                runner.graphs[shape] = self._capture(runner, shape)
+                runner.warm_up(shape)
+                self._capture_shape(runner, shape)
 
     def run(self, planner: Planner, runner: ModelRunner) -> Outputs:
         """Step until no sequence runs; yield after every step."""
@@ -115,6 +129,8 @@ class CudaGraphs:
                 if plan is not None:  # launch before waiting, so that the device has work while the host reads
                     runner.launch(plan)
                     in_flight.append(plan)
+                    if plan.forwards[0] not in runner.graphs:
+                        self._capture_shape(runner, plan.forwards[0])
                 if plan is None or len(in_flight) > self._ahead:
                     output = runner.collect(in_flight.popleft(), self._step_limit)
                     yield output, planner.update(output)
@@ -122,33 +138,112 @@ class CudaGraphs:
             runner.drain(self._step_limit)
             raise
 
+    def _capture_shape(self, runner: ModelRunner, shape: Forward) -> None:
+        """Capture a step of a shape that has been launched. A first failure may be another program's: steps of this
+        shape are launched one operation at a time until the next attempt, and the second failure in a row is raised."""
+        try:
+            with capturing():
+                if shape not in runner.graphs:
+                    runner.graphs[shape] = self._capture(runner, shape)
+            self._failed = 0
+        except RuntimeError as error:
+            doing = f"while capturing a step of {shape.canvases} canvases of {runner.length} positions"
+            if is_lack_of_memory(error):
+                text = f"no memory {doing} with cache={runner.policy.name!r}: {first_line(error)}"
+                raise OutOfDeviceMemory(text) from error
+            check_device(runner.state.tokens.device, error)
+            self._failed += 1
+            if self._failed > 1 or isinstance(error, (SfsError, KernelError)):
+                raise
+            logger.info("an attempt failed %s: %s", doing, error)
+
 
 Execution = Eager | CudaGraphs
 
 
+class Pair(NamedTuple):
+    """Back end of the operations and execution of the steps: chosen, and replaced, together."""
+
+    backend: str
+    cuda_graphs: bool
+
+    def __str__(self) -> str:
+        return f"({self.backend}, {'CUDA graphs' if self.cuda_graphs else 'eager'})"
+
+
 def check_cuda_graphs(cuda_graphs: bool | None, device: torch.device) -> None:
-    """Raise :class:`~sfs_triton.errors.ArgumentError` if CUDA graphs are asked for and ``device`` has none."""
+    """Raise unless ``cuda_graphs`` is a flag, or None, that ``device`` can follow.
+
+    Raises:
+        ArgumentError: it is no flag, or CUDA graphs are asked for and ``device`` has none.
+        MissingDependencyError: they are asked for and triton, whose kernel publishes their outputs, is not installed.
+    """
     if cuda_graphs is not None:
         check_flag("cuda_graphs", cuda_graphs)
     require(not cuda_graphs or device.type == "cuda", f"cuda_graphs=True needs a GPU: device {str(device)!r} has none")
+    if cuda_graphs and importlib.util.find_spec("triton") is None:
+        raise MissingDependencyError("cuda_graphs=True needs the package triton: pip install triton")
 
 
 class ExecutionChoice:
-    """The execution of an engine: CUDA graphs if they were asked for, and eager if they fail. Thread-safe."""
+    """The back end and the execution that an engine uses, as a :class:`Pair`. Thread-safe.
 
-    def __init__(self, cuda_graphs: bool | None, device: torch.device):
-        check_cuda_graphs(cuda_graphs, device)
-        self._eager = Eager(exact=None if device.type == "cuda" else True)
+    Args:
+        model: model with the operations to use.
+        cuda_graphs: replay captured graphs.
+        pinned: keep the back end whatever fails. Otherwise plain torch, with eager execution, takes over.
+    """
+
+    def __init__(self, model: Transformer, cuda_graphs: bool | None = None, pinned: bool = True):
+        check_cuda_graphs(cuda_graphs, model.device)
+        self.model, self._pinned = model, pinned
+        self._eager = Eager(exact=None if model.device.type == "cuda" else True)
         self.current: Execution = CudaGraphs() if cuda_graphs else self._eager
+        self.reason: str | None = None  # of a fall-back
+        self.fault: DeviceFault | None = None  # the device has failed, and nothing runs any more
         self._lock = threading.Lock()
         logger.info("execution: %s", self.current.name)
 
-    def fall_back(self, failed: Execution, error: RuntimeError) -> bool:
-        """Replace ``failed`` by eager execution for all generations; return False if it is that already."""
-        if failed is self._eager:
+    @property
+    def pair(self) -> Pair:
+        return Pair(self.model.backend, self.current.captures)
+
+    def now(self) -> tuple[Transformer, Execution]:
+        """Return the model and the execution to use.
+
+        Raises:
+            DeviceFault: the device has failed.
+        """
+        with self._lock:
+            if self.fault is not None:
+                raise DeviceFault(str(self.fault))
+            return self.model, self.current
+
+    def check(self, error: RuntimeError) -> None:
+        """Raise DeviceFault if the device has failed, and refuse all later work; ``error`` may say so, or the device.
+
+        Raises:
+            DeviceFault: says what the device reports.
+        """
+        fault = error if isinstance(error, DeviceFault) else None
+        try:
+            check_device(self.model.device, error)
+        except DeviceFault as found:
+            fault = found
+        if fault is not None:
+            self.fault = fault
+            raise fault from (None if fault is error else error)
+
+    def fall_back(self, model: Transformer, execution: Execution, error: RuntimeError) -> bool:
+        """Replace a pair that has failed by the one below it, for all generations; return False if there is none."""
+        pinned = self._pinned or model.backend == "torch"
+        bottom = execution is self._eager and pinned
+        if bottom or pinned and isinstance(error, KernelError) and model.backend == "triton" or model.group.size > 1:
             return False
         with self._lock:
-            if self.current is failed:
-                logger.warning("execution by %s failed, going on with eager: %s", failed.name, error)
+            if self.model is model and self.current is execution:
+                before, self.reason = self.pair, first_line(error)
+                self.model = model if pinned else model.by("torch")
                 self.current = self._eager
+                logger.warning("%s failed, going on with %s: %s", before, self.pair, error)
         return True

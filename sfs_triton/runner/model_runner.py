@@ -15,6 +15,7 @@ from ..decoding.step_plan import Forward, Positions, StepOutput, StepPlan
 from ..kernels.control import Progress
 from ..models.cache import Scope
 from ..models.transformer import Transformer
+from .cuda_graph import LAUNCHING
 from .host_ring import HostRing
 from .state import DecodeState, send
 
@@ -56,6 +57,7 @@ class ModelRunner:
         self._decide = model.ops.decide_cycle if by_stage else model.ops.decide_block
         self.captures = captures
         self.graphs: dict[Forward, Callable[[], None]] = {}  # replays of captured steps
+        self.graph_bytes = 0  # of device memory that they hold
         # graphs share a memory pool: one runs at a time, and none keeps data there for another
         self.pool = torch.cuda.graph_pool_handle() if model.device.type == "cuda" else None
         with torch.device("cpu"):  # not the caller's default device
@@ -239,9 +241,9 @@ class ModelRunner:
     def run(self, shapes: Sequence[Forward], *, pausing: bool, slow: bool) -> None:
         """Queue one step. ``pausing``: some slots may be paused. ``slow=False``: no sequence is in its slow stage."""
         ops, state, device = self.model.ops, self.state, self.model.device.type
-        # a caller's autocast would mix dtypes in the caches
+        # a caller's autocast would mix dtypes in the caches, and a graph would keep it
         exact = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
-        with exact:
+        with LAUNCHING if device == "cuda" else nullcontext(), exact:
             if pausing:  # paused sequences count as done for the length of this step
                 done = state.done.clone()
                 state.done.masked_fill_(self._paused, 1)

@@ -13,10 +13,17 @@ from .run import Run
 
 
 class Stream(Iterator[Frame]):
-    """Frames of a generation, one per step. It starts with the first frame and runs only while one is requested."""
+    """Frames of a generation, one per step. It starts with the first frame and runs only while one is requested.
 
-    def __init__(self, run: AbstractContextManager[Run], single: bool):
-        self._context, self._single = run, single
+    Args:
+        run: context of the generation.
+        single: it is of one prompt, not of a list.
+        abandon: called with the end of a generation that is dropped while it runs, to be called later. A stream may be
+            collected in any thread and at any time, where neither a lock may be waited for nor the device be used.
+    """
+
+    def __init__(self, run: AbstractContextManager[Run], single: bool, abandon: Callable[[Callable[[], None]], None]):
+        self._context, self._single, self._abandon = run, single, abandon
         self._stack = ExitStack()
         self._run: Run | None = None
         self._frames: Iterator[Frame] | None = None
@@ -89,7 +96,8 @@ class Stream(Iterator[Frame]):
         self.close()
 
     def __del__(self) -> None:
-        self.close()
+        if self._run is not None and not self._closed:
+            self._abandon(self._stack.close)
 
 
 class Pending:

@@ -16,10 +16,13 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
 
 from ..decoding.caching import BatchBounds
 from ..decoding.params import BatchKey
-from ..errors import OutOfDeviceMemory
+from ..errors import OutOfDeviceMemory, SfsError
 from ..models import Transformer
 from ..runner import ExecutionChoice, ModelRunner
 from ..runner.faults import first_line, is_lack_of_memory
@@ -28,7 +31,6 @@ from .sequence import Sequence, Status
 
 logger = logging.getLogger("sfs_triton")
 
-SPARE = 1  # idle batches kept, with their caches, for the next generation of the same batch key
 _SHORTEST = 256  # least canvas length of a batch that admits sequences of any length
 
 
@@ -49,54 +51,110 @@ def bounds_around(sequence: Sequence, most: int) -> BatchBounds:
     """Return bounds for this sequence and similar ones: the next power of two, at most ``most`` positions.
 
     Where a policy's steps depend on the shortest prompt, that is bounded too, by a power of two."""
-    length = min(max(_SHORTEST, 1 << (len(sequence.canvas) - 1).bit_length()), most)
     apart = sequence.params.cache.by_prompt and sequence.start
     shortest = 1 << (sequence.start.bit_length() - 1) if apart else 0
-    return BatchBounds(length, shortest, length, length, length)
+    return least_bounds(most, len(sequence.canvas))._replace(shortest_prompt=shortest)
 
 
-def least_bounds(most: int) -> BatchBounds:
-    """Return the smallest bounds that :func:`bounds_around` gives."""
-    length = min(_SHORTEST, most)
+def least_bounds(most: int, length: int = 1) -> BatchBounds:
+    """Return the smallest bounds that :func:`bounds_around` gives to a canvas of this length."""
+    length = min(max(_SHORTEST, 1 << (length - 1).bit_length()), most)
     return BatchBounds(length, 0, length, length, length)
 
 
 class BatchPool:
-    """Pool of persistent batches of a model; keeps idle ones for the next use of their batch key. Thread-safe."""
+    """Pool of persistent batches of a model. Thread-safe.
 
-    def __init__(self, model: Transformer, choice: ExecutionChoice):
-        self._model, self._choice = model, choice
-        self.spare: list[PersistentBatch] = []  # newest last
+    Idle batches are kept for the next use of their batch key, the longest unused of them until the bytes of all
+    reach a limit: allocation takes time, and captures take more.
+
+    Args:
+        spare_bytes: the limit; None: an eighth of a GPU's memory, or 256 MiB. The newest is kept whatever it takes,
+            unless another must be opened.
+    """
+
+    def __init__(self, choice: ExecutionChoice, spare_bytes: int | None = None):
+        self._choice = choice
+        self.spare: list[PersistentBatch] = []  # longest unused first
+        # not held while anything is freed, which may run any code
         self._lock = threading.Lock()
+        self._spare_bytes = _spare_bytes(choice.model) if spare_bytes is None else spare_bytes
 
     def take(self, key: BatchKey, slots: int, bounds: BatchBounds) -> PersistentBatch:
         """Return a persistent batch prepared for sequences within ``bounds``.
 
         Raises:
             OutOfDeviceMemory: its tensors do not fit.
+            DeviceFault: the device has failed.
         """
-        length = self._choice.current.canvas_length(bounds.length, self._model.spec.max_length)
+        model, execution = self._choice.now()
+        length = execution.canvas_length(bounds.length, model.spec.max_length)
         padded = bounds._replace(length=length)
         with self._lock:
             batch = next((batch for batch in self.spare if batch.matches(key, slots, padded)), None)
             if batch is not None:
                 self.spare.remove(batch)
-            else:
-                self.spare.clear()  # frees memory for the new batch, which replaces them
         if batch is None:
-            batch = PersistentBatch(self._model, key, slots, padded, self._choice)
+            batch = self._open(model, key, slots, padded)
         batch.prepare(bounds)
         return batch
+
+    def _open(self, model: Transformer, key: BatchKey, slots: int, bounds: BatchBounds) -> PersistentBatch:
+        self._trim(max(0, self._spare_bytes - self.bytes_needed(key, slots, bounds)))
+        try:
+            return PersistentBatch(model, key, slots, bounds, self._choice)
+        except OutOfDeviceMemory:
+            if not self.clear():
+                raise
+        return PersistentBatch(model, key, slots, bounds, self._choice)
 
     def give(self, batch: PersistentBatch) -> None:
         """Return a batch to the pool, in any state."""
         batch.close()
         if batch.healthy:
             with self._lock:
-                self.spare = [*self.spare, batch][-SPARE:]
+                self.spare.append(batch)
+            self._trim(self._spare_bytes, keep=1)
+
+    def clear(self) -> bool:
+        """Free all idle batches; return whether there were any."""
+        return self._trim(-1)
+
+    def _trim(self, most: int, keep: int = 0) -> bool:
+        """Free idle batches that no one can use any more, and the longest unused ones while all take over ``most``
+        bytes, except ``keep`` of them; return whether there were any."""
+        with self._lock:
+            before, left = self.spare, [batch for batch in self.spare if batch.is_current]
+            while len(left) > keep and sum(batch.bytes for batch in left) > most:
+                del left[0]  # still held by ``before``
+            self.spare = left
+        return len(left) < len(before)
 
     def bytes_needed(self, key: BatchKey, slots: int, bounds: BatchBounds) -> int:
-        return ModelRunner.bytes_needed(self._model, key, slots, bounds.length)
+        return ModelRunner.bytes_needed(self._choice.model, key, slots, bounds.length)
+
+
+def _spare_bytes(model: Transformer) -> int:
+    if model.group.size > 1:
+        return 0  # ranks allocate together, so all must keep the same
+    device = model.device
+    return torch.cuda.get_device_properties(device).total_memory // 8 if device.type == "cuda" else 256 << 20
+
+
+@dataclass
+class _Fewer:
+    """Fewer slots for batches of a key and a length, since a step of them found no memory; doubled after a while."""
+
+    slots: int
+    failures: int
+    batches: int  # to open before the double is tried
+
+    def next(self) -> int:
+        """Return the slots of the next batch."""
+        if self.batches == 0:
+            self.slots, self.batches = 2 * self.slots, 2**self.failures
+        self.batches -= 1
+        return self.slots
 
 
 class Scheduler:
@@ -127,6 +185,7 @@ class Scheduler:
         self._open: deque[PersistentBatch] = deque()  # in order of their next step
         self._closing: set[PersistentBatch] = set()  # admit no more sequences
         self._waiting: deque[Sequence] = deque()
+        self._fewer: dict[tuple[BatchKey, int], _Fewer] = {}  # by batch key and canvas length
         self.failed: list[Sequence] = []  # evicted by the last exception; the caller may resubmit them
 
     @property
@@ -143,6 +202,18 @@ class Scheduler:
     def batches(self) -> int:
         """Open batches."""
         return len(self._open)
+
+    def capture(self, key: BatchKey, bounds: BatchBounds) -> None:
+        """Capture all graphs for sequences of a batch key within bounds, in an idle batch that they will get.
+
+        Raises:
+            OutOfDeviceMemory: there is no memory for them.
+        """
+        batch = self._take(key, self.slots, bounds)
+        try:
+            batch.capture_all()
+        finally:
+            self._pool.give(batch)
 
     def submit(self, sequence: Sequence) -> None:
         """Queue a sequence."""
@@ -191,7 +262,7 @@ class Scheduler:
             self._closing.discard(batch)
             if not is_lack_of_memory(error) or batch.slots == 1 or batch.model.group.size > 1:
                 self._fail(batch, held, error)
-            self._restart(held, error)
+            self._restart(batch, held, error)
             # some may have taken their step before another plan of the round failed; it is not reported again
             return [sequence for sequence, before in zip(held, steps, strict=True) if sequence.steps > before]
         for sequence in stepped:
@@ -204,7 +275,7 @@ class Scheduler:
     def _fail(self, batch: PersistentBatch, held: list[Sequence], error: BaseException) -> None:
         """Evict the sequences of a failed batch, and raise its error."""
         self._evict([sequence for sequence in held if not sequence.finished])
-        if is_lack_of_memory(error):
+        if is_lack_of_memory(error) and not isinstance(error, SfsError):
             canvas = f"a canvas of {batch.length} positions with cache={batch.key.cache.name!r}"
             raise OutOfDeviceMemory(f"no memory for a step of {canvas}: {first_line(error)}") from error
         raise error
@@ -214,12 +285,19 @@ class Scheduler:
         for sequence in sequences:
             sequence.status = Status.FAILED
 
-    def _restart(self, held: list[Sequence], error: BaseException) -> None:
-        """Queue the sequences of a batch that ran out of memory again, before all others."""
-        self.slots = max(1, len(held) // 2)
-        logger.warning(
-            "batches have at most %d slots from now on: no memory for a step: %s", self.slots, first_line(error)
-        )
+    def _restart(self, batch: PersistentBatch, held: list[Sequence], error: BaseException) -> None:
+        """Queue the sequences of a batch that ran out of memory again, before all others; idle batches are freed."""
+        if not self._pool.clear():
+            key = batch.key, batch.bounds.length
+            failures = self._fewer[key].failures + 1 if key in self._fewer else 1
+            self._fewer[key] = fewer = _Fewer(max(1, len(held) // 2), failures, 2**failures)
+            logger.warning(
+                "batches of %d positions with cache=%r have at most %d slots for now: no memory for a step: %s",
+                batch.length,
+                batch.key.cache.name,
+                fewer.slots,
+                first_line(error),
+            )
         for sequence in reversed(held):
             if sequence.status is Status.DROPPED:
                 sequence.status = Status.FINISHED  # with the state that was last read
@@ -286,13 +364,15 @@ class Scheduler:
 
     def _open_batch(self, sequence: Sequence) -> PersistentBatch | None:
         """Open a batch for this and similar sequences, with as many slots as memory allows; None if not even one."""
-        bounds = self._bounds(sequence)
-        if len(self._open) >= self._most or not self._affords(sequence.batch_key, self.slots, bounds):
+        key, bounds = sequence.batch_key, self._bounds(sequence)
+        if len(self._open) >= self._most or not self._affords(key, self.slots, bounds):
             self._reap(lambda batch: True)
         if len(self._open) >= self._most:
             return None
+        fewer = self._fewer.get((key, bounds.length))
+        slots = self.slots if fewer is None else min(self.slots, fewer.next())
         try:
-            batch = self._take(sequence.batch_key, self.slots, bounds)
+            batch = self._take(key, slots, bounds)
         except BaseException as error:
             if isinstance(error, OutOfDeviceMemory) and self._open:
                 return None

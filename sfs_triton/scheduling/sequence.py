@@ -50,6 +50,18 @@ class Sequence:
         self.tokens, self.commit_step = canvas, [-1] * len(canvas)  # as last read
         self.progress: Progress | None = None  # likewise; None before the first step
         self.seconds = 0.0  # duration of its batch's rounds while it held a slot
+        self.last_committed: list[int] = []  # positions that its last step committed, or a restart decided otherwise
+        self.changed = False  # True once a restart has decided positions otherwise than was reported before
+        self._repeated, self.forward_lengths = 0, []
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget the steps that it has taken, before the first one or after a restart.
+
+        The same number of steps is then repeated, and not reported again. Another back end rounds in another way, and
+        may decide otherwise: the step that is reported next then replaces all that was decided before.
+        """
+        self._repeated = self.steps
         self.forward_lengths: list[int] = []  # positions that each step's forward covered
         self.positions_forwarded = self.full_forwards = 0
         self.trace: list[StepTrace] = []
@@ -67,7 +79,7 @@ class Sequence:
     @property
     def steps(self) -> int:
         """Number of its steps that have been reported."""
-        return len(self.forward_lengths)
+        return max(len(self.forward_lengths), self._repeated)
 
     @property
     def running(self) -> bool:
@@ -96,11 +108,6 @@ class Sequence:
         return next((p for p in range(self.start, limit) if given[p] == self._mask_id and commits[p] < 0), len(given))
 
     @property
-    def last_committed(self) -> list[int]:
-        """Positions that its last step committed."""
-        return [p for p, step in enumerate(self.commit_step) if step == self.steps - 1]
-
-    @property
     def fault(self) -> int:
         """Fault code: 0 none, 1 + the step whose logits held NaN, or -1 - the step at which its cap was reached."""
         return self.progress.fault if self.progress else 0
@@ -109,22 +116,30 @@ class Sequence:
         """Remove and return the trace of its last step, if it is still there. Results lack the removed ones."""
         return self.trace.pop() if self.trace else None
 
-    def record(self, slot: int, before: Progress, output: StepOutput) -> None:
-        """Record a step that it has taken in ``slot``, from the progress ``before`` it."""
+    def record(self, slot: int, before: Progress, output: StepOutput) -> bool:
+        """Record a step that it has taken in ``slot``, from the progress ``before`` it; return whether to report it."""
         policy, after = self.params.cache, output.progress[slot]
         covered = policy.covered(before, after.listed)
         recomputed = policy.recomputed(before, covered)
         self.forward_lengths.append(covered)
         self.positions_forwarded += recomputed
         self.full_forwards += recomputed >= before.limit
-        self.progress = after
         if self.batch_key.trace:
             self.trace.append(trace_step(self.params, slot, len(self.canvas), before, recomputed, output))
+        if len(self.forward_lengths) <= self._repeated and not after.done:
+            return False
+        self._repeated, self.progress = 0, after
         if self.batch_key.frames:
+            was = list(zip(self.commit_step, self.tokens, strict=True))
             self._read(output.published["tokens"][slot], output.published["commit_step"][slot])
+            now = list(zip(self.commit_step, self.tokens, strict=True))
+            self.last_committed = [p for p in range(len(now)) if now[p] != was[p] and now[p][0] >= 0]
+            self.changed |= any(old[0] >= 0 and old[1] != new[1] for old, new in zip(was, now, strict=True))
+        return True
 
     def finish(self, final: dict) -> None:
         """Take over the final state: ``tokens``, ``commit_step`` and ``control`` as arrays."""
+        self._repeated = 0
         self._read(final["tokens"], final["commit_step"])
         self.progress = Progress(*final["control"].tolist())
 

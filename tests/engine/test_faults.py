@@ -205,9 +205,11 @@ def test_other_errors_of_allocation_are_not_called_lack_of_memory(engines, monke
         engine_with(engines["llada-mha"]).generate(**OPTIONS, sampler=Threshold(block_length=8), cache="prefix")
 
 
-def test_caches_that_no_one_uses_make_room(engines, monkeypatch):
-    """Those of the last generation are gone before others are allocated."""
+@pytest.mark.parametrize(("most", "there"), [(0, [0, 0, 0]), (1 << 30, [0, 1, 2])])
+def test_caches_that_no_one_uses_make_room(engines, monkeypatch, most, there):
+    """Those of earlier generations are gone before others are allocated, if all would take more than may be kept."""
     engine, alive, allocate = engine_with(engines["llada-mha"]), [], KVCache.__init__
+    engine.batches._spare_bytes = most
 
     def note(self, *given):
         alive.append(len(engine.batches.spare))
@@ -216,7 +218,7 @@ def test_caches_that_no_one_uses_make_room(engines, monkeypatch):
     monkeypatch.setattr(KVCache, "__init__", note)
     for length in (8, 16, 24):
         engine.generate(PROMPTS[0], gen_length=length, sampler=Threshold(block_length=8), cache="prefix")
-    assert alive == [0, 0, 0]
+    assert alive == there
 
 
 def _crowded(most: int, at: int = 2):
@@ -241,7 +243,7 @@ def test_no_memory_for_a_step_takes_fewer_sequences_at_a_time(engines, monkeypat
     monkeypatch.setattr(ModelRunner, "launch", _crowded(most))
     done = engine.generate(**RAGGED, cache="region", trace=True, on_step=frames.append)
     assert_same(done, wanted)
-    assert "at most 1 slots from now on: no memory for a step: no room for activations" in caplog.text
+    assert "at most 1 slots for now: no memory for a step: no room for activations" in caplog.text
     for index, result in enumerate(wanted):
         committed = [place for frame in frames for place in frame.committed[index]]
         assert len(committed) == len(set(committed)) == sum(step >= 0 for step in result.commit_step)
@@ -350,7 +352,9 @@ def test_an_execution_that_fails_is_replaced_once(engines, caplog, at, policy):
     assert engine.execution == "cuda_graphs"
     assert_same(engine.generate(**options), wanted)
     assert engine.execution == "eager"
-    assert _warnings(caplog) == ["execution by cuda_graphs failed, going on with eager: CUDA error: an illegal address"]
+    assert _warnings(caplog) == [
+        "(torch, CUDA graphs) failed, going on with (torch, eager): CUDA error: an illegal address"
+    ]
     assert_same(engine.generate(**options), wanted)
     assert len(_warnings(caplog)) == 1
 

@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 from dataclasses import fields
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from sfs_triton.ops.dispatch import Draw, Ops, operations
 from sfs_triton.ops.torch.commit import rank_by_score
 from sfs_triton.ops.torch.confidence import confidence, filter_logits
 from sfs_triton.ops.torch.philox import gumbel, philox
-from sfs_triton.runner import ExecutionChoice
+from sfs_triton.runner import ExecutionChoice, Pair
 from tests.reference.confidence import look
 from tests.support.paths import ROOT
 
@@ -159,4 +160,6 @@ def test_publish_on_a_gpu_is_the_kernel(monkeypatch):
 
 def test_default_execution():
     for device in ("cpu", "cuda"):
-        assert ExecutionChoice(None, torch.device(device)).current.name == "eager"
+        model = SimpleNamespace(device=torch.device(device), backend="torch")
+        choice = ExecutionChoice(model)
+        assert choice.current.name == "eager" and choice.pair == Pair("torch", cuda_graphs=False)

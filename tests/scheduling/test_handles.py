@@ -144,6 +144,9 @@ def _drop_stream(engine, options):
     next(stream), next(stream)
     del stream
     gc.collect()
+    assert engine.batches.spare == [], "the device was used as it was collected"
+    engine.generate(PROMPTS[1], gen_length=8)
+    engine.batches.spare.pop()
 
 
 def _break_out(engine, options):
@@ -438,7 +441,7 @@ def test_a_generation_inside_another(engines, execution):
     assert_same(engine.generate(**outer, on_step=on_step), wanted[0])
     assert_same(inner[1], wanted[1])
     assert_same(inner[2], wanted[2])
-    assert len(engine.batches.spare) == 1
+    assert len(engine.batches.spare) == 3
 
 
 def test_streams_side_by_side(engine):
