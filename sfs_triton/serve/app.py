@@ -126,13 +126,16 @@ def _add_models(app: FastAPI) -> None:
 
 
 def _add_state(app: FastAPI) -> None:
-    worker, metrics = app.state.worker, app.state.metrics
+    worker, metrics, engine = app.state.worker, app.state.metrics, app.state.engine
 
     @app.head("/health", include_in_schema=False)
-    @app.get("/health", responses=_refusals(421))
-    async def health() -> dict[str, str]:
-        """Liveness: the process responds."""
-        return {"status": "ok"}
+    @app.get("/health", responses=_refusals(421, 503))
+    async def health() -> dict[str, str | None]:
+        """Liveness: the engine works. With the back end and the execution in use, and why others were given up."""
+        if worker.failure is not None:
+            raise worker.failure
+        described = engine.describe()
+        return {"status": "ok", **{name: described[name] for name in ("backend", "execution", "fallback")}}
 
     @app.head("/ready", include_in_schema=False)
     @app.get("/ready", responses=_refusals(421, 503))

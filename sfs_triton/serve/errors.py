@@ -50,6 +50,21 @@ def stopped() -> ApiError:
     )
 
 
+def device_failed() -> ApiError:
+    return ApiError(
+        503, "the device has failed, and the server must be started again; its log has the reason", code="device_failed"
+    )
+
+
+def restarted() -> ApiError:
+    return ApiError(
+        503,
+        "the engine went on with another back end, whose answer differs from what was sent; send the request again",
+        code="restarted",
+        headers={"Retry-After": "1"},
+    )
+
+
 def too_late(limit: float) -> ApiError:
     return ApiError(504, f"the request was not finished within {limit:g} s", code="time_limit")
 

@@ -14,7 +14,7 @@ from ..scheduling.sequence import Sequence as InFlight
 from ..scheduling.trace import StepTrace
 from ..text.codec import TextCodec
 from ..text.settled import SettledText
-from .errors import ApiError
+from .errors import ApiError, restarted
 from .options import PreparedRequest
 
 
@@ -107,7 +107,13 @@ class OutputProcessor:
                 self.job.emit(Started(self._opening() if self.job.frames else None))
 
     def process(self, sequence: InFlight) -> None:
-        """Emit the sequence's last step, and finish the job if its answer is complete."""
+        """Emit the sequence's last step, and finish the job if its answer is complete.
+
+        Raises:
+            ApiError: a restart has decided positions otherwise than was emitted, or searched for stop strings.
+        """
+        if sequence.changed and (self.job.stream or self.job.stops):
+            raise restarted()
         job, first, stop = self.job, self.job.request.first, self.job.request.stop
         trace = sequence.take_trace()
         self._nfe = sequence.steps

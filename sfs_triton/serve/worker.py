@@ -8,18 +8,19 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 
 from ..decoding.params import BatchKey
 from ..engine import Engine
-from ..errors import OutOfDeviceMemory, require
+from ..errors import DeviceFault, OutOfDeviceMemory, require
+from ..runner import CudaGraphs
 from ..scheduling.scheduler import Scheduler, bounds_around, least_bounds
 from ..scheduling.sequence import Sequence as InFlight
 from ..scheduling.sequence import fault_of
-from .errors import ApiError, busy, from_failure, stopped, stopping, too_late
+from .errors import ApiError, busy, device_failed, from_failure, stopped, stopping, too_late
 from .jobs import Failed, Finished, Job, OutputProcessor
 from .settings import ServeSettings
 
@@ -55,8 +56,8 @@ class Worker:
         self._engine, self._settings, self._observer = engine, settings, observer or EngineObserver()
         most = engine.spec.max_length
         memory = settings.cache_memory or _half_of_what_is_free(engine.model.device)
-        key = BatchKey(settings.sampler.batch_key(), settings.cache, trace=False, frames=True)
-        least = engine.batches.bytes_needed(key, 1, least_bounds(most))
+        self._key = BatchKey(settings.sampler.batch_key(), settings.cache, trace=False, frames=True)  # of the defaults
+        least = engine.batches.bytes_needed(self._key, 1, least_bounds(most))
         require(memory is None or least <= memory, f"cache_memory={memory}: the shortest canvas takes {least} bytes")
         self._scheduler = Scheduler(
             engine.batches,
@@ -70,7 +71,7 @@ class Worker:
         self._change = threading.Condition()
         self._thread = threading.Thread(target=self._work, name="sfs_triton-serve", daemon=True)
         self._closed, self._last_call = False, float("inf")
-        self._broken = False  # True once the thread has failed
+        self.failure: ApiError | None = None  # for all requests, once the thread has failed
         self._mean = 1.0  # seconds per answer, from its sequence's start
         self._pieces: dict[int, str] = {}
         self._processors: dict[InFlight, OutputProcessor] = {}  # of unfinished jobs
@@ -102,7 +103,7 @@ class Worker:
         """Raise ApiError if a request would be refused now: 429 if the queue is full, 503 at shutdown or if the
         engine's thread has failed."""
         if not self.ready:
-            raise stopped() if self._broken else stopping()
+            raise self.failure or stopping()
         waiting = self.waiting
         if waiting >= self._settings.max_queue:
             raise busy(waiting, self._mean * (1 + waiting / self._settings.max_batch))
@@ -138,6 +139,7 @@ class Worker:
 
     def _work(self) -> None:
         try:
+            self._capture_defaults()
             while self._receive():
                 try:
                     stepped = self._scheduler.step()
@@ -145,8 +147,8 @@ class Worker:
                     self._recover(error)
                 else:
                     self._after_step(stepped)
-        except BaseException:
-            self._broken = True
+        except BaseException as error:
+            self.failure = device_failed() if isinstance(error, DeviceFault) else stopped()
             logger.critical("the engine's thread has failed; no more requests are accepted", exc_info=True)
         finally:  # however this thread ends, no client may keep waiting
             self._closed = True
@@ -154,9 +156,20 @@ class Worker:
                 left = [*self._arrived, *(processor.job for processor in self._processors.values())]
                 self._arrived.clear()
             for job in left:
-                self._end(job, stopped() if self._broken else stopping(), "failed" if self._broken else "late")
+                self._end(job, self.failure or stopping(), "failed" if self.failure else "late")
             self._processors.clear()
-            self._scheduler.close()
+            with suppress(DeviceFault):  # which is in the log already
+                self._scheduler.close()
+
+    def _capture_defaults(self) -> None:
+        """Capture the graphs for short requests with the server's defaults, so that no client waits for that."""
+        if self._engine.execution != CudaGraphs.name:
+            return
+        bounds = least_bounds(self._engine.spec.max_length, 2 * self._settings.default_tokens)
+        try:
+            self._scheduler.capture(self._key, bounds)
+        except OutOfDeviceMemory as error:
+            logger.warning("graphs are captured when they are needed: %s", error)
 
     def _receive(self) -> bool:
         """Receive new jobs, end late and abandoned ones; wait while there are none. Return False if closed."""
@@ -225,7 +238,9 @@ class Worker:
             self._scheduler.drop(sequence)
 
     def _recover(self, error: Exception) -> None:
-        """End the sequences whose persistent batch failed."""
+        """End the sequences whose persistent batch failed; nothing recovers from a device that has failed."""
+        if isinstance(error, DeviceFault):
+            raise error
         if isinstance(error, OutOfDeviceMemory):
             logger.warning("a generation was refused: %s", error)
         else:

@@ -22,11 +22,12 @@ pytest.importorskip("typer")
 import httpx  # noqa: E402
 import torch  # noqa: E402
 
-from sfs_triton import Engine, FixedSteps, SlowFast  # noqa: E402
+from sfs_triton import DeviceFault, Engine, FixedSteps, SlowFast  # noqa: E402
+from sfs_triton.kernels.errors import KernelError  # noqa: E402
 from sfs_triton.models import Transformer  # noqa: E402
-from sfs_triton.runner import ModelRunner  # noqa: E402
+from sfs_triton.runner import CudaGraphs, ModelRunner, faults  # noqa: E402
 from sfs_triton.serve.jobs import OutputProcessor  # noqa: E402
-from tests.support.combinations import Failing, engine_with  # noqa: E402
+from tests.support.combinations import Failing, engine_with, stand_in  # noqa: E402
 from tests.support.paths import ROOT  # noqa: E402
 from tests.support.server import (  # noqa: E402
     STORY,
@@ -70,7 +71,8 @@ def test_a_dead_engine_thread_keeps_nobody_waiting(embedded, monkeypatch, caplog
         assert chunks_of(first.result())[-1]["error"]["code"] == "engine_stopped"
         assert "[DONE]" not in first.result().text
         assert httpx.get(server.url + "/ready").status_code == 503
-        assert httpx.get(server.url + "/health").status_code == 200, "the process lives, to say what it has"
+        health = httpx.get(server.url + "/health")
+        assert health.status_code == 503 and error_of(health)["code"] == "engine_stopped"
         later = server.post(chat())
         assert later.status_code == 503 and error_of(later)["code"] == "engine_stopped"
         counted = server.metrics()
@@ -200,7 +202,90 @@ def test_a_loop_that_fails_is_replaced_under_its_requests(embedded, at, caplog):
         assert "".join(said) == wanted[1]
         assert engine.execution == "eager" and "failed" not in server.metrics()
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert warnings == ["execution by cuda_graphs failed, going on with eager: CUDA error: an illegal address"]
+    assert warnings == ["(torch, CUDA graphs) failed, going on with (torch, eager): CUDA error: an illegal address"]
+
+
+def test_health_says_what_is_used_after_a_fall_back(embedded):
+    with serving(engine_with(embedded, Failing(0))) as server:
+        before = httpx.get(server.url + "/health").json()
+        assert (before["execution"], before["fallback"]) == ("cuda_graphs", None)
+        assert server.post(chat(max_tokens=8)).status_code == 200
+        after = httpx.get(server.url + "/health").json()
+        reason = "CUDA error: an illegal address"
+        assert after == {"status": "ok", "backend": "torch", "execution": "eager", "fallback": reason}
+
+
+def test_graphs_of_the_defaults_are_captured_before_the_first_request(embedded):
+    captured = []
+
+    def capture(runner, shape):
+        captured.append((runner.length, shape))
+        return stand_in(runner, shape)
+
+    with serving(engine_with(embedded, CudaGraphs(capture=capture)), max_batch=2) as server:
+        wait_for(lambda: len(captured) == 2)
+        assert text_of(server.post(chat(max_tokens=8))) == embedded.generate(SUMS, gen_length=8).text
+        assert len(captured) == 2 and {length for length, _ in captured} == {256}
+
+
+def test_a_stream_that_another_back_end_would_contradict_is_ended(embedded):
+    """A client that was sent nothing yet gets the other answer."""
+    wanted = embedded.generate(SUMS, gen_length=16, sampler=FixedSteps()).text
+    for stream in (True, False):
+        model = Transformer(embedded.spec, embedded.model.weights)
+        scatter, steps = model.ops.scatter_choices, []
+
+        def spoiled(state, token, *given, scatter=scatter, steps=steps, **named):
+            steps.append(token)
+            if len(steps) > 5:
+                raise KernelError("no shared memory")
+            scatter(state, torch.full_like(token, 11), *given, **named)
+
+        model.backend, model.ops = "triton", replace(model.ops, scatter_choices=spoiled)
+        with serving(Engine(model, embedded.text, pinned=False)) as server:
+            response = server.post(chat(sampler="vanilla", max_tokens=16, stream=stream))
+            if stream:
+                assert chunks_of(response)[-1]["error"]["code"] == "restarted"
+                assert "[DONE]" not in response.text
+            else:
+                assert text_of(response) == wanted
+            assert text_of(server.post(chat(sampler="vanilla", max_tokens=16))) == wanted
+
+
+def test_a_device_that_has_failed_ends_the_server(embedded, monkeypatch, caplog):
+    """Every request gets an error that says so, none waits, and nothing is tried again."""
+    launched = []
+
+    def broken(runner, plan):
+        launched.append(plan)
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    def failed(device):
+        raise DeviceFault("'cuda:0' has failed: CUDA error: device-side assert triggered")
+
+    with serving(Engine(embedded.model, embedded.text), max_batch=2, max_batches=1) as server:
+        with ThreadPoolExecutor(4) as pool:
+            server.gate.close()
+            first = pool.submit(server.post, chat(sampler="vanilla", stream=True))
+            wait_for(lambda: server.gate.taken == 1)
+            sent = [pool.submit(server.post, chat(sampler="vanilla", seed=n)) for n in range(3)]
+            wait_for(lambda: server.worker.waiting == 3)
+            monkeypatch.setattr(ModelRunner, "launch", broken)
+            monkeypatch.setattr(faults, "is_idle", failed)
+            server.gate.open()
+            began = time.monotonic()
+            for response in (future.result() for future in sent):
+                assert response.status_code == 503 and error_of(response)["code"] == "device_failed"
+            assert chunks_of(first.result())[-1]["error"]["code"] == "device_failed"
+            assert time.monotonic() - began < 10
+        for path, code in (("/health", "device_failed"), ("/ready", "not_ready")):
+            response = httpx.get(server.url + path)
+            assert response.status_code == 503 and error_of(response)["code"] == code
+        later = server.post(chat())
+        assert later.status_code == 503 and error_of(later)["code"] == "device_failed"
+        assert not server.worker.ready and len(launched) == 1
+    (record,) = [record for record in caplog.records if record.levelname == "CRITICAL"]
+    assert record.exc_info[0] is DeviceFault
 
 
 # --------------------------------------------------------------------------------------------------------- its process

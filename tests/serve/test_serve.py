@@ -745,7 +745,8 @@ def test_what_can_never_fit_is_refused_in_one_line(embedded, caplog):
 
 
 def test_state_pages(server):
-    assert httpx.get(server.url + "/health").json() == {"status": "ok"}
+    about = {"status": "ok", "backend": "torch", "execution": "eager", "fallback": None}
+    assert httpx.get(server.url + "/health").json() == about
     assert httpx.get(server.url + "/ready").json() == {"status": "ready"}
     assert [httpx.head(server.url + path).status_code for path in ("/health", "/ready")] == [200, 200]
     page = httpx.get(server.url + "/metrics")
