@@ -146,9 +146,10 @@ class ProcessGroup(Group):
         return self._gather(x, self._device)
 
     def exchange(self, text: str) -> list[str]:
-        mine = torch.tensor(list(text.encode()), dtype=torch.uint8)
-        lengths = self._gather(torch.tensor([len(mine)]), self._host)[:, 0].tolist()
-        room = torch.zeros(max(lengths), dtype=torch.uint8)
+        host = torch.device("cpu")  # whatever the caller's default device is
+        mine = torch.tensor(list(text.encode()), dtype=torch.uint8, device=host)
+        lengths = self._gather(torch.tensor([len(mine)], device=host), self._host)[:, 0].tolist()
+        room = torch.zeros(max(lengths), dtype=torch.uint8, device=host)
         room[: len(mine)] = mine
         texts = self._gather(room, self._host) if len(room) else room.expand(self.size, 0)
         return [bytes(row[:n].tolist()).decode() for row, n in zip(texts, lengths, strict=True)]

@@ -72,6 +72,15 @@ def _check(world: ranks.World, model: str | Path, options: list[dict], quantizat
             assert_same(mine, one)
 
 
+def test_texts_are_exchanged_in_host_memory(monkeypatch):
+    """Whatever the default device of the caller's tensors is."""
+    group = object.__new__(parallel.ProcessGroup)
+    group.size, group._host = 2, None
+    monkeypatch.setattr(group, "_gather", lambda x, where: x[None].repeat(2, *[1] * x.dim()))
+    with torch.device("meta"):
+        assert group.exchange("réponse") == ["réponse"] * 2
+
+
 # -------------------------------------------------------------------------------------------------------- same tokens
 
 
