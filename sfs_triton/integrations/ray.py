@@ -218,8 +218,10 @@ def _gpus(device: str | None, asked: float | None) -> float:
     """Return the number of GPUs per worker."""
     if asked is not None:
         return asked
-    wanted = device is None or str(device).startswith("cuda")
-    return 1.0 if wanted and ray.cluster_resources().get("GPU", 0) >= 1 else 0.0
+    named = device is not None and str(device).startswith("cuda")
+    if not ray.is_initialized():
+        return float(named)  # what there will be is not known
+    return float((named or device is None) and ray.cluster_resources().get("GPU", 0) >= 1)
 
 
 def _check_room(workers: int, gpus: float) -> None:
@@ -271,13 +273,13 @@ def deployment(
     Args:
         model, device, dtype, quantization, backend, cuda_graphs: as for :func:`sfs_triton.load`, in each replica.
         settings: settings of each replica; default: the server's defaults, for a model of this name.
-        cpus, gpus: resources per replica; ``gpus`` by default 1 for a ``device`` that is a GPU, else 0.
+        cpus, gpus: resources per replica; ``gpus`` by default 1 if the connected cluster has any, unless ``device`` is
+            not a GPU. Without a cluster yet, 1 for a ``device`` that is a GPU, else 0.
     """
     check_integer("replicas", replicas)
     settings = settings or ServeSettings(model=model.rstrip("/").rpartition("/")[2] or model)
     settings.sampler.check_cache(settings.cache)
-    if gpus is None:
-        gpus = float(device is not None and str(device).startswith("cuda"))
+    gpus = _gpus(device, gpus)
     ours = settings.max_batch + settings.max_queue
     options = {
         "path_or_hub_id": model,

@@ -217,6 +217,18 @@ def test_a_driver_is_killed_and_the_run_goes_on(source, whole, tmp_path, embedde
 # ---------------------------------------------------------------------------------------------------------------- serve
 
 
+@pytest.mark.parametrize(
+    ("there", "device", "wanted"),
+    [(8, None, 1.0), (8, "cuda", 1.0), (8, "cpu", 0.0), (0, None, 0.0), (None, None, 0.0), (None, "cuda:1", 1.0)],
+)
+def test_a_replica_takes_a_gpu_where_the_cluster_has_some(monkeypatch, there, device, wanted):
+    """Ray hides the GPUs from those that ask for none. None: no cluster is connected yet."""
+    monkeypatch.setattr(ray, "is_initialized", lambda: there is not None)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 4.0} | ({"GPU": float(there)} if there else {}))
+    options = on_ray.deployment("embedded", device=device)._bound_deployment.ray_actor_options
+    assert options["num_gpus"] == wanted
+
+
 @pytest.fixture(scope="module")
 def server(cluster) -> Iterator[str]:
     with socket.create_server(("127.0.0.1", 0)) as listener:
