@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,6 +31,7 @@ from .text.codec import TextCodec
 EMBEDDED = Path(__file__).parent / "embedded"
 QUANTIZATIONS = ("fp8",)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(@.*)?")  # a name, or owner and name; a revision may hold more slashes
 
 Prompt = str | Sequence[int] | torch.Tensor | Sequence[Mapping[str, Any]]
 Params = DecodingParams | Sequence[DecodingParams] | None
@@ -112,9 +114,13 @@ def _folder(path_or_hub_id: str | Path) -> Path:
     folder = EMBEDDED if str(path_or_hub_id) == "embedded" else Path(path_or_hub_id)
     if folder.is_dir():
         return folder
-    if folder.is_absolute() or folder.exists():
-        raise CheckpointError(f"{str(folder)!r} is not a folder")
-    return _download(str(path_or_hub_id))
+    given = str(path_or_hub_id)
+    if isinstance(path_or_hub_id, Path) or folder.exists() or folder.is_absolute() or not _HUB_ID.fullmatch(given):
+        state = (
+            "is not a folder" if folder.exists() or folder.is_absolute() else "is a path, and there is no such folder"
+        )
+        raise CheckpointError(f"{given!r} {state}")
+    return _download(given)
 
 
 def _device(device: str | torch.device | None) -> torch.device:

@@ -197,7 +197,8 @@ def named(argument: str, value: Any, known: Mapping[str, type]) -> tuple[str, di
     options = dict(value) if isinstance(value, Mapping) else {"kind": value}
     kind = options.pop("kind", None)
     fine = isinstance(kind, str) and kind in known
-    require(fine, f"{argument}={value!r} is not one of {tuple(known)}, nor an object with one of them as its 'kind'")
+    other = "" if isinstance(value, str) else ", nor an object with one of them as its 'kind'"
+    require(fine, f"{argument}={value!r} is not one of {tuple(known)}{other}")
     return kind, options
 
 

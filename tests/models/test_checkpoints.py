@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -242,6 +243,16 @@ def test_hub_id_offline_is_a_clear_error(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(CheckpointError, match="'nobody/nothing' is not a local folder"):
         sfs_triton.load("nobody/nothing", "cpu")
+
+
+@pytest.mark.parametrize(
+    "path", ["./nope", "../nope", "nope/", "~/nope", "a/b/c", ".hidden", "C:\\nope", Path("org/nope")]
+)
+def test_a_path_is_not_tried_as_a_hub_id(monkeypatch, path):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *given, **named: pytest.fail("asked the hub"))
+    with pytest.raises(CheckpointError) as caught:
+        sfs_triton.load(path, "cpu")
+    assert str(caught.value) == f"{str(path)!r} is a path, and there is no such folder"
 
 
 def test_a_revision_of_a_hub_id(monkeypatch):

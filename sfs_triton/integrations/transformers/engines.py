@@ -17,7 +17,7 @@ from ...engine import DTYPES, Engine
 from ...errors import ArgumentError, CheckpointError, require
 from ...models import ModelSpec, Transformer, Weights, read_spec
 from ...models.weights import LLADA_NAMES, LLAMA_NAMES, LayerWeights, expected_shapes
-from ...ops.dispatch import operations
+from ...ops.dispatch import check_kernels, operations
 from ...runner import check_cuda_graphs
 from ...text.codec import TextCodec, check_unicode
 
@@ -70,6 +70,8 @@ def accelerate(
         device = parameters[names["embedding"]].device
         operations(backend, device)  # refuse before any weight is copied
         check_cuda_graphs(cuda_graphs, device)
+        if backend == "triton" or cuda_graphs:
+            check_kernels(device)
         known = _ENGINES.get(hf_model)
         if known is not None and known.addresses == _addresses(hf_model):
             weights = known.engine.model.weights
@@ -77,7 +79,7 @@ def accelerate(
             weights = _shared_weights(parameters, spec, names)
             if device.type == "cuda":
                 torch.cuda.empty_cache()  # memory of the unfused weights: no other tensor has these sizes
-        engine = Engine(Transformer(spec, weights, backend), codec, cuda_graphs)
+        engine = Engine(Transformer(spec, weights, backend), codec, cuda_graphs, pinned=backend is not None)
         _ENGINES[hf_model] = _SharedEngine(engine, _addresses(hf_model), backend, cuda_graphs)
     return engine
 
