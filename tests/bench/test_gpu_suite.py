@@ -615,7 +615,8 @@ def test_an_execution_that_falls_back_is_reported(embedded, monkeypatch):
     monkeypatch.setattr(generation, "stand_in", refuse)
     engine_ = generation.with_execution(embedded, "cuda_graphs")
     with pytest.raises(
-        parts.Incomplete, match="the execution failed: execution by cuda_graphs failed, going on with eager"
+        parts.Incomplete,
+        match="the execution failed: \\(torch, CUDA graphs\\) failed, going on with \\(torch, eager\\)",
     ) as caught:
         generation.profile(engine_, ["15,44"], gen_length=8)
     assert caught.value.values["nfe"] > 0

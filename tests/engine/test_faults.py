@@ -14,6 +14,7 @@ import threading
 import weakref
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -32,9 +33,11 @@ from sfs_triton import (
     StepCapExceeded,
     Threshold,
 )
+from sfs_triton.decoding.params import BatchKey
 from sfs_triton.models import Transformer, weights
 from sfs_triton.models.cache import FeatureCache, KVCache
 from sfs_triton.runner import CudaGraphs, Eager, ModelRunner
+from sfs_triton.scheduling.persistent_batch import PersistentBatch
 from tests.support.combinations import (
     EXECUTIONS,
     POLICIES,
@@ -295,6 +298,32 @@ def test_no_memory_is_no_failure_of_an_execution(engines, at):
     with pytest.raises(OutOfDeviceMemory):
         engine.generate(**RAGGED)
     assert engine.execution == "cuda_graphs"
+
+
+@pytest.mark.parametrize(
+    ("policy", "free", "said"),
+    [
+        (
+            "region",
+            0.75,
+            r"need 4\.\d\d GiB on 'cuda', and 3\.\d\d GiB are free: 8 canvases of up to 307\d positions would fit",
+        ),
+        ("region", 1000.0, r"need 4\.\d\d GiB on 'cuda', and \d+\.\d\d GiB are free"),
+        ("none", 0.75, r"need 0\.00 GiB on 'cuda', and 0\.00 GiB are free"),
+    ],
+    ids=["less", "enough", "no-cache"],
+)
+def test_what_would_fit_is_said_where_caches_take_the_memory(engines, monkeypatch, policy, free, said):
+    """Elsewhere the memory is that of activations and graphs, of which shorter canvases may need as much."""
+    spec = replace(engines["llada-mha"].spec, n_layers=512, max_length=4096)
+    model = SimpleNamespace(spec=spec, local=spec, device=torch.device("cuda"), dtype=torch.bfloat16)
+    batch = PersistentBatch.__new__(PersistentBatch)
+    batch.model, batch.slots, batch.length, batch.key = model, 8, 4096, BatchKey(SlowFast(), POLICIES[policy])
+    needed = ModelRunner.bytes_needed(model, batch.key, 8, 4096)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 3 << 20)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 2 << 20)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free * needed) - (1 << 20), 24 << 30))
+    assert re.fullmatch(f"8 canvases of 4096 positions with cache='{policy}' {said}", batch._no_memory())
 
 
 @pytest.mark.gpu

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from sfs_triton import DeviceFault, LoopTimeout, OutOfDeviceMemory
-from sfs_triton.runner import faults, host_ring
+from sfs_triton.runner import ModelRunner, faults, host_ring, model_runner
 from sfs_triton.runner.faults import is_lack_of_memory
 from sfs_triton.runner.host_ring import HostRing
+from sfs_triton.scheduling.planner import StepPlanner
+from sfs_triton.scheduling.scheduler import bounds_of
 
 CPU = torch.device("cpu")
 
@@ -132,6 +135,36 @@ def test_what_is_there_or_due_is_not_slept_for(monkeypatch, ahead):
     monkeypatch.setattr(host_ring.time, "sleep", lambda seconds: pytest.fail(f"slept {seconds} s"))
     ring_of(Event()).wait(1, 5.0, until=time.monotonic() + ahead)
     ring_of(Event()).wait(1, 5.0, until=time.monotonic() + 60)
+
+
+def test_a_runner_sleeps_by_the_last_step_of_a_shape(engines, monkeypatch):
+    """80 % of it, from the launch or the output before it on, and not after a pause of seconds."""
+    asked = _collected(engines, monkeypatch, took=[0.010, 0.020, 0.020, 9.0, 0.01])
+    assert [round(until - start, 6) for start, until in asked] == [0.0, 0.008, 0.016, 0.016, 0.05]
+
+
+def _collected(engines, monkeypatch, took: list[float]) -> list[tuple[float, float]]:
+    """Launch and collect steps that take so long; return when each was launched, and until when it was slept."""
+    (sequence,), _ = engines["llada-mha"].sequences([5, 6], gen_length=16)
+    bounds = bounds_of([sequence])
+    runner = ModelRunner(engines["llada-mha"].model, sequence.batch_key, 1, bounds.length, bounds.response)
+    planner = StepPlanner(sequence.params.sampler, sequence.params.cache, 1, bounds, exact=False)
+    progress = runner.put(0, sequence.canvas, sequence.start, sequence.params.sampler, 0, sequence.step_cap)
+    planner.join(0, progress)
+    now, asked, read = [100.0], [], runner.ring.read
+    monkeypatch.setattr(model_runner, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    def timed(number, limit, until):
+        asked.append((now[0], until))
+        now[0] += took[len(asked) - 1]
+        return read(number, limit)
+
+    runner.ring.read = timed
+    for _ in took:
+        plan = planner.next()
+        runner.launch(plan)
+        planner.update(runner.collect(plan, 1.0))
+    return asked
 
 
 # ----------------------------------------------------------------------------------------------------- lack of memory

@@ -194,6 +194,23 @@ def test_a_run_stopped_midway_leaves_the_engine_usable(engines, name, policy, ex
     assert engine.batches.spare == [batch], "the batch that was stopped is not used again"
 
 
+def test_a_stream_that_is_collected_uses_neither_lock_nor_device(engine):
+    """Collection may come in any thread, and where a lock is held already. What it leaves ends at the next use."""
+    first, second = (engine.stream(prompt, gen_length=16, cache="region") for prompt in PROMPTS[:2])
+    next(first), next(second)
+    with engine.batches._lock:
+        del first
+        thread = threading.Thread(target=lambda streams: streams.clear(), args=([second],))
+        del second
+        thread.start()
+        thread.join(10)
+        assert not thread.is_alive()
+    assert engine.batches.spare == []
+    wanted = engine.generate(PROMPTS[2], gen_length=16, cache="region")
+    assert len(engine.batches.spare) == 3
+    assert_same(engine.generate(PROMPTS[2], gen_length=16, cache="region"), wanted)
+
+
 # ---- streams that fail
 
 

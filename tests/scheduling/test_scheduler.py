@@ -13,6 +13,7 @@ from sfs_triton.decoding.caching import BatchBounds
 from sfs_triton.decoding.params import DecodingParams
 from sfs_triton.kernels.control import SAMPLING
 from sfs_triton.models import Transformer
+from sfs_triton.models.cache import KVCache
 from sfs_triton.runner import CudaGraphs, Eager, ModelRunner
 from sfs_triton.scheduling.persistent_batch import PersistentBatch
 from sfs_triton.scheduling.scheduler import Scheduler, bounds_around, bounds_of
@@ -334,6 +335,79 @@ def test_memory_bounds_slots_and_batches(engines):
     assert scheduler.batches == 2 and scheduler.running == 3, "one more slot fits"
     run_out(scheduler)
     assert all(one.finished for one in (*short, other))
+
+
+def test_idle_batches_are_kept_by_their_bytes(engines):
+    """The longest unused are freed first; the newest is kept whatever it takes."""
+    engine = engine_with(engines["llada-mha"], CudaGraphs(capture=stand_in))
+    pool, lengths = engine.batches, (16, 64, 128, 192)
+    for length in lengths:  # canvases of 64, 128, 192 and 256
+        engine.generate([5, 6], gen_length=length, cache="region")
+    each = [batch.bytes for batch in pool.spare]
+    assert len(each) == 4 and each[1] == 2 * each[0] and each == sorted(each)
+    kept = pool.spare[2:]
+    pool._spare_bytes = each[2] + each[3]
+    engine.generate([5, 6], gen_length=192, cache="region")
+    assert pool.spare == kept, "the two longest unused are gone"
+    engine.generate([5, 6], gen_length=128, cache="region")
+    assert pool.spare == kept[::-1], "now the other is the longest unused"
+    kept[0].runner.graph_bytes += 1  # graphs count
+    engine.generate([5, 6], gen_length=128, cache="region")
+    assert pool.spare == kept[:1]
+    pool._spare_bytes = 0
+    engine.generate([5, 6], gen_length=128, cache="region")
+    assert pool.spare == kept[:1]
+    engine.generate([5, 6], gen_length=16, cache="region")
+    assert len(pool.spare) == 1 and pool.spare != kept[:1]
+
+
+def test_idle_batches_make_room_for_one_that_finds_no_memory(engines, monkeypatch):
+    engine, allocate = engine_with(engines["llada-mha"]), KVCache.__init__
+    engine.generate([5, 6], gen_length=16, cache="region")
+
+    def full(*given):
+        if engine.batches.spare:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        allocate(*given)
+
+    monkeypatch.setattr(KVCache, "__init__", full)
+    done = engine.generate([5, 6], gen_length=32, cache="region")
+    assert len(engine.batches.spare) == 1 and len(done.response) == 32
+
+
+def test_fewer_slots_for_want_of_memory_are_for_a_while(engines, monkeypatch, caplog):
+    """And for batches of that key and length alone."""
+    engine, launch, room = engine_with(engines["llada-mha"]), ModelRunner.launch, [2]
+
+    def crowded(runner, plan):
+        if len(plan.steps) > room[0]:
+            raise torch.OutOfMemoryError("no room for activations")
+        launch(runner, plan)
+
+    monkeypatch.setattr(ModelRunner, "launch", crowded)
+    scheduler = scheduler_of(engine, slots=4, most=2)
+    given = asked(random.Random(30), 4, engine.spec.mask_id, 8)
+
+    def most(sampler: Sampler) -> int:
+        """Run four sequences; return the most that ran together."""
+        for one in sequences_of(engine, given, sampler):
+            scheduler.submit(one)
+        together = 0
+        while scheduler.waiting + scheduler.running:
+            scheduler.step()
+            together = max(together, max((len(batch.sequences) for batch in scheduler._open), default=0))
+        scheduler.step()
+        return together
+
+    assert most(VANILLA) == 2 and len(caplog.records) == 1
+    room[0] = 4
+    assert most(SlowFast()) == 4, "another batch key"
+    found = []
+    for _ in range(6):
+        scheduler._reap(lambda batch: True)
+        found.append(most(VANILLA))
+    assert found[0] == 2 and found[-1] == 4, found
+    assert scheduler.slots == 4 and len(caplog.records) == 1
 
 
 def test_what_can_never_fit_is_refused_and_nothing_else(engines):
