@@ -260,9 +260,13 @@ class Scheduler:
         except BaseException as error:
             self._open.remove(batch)
             self._closing.discard(batch)
-            if not is_lack_of_memory(error) or batch.slots == 1 or batch.model.group.size > 1:
+            restarts = is_lack_of_memory(error) and batch.model.group.size == 1
+            freed = restarts and self._pool.clear()
+            if not restarts or batch.slots == 1 and not freed:
                 self._fail(batch, held, error)
-            self._restart(batch, held, error)
+            if not freed:
+                self._take_fewer(batch, len(held) // 2, error)
+            self._restart(held)
             # some may have taken their step before another plan of the round failed; it is not reported again
             return [sequence for sequence, before in zip(held, steps, strict=True) if sequence.steps > before]
         for sequence in stepped:
@@ -285,19 +289,17 @@ class Scheduler:
         for sequence in sequences:
             sequence.status = Status.FAILED
 
-    def _restart(self, batch: PersistentBatch, held: list[Sequence], error: BaseException) -> None:
-        """Queue the sequences of a batch that ran out of memory again, before all others; idle batches are freed."""
-        if not self._pool.clear():
-            key = batch.key, batch.bounds.length
-            failures = self._fewer[key].failures + 1 if key in self._fewer else 1
-            self._fewer[key] = fewer = _Fewer(max(1, len(held) // 2), failures, 2**failures)
-            logger.warning(
-                "batches of %d positions with cache=%r have at most %d slots for now: no memory for a step: %s",
-                batch.length,
-                batch.key.cache.name,
-                fewer.slots,
-                first_line(error),
-            )
+    def _take_fewer(self, batch: PersistentBatch, slots: int, error: BaseException) -> None:
+        """Have fewer slots for a while in batches of this key and length, a step of which found no memory."""
+        key = batch.key, batch.bounds.length
+        failures = self._fewer[key].failures + 1 if key in self._fewer else 1
+        self._fewer[key] = fewer = _Fewer(max(1, slots), failures, 2**failures)
+        kind = f"{batch.length} positions with cache={batch.key.cache.name!r}"
+        reason = f"no memory for a step: {first_line(error)}"
+        logger.warning("batches of %s have at most %d slots for now: %s", kind, fewer.slots, reason)
+
+    def _restart(self, held: list[Sequence]) -> None:
+        """Queue the sequences of a batch that ran out of memory again, before all others."""
         for sequence in reversed(held):
             if sequence.status is Status.DROPPED:
                 sequence.status = Status.FINISHED  # with the state that was last read

@@ -375,6 +375,24 @@ def test_idle_batches_make_room_for_one_that_finds_no_memory(engines, monkeypatc
     assert len(engine.batches.spare) == 1 and len(done.response) == 32
 
 
+@pytest.mark.parametrize("count", [1, 3])
+def test_idle_batches_make_room_for_a_step_that_finds_no_memory(engines, monkeypatch, caplog, count):
+    """Its sequences restart, as many at a time as before."""
+    engine, launch = engine_with(engines["llada-mha"]), ModelRunner.launch
+    prompts = [[5, 6], [7, 8, 9], [4]][:count]
+    wanted = engine.generate(prompts, gen_length=32)
+    engine.generate([5, 6], gen_length=16, cache="region")
+
+    def crowded(runner, plan):
+        if engine.batches.spare and max(plan.steps.values()) == 2:
+            raise torch.OutOfMemoryError("no room for activations")
+        launch(runner, plan)
+
+    monkeypatch.setattr(ModelRunner, "launch", crowded)
+    assert_same(engine.generate(prompts, gen_length=32), wanted)
+    assert len(engine.batches.spare) == 1 and engine.batches.spare[0].slots == count and not caplog.records
+
+
 def test_fewer_slots_for_want_of_memory_are_for_a_while(engines, monkeypatch, caplog):
     """And for batches of that key and length alone."""
     engine, launch, room = engine_with(engines["llada-mha"]), ModelRunner.launch, [2]
