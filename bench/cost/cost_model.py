@@ -26,6 +26,7 @@ import triton
 from bench import ROOT
 from bench.common.pages import replace_file
 from bench.shapes.geometry import REAL
+from sfs_triton.cards import CARDS
 from sfs_triton.engine import QUANTIZATIONS
 from sfs_triton.kernels.cost import Cost
 from sfs_triton.ops.dispatch import BACKENDS
@@ -54,16 +55,13 @@ class Ceilings:
         return sum(map(self.part_seconds, step.parts.values()))
 
 
-# A product of n rows with W weights reads 2 W bytes and does 2 W n operations: memory and arithmetic take equally long
-# at n = flops / bytes per second, assumed to be 184 rows. A full forward of 2,124 rows, 34.2 T operations with the head
-# on all rows, then takes 43 ms.
+# A full forward of 2,124 rows, 34.2 T operations with the head on all rows, then takes 43 ms.
 CEILINGS = {
     "h200": Ceilings(
-        bytes_per_second=4.3e12,
-        flops_per_second=184 * 4.3e12,
+        bytes_per_second=CARDS["h200"].bandwidth,
+        flops_per_second=CARDS["h200"].flops,
         seconds_per_launch=1.2e-6,
-        source="one H200, 4.3 TB/s as a copy reaches them, products weight-bound up to 184 "
-        "rows (so 791 TFLOP/s), 1.2 us per kernel of a replayed graph",
+        source=f"{CARDS['h200'].source}, 1.2 us per kernel of a replayed graph",
     )
 }
 

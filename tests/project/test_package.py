@@ -27,9 +27,15 @@ ROOMS = {
     "ops": ("kernels", "distributed", "errors"),
     "models": ("ops", "distributed", "files", "errors"),
     "decoding": ("models", "ops", "kernels", "errors"),
+    "cards": ("decoding", "models"),
     "runner": ("decoding", "models", "kernels", "errors"),
     "scheduling": ("runner", "decoding", "models", "text", "kernels", "errors"),
-    "engine": ("scheduling", "runner", "decoding", "models", "ops", "text", "distributed", "files", "errors"),
+    "self_check": (
+        *("scheduling", "runner", "decoding", "models", "ops", "kernels", "distributed", "files", "version", "errors"),
+    ),
+    "engine": (
+        *("self_check", "scheduling", "runner", "decoding", "models", "ops", "text", "distributed", "files", "errors"),
+    ),
     "view": ("engine", "scheduling", "decoding", "files", "errors"),
     "batch": ("engine", "decoding", "text", "files", "errors"),
     "serve": (
@@ -39,12 +45,14 @@ ROOMS = {
     "integrations": (),
     "integrations/lm_eval": ("engine", "scheduling", "decoding", "text", "distributed", "version", "errors"),
     "integrations/ray": ("batch", "serve", "engine", "errors"),
-    "integrations/transformers": ("engine", "scheduling", "runner", "decoding", "models", "ops", "text", "errors"),
+    "integrations/transformers": (
+        *("engine", "self_check", "scheduling", "runner", "decoding", "models", "ops", "text", "distributed", "errors"),
+    ),
     "__init__": ("integrations", "integrations/transformers", "engine", "scheduling", "decoding", "version", "errors"),
     "cli": (
         *("integrations", "integrations/lm_eval", "integrations/ray"),
-        *("chat", "batch", "serve", "view", "engine", "runner", "decoding", "ops", "text"),
-        *("distributed", "version", "errors"),
+        *("chat", "batch", "serve", "view", "engine", "self_check", "runner", "cards", "decoding", "models", "ops"),
+        *("text", "distributed", "files", "version", "errors"),
     ),
 }
 BENCH_ROOMS = {
