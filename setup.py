@@ -24,6 +24,7 @@ PACKAGES = [
     "sfs_triton.ops.torch",
     "sfs_triton.runner",
     "sfs_triton.scheduling",
+    "sfs_triton.self_check",
     "sfs_triton.serve",
     "sfs_triton.text",
     "sfs_triton.view",

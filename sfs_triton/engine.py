@@ -26,10 +26,12 @@ from .scheduling.outputs import Frame, Generation
 from .scheduling.run import Run
 from .scheduling.scheduler import BatchPool, Scheduler, bounds_of
 from .scheduling.sequence import Sequence as InFlight
+from .self_check.choice import choose
 from .text.codec import TextCodec
 
 EMBEDDED = Path(__file__).parent / "embedded"
 QUANTIZATIONS = ("fp8",)
+ASKED = "as asked for, or the default of the device"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(@.*)?")  # a name, or owner and name; a revision may hold more slashes
 
@@ -55,8 +57,10 @@ def load(
             optionally at a revision (``GSAI-ML/LLaDA-8B-Instruct@08b83a6``: a branch, tag or commit).
         device: default: a GPU if there is one.
         dtype: default: bfloat16 on a GPU, float32 on a CPU.
-        backend: ``"torch"`` or ``"triton"`` for all operations; default: torch.
-        cuda_graphs: replay captured CUDA graphs instead of launching operations one by one; default: no.
+        backend: ``"torch"`` or ``"triton"`` for all operations.
+        cuda_graphs: replay captured CUDA graphs instead of launching operations one by one. Default on a GPU, where
+            neither this nor ``backend`` is given: Triton in CUDA graphs if a check on the card speaks for it
+            (docs/doctor.md). Otherwise: torch, no graphs.
         quantization: ``"fp8"`` keeps matrices as float8 with a scale per row, decoded in every product; all other
             tensors and activations stay in ``dtype``. Default: none.
         tensor_parallel: processes that share the model, started by ``torchrun --nproc-per-node N``; each loads its part
@@ -104,9 +108,12 @@ def _load(
     folder = _folder(path_or_hub_id)
     spec = read_spec(read_json(folder / "config.json"))
     spec.shard(group.size)  # fail before anything is read
+    reason, pinned = ASKED, backend is not None
+    if device.type == "cuda" and backend is None and cuda_graphs is None:
+        backend, cuda_graphs, reason = choose(spec, device, dtype, quantization, group)
     loaded = load_weights(folder, spec, device, dtype, group, quantised=quantization == "fp8")
     model, text = Transformer(spec, loaded, backend, group), TextCodec.from_folder(folder)
-    return Engine(model, text, cuda_graphs, pinned=backend is not None)
+    return Engine(model, text, cuda_graphs, pinned=pinned, reason=reason)
 
 
 def _folder(path_or_hub_id: str | Path) -> Path:
@@ -157,6 +164,7 @@ class Engine:
         text: tokenizer and chat template.
         cuda_graphs: replay captured CUDA graphs.
         pinned: raise the error of a kernel that fails. False: plain torch and eager execution take over.
+        reason: of back end and execution, for :meth:`describe`.
     """
 
     def __init__(
@@ -166,8 +174,9 @@ class Engine:
         cuda_graphs: bool | None = None,
         *,
         pinned: bool = True,
+        reason: str = ASKED,
     ):
-        self.text = text
+        self.text, self._reason = text, reason
         if model.group.size > 1:
             # a graph would hold collectives, which nothing here captures
             require(not cuda_graphs, f"cuda_graphs=True does not go with tensor_parallel={model.group.size}")
@@ -187,8 +196,8 @@ class Engine:
         return self.model.spec
 
     def describe(self) -> dict[str, Any]:
-        """Return the back end and the execution in use, and why another pair was given up, if one was; and why nothing
-        runs any more, if the device has failed."""
+        """Return the back end and the execution in use, the reason for them, and why another pair was given up, if one
+        was; and why nothing runs any more, if the device has failed."""
         choice, model = self._execution, self.model
         fault = None if choice.fault is None else str(choice.fault)
         return {
@@ -196,6 +205,7 @@ class Engine:
             "dtype": str(model.dtype).removeprefix("torch."),
             "backend": choice.pair.backend,
             "execution": self.execution,
+            "reason": self._reason,
             "fallback": choice.reason,
             "fault": fault,
         }

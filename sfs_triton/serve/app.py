@@ -135,7 +135,7 @@ def _add_state(app: FastAPI) -> None:
         if worker.failure is not None:
             raise worker.failure
         described = engine.describe()
-        return {"status": "ok", **{name: described[name] for name in ("backend", "execution", "fallback")}}
+        return {"status": "ok", **{name: described[name] for name in ("backend", "execution", "reason", "fallback")}}
 
     @app.head("/ready", include_in_schema=False)
     @app.get("/ready", responses=_refusals(421, 503))

@@ -29,6 +29,7 @@ from typer.testing import CliRunner  # noqa: E402
 from sfs_triton import ArgumentError, Engine, FixedSteps, OutOfDeviceMemory, SlowFast, Threshold  # noqa: E402
 from sfs_triton.cli import main as cli  # noqa: E402
 from sfs_triton.decoding.samplers import SAMPLERS  # noqa: E402
+from sfs_triton.engine import ASKED  # noqa: E402
 from sfs_triton.models import Transformer  # noqa: E402
 from sfs_triton.runner import ModelRunner  # noqa: E402
 from sfs_triton.serve import app as app_module  # noqa: E402
@@ -745,7 +746,7 @@ def test_what_can_never_fit_is_refused_in_one_line(embedded, caplog):
 
 
 def test_state_pages(server):
-    about = {"status": "ok", "backend": "torch", "execution": "eager", "fallback": None}
+    about = {"status": "ok", "backend": "torch", "execution": "eager", "reason": ASKED, "fallback": None}
     assert httpx.get(server.url + "/health").json() == about
     assert httpx.get(server.url + "/ready").json() == {"status": "ready"}
     assert [httpx.head(server.url + path).status_code for path in ("/health", "/ready")] == [200, 200]

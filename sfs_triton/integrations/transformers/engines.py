@@ -13,12 +13,14 @@ from torch import nn
 from torch.utils.dlpack import from_dlpack, to_dlpack
 
 from ...decoding.params import refuse_unknown
-from ...engine import DTYPES, Engine
+from ...distributed import ALONE
+from ...engine import ASKED, DTYPES, Engine
 from ...errors import ArgumentError, CheckpointError, require
 from ...models import ModelSpec, Transformer, Weights, read_spec
 from ...models.weights import LLADA_NAMES, LLAMA_NAMES, LayerWeights, expected_shapes
 from ...ops.dispatch import check_kernels, operations
 from ...runner import check_cuda_graphs
+from ...self_check.choice import Choice, choose
 from ...text.codec import TextCodec, check_unicode
 
 
@@ -79,7 +81,11 @@ def accelerate(
             weights = _shared_weights(parameters, spec, names)
             if device.type == "cuda":
                 torch.cuda.empty_cache()  # memory of the unfused weights: no other tensor has these sizes
-        engine = Engine(Transformer(spec, weights, backend), codec, cuda_graphs, pinned=backend is not None)
+        runs = Choice(backend, cuda_graphs, ASKED)
+        if device.type == "cuda" and backend is None and cuda_graphs is None:
+            runs = choose(spec, device, parameters[names["embedding"]].dtype, None, ALONE)
+        model, pinned = Transformer(spec, weights, runs.backend), backend is not None
+        engine = Engine(model, codec, runs.cuda_graphs, pinned=pinned, reason=runs.reason)
         _ENGINES[hf_model] = _SharedEngine(engine, _addresses(hf_model), backend, cuda_graphs)
     return engine
 

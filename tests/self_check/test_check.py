@@ -1,0 +1,236 @@
+"""The check of operations and whole steps, with the interpreter as the card and faults put into kernels."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from itertools import islice
+
+import pytest
+import torch
+
+from bench.common.testing import brisk_interpreter
+from sfs_triton.kernels.control import COLUMN
+from sfs_triton.ops import triton_backend
+from sfs_triton.ops.dispatch import Ops
+from sfs_triton.self_check import check as checks
+from sfs_triton.self_check import steps
+from sfs_triton.self_check.check import Request, check
+from tests.support.check_request import REQUEST, SPEC
+
+OF_RANKS = {"lm_head_partials", "merge_partials"}  # tensor parallelism has no CUDA graphs, and so no check
+
+
+@pytest.fixture(scope="module", autouse=True)
+def interpreter():
+    with brisk_interpreter():
+        yield
+
+
+def records_of(request: Request) -> list[dict]:
+    records: list[dict] = []
+    check(request, records.append)
+    return records
+
+
+def faults_of(records: list[dict]) -> list[str]:
+    return [f"{r.get('operation', r['record'])}: {r['fault']}" for r in records if r.get("fault") is not None]
+
+
+def _only(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    """Compare the operations of only some steps, and no whole steps."""
+    every = steps.compared_steps
+    monkeypatch.setattr(steps, "compared_steps", lambda spec, sizes: islice(every(spec, sizes), count))
+    monkeypatch.setattr(checks, "_check_steps", lambda *_: 0)
+    monkeypatch.setattr(checks, "_time_steps", lambda *_: None)
+
+
+def test_right_kernels_pass():
+    """Every operation that an engine on one card can reach is compared; all agree, and both pairs are timed."""
+    records = records_of(REQUEST)
+    assert not faults_of(records)
+    compared = {r["operation"] for r in records if r["record"] == "finding"}
+    assert compared == {f.name for f in fields(Ops)} - OF_RANKS - {"publish", "linear"}
+    times = {r["cache"]: r for r in records if r["record"] == "times"}
+    assert times.keys() == {"none", "region"} and all(r["torch"] > 0 and r["triton"] > 0 for r in times.values())
+    assert records[-1] == {"record": "end"}
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [replace(SPEC, family="dream", qkv_bias=True, shifted=True), replace(SPEC, tied_head=True)],
+    ids=["shifted", "tied"],
+)
+def test_operations_of_other_families_pass(monkeypatch, spec):
+    _only(monkeypatch, 1)
+    assert not faults_of(records_of(replace(REQUEST, spec=spec)))
+
+
+def test_quantised_products_are_compared(monkeypatch):
+    _only(monkeypatch, 1)
+    records = records_of(replace(REQUEST, quantization="fp8"))
+    assert not faults_of(records)
+    assert "linear" in {r["operation"] for r in records if r["record"] == "finding"}
+
+
+def _scaled(function):
+    return lambda *args, **kwargs: function(*args, **kwargs) * 1.001
+
+
+def _other_token(function):
+    def wrong(*args, **kwargs):
+        token, score = function(*args, **kwargs)
+        return (token + 1) % SPEC.vocab_size, score
+
+    return wrong
+
+
+def _other_score(function):
+    def wrong(*args, **kwargs):
+        token, score = function(*args, **kwargs)
+        return token, score + 0.01
+
+    return wrong
+
+
+def _one_more_candidate(function):
+    def wrong(state, **kwargs):
+        function(state, **kwargs)
+        state.candidate[0, 0] ^= True
+        return state.candidate
+
+    return wrong
+
+
+def _other_column(function):
+    def wrong(state, rules, **kwargs):
+        function(state, rules, **kwargs)
+        state.control[:, COLUMN["cycle"]] += 1
+
+    return wrong
+
+
+def _other_list(function):
+    def wrong(state, rows, target, count, **kwargs):
+        function(state, rows, target, count, **kwargs)
+        rows[0, 0] += 1
+
+    return wrong
+
+
+def _nan(function):
+    return lambda *args, **kwargs: function(*args, **kwargs) * float("nan")
+
+
+def _writes_outside(function):
+    def wrong(x, *args, **kwargs):
+        result = function(x, *args, **kwargs)
+        span = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+        x.as_strided((1,), (1,), x.storage_offset() + span).fill_(1.0)
+        return result
+
+    return wrong
+
+
+@pytest.mark.parametrize(
+    ("operation", "fault", "said"),
+    [
+        ("silu_mul", _scaled, "error"),
+        ("rms_norm", _scaled, "error"),
+        ("attention", _nan, "NaN"),
+        ("lm_head", _other_token, "token: row 0"),
+        ("lm_head", _other_score, "score: error"),
+        ("mark_candidates", _one_more_candidate, "values differ"),
+        ("decide_cycle", _other_column, "control: "),
+        ("decide_block", _other_column, "control: "),
+        ("list_positions", _other_list, "rows: "),
+        ("silu_mul", _writes_outside, "wrote outside a float32 tensor"),
+    ],
+)
+def test_a_wrong_kernel_is_found(monkeypatch, operation, fault, said):
+    """The finding names operation and shape; without ``thorough`` no step runs after the one that shows it."""
+    monkeypatch.setattr(triton_backend, operation, fault(getattr(triton_backend, operation)))
+    records = records_of(REQUEST)
+    wrong, *others = [r for r in records if r.get("fault") is not None]
+    assert wrong["operation"] == operation and said in wrong["fault"] and "[" in wrong["shape"]
+    assert {r["operation"] for r in others} <= {operation}
+    assert not any(r["record"] in ("step", "times", "end") for r in records)
+
+
+def _fails_with(error: Exception):
+    def fails(*args, **kwargs):
+        raise error
+
+    return fails
+
+
+def test_a_kernel_that_does_not_fit_or_compile_is_found(monkeypatch):
+    """With ``thorough`` the others are compared all the same."""
+    from triton.runtime.errors import OutOfResources
+
+    monkeypatch.setattr(triton_backend, "attention", _fails_with(OutOfResources(147456, 101376, "shared memory")))
+    monkeypatch.setattr(triton_backend, "silu_mul", _fails_with(RuntimeError("Failed to find C compiler.")))
+    _only(monkeypatch, 1)
+    records = records_of(replace(REQUEST, thorough=True))
+    first = {r["operation"]: r["fault"] for r in records if r.get("fault") is not None}
+    assert first.keys() == {"attention", "silu_mul"}
+    assert "OutOfResources" in first["attention"] and "101376" in first["attention"]
+    assert first["silu_mul"] == "RuntimeError: Failed to find C compiler."
+    assert "decide_cycle" in {r["operation"] for r in records if r["record"] == "finding"}
+
+
+def test_lack_of_memory_is_no_fault_of_a_kernel(monkeypatch):
+    monkeypatch.setattr(triton_backend, "attention", _fails_with(torch.OutOfMemoryError("CUDA out of memory")))
+    with pytest.raises(torch.OutOfMemoryError):
+        records_of(REQUEST)
+
+
+def _unpublished(sources, rings, counter, published):
+    counter.add_(1)
+    published.copy_(counter)  # the count is raised, the copy is missing
+
+
+def _drifting():
+    """Return an operation that computes something else at each call."""
+    calls = iter(range(10**6))
+
+    def drift(gate_up):
+        gate, up = gate_up.chunk(2, -1)
+        return torch.nn.functional.silu(gate) * up * (1 + 1e-4 * next(calls))
+
+    return drift
+
+
+@pytest.mark.parametrize(
+    ("operation", "fault", "said"),
+    [("publish", _unpublished, "host ring"), ("silu_mul", _drifting(), "two replays of a step differ")],
+)
+def test_wrong_whole_steps_are_found(monkeypatch, operation, fault, said):
+    """Faults that no comparison of one operation shows."""
+    monkeypatch.setattr(checks, "_check_operations", lambda *_: 0)
+    monkeypatch.setattr(triton_backend, operation, fault)
+    faults = faults_of(records_of(REQUEST))
+    assert len(faults) == 2 and all(said in fault for fault in faults), faults
+
+
+def test_a_wrong_capture_is_found(monkeypatch):
+    """A replay that leaves out the step."""
+    monkeypatch.setattr(checks, "_check_operations", lambda *_: 0)
+    monkeypatch.setattr(
+        steps, "capture_by", lambda device: lambda runner, shape: runner.warm_up(shape) or runner.ring.publish
+    )
+    faults = faults_of(records_of(REQUEST))
+    assert faults and "the captured step" in faults[0]
+
+
+def test_the_choice_of_a_token_does_not_hang_on_rounding():
+    """The random model's probabilities are far from 0 and 1, and each token is ahead of the others."""
+    model = steps.random_model(SPEC, torch.device("cpu"), torch.float32, None, 2)
+    canvas = torch.tensor([steps.canvas_of(SPEC, 8, 8)])
+    probabilities = model.logits(canvas).softmax(-1)
+    first, second = probabilities.topk(2).values.unbind(-1)
+    assert probabilities.argmax(-1).tolist() == ((canvas + 1) % SPEC.vocab_size).tolist()
+    assert 0.05 < first.min() and first.max() < 0.9999 and (first / second).min() > 1.1
+
+
+def test_requests_survive_json():
+    assert Request.from_json(REQUEST.to_json()) == REQUEST
