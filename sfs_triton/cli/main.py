@@ -336,9 +336,11 @@ def _build_app() -> typer.Typer:
     built.command()(_takes_options(chat, prompt="", apply_chat_template=True, **alone))
     from ..serve.command import serve
     from .batch import batch
+    from .doctor import doctor
 
     built.command()(_takes_options(batch, prompt="", **alone))
     built.command()(_refusals()(serve))
+    built.command()(_refusals()(doctor))
     return built
 
 
