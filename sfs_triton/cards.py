@@ -75,11 +75,9 @@ def step_seconds(
     return body + card.floor(per * head, 2 * head * chosen)
 
 
-def canvases_that_fit(
-    card: Card, spec: ModelSpec, quantization: str | None, cache: CachePolicy, length: int, free: float | None = None
-) -> int:
-    """Return how many canvases of ``length`` positions fit beside the weights, in ``free`` bytes (None: all memory)."""
-    left = (card.memory if free is None else free) - RESERVED - model_bytes(spec, quantization)
+def canvases_that_fit(memory: float, spec: ModelSpec, quantization: str | None, cache: CachePolicy, length: int) -> int:
+    """Return how many canvases of ``length`` positions fit beside the weights, in ``memory`` bytes."""
+    left = memory - RESERVED - model_bytes(spec, quantization)
     values = 0 if cache.store is None else cache.store.values(spec, length)
     # the first step of every policy forwards whole canvases: what is alive of a layer, with its MLP
     alive = length * (2 * spec.d_model + spec.q_width + 2 * spec.kv_width + 3 * spec.mlp)

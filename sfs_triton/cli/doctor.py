@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from ..cards import CARDS, Card, canvases_that_fit, step_seconds
+from ..cards import CARDS, canvases_that_fit, step_seconds
 from ..decoding.caching import POLICIES
 from ..engine import DTYPES, EMBEDDED, QUANTIZATIONS
 from ..errors import CheckpointError, check_choice
@@ -128,18 +128,19 @@ def _predictions(spec: ModelSpec, device: torch.device, name: str | None) -> dic
     """Predict steps on a card by name, and what fits it, or fits the card that is here."""
     if name is None and device.type != "cuda":
         return None
-    there = CARDS[name] if name is not None else Card(machine.card(device)["memory"], 1.0, 1.0, "")
+    there = None if name is None else CARDS[name]
+    memory = torch.cuda.mem_get_info(device)[0] if there is None else there.memory
     length = min(PROMPT + RESPONSE, spec.max_length)
     rows = []
     for quantization in (None, *QUANTIZATIONS):
-        fits = {cache: canvases_that_fit(there, spec, quantization, POLICIES[cache](), length) for cache in POLICIES}
+        fits = {cache: canvases_that_fit(memory, spec, quantization, POLICIES[cache](), length) for cache in POLICIES}
         row = {"weights": quantization or "bf16", "canvases": fits}
-        if name is not None:
+        if there is not None:
             few = step_seconds(there, spec, quantization, min(CAPACITY, length), length, CAPACITY // 2)
             row["region_ms"] = 1e3 * few
             row["full_ms"] = 1e3 * step_seconds(there, spec, quantization, length, length, min(RESPONSE, length))
         rows.append(row)
-    return {"card": name, "source": there.source, "positions": length, "rows": rows}
+    return {"card": name, "source": there and there.source, "positions": length, "rows": rows}
 
 
 def _lines(report: dict[str, Any]) -> Iterator[str]:

@@ -33,6 +33,7 @@ ROOT = Path(__file__).resolve().parents[2]  # where the command finds the packag
 VARIABLE, MODES = "SFS_TRITON_CHECK", ("0", "1", "force")
 LIMIT = 60.0  # seconds without a sign of life after which a check hangs; compiling one kernel takes far less
 LONGEST = 300.0  # seconds of a whole check
+_LATE = "was stopped: it took too long"
 GAIN = 0.05  # by which Triton's steps must be faster
 NOISE = 0.10  # spread of times beyond which a verdict is for this process only
 
@@ -82,7 +83,8 @@ def _missing(device: torch.device) -> str | None:
 
 def run_check(request: Request, command: Sequence[str] = COMMAND, limit: float = LIMIT) -> Verdict:
     """Run the check in a child process, which a faulting kernel may take with it; return what follows from it."""
-    logger.info("checking Triton kernels on %s, once per card, versions and model: a minute or so", request.device)
+    # seen without any configuration of logs: somebody waits
+    logger.warning("checking Triton kernels on %s: once per card, versions and model, a minute or two", request.device)
     began = time.monotonic()
     try:
         records, end = _records_of(request, command, limit)
@@ -103,7 +105,7 @@ def _records_of(request: Request, command: Sequence[str], limit: float) -> tuple
         try:
             threading.Thread(target=_read_lines, args=(child.stdout, lines), daemon=True).start()
             _send(child.stdin, request.to_json())
-            deadline = time.monotonic() + max(LONGEST, limit)
+            deadline = time.monotonic() + LONGEST
             while (line := lines.get(timeout=max(0.0, min(limit, deadline - time.monotonic())))) is not None:
                 try:
                     records.append(json.loads(line))
@@ -111,7 +113,7 @@ def _records_of(request: Request, command: Sequence[str], limit: float) -> tuple
                     continue
             code = child.wait(timeout=limit)
         except (queue.Empty, subprocess.TimeoutExpired):
-            return records, f"was stopped: no sign of life for {limit:g} s, or {LONGEST:g} s in all"
+            return records, _LATE if time.monotonic() >= deadline else f"was stopped: no sign of life for {limit:g} s"
         finally:
             child.kill()
             child.wait()
@@ -154,6 +156,9 @@ def _verdict_of(records: list[dict[str, Any]], end: str | None, rest: dict[str, 
         if record["record"] == "error":
             text = f"the check ended at {doing}: {record['error']}"
             return Verdict.torch(text, fault=True, lasting=not record["memory"], **rest)
+    if end == _LATE:
+        text = f"the check took more than {LONGEST:g} s; the next is faster, since compiled kernels are kept"
+        return Verdict.torch(text, fault=True, lasting=False, **rest)
     if end is not None or not any(record["record"] == "end" for record in records):
         return Verdict.torch(f"the check {end or 'ended early'}, at {doing}", fault=True, **rest)
     times = [record for record in records if record["record"] == "times"]

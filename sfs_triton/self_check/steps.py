@@ -83,7 +83,7 @@ def random_model(
     embedding = matrix(spec.vocab_size, spec.d_model, 1.0)
     # a hidden state points along its token's embedding by about 0.8 of its length, and along others' by 1 / sqrt(d)
     logit = 1.25 * (math.log(spec.vocab_size) + 1) * (1 + 3 * spec.d_model**-0.5)
-    head = stored(embedding.roll(1, 0) * (logit / spec.d_model))
+    head = stored(embedding.roll(1, 0).mul_(logit / spec.d_model))
     return Transformer(spec, Weights(embedding, (layer,) * layers, gain(), head), "torch")
 
 
@@ -205,13 +205,11 @@ def check_whole_steps(model: Transformer, cache: CachePolicy, sizes: Sizes, repo
         runners["triton"].end()
         replay = capture_by(model.device)(runners["triton"], shape)
         first = _outcome(runners["triton"], replay, fresh)
-        before = _allocations(model.device)
         second = _outcome(runners["triton"], replay, fresh)
-        after = _allocations(model.device)
-        if model.device.type == "cuda" and before != after:
-            raise AssertionError(f"a second replay allocated {after - before} times")
         _assert_same_choices("the captured step", first, wanted, model.dtype)
         _assert_identical(first, second)
+        if model.device.type == "cuda":
+            _assert_allocates_nothing(runners["triton"], replay)
         fresh = wanted
 
 
@@ -260,8 +258,13 @@ def _assert_identical(first: dict[str, torch.Tensor], second: dict[str, torch.Te
             raise AssertionError(f"two replays of a step differ in {name}")
 
 
-def _allocations(device: torch.device) -> int:
-    return torch.cuda.memory_stats(device)["allocation.all.allocated"] if device.type == "cuda" else 0
+def _assert_allocates_nothing(runner: ModelRunner, replay: Callable[[], None]) -> None:
+    before = torch.cuda.memory_stats(runner.model.device)["allocation.all.allocated"]
+    replay()
+    runner.ring.wait(runner.ring.count_launch(), STEP_LIMIT)
+    after = torch.cuda.memory_stats(runner.model.device)["allocation.all.allocated"]
+    if before != after:
+        raise AssertionError(f"a replay allocated device memory {after - before} times")
 
 
 # -------------------------------------------------------------------------------------------------------------- timing

@@ -222,8 +222,10 @@ def _compare_head(arguments: dict[str, Any], mine: tuple, same: tuple) -> tuple[
     hidden = (hidden if rows is None else hidden[rows[:n].clamp(min=0)])[:n].double()
 
     def logits(tokens: torch.Tensor | slice) -> torch.Tensor:
-        matrix = weight[tokens].double()
-        return matrix if scale is None else matrix * scale[tokens].double()[..., None]
+        if scale is None:
+            return weight[tokens].double()
+        codes = weight.view(torch.uint8)[tokens].view(weight.dtype)  # not every device indexes float8
+        return codes.float().double() * scale[tokens].double()[..., None]
 
     tokens = torch.stack((mine[0][:n], same[0][:n])).long()
     if ((tokens < 0) | (tokens >= weight.shape[0])).any():

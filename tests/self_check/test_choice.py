@@ -89,6 +89,14 @@ def test_a_check_that_hangs_is_stopped():
     assert found.seconds < 60
 
 
+def test_a_check_that_takes_long_may_be_made_again(monkeypatch):
+    """Compiling takes its time on a loaded machine; the next check finds the compiled kernels."""
+    monkeypatch.setattr(choice, "LONGEST", 2.0)
+    alive = "[(print('{}', flush=True), time.sleep(0.1)) for _ in range(600)]"
+    found = run_check(REQUEST, child(alive.replace("{}", json.dumps({"record": "begin", "doing": "linear"}))))
+    assert (found.backend, found.fault, found.lasting) == ("torch", True, False) and "more than 2 s" in found.reason
+
+
 FINDING = {"record": "finding", "operation": "attention", "shape": "q float16[1, 64]", "fault": "error 1e-1"}
 
 
