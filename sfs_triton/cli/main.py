@@ -106,9 +106,9 @@ class CommandOptions:
         str | None, typer.Option(metavar="|".join(QUANTIZATIONS), help="Weights. Default: none.")
     ] = None
     backend: Annotated[
-        str | None, typer.Option(metavar="|".join(BACKENDS), help="Kernel back end. Default: torch.")
+        str | None, typer.Option(metavar="|".join(BACKENDS), help="Kernel back end. Default: see sfs doctor.")
     ] = None
-    cuda_graphs: Annotated[bool | None, typer.Option(help="Replay steps as CUDA graphs. Default: no.")] = None
+    cuda_graphs: Annotated[bool | None, typer.Option(help="Replay CUDA graphs. Default: see sfs doctor.")] = None
     tensor_parallel: Annotated[int, typer.Option(help="Processes per model, started by torchrun.")] = 1
 
     def text(self) -> str:

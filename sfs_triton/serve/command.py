@@ -57,9 +57,9 @@ def serve(
         str | None, typer.Option(metavar="|".join(QUANTIZATIONS), help="Weights. Default: none.")
     ] = None,
     backend: Annotated[
-        str | None, typer.Option(metavar="|".join(BACKENDS), help="Kernel back end. Default: torch.")
+        str | None, typer.Option(metavar="|".join(BACKENDS), help="Kernel back end. Default: see sfs doctor.")
     ] = None,
-    cuda_graphs: Annotated[bool | None, typer.Option(help="Replay steps as CUDA graphs. Default: no.")] = None,
+    cuda_graphs: Annotated[bool | None, typer.Option(help="Replay CUDA graphs. Default: see sfs doctor.")] = None,
 ) -> None:
     """Serve a model through OpenAI's HTTP interface, until SIGINT or SIGTERM."""
     _need_libraries()
