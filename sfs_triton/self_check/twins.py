@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from ..ops.dispatch import Ops
+from ..kernels.control import COLUMN
+from ..ops.dispatch import Ops, Quantised
 from ..ops.torch.philox import gumbel
 from ..runner.state import DecodeState
 from .budget import assert_within_budget
@@ -146,8 +147,8 @@ class _Copies:
             return self._copy_tensor(value)
         if isinstance(value, DecodeState):
             return replace(value, **{f.name: self._copy(getattr(value, f.name)) for f in fields(value) if f.init})
-        if isinstance(value, dict):
-            return {name: self._copy(each) for name, each in value.items()}
+        if isinstance(value, Quantised) and self._wide:
+            return value.codes.float().double() * value.scale.double()[:, None]
         if isinstance(value, (tuple, list)):
             return type(value)(self._copy(each) for each in value)
         return value
@@ -178,14 +179,23 @@ def _leaves(value: Any, name: str = "") -> dict[str, torch.Tensor]:
     """Return the tensors in a value, by their place in it."""
     if isinstance(value, torch.Tensor):
         return {name: value}
-    if isinstance(value, DecodeState):  # what is decided is looked at by position: a spare element takes the rest
-        names = [f.name for f in fields(value) if f.init and not f.name.startswith("choice_")]
-        value = {each: getattr(value, each) for each in (*names, "token", "score")}
+    if isinstance(value, DecodeState):
+        value = _state_leaves(value)
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (tuple, list)) else ()
     found: dict[str, torch.Tensor] = {}
     for key, each in items:
         found |= _leaves(each, f"{name}.{key}" if name else str(key))
     return found
+
+
+def _state_leaves(state: DecodeState) -> dict[str, Any]:
+    """Return the tensors of a state that mean something after an operation."""
+    names = [f.name for f in fields(state) if f.init and f.name != "fill" and not f.name.startswith("choice_")]
+    found = {name: getattr(state, name) for name in names}
+    found["control"] = state.control.clone()
+    found["control"][:, COLUMN["quota"]].masked_fill_(state.done != 0, 0)  # a row that is done has no use for it
+    # choices by position: the spare element behind them takes what belongs nowhere
+    return {**found, "token": state.token, "score": state.score}
 
 
 def _live(leaf: str, x: torch.Tensor, arguments: dict[str, Any]) -> torch.Tensor:
@@ -259,6 +269,8 @@ def _signature(value: Any) -> Any:
     """Return what picks a kernel's variant: shapes, strides and dtypes of tensors, and all else by value."""
     if isinstance(value, torch.Tensor):
         return tuple(value.shape), value.stride(), value.dtype
+    if isinstance(value, Quantised):
+        return _signature(value.codes)
     if isinstance(value, (tuple, list)):
         return tuple(map(_signature, value))
     return repr(value)

@@ -130,6 +130,7 @@ class Allowed(NamedTuple):
 
 ALLOWED = [
     Allowed(r"make ", "takes minutes, and installs into the checkout", check_make),
+    Allowed(r"sfs doctor", "interprets every kernel here, for minutes", check_sfs),
     Allowed(r"pip install ", "needs a network", check_extras),
     Allowed(r"python bench/throughput\.py .*--geometry", "needs a GPU", check_parsed),
     Allowed(r"python -m bench\.gpu", "needs a GPU", check_parsed),

@@ -9,13 +9,14 @@ import pytest
 import torch
 
 from bench.common.testing import brisk_interpreter
+from sfs_triton.decoding.samplers import Threshold
 from sfs_triton.kernels.control import COLUMN
 from sfs_triton.ops import triton_backend
 from sfs_triton.ops.dispatch import Ops
 from sfs_triton.self_check import check as checks
 from sfs_triton.self_check import steps
 from sfs_triton.self_check.check import Request, check
-from tests.support.check_request import REQUEST, SPEC
+from tests.support.check_request import REQUEST, SIZES, SPEC
 
 OF_RANKS = {"lm_head_partials", "merge_partials"}  # tensor parallelism has no CUDA graphs, and so no check
 
@@ -70,6 +71,26 @@ def test_quantised_products_are_compared(monkeypatch):
     records = records_of(replace(REQUEST, quantization="fp8"))
     assert not faults_of(records)
     assert "linear" in {r["operation"] for r in records if r["record"] == "finding"}
+
+
+def test_values_that_mean_nothing_are_not_compared(monkeypatch):
+    """Kernels leave the rows of a sequence that is done alone; the twin writes them."""
+    decide = triton_backend.decide_block
+
+    def leaves_other_values(state, rules, **kwargs):
+        decide(state, rules, **kwargs)
+        state.fill.logical_not_()
+        state.quota.add_(state.done)
+        state.choice_score[-1] = 7.0
+
+    monkeypatch.setattr(triton_backend, "decide_block", leaves_other_values)
+    blocks = [each for each in steps.compared_steps(SPEC, SIZES) if isinstance(each.sampler, Threshold)]
+    _only(monkeypatch, 0)
+    monkeypatch.setattr(
+        steps, "compared_steps", lambda spec, _: [replace(each, count=7) for each in blocks if spec is SPEC]
+    )
+    records = records_of(REQUEST)
+    assert not faults_of(records) and "decide_block" in {r["operation"] for r in records if r["record"] == "finding"}
 
 
 def _scaled(function):
