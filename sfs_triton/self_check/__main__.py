@@ -7,8 +7,7 @@ import os
 import sys
 from typing import Any
 
-import torch
-
+from ..runner.faults import is_lack_of_memory
 from .check import Request, check
 
 
@@ -23,8 +22,8 @@ def main() -> None:
     try:
         check(Request.from_json(sys.stdin.read()), emit)
     except Exception as error:
-        memory = isinstance(error, torch.OutOfMemoryError)
-        emit({"record": "error", "error": f"{type(error).__name__}: {error}", "memory": memory})
+        text = f"{type(error).__name__}: {error}"
+        emit({"record": "error", "error": text, "memory": is_lack_of_memory(error)})
         raise
 
 

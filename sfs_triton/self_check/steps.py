@@ -21,7 +21,7 @@ from ..models import ModelSpec, Transformer, Weights
 from ..models.weights import LayerWeights
 from ..ops.dispatch import Matrix, Quantised, quantize
 from ..runner import CudaGraphs, Eager, Execution, ModelRunner
-from ..runner.cuda_graph import capture_graph
+from ..runner.cuda_graph import capture_graph, capturing
 from ..runner.state import DecodeState
 from ..scheduling.planner import StepPlanner
 
@@ -87,11 +87,6 @@ def random_model(
     return Transformer(spec, Weights(embedding, (layer,) * layers, gain(), head), "torch")
 
 
-def with_backend(model: Transformer, backend: str) -> Transformer:
-    """Return a model on the same weights whose operations are by ``backend``."""
-    return Transformer(model.spec, model.weights, backend)
-
-
 def memory_of(weights: Weights) -> set[int]:
     """Return the addresses of all memory that weights occupy."""
     found: set[int] = set()
@@ -141,7 +136,7 @@ def run(model: Transformer, steps: Steps, execution: Execution) -> Iterator[Mode
     length = execution.canvas_length(longest, model.spec.max_length)
     bounds = BatchBounds(length, min(prompts), max(prompts), response, response)
     slots = len(steps.canvases)
-    runner = ModelRunner(model, key, slots, length, response)
+    runner = ModelRunner(model, key, slots, length, response, captures=execution.captures)
     planner = StepPlanner(steps.sampler, steps.cache, slots, bounds, execution.is_exact(slots))
     with torch.inference_mode():
         execution.prepare(planner, runner)
@@ -166,12 +161,7 @@ def capture_by(device: torch.device) -> Callable[[ModelRunner, Forward], Callabl
     """Return the function that captures a step: without a GPU, a stand-in that launches its operations."""
     if device.type == "cuda":
         return capture_graph
-
-    def stand_in(runner: ModelRunner, shape: Forward) -> Callable[[], None]:
-        runner.warm_up(shape)
-        return lambda: runner.run_padded(shape)
-
-    return stand_in
+    return lambda runner, shape: lambda: runner.run_padded(shape)
 
 
 # --------------------------------------------------------------------------------------------------------- whole steps
@@ -191,7 +181,7 @@ def check_whole_steps(model: Transformer, cache: CachePolicy, sizes: Sizes, repo
     key = BatchKey(SlowFast().batch_key(), cache)
     runners = {}
     for backend in ("torch", "triton"):
-        runners[backend] = ModelRunner(with_backend(model, backend), key, 1, length, canvas[1])
+        runners[backend] = ModelRunner(model.by(backend), key, 1, length, canvas[1])
         runners[backend].put(0, canvas_of(model.spec, *canvas), canvas[0], SlowFast(), 0, 2**31)
     fresh = snapshot(runners["torch"].state)
     bounds = BatchBounds(length, canvas[0], canvas[0], canvas[1], canvas[1])
@@ -202,8 +192,8 @@ def check_whole_steps(model: Transformer, cache: CachePolicy, sizes: Sizes, repo
         launched = _outcome(runners["triton"], lambda: runners["triton"].run_padded(shape), fresh)  # noqa: B023
         _assert_same_choices("triton", launched, wanted, model.dtype)
         report(f"step of {shape.size} positions, cache {cache.name}, captured")
-        runners["triton"].end()
-        replay = capture_by(model.device)(runners["triton"], shape)
+        with capturing():
+            replay = capture_by(model.device)(runners["triton"], shape)
         first = _outcome(runners["triton"], replay, fresh)
         second = _outcome(runners["triton"], replay, fresh)
         _assert_same_choices("the captured step", first, wanted, model.dtype)
@@ -293,7 +283,7 @@ def time_steps(model: Transformer, cache: CachePolicy, sizes: Sizes) -> Times:
     found = []
     for backend, execution in (("torch", Eager(step_limit=STEP_LIMIT)), ("triton", graphs)):
         taken, began = [], None
-        for _ in run(with_backend(model, backend), steps, execution):
+        for _ in run(model.by(backend), steps, execution):
             now = time.perf_counter()
             taken += [] if began is None else [now - began]
             began = now
