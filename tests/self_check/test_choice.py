@@ -347,7 +347,7 @@ def test_a_cpu_needs_no_choice(monkeypatch):
     described = sfs_triton.load("embedded", "cpu").describe()
     assert described == {
         **{"device": "cpu", "dtype": "float32", "backend": "torch", "execution": "eager"},
-        "reason": engines.ASKED,
+        **{"reason": engines.ASKED, "fallback": None, "fault": None},
     }
 
 
@@ -370,6 +370,7 @@ def test_load_chooses_before_it_reads_weights(monkeypatch, asked, made):
         raise Loaded
 
     monkeypatch.setattr(engines, "_device", lambda device: torch.device("cuda"))
+    monkeypatch.setattr(engines, "check_kernels", lambda device: None)
     monkeypatch.setattr(engines, "choose", choose)
     monkeypatch.setattr(engines, "load_weights", read)
     with pytest.raises(Loaded):
@@ -385,10 +386,10 @@ def test_the_choice_reaches_the_engine(monkeypatch):
     monkeypatch.setattr(engines, "choose", lambda *_: Choice("triton", True, "because"))
     monkeypatch.setattr(engines, "load_weights", lambda *_, **__: "weights")
     monkeypatch.setattr(engines, "Transformer", lambda spec, weights, backend, group: (weights, backend))
-    monkeypatch.setattr(engines, "Engine", lambda model, text, cuda_graphs, reason: (model, cuda_graphs, reason))
+    monkeypatch.setattr(engines, "Engine", lambda model, text, cuda_graphs, **rest: (model, cuda_graphs, rest))
     group = type(ALONE)()
     found = engines._load("embedded", None, None, None, None, None, group)
-    assert found == (("weights", "triton"), True, "because")
+    assert found == (("weights", "triton"), True, {"pinned": False, "reason": "because"})
 
 
 def test_facts_of_the_machine():
