@@ -179,9 +179,10 @@ def _check_lines(check: dict[str, Any]) -> Iterator[str]:
         return
     if check["interpreted"]:
         yield "Kernels are interpreted on the CPU (TRITON_INTERPRET): their times say nothing of a card."
-    yield f"{'operation':<18}{'checks':>6}{'error':>10}{'allowed':>10}{'us':>11}{'torch us':>11}  verdict"
+    yield f"{'operation':<18}{'checks':>6}{'error':>10}{'allowed':>10}{'us':>13}{'torch us':>13}  verdict"
     for row in check["operations"]:
-        times = "".join(f"{row[key] or 0:>11,.1f}" for key in ("microseconds", "torch_microseconds"))
+        pair = row["microseconds"], row["torch_microseconds"]
+        times = "".join(f"{'-':>13}" if each is None else f"{each:>13,.1f}" for each in pair)
         said = f"FAULT at {row['shape']}: {row['fault']}" if row["fault"] is not None else "ok"
         yield f"{row['operation']:<18}{row['checks']:>6}{row['error']:>10.1e}{row['allowed']:>10.1e}{times}  {said}"
     for row in check["steps"]:

@@ -13,6 +13,7 @@ from ..decoding.caching import NoCache, RegionCache
 from ..models import ModelSpec
 from ..ops.dispatch import operations
 from ..runner import Eager
+from ..runner.faults import is_lack_of_memory
 from . import steps
 from .steps import Sizes
 from .twins import Finding, Twins
@@ -96,10 +97,10 @@ def _check_steps(request: Request, device: torch.device, emit: Emit) -> int:
             steps.check_whole_steps(
                 model, cache, request.sizes, lambda doing: emit({"record": "begin", "doing": doing})
             )
-        except torch.OutOfMemoryError:
-            raise
-        except (AssertionError, RuntimeError) as error:
-            fault = f"{type(error).__name__}: {error}" if isinstance(error, RuntimeError) else str(error)
+        except Exception as error:  # of the comparison, of compilers, of drivers
+            if is_lack_of_memory(error):
+                raise
+            fault = str(error) if isinstance(error, AssertionError) else f"{type(error).__name__}: {error}"
             faults += 1
         emit({"record": "step", "cache": cache.name, "fault": fault})
     return faults

@@ -14,6 +14,7 @@ import torch
 from ..kernels.control import COLUMN
 from ..ops.dispatch import Ops, Quantised
 from ..ops.torch.philox import gumbel
+from ..runner.faults import is_lack_of_memory
 from ..runner.state import DecodeState
 from .budget import assert_within_budget
 
@@ -91,9 +92,9 @@ class Twins:
         try:
             result = _apply(kernel, twin, mine_in)
             _synchronise(arguments)
-        except torch.OutOfMemoryError:
-            raise  # says nothing of the kernel
         except Exception as error:  # compilers and drivers raise many kinds
+            if is_lack_of_memory(error):
+                raise  # it says nothing of the kernel
             return Finding(name, shape, fault=f"{type(error).__name__}: {_first_line(error)}")
         expected = twin(**same_in)
         try:

@@ -49,7 +49,7 @@ def test_a_card_without_faults(found):
     asked = found(GOOD)
     result = sfs()
     assert result.exit_code == 0, result.output
-    for words in ("attention              1   1.0e-04   1.0e-03       21.5       35.0  ok", "5.00 ms by Triton"):
+    for words in ("attention              1   1.0e-04   1.0e-03         21.5         35.0  ok", "5.00 ms by Triton"):
         assert words in result.stdout
     assert "default   backend='triton', cuda_graphs=True" in result.stdout and "to pin" not in result.stdout
     ((request, force),) = asked

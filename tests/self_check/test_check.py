@@ -221,9 +221,18 @@ def _drifting():
     return drift
 
 
+class _Unfit(Exception):
+    """An error as Triton's are: not a RuntimeError."""
+
+
 @pytest.mark.parametrize(
     ("operation", "fault", "said"),
-    [("publish", _unpublished, "host ring"), ("silu_mul", _drifting(), "two replays of a step differ")],
+    [
+        ("publish", _unpublished, "host ring"),
+        ("silu_mul", _drifting(), "two replays of a step differ"),
+        ("silu_mul", _fails_with(_Unfit("too large")), "_Unfit: too large"),
+    ],
+    ids=["unpublished", "drifting", "failing"],
 )
 def test_wrong_whole_steps_are_found(monkeypatch, operation, fault, said):
     """Faults that no comparison of one operation shows."""
