@@ -89,7 +89,7 @@ def wanted(name: str) -> tuple[list[int], int]:
 
 @functools.cache
 def embedded() -> sfs_triton.Engine:
-    return sfs_triton.load("embedded", parts.device(), "float32")
+    return sfs_triton.load("embedded", parts.device(), "float32", "torch")
 
 
 def generate(backend: str, execution: str, name: str) -> dict[str, Any]:

@@ -29,7 +29,7 @@ SETTINGS = {
 
 @functools.cache
 def embedded() -> Engine:
-    return sfs_triton.load("embedded", parts.device(), "float32")
+    return sfs_triton.load("embedded", parts.device(), "float32", "torch")
 
 
 def count(backend: str, execution: str, policy: str) -> dict[str, Any]:
