@@ -47,7 +47,7 @@ def check(request: Request, emit: Emit) -> None:
     """Run the check and emit its findings one by one: records ``begin``, ``finding``, ``step``, ``times``, ``end``."""
     torch.manual_seed(0)
     device = torch.device(request.device)
-    if device.type == "cuda":
+    if device.index is not None:
         torch.cuda.set_device(device)
     faults = _check_operations(request, device, emit)
     if faults and not request.thorough:

@@ -181,7 +181,8 @@ def check_whole_steps(model: Transformer, cache: CachePolicy, sizes: Sizes, repo
     key = BatchKey(SlowFast().batch_key(), cache)
     runners = {}
     for backend in ("torch", "triton"):
-        runners[backend] = ModelRunner(model.by(backend), key, 1, length, canvas[1])
+        by = model.by(backend)
+        runners[backend] = ModelRunner(by, key, 1, length, canvas[1], captures=backend == "triton")
         runners[backend].put(0, canvas_of(model.spec, *canvas), canvas[0], SlowFast(), 0, 2**31)
     fresh = snapshot(runners["torch"].state)
     bounds = BatchBounds(length, canvas[0], canvas[0], canvas[1], canvas[1])
