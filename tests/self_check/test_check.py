@@ -23,7 +23,7 @@ OF_RANKS = {"lm_head_partials", "merge_partials"}  # tensor parallelism has no C
 
 @pytest.fixture(scope="module", autouse=True)
 def interpreter():
-    with brisk_interpreter():
+    with brisk_interpreter(overflow_checks=False):
         yield
 
 
