@@ -26,7 +26,7 @@ from bench.cost import step_count
 from bench.cost.step_count import NAMES, Setting, kinds
 from bench.kernels.resources import CompilingDriver, operations
 from bench.kernels.resources import launches as launches_of
-from sfs_triton.kernels.launch import Launch, recording
+from sfs_triton.kernels.launch import Launch, recording, shared_memory
 
 from . import parts
 from .record import DEADLINE
@@ -79,7 +79,8 @@ def launches(source: str, toy: bool) -> list[tuple[str, Launch]]:
     """Record the launches of an operation's cases, or of the engine's steps, each with a name."""
     if source == ENGINE:
         return list(engine_launches())
-    return list(launches_of(importlib.import_module(f"bench.kernels.test_{source}").cases(toy=toy)))
+    cases = importlib.import_module(f"bench.kernels.test_{source}").cases(toy=toy)
+    return list(launches_of(cases, shared_memory(torch.device("cuda" if torch.cuda.is_available() else "meta"))))
 
 
 def variant(launch: Launch) -> tuple:
@@ -91,7 +92,8 @@ def variant(launch: Launch) -> tuple:
 
 def _kind(value: Any, parameter: Any) -> Any:
     if isinstance(value, torch.Tensor):
-        return str(value.dtype), value.data_ptr() % 16 == 0
+        free = parameter.do_not_specialize_on_alignment
+        return str(value.dtype), free or value.data_ptr() % 16 == 0
     if parameter is None or parameter.is_constexpr or value is None or isinstance(value, (bool, str)):
         return str(value)
     if isinstance(value, int):

@@ -1,7 +1,7 @@
 """Report the compiled resources of shipped kernels, without a GPU: ``python -m bench.kernels.resources [--write]``.
 
 Launchers are called on meta tensors at the shapes of :mod:`bench.kernels`, their launches are recorded, and each
-distinct variant is compiled by triton's own path for sm_80, sm_90 and sm_100. Registers, stack (a spill) and shared
+distinct variant is compiled by triton's own path for every target. Registers, stack (a spill) and shared
 memory of the sm_90 variants are kept in ``kernels/resources.json``, with the triton that made them. The exit status is
 1 if a variant cannot ship: it spills, or asks for more memory on the chip than there is.
 """
@@ -30,9 +30,10 @@ if TYPE_CHECKING:
     from .case import Case
 
 TABLE = ROOT / "kernels" / "resources.json"
-TARGETS = (80, 90, 100)
+TARGETS = (80, 86, 89, 90, 100, 120)
 TABLE_TARGET = 90
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes that a block can ask for
+# bytes that a block can ask for
+SHARED_LIMIT = {target: 99 * 1024 for target in (86, 89, 120)} | {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 TENSOR_MEMORY_LIMIT = 512  # columns; only sm_100 has such memory
 
 
@@ -59,15 +60,15 @@ def operations() -> list[str]:
     return sorted(path.stem.removeprefix("test_") for path in Path(__file__).parent.glob("test_*.py"))
 
 
-def launches(cases: list[Case]) -> Iterator[tuple[str, Launch]]:
-    """Every launch that the cases make, with the name of the case."""
+def launches(cases: list[Case], shared_memory: int) -> Iterator[tuple[str, Launch]]:
+    """Every launch that the cases make where a block may have that much shared memory, with the name of the case."""
     import torch
 
     from sfs_triton.kernels.launch import recording
 
     for case in cases:
         arguments = case.build(torch.device("meta"))
-        with recording() as recorded:
+        with recording(shared_memory) as recorded:
             case.kernel(**arguments)
         for launch in recorded:
             yield case.name, launch
@@ -122,7 +123,8 @@ def compile_cases(operation: str, cases: list[Case], target: int) -> dict[str, d
     driver.set_active(CompilingDriver(target))
     found: dict[str, dict[str, int]] = {}
     variants: set[str] = set()
-    for case, launch in launches([case for case in cases if target >= case.min_capability]):
+    able = [case for case in cases if target >= case.min_capability]
+    for case, launch in launches(able, SHARED_LIMIT[target]):
         compiled = launch.kernel.warmup(grid=launch.grid, **launch.arguments)
         if compiled.hash in variants:
             continue

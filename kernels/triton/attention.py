@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from .check import FLOATS, INTEGERS, check_index, check_tensor, refuse_unless
+from .check import FLOATS, INTEGERS, check_index, check_tensor, checked_once, refuse_unless
 from .cost import Cost
-from .launch import launch, multiprocessors
+from .launch import H200_SHARED_MEMORY, cdiv, launch, multiprocessors, shared_memory
 
 HEAD_DIMS = (16, 32, 64, 128)
+MARGIN = 4 * 1024  # of shared memory, for what the compiler needs beside tiles
 
 
 @triton.jit
@@ -205,6 +208,7 @@ class AttentionConfig:
     num_stages: int
 
 
+@lru_cache(1024)
 def attention_config(
     batch: int,
     n_queries: int,
@@ -214,13 +218,15 @@ def attention_config(
     head_dim: int,
     itemsize: int,
     n_multiprocessors: int = 132,
+    shared: int = H200_SHARED_MEMORY,
 ) -> AttentionConfig:
     """Choose tiles and splits from capacities; the actual numbers of queries and keys are not known here.
 
     Rows are a KV head's queries times its group's heads. The largest tile is taken that leaves a tile for one in five
     SMs: keys are then read once, or seldom more, while a handful of splits fills the GPU. A program of 64 or 128 rows
     has an SM for itself (two key and value tiles ahead are 64 KB in flight, and 128 rows hold 128 KB of shared memory
-    and most registers); smaller ones, which wait for memory and not for arithmetic, share it in twos.
+    and most registers); smaller ones, which wait for memory and not for arithmetic, share it in twos where ``shared``,
+    the bytes of shared memory that a block may have, is enough for two. Stages are as many as fit it.
 
     The number of splits is the one with the shortest longest path, in bytes through an SM: the splits' share of keys
     and values and their partial results, times the waves of programs per SM, then all partial results of a tile for the
@@ -233,23 +239,25 @@ def attention_config(
     heads = batch * n_kv_heads
     largest = max(16, min(128 if itemsize == 2 else 32, triton.next_power_of_2(n_rows)))
     blocks = [block for block in (128, 64, 32, 16) if block <= largest]
-    fits = (block for block in blocks if 5 * heads * triton.cdiv(n_rows, block) >= n_multiprocessors)
+    fits = (block for block in blocks if 5 * heads * cdiv(n_rows, block) >= n_multiprocessors)
     block_m = next(fits, blocks[-1])
-    block_n = 64 if itemsize == 2 else 32
-    slots = n_multiprocessors * (1 if block_m >= 64 else 2)
-    tiles = heads * triton.cdiv(n_rows, block_m)
+    block_n, num_stages = 64 if itemsize == 2 else 32, 3
+    if block_m == 128 and n_heads > n_kv_heads:  # a group's addresses take registers too; as many keys are in flight
+        block_n, num_stages = 32, 5
+    tile, stage = MARGIN + block_m * head_dim * itemsize, 2 * block_n * head_dim * itemsize
+    num_stages = max(2, min(num_stages, 1 + (shared - tile) // stage))
+    at_once = shared // (tile + (num_stages - 1) * stage)
+    slots = n_multiprocessors * (1 if block_m >= 64 else max(1, min(2, at_once)))
+    tiles = heads * cdiv(n_rows, block_m)
     stream, partial = n_keys * 2 * head_dim * itemsize, block_m * head_dim * 4
 
     def path(n_splits: int) -> float:
         if n_splits == 1:
-            return triton.cdiv(tiles, slots) * stream
-        return triton.cdiv(tiles * n_splits, slots) * (stream / n_splits + partial) + n_splits * partial
+            return cdiv(tiles, slots) * stream
+        return cdiv(tiles * n_splits, slots) * (stream / n_splits + partial) + n_splits * partial
 
     n_splits = min(range(1, max(1, min(64, n_keys // block_n)) + 1), key=path)
     num_warps = 8 if block_m == 128 or itemsize == 4 else 4  # float32 products take no tensor cores, but registers
-    num_stages = 3
-    if block_m == 128 and n_heads > n_kv_heads:  # a group's addresses take registers too; as many keys are in flight
-        block_n, num_stages = 32, 5
     return AttentionConfig(block_m, block_n, n_splits, num_warps, num_stages)
 
 
@@ -291,31 +299,22 @@ def attention(
     NaN in a query stays in that query; NaN in a key or value reaches every query that attends to it. Infinite inputs
     may give NaN.
     """
-    scale = _check(q, k, v, cache_row, key_range, count, scale)
-    batch, n_queries, n_heads, head_dim = q.shape
-    n_keys, n_kv_heads = k.shape[1:3]
+    machine = multiprocessors(q.device), shared_memory(q.device)
+    grid, places, partial_size, fixed = _plan(q, k, v, cache_row, key_range, count, scale, out, config, machine)
     if out is None:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    check_tensor("out", out, dtype=q.dtype, shape=q.shape, device=q.device, dense=True)
-    if out.numel() == 0:
+    if grid is None:
         return out
-    config = config or attention_config(
-        batch, n_queries, n_heads, n_kv_heads, n_keys, head_dim, q.element_size(), multiprocessors(q.device)
-    )
-    group = n_heads // n_kv_heads
-    n_tiles = triton.cdiv(n_queries * group, config.BLOCK_M)
     partial = None
-    if config.n_splits > 1:
-        places = batch * n_kv_heads * n_tiles
+    if partial_size:
         if counters is None:
             counters = torch.zeros(places, dtype=torch.int32, device=q.device)
         check_tensor("counters", counters, dtype=torch.int32, shape=[None], device=q.device)
-        refuse_unless(len(counters) >= places, f"counters holds {len(counters)} values, fewer than {places}")
-        size = places * config.n_splits * config.BLOCK_M * (head_dim + 2)
-        partial = torch.empty(size, dtype=torch.float32, device=q.device)
+        refuse_unless(counters.numel() >= places, f"counters holds {counters.numel()} values, fewer than {places}")
+        partial = torch.empty(partial_size, dtype=torch.float32, device=q.device)
     launch(
         _attention_kernel,
-        (n_tiles * config.n_splits, n_kv_heads, batch),
+        grid,
         q_ptr=q,
         k_ptr=k,
         v_ptr=v,
@@ -325,32 +324,58 @@ def attention(
         out_ptr=out,
         partial_ptr=partial,
         counters_ptr=None if partial is None else counters,
-        n_queries=n_queries,
-        n_keys=n_keys,
-        n_tiles=n_tiles,
-        n_splits=config.n_splits,
-        **{
-            f"stride_{name}_{axis}": x.stride(i)
-            for name, x in {"q": q, "k": k, "v": v, "out": out}.items()
-            for i, axis in enumerate(("batch", "row", "head"))
-        },
-        qk_scale=scale * math.log2(math.e),
-        HAS_CACHE_ROW=cache_row is not None,
-        HAS_KEY_RANGE=key_range is not None,
-        HAS_COUNT=count is not None,
-        SPLIT=config.n_splits > 1,
-        GROUP=group,
-        HEAD_DIM=head_dim,
-        BLOCK_M=config.BLOCK_M,
-        BLOCK_N=config.BLOCK_N,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        maxnreg=min(255, 2048 // config.num_warps),  # else ptxas may spill a little for occupancy
+        **fixed,
     )
     return out
 
 
-def _check(q, k, v, cache_row, key_range, count, scale) -> float:
+@checked_once
+def _plan(
+    q, k, v, cache_row, key_range, count, scale, out, config: AttentionConfig | None, machine: tuple[int, int]
+) -> tuple[tuple[int, ...] | None, int, int, dict[str, Any]]:
+    """The grid (None: nothing to do), the number of counters, of partial values, and what else follows from layouts."""
+    scale = _check(q, k, v, cache_row, key_range, count, scale, out)
+    batch, n_queries, n_heads, head_dim = q.shape
+    n_keys, n_kv_heads = k.shape[1:3]
+    if q.numel() == 0:
+        return None, 0, 0, {}
+    config = config or attention_config(
+        batch, n_queries, n_heads, n_kv_heads, n_keys, head_dim, q.element_size(), *machine
+    )
+    group = n_heads // n_kv_heads
+    n_tiles = cdiv(n_queries * group, config.BLOCK_M)
+    places = batch * n_kv_heads * n_tiles
+    splits = config.n_splits > 1
+    out_strides = (n_queries * n_heads * head_dim, n_heads * head_dim, head_dim)
+    strides = {"q": q.stride(), "k": k.stride(), "v": v.stride(), "out": out_strides}
+    fixed = {
+        "n_queries": n_queries,
+        "n_keys": n_keys,
+        "n_tiles": n_tiles,
+        "n_splits": config.n_splits,
+        **{
+            f"stride_{name}_{axis}": steps[i]
+            for name, steps in strides.items()
+            for i, axis in enumerate(("batch", "row", "head"))
+        },
+        "qk_scale": scale * math.log2(math.e),
+        "HAS_CACHE_ROW": cache_row is not None,
+        "HAS_KEY_RANGE": key_range is not None,
+        "HAS_COUNT": count is not None,
+        "SPLIT": splits,
+        "GROUP": group,
+        "HEAD_DIM": head_dim,
+        "BLOCK_M": config.BLOCK_M,
+        "BLOCK_N": config.BLOCK_N,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+        "maxnreg": min(255, 2048 // config.num_warps),  # else ptxas may spill a little for occupancy
+    }
+    partial_size = places * config.n_splits * config.BLOCK_M * (head_dim + 2) if splits else 0
+    return (n_tiles * config.n_splits, n_kv_heads, batch), places, partial_size, fixed
+
+
+def _check(q, k, v, cache_row, key_range, count, scale, out) -> float:
     """Refuse arguments that do not fit; return the scale."""
     check_tensor("q", q, dtype=FLOATS, shape=[None] * 4)
     batch, n_queries, n_heads, head_dim = q.shape
@@ -371,6 +396,8 @@ def _check(q, k, v, cache_row, key_range, count, scale) -> float:
     if count is not None:
         check_tensor("count", count, dtype=torch.int32, shape=[batch], device=q.device)
         check_index("count", count, 0, n_queries + 1)
+    if out is not None:
+        check_tensor("out", out, dtype=q.dtype, shape=q.shape, device=q.device, dense=True)
     scale = head_dim**-0.5 if scale is None else scale
     refuse_unless(0 < scale < math.inf, f"scale is {scale}, not above zero")
     return scale

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any
 
 import torch
 
@@ -17,6 +19,40 @@ def refuse_unless(condition: bool, message: str) -> None:
     """Raise ``ValueError(message)`` unless ``condition`` holds."""
     if not condition:
         raise ValueError(message)
+
+
+def checked_once(check: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorate a check of positional arguments so that a combination of layouts that has passed is not checked again.
+
+    Of a tensor it may depend on dtype, shape, strides and device alone, of other arguments on their values; it
+    returns what follows from those. With ``SFS_TRITON_DEBUG=1``, where checks read values, nothing is remembered.
+    """
+    passed: dict[tuple, Any] = {}
+
+    @wraps(check)
+    def run(*arguments: Any) -> Any:
+        if os.environ.get("SFS_TRITON_DEBUG") == "1":
+            return check(*arguments)
+        key = (is_recording(), *[_layout(x) if isinstance(x, torch.Tensor) else x for x in arguments])
+        try:
+            if key in passed:
+                return passed[key]
+        except TypeError:  # an argument of a wrong type, without a hash: the check says which
+            return check(*arguments)
+        result = check(*arguments)
+        if len(passed) >= _MOST_LAYOUTS:
+            passed.clear()
+        passed[key] = result
+        return result
+
+    return run
+
+
+_MOST_LAYOUTS = 4096  # steps of exact shapes have new ones all the time
+
+
+def _layout(x: torch.Tensor) -> tuple:
+    return x.dtype, x.shape, x.stride(), x.device
 
 
 def check_tensor(
@@ -34,22 +70,27 @@ def check_tensor(
     must be contiguous; with ``dense`` the whole tensor.
     """
     refuse_unless(isinstance(x, torch.Tensor), f"{name} is a {type(x).__name__}, not a tensor")
-    allowed = (dtype,) if isinstance(dtype, torch.dtype) else tuple(dtype)
-    names = " or ".join(str(d).removeprefix("torch.") for d in allowed)
-    refuse_unless(x.dtype in allowed, f"{name} has dtype {str(x.dtype).removeprefix('torch.')}, not {names}")
+    if not (x.dtype == dtype if isinstance(dtype, torch.dtype) else x.dtype in dtype):
+        allowed = (dtype,) if isinstance(dtype, torch.dtype) else dtype
+        names = " or ".join(str(d).removeprefix("torch.") for d in allowed)
+        raise ValueError(f"{name} has dtype {str(x.dtype).removeprefix('torch.')}, not {names}")
+    size = x.shape
     leading = len(shape) > 0 and shape[0] is ...
     sizes = shape[1:] if leading else shape
-    have = x.shape[x.dim() - len(sizes) :] if leading else x.shape
-    fits = len(have) == len(sizes) and all(want in (None, size) for want, size in zip(sizes, have, strict=True))
-    wanted = "[" + ", ".join({None: "*", ...: "..."}.get(size, str(size)) for size in shape) + "]"
-    refuse_unless(fits, f"{name} has shape {list(x.shape)}, not {wanted}")
-    where = f"{name} is on device {str(x.device)!r}"
-    refuse_unless(device is None or x.device == device, f"{where}, not {str(device)!r}")
-    refuse_unless(x.device.type != "meta" or is_recording(), f"{where}, which holds no data")
+    have = size[len(size) - len(sizes) :] if leading else size
+    if len(have) != len(sizes) or any(want not in (None, got) for want, got in zip(sizes, have, strict=True)):
+        wanted = "[" + ", ".join({None: "*", ...: "..."}.get(want, str(want)) for want in shape) + "]"
+        raise ValueError(f"{name} has shape {list(size)}, not {wanted}")
+    where = x.device
+    if device is not None and where != device:
+        raise ValueError(f"{name} is on device {str(where)!r}, not {str(device)!r}")
+    if where.type == "meta" and not is_recording():
+        raise ValueError(f"{name} is on device 'meta', which holds no data")
     if x.numel() > 1:
-        last = x.dim() == 0 or x.shape[-1] == 1 or x.stride(-1) == 1
-        refuse_unless(last, f"{name} has strides {x.stride()}: its last dimension is not contiguous")
-        refuse_unless(not dense or x.is_contiguous(), f"{name} has strides {x.stride()} and is not contiguous")
+        if len(size) > 0 and size[-1] != 1 and x.stride(-1) != 1:
+            raise ValueError(f"{name} has strides {x.stride()}: its last dimension is not contiguous")
+        if dense and not x.is_contiguous():
+            raise ValueError(f"{name} has strides {x.stride()} and is not contiguous")
 
 
 def check_index(name: str, index: torch.Tensor, low: int, high: int) -> None:

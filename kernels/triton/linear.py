@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import triton
@@ -12,7 +13,7 @@ from triton.language.target_info import cuda_capability_geq
 from .check import FLOATS, check_tensor, refuse_unless
 from .cost import Cost
 from .float8 import UNDECODED, dot_over
-from .launch import launch, multiprocessors
+from .launch import H200_SHARED_MEMORY, cdiv, launch, multiprocessors, shared_memory
 
 
 @triton.jit
@@ -120,7 +121,16 @@ class LinearConfig:
     NATIVE_FP8: bool | None = None  # None: where the GPU converts e4m3 itself, sm_89 and later
 
 
-def linear_config(n_rows: int, n_out: int, n_in: int, n_multiprocessors: int, *, itemsize: int = 2) -> LinearConfig:
+@lru_cache(1024)
+def linear_config(
+    n_rows: int,
+    n_out: int,
+    n_in: int,
+    n_multiprocessors: int,
+    *,
+    itemsize: int = 2,
+    shared: int = H200_SHARED_MEMORY,
+) -> LinearConfig:
     """Tiles of 128 weight rows, two groups of four warps with 64 each, by all rows of x up to 128.
 
     Every tile reads its rows of x anew, from L2. Narrower weight tiles would fill the GPU more evenly but multiply
@@ -130,29 +140,33 @@ def linear_config(n_rows: int, n_out: int, n_in: int, n_multiprocessors: int, *,
     that its pipeline takes to fill and drain. A 4,096-wide output has 32 tiles and becomes 128 units for 132
     multiprocessors.
 
-    Stages fill 150 KiB (sm_80 has 163) or come to six: two to three tiles of weights, 32 to 48 KiB, are under way at
-    128 rows, and more below. float32, whose products take no tensor core here, and a K that is no multiple of 128,
-    whose loads may be as narrow as a byte, take more registers and get small tiles.
+    Stages fill 150 KiB, or what a block may have (``shared``) less 16, or come to six: two to three tiles of weights,
+    32 to 48 KiB, are under way at 128 rows, and more below. Blocks of K are halved where two stages would be all.
+    float32, whose products take no tensor core here, and a K that is no multiple of 128, whose loads may be as narrow
+    as a byte, take more registers and get small tiles.
     """
     block_m = min(128, max(16, triton.next_power_of_2(n_rows)))
     block_n = block_k = 128
     if itemsize == 4 or n_in % block_k:
         return LinearConfig(min(32, block_m), 64, 32, n_splits=1, num_stages=3, num_warps=4)
-    n_blocks = triton.cdiv(n_in, block_k)
-    tiles = triton.cdiv(n_rows, block_m) * triton.cdiv(n_out, block_n)
+    room = min(150 * 1024, shared - 16 * 1024)
+    if room < 2 * (block_n + itemsize * block_m) * block_k:
+        block_k = 64
+    n_blocks = cdiv(n_in, block_k)
+    tiles = cdiv(n_rows, block_m) * cdiv(n_out, block_n)
     stage = (block_n + itemsize * block_m) * block_k
 
     def busiest(n_splits: int) -> int:
-        streamed = stage * triton.cdiv(n_blocks, n_splits)
+        streamed = stage * cdiv(n_blocks, n_splits)
         merged = 2 * 4 * block_m * block_n if n_splits > 1 else 0
-        return triton.cdiv(tiles * n_splits, n_multiprocessors) * (streamed + merged + 32 * 1024)
+        return cdiv(tiles * n_splits, n_multiprocessors) * (streamed + merged + 32 * 1024)
 
     return LinearConfig(
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         BLOCK_K=block_k,
         n_splits=min(range(1, min(8, n_blocks) + 1), key=busiest),
-        num_stages=min(6, 1 + 150 * 1024 // stage),
+        num_stages=min(6, 1 + room // stage),
         num_warps=8,
     )
 
@@ -201,8 +215,9 @@ def linear(
     if n_rows == 0:
         return out
     programs = multiprocessors(x.device)
-    config = config or linear_config(n_rows, n_out, n_in, programs, itemsize=x.dtype.itemsize)
-    tiles = triton.cdiv(n_rows, config.BLOCK_M) * triton.cdiv(n_out, config.BLOCK_N)
+    sizes = {"itemsize": x.dtype.itemsize, "shared": shared_memory(x.device)}
+    config = config or linear_config(n_rows, n_out, n_in, programs, **sizes)
+    tiles = cdiv(n_rows, config.BLOCK_M) * cdiv(n_out, config.BLOCK_N)
     units = tiles * config.n_splits
     splits = config.n_splits > 1
     if counters is None and splits:

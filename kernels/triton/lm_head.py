@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
 from triton.language.target_info import cuda_capability_geq
 
-from .check import FLOATS, INTEGERS, check_index, check_tensor, refuse_unless
+from .check import FLOATS, INTEGERS, check_index, check_tensor, checked_once, refuse_unless
 from .cost import Cost
 from .float8 import UNDECODED, dot_over
-from .launch import launch, multiprocessors
+from .launch import H200_SHARED_MEMORY, cdiv, launch, multiprocessors, shared_memory
 from .partials import SCALE, Partials, live_rows, merge, shares, store_partials
 from .philox import gumbel, noise_arguments
 from .softmax_partial import NO_TOKEN, finite_or_zero, largest, max_of, result_of, sum_of, value_of
@@ -191,6 +192,9 @@ def _lm_head_kernel(
     tl.store(winner_ptr + share.to(tl.int64) * width + row, found[4], mask=live)
 
 
+_MARGIN = 8 * 1024  # of shared memory, for what the compiler needs beside tiles
+
+
 @dataclass(frozen=True)
 class LmHeadConfig:
     BLOCK_T: int
@@ -203,6 +207,7 @@ class LmHeadConfig:
     NATIVE_FP8: bool | None = None  # None: where the GPU converts e4m3 itself, sm_89 and later
 
 
+@lru_cache(1024)
 def lm_head_config(
     n_rows: int,
     n_columns: int,
@@ -212,6 +217,7 @@ def lm_head_config(
     *,
     float8: bool = False,
     even: bool = True,
+    shared: int = H200_SHARED_MEMORY,
 ) -> LmHeadConfig:
     """As few row tiles as registers allow, so that weights are read once; and a grid that fills the GPU once.
 
@@ -223,11 +229,14 @@ def lm_head_config(
 
     Codes of float8 are half the bytes, so there are more stages, and 32 KB or more of codes under way. A K that is no
     multiple of 128 (not ``even``) gets the small tiles of float32.
+
+    ``shared`` is what a block may have of shared memory: stages are as many as fit, and where two programs do not fit
+    there is one per multiprocessor.
     """
     if multiprocessors == 1:
         block_t = min(256, max(16, triton.next_power_of_2(n_rows)))
         block_v = min(2048, max(16, triton.next_power_of_2(n_columns)))
-        return LmHeadConfig(block_t, block_v, 128, block_v, 4, 1, max(1, triton.cdiv(n_rows, block_t)))
+        return LmHeadConfig(block_t, block_v, 128, block_v, 4, 1, max(1, cdiv(n_rows, block_t)))
     # BLOCK_T, BLOCK_V, BLOCK_K, BLOCK_S, num_warps, num_stages
     if float8:
         tile = _float8_tile(n_rows, noise, small=itemsize == 4 or not even)
@@ -239,11 +248,16 @@ def lm_head_config(
         tile = (64, 64, 64, 16, 4, 4)
     else:
         tile = (64, 128, 64, 32, 4, 4) if n_rows <= 64 else (128, 128, 64, 32, 8, 4)
-    block_t, block_v, _, _, num_warps, _ = tile
-    n_tiles = max(1, triton.cdiv(n_rows, block_t))
-    slots = 8 // num_warps * multiprocessors
+    block_t, block_v, block_k, block_s, num_warps, num_stages = tile
+    stage = (block_t * itemsize + block_v * (1 if float8 else itemsize)) * block_k
+    if shared < 3 * stage:  # two stages under way, and room for a third that is written
+        block_k, stage = block_k // 2, stage // 2
+    num_stages = max(2, min(num_stages, 1 + (shared - _MARGIN) // stage))
+    tile = block_t, block_v, block_k, block_s, num_warps, num_stages
+    n_tiles = max(1, cdiv(n_rows, block_t))
+    slots = max(1, min(8 // num_warps, shared // ((num_stages - 1) * stage + _MARGIN))) * multiprocessors
     wave = slots if slots % n_tiles == 0 else 4 * slots
-    programs = max(n_tiles, min(wave, n_tiles * triton.cdiv(n_columns, block_v)))
+    programs = max(n_tiles, min(wave, n_tiles * cdiv(n_columns, block_v)))
     return LmHeadConfig(*tile, programs)
 
 
@@ -257,6 +271,7 @@ def _float8_tile(n_rows: int, noise: bool, small: bool) -> tuple[int, ...]:
     return (64, 128, 64, 32, 4, 5) if n_rows <= 64 else (128, 128, 128, 32, 8, 4)
 
 
+@checked_once
 def _checked_rows(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -299,8 +314,9 @@ def _project(
         multiprocessors(hidden.device),
         float8=scale is not None,
         even=n_features % 128 == 0,
+        shared=shared_memory(hidden.device),
     )
-    n_tiles = triton.cdiv(n_rows, config.BLOCK_T)
+    n_tiles = cdiv(n_rows, config.BLOCK_T)
     refuse_unless(config.programs >= n_tiles, f"config has {config.programs} programs for {n_tiles} row tiles")
     slots = config.programs * config.BLOCK_T
     values = torch.empty(4 * slots, dtype=torch.float32, device=hidden.device)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
 
-from .check import FLOATS, check_tensor, refuse_unless
+from .check import FLOATS, check_tensor, checked_once, refuse_unless
 from .cost import Cost
-from .launch import launch, multiprocessors
+from .launch import cdiv, launch, multiprocessors
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -41,6 +42,7 @@ class SiluMulConfig:
     num_warps: int
 
 
+@lru_cache(1024)
 def silu_mul_config(n_rows: int, n_columns: int, n_multiprocessors: int) -> SiluMulConfig:
     """Eight values per thread: in 16 bits, one load each of gate and up.
 
@@ -68,24 +70,22 @@ def silu_mul(
 
     NaN stays at its column. A gate of -inf gives NaN, as ``-inf * sigmoid(-inf)`` does.
     """
-    check_tensor("gate_up", gate_up, dtype=FLOATS, shape=[..., None])
+    _check(gate_up, out)
     width = gate_up.shape[-1]
-    refuse_unless(width > 0 and width % 2 == 0, f"gate_up has {width} columns, not a positive even number")
     n_columns = width // 2
-    shape = (*gate_up.shape[:-1], n_columns)
     if out is None:
-        out = torch.empty(shape, dtype=gate_up.dtype, device=gate_up.device)
-    check_tensor("out", out, dtype=gate_up.dtype, shape=shape, device=gate_up.device, dense=True)
+        out = torch.empty((*gate_up.shape[:-1], n_columns), dtype=gate_up.dtype, device=gate_up.device)
     rows = gate_up.reshape(-1, width)
-    if rows.shape[0] == 0:
+    n_rows = rows.shape[0]
+    if n_rows == 0:
         return out
-    config = config or silu_mul_config(len(rows), n_columns, multiprocessors(rows.device))
+    config = config or silu_mul_config(n_rows, n_columns, multiprocessors(rows.device))
     launch(
         _silu_mul_kernel,
-        (triton.cdiv(len(rows), config.BLOCK_M), triton.cdiv(n_columns, config.BLOCK_N)),
+        (cdiv(n_rows, config.BLOCK_M), cdiv(n_columns, config.BLOCK_N)),
         gate_up_ptr=rows,
         out_ptr=out,
-        n_rows=len(rows),
+        n_rows=n_rows,
         n_columns=n_columns,
         stride_gate_up_row=rows.stride(0),
         stride_out_row=n_columns,
@@ -94,6 +94,16 @@ def silu_mul(
         num_warps=config.num_warps,
     )
     return out
+
+
+@checked_once
+def _check(gate_up, out) -> None:
+    check_tensor("gate_up", gate_up, dtype=FLOATS, shape=[..., None])
+    width = gate_up.shape[-1]
+    refuse_unless(width > 0 and width % 2 == 0, f"gate_up has {width} columns, not a positive even number")
+    if out is not None:
+        shape = (*gate_up.shape[:-1], width // 2)
+        check_tensor("out", out, dtype=gate_up.dtype, shape=shape, device=gate_up.device, dense=True)
 
 
 def silu_mul_cost(n_rows: int, n_columns: int, itemsize: int) -> Cost:

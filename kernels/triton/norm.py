@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
 
-from .check import FLOATS, check_tensor, refuse_unless
+from .check import FLOATS, check_tensor, checked_once, refuse_unless
 from .cost import Cost
-from .launch import launch, multiprocessors
+from .launch import cdiv, launch, multiprocessors
 
 
 @triton.jit(do_not_specialize=["n_rows", "eps"])
@@ -52,6 +53,7 @@ class NormConfig:
     num_warps: int
 
 
+@lru_cache(1024)
 def norm_config(n_rows: int, n_columns: int, n_multiprocessors: int) -> NormConfig:
     """Rows are held in registers, 16 values per thread up to 8,192 columns; short ones share a program of 2,048.
 
@@ -82,27 +84,23 @@ def rms_norm(
 
     NaN and infinities go where the equation takes them, and stay in their row.
     """
-    check_tensor("x", x, dtype=FLOATS, shape=[..., None])
+    _check(x, weight, residual, out)
     n_columns = x.shape[-1]
-    refuse_unless(0 < n_columns <= 65536, f"x has {n_columns} columns, not 1 to 65536")
-    check_tensor("weight", weight, dtype=FLOATS, shape=[n_columns], device=x.device)
     if out is None:
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    check_tensor("out", out, dtype=x.dtype, shape=x.shape, device=x.device, dense=True)
-    if residual is not None:
-        check_tensor("residual", residual, dtype=x.dtype, shape=x.shape, device=x.device, dense=True)
-    rows = x.reshape(-1, n_columns)
-    if rows.shape[0] == 0:
+    rows = x if x.dim() == 2 else x.reshape(-1, n_columns)
+    n_rows = rows.shape[0]
+    if n_rows == 0:
         return out
-    config = config or norm_config(len(rows), n_columns, multiprocessors(x.device))
+    config = config or norm_config(n_rows, n_columns, multiprocessors(x.device))
     launch(
         _rms_norm_kernel,
-        (triton.cdiv(len(rows), config.BLOCK_M),),
+        (cdiv(n_rows, config.BLOCK_M),),
         x_ptr=rows,
         residual_ptr=residual,
         weight_ptr=weight,
         out_ptr=out,
-        n_rows=len(rows),
+        n_rows=n_rows,
         n_columns=n_columns,
         stride_x_row=rows.stride(0),
         stride_residual_row=n_columns,
@@ -114,6 +112,17 @@ def rms_norm(
         num_warps=config.num_warps,
     )
     return out
+
+
+@checked_once
+def _check(x, weight, residual, out) -> None:
+    check_tensor("x", x, dtype=FLOATS, shape=[..., None])
+    n_columns = x.shape[-1]
+    refuse_unless(0 < n_columns <= 65536, f"x has {n_columns} columns, not 1 to 65536")
+    check_tensor("weight", weight, dtype=FLOATS, shape=[n_columns], device=x.device)
+    for name, like in (("out", out), ("residual", residual)):
+        if like is not None:
+            check_tensor(name, like, dtype=x.dtype, shape=x.shape, device=x.device, dense=True)
 
 
 def rms_norm_cost(n_rows: int, n_columns: int, itemsize: int, residual: bool = False) -> Cost:

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from .check import check_tensor, refuse_unless
 from .cost import Cost
-from .launch import launch, multiprocessors
+from .launch import cdiv, launch, multiprocessors
 from .softmax_partial import LOG2E, NO_TOKEN, finite_or_zero, largest, max_of, result_of, sum_of, value_of
 
 SCALE = tl.constexpr(LOG2E)
@@ -102,7 +102,7 @@ def merge(parts: Partials, *, final: bool, out: tuple[torch.Tensor, torch.Tensor
         rows = min(triton.next_power_of_2(parts.n_rows), max(1, 2**16 // block)) if alone else 1
         launch(
             _merge_kernel,
-            (triton.cdiv(parts.n_rows, rows),),
+            (cdiv(parts.n_rows, rows),),
             values_ptr=parts.values_ptr,
             winner_ptr=parts.winner_ptr,
             count_ptr=parts.count_ptr,

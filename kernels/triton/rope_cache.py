@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from .check import FLOATS, INTEGERS, check_index, check_tensor, refuse_unless
+from .check import FLOATS, INTEGERS, check_index, check_tensor, checked_once, refuse_unless
 from .cost import Cost
-from .launch import launch, multiprocessors
+from .launch import cdiv, launch, multiprocessors
 
 
 @triton.jit
@@ -34,7 +36,8 @@ def _rotate(source, target, cos_ptr, sin_ptr, live, stored, HALF: tl.constexpr):
         "n_qk_tiles",
         "stride_position_batch",
         "stride_position_row",
-    ]
+    ],
+    do_not_specialize_on_alignment=["position_ptr"],
 )
 def _rope_cache_kernel(
     q_ptr,
@@ -131,6 +134,7 @@ class RopeCacheConfig:
     num_warps: int
 
 
+@lru_cache(1024)
 def rope_cache_config(n_rows: int, n_heads: int, head_dim: int, n_multiprocessors: int) -> RopeCacheConfig:
     """Heads of 1,024 values per program, 16 per thread: two vectors of 16 bytes in flight in 16-bit dtypes.
 
@@ -182,51 +186,66 @@ def rope_cache(
 
     NaN and infinities stay in their pair of values.
     """
-    _check(q, k, v, cos, sin, position, k_cache, v_cache, cache_row)
-    some = k if q is None else q
-    cached = k_cache is not None
-    results = (q, k_cache, v_cache) if cached else (q, k, v)
-    if some is None or some.numel() == 0:
+    results = (q, k, v) if k_cache is None else (q, k_cache, v_cache)
+    n_processors = multiprocessors(cos.device)
+    grid, fixed = _plan(q, k, v, cos, sin, position, k_cache, v_cache, cache_row, config, n_processors)
+    if grid is None:
         return results
-    batch, n_rows, _, head_dim = some.shape
-    n_heads, n_kv_heads = (0 if x is None else x.shape[2] for x in (q, k))
-    config = config or rope_cache_config(n_rows, max(n_heads, n_kv_heads), head_dim, multiprocessors(some.device))
-    position = None if position is None else position.expand(batch, n_rows)
-    q_tiles, kv_tiles = (triton.cdiv(n_rows * heads, config.BLOCK_M) for heads in (n_heads, n_kv_heads))
     launch(
         _rope_cache_kernel,
-        (q_tiles + kv_tiles * (1 + cached), batch),
+        grid,
         q_ptr=q,
         k_ptr=k,
-        v_ptr=v if cached else None,
+        v_ptr=None if k_cache is None else v,
         cos_ptr=cos,
         sin_ptr=sin,
         position_ptr=position,
         cache_row_ptr=cache_row,
         k_cache_ptr=k_cache,
         v_cache_ptr=v_cache,
-        n_rows=n_rows,
-        n_heads=n_heads,
-        n_kv_heads=n_kv_heads,
-        n_q_tiles=q_tiles,
-        n_qk_tiles=q_tiles + kv_tiles,
+        **fixed,
+    )
+    return results
+
+
+@checked_once
+def _plan(
+    q, k, v, cos, sin, position, k_cache, v_cache, cache_row, config: RopeCacheConfig | None, n_processors: int
+) -> tuple[tuple[int, int] | None, dict[str, Any]]:
+    """The grid (None: nothing to do) and the arguments that follow from layouts."""
+    _check(q, k, v, cos, sin, position, k_cache, v_cache, cache_row)
+    some = k if q is None else q
+    cached = k_cache is not None
+    if some is None or some.numel() == 0:
+        return None, {}
+    batch, n_rows, _, head_dim = some.shape
+    n_heads, n_kv_heads = (0 if x is None else x.shape[2] for x in (q, k))
+    config = config or rope_cache_config(n_rows, max(n_heads, n_kv_heads), head_dim, n_processors)
+    q_tiles, kv_tiles = (cdiv(n_rows * heads, config.BLOCK_M) for heads in (n_heads, n_kv_heads))
+    fixed = {
+        "n_rows": n_rows,
+        "n_heads": n_heads,
+        "n_kv_heads": n_kv_heads,
+        "n_q_tiles": q_tiles,
+        "n_qk_tiles": q_tiles + kv_tiles,
         **_strides("q", q, ("batch", "row", "head")),
         **_strides("k", k, ("batch", "row", "head")),
         **_strides("v", v, ("batch", "row", "head")),
-        **_strides("position", position, ("batch", "row")),
+        "stride_position_batch": 0 if position is None or position.dim() == 1 else position.stride(0),
+        "stride_position_row": 0 if position is None else position.stride(-1),
         **_strides("k_cache", k_cache, ("batch", "row", "head")),
         **_strides("v_cache", v_cache, ("batch", "row", "head")),
-        HAS_Q=q is not None,
-        HAS_K=k is not None,
-        HAS_POSITION=position is not None,
-        HAS_CACHE=cached,
-        HAS_CACHE_ROW=cache_row is not None,
-        HALF=head_dim // 2,
-        BLOCK_M=config.BLOCK_M,
-        BLOCK_HALF=triton.next_power_of_2(head_dim // 2),
-        num_warps=config.num_warps,
-    )
-    return results
+        "HAS_Q": q is not None,
+        "HAS_K": k is not None,
+        "HAS_POSITION": position is not None,
+        "HAS_CACHE": cached,
+        "HAS_CACHE_ROW": cache_row is not None,
+        "HALF": head_dim // 2,
+        "BLOCK_M": config.BLOCK_M,
+        "BLOCK_HALF": triton.next_power_of_2(head_dim // 2),
+        "num_warps": config.num_warps,
+    }
+    return (q_tiles + kv_tiles * (1 + cached), batch), fixed
 
 
 def _strides(name: str, x: torch.Tensor | None, axes: tuple[str, ...]) -> dict[str, int]:

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bench.common.testing import Guards, assert_within_budget
+from bench.kernels.resources import SHARED_LIMIT
 from sfs_triton.kernels import linear as module
 from sfs_triton.kernels.launch import recording
 from sfs_triton.kernels.linear import LinearConfig, linear, linear_config
@@ -186,18 +187,20 @@ def test_any_shape(n_rows, n_out, n_in, n_splits, count):
     guards.check()
 
 
-@pytest.mark.parametrize("n_rows", [1, 16, 64, 128, 256])
-@pytest.mark.parametrize("n_multiprocessors", [108, 132, 148])
-def test_config_fills_the_gpu_and_fits_its_memory(n_rows, n_multiprocessors):
+@pytest.mark.parametrize("n_rows", [1, 16, 32, 64, 128, 256])
+@pytest.mark.parametrize(("target", "n_multiprocessors"), [(80, 108), (86, 84), (89, 128), (90, 132), (100, 148)])
+def test_config_fills_the_gpu_and_fits_its_memory(n_rows, target, n_multiprocessors):
     for n_out, n_in in sum(SHAPES.values(), []):
-        config = linear_config(n_rows, n_out, n_in, n_multiprocessors)
+        config = linear_config(n_rows, n_out, n_in, n_multiprocessors, shared=SHARED_LIMIT[target])
         assert config.BLOCK_M == {1: 16, 256: 128}.get(n_rows, n_rows)
         units = math.ceil(n_rows / config.BLOCK_M) * math.ceil(n_out / config.BLOCK_N) * config.n_splits
         rounds = math.ceil(units / n_multiprocessors)
         assert units / (rounds * n_multiprocessors) > 0.6
         stage = (config.BLOCK_N + 2 * config.BLOCK_M) * config.BLOCK_K
-        assert (config.num_stages - 1) * stage <= 150 * 1024
-        assert 32 * 1024 <= (config.num_stages - 1) * config.BLOCK_N * config.BLOCK_K
+        assert config.num_stages >= 3
+        x_tile = 2 * config.BLOCK_M * config.BLOCK_K  # sm_90 has one more of these
+        assert (config.num_stages - 1) * stage + x_tile <= SHARED_LIMIT[target]
+        assert 24 * 1024 <= (config.num_stages - 1) * config.BLOCK_N * config.BLOCK_K
 
 
 def test_config_splits_k_where_tiles_are_few():
