@@ -7,6 +7,7 @@ end. The host reads nothing.
 
 from __future__ import annotations
 
+import struct
 from typing import Any
 
 import torch
@@ -138,8 +139,8 @@ def _horizon(
     last,
     estimating,
     window,
+    spread_limit,
     SPREAD: tl.constexpr,
-    SPREAD_LIMIT: tl.constexpr,
     INCLUSIVE: tl.constexpr,
     ROUNDING: tl.constexpr,
     ZERO_HISTORY: tl.constexpr,
@@ -155,7 +156,7 @@ def _horizon(
         count = count * 0 + window
     spread, mean = _spread_and_mean(history, count, SPREAD, ROUNDING)
     full = estimating & (count >= window)
-    stable = full & ((spread <= SPREAD_LIMIT) if INCLUSIVE else (spread < SPREAD_LIMIT))
+    stable = full & ((spread <= spread_limit) if INCLUSIVE else (spread < spread_limit))
     e = tl.where(full | (estimating & last), tl.where(stable, estimate, mean + origin), e)
     return history, n_history, tl.where(full, spread, float("nan")), e, stable, stable | (full & last)
 
@@ -273,6 +274,7 @@ def _stage_end(
         "min_parallel",
         "k_max",
         "window",
+        "spread_limit_bits",
         "block_length",
         "max_cycles",
         "look_ahead",
@@ -300,12 +302,12 @@ def _decide_kernel(
     min_parallel,
     k_max,
     window,
+    spread_limit_bits,
     block_length,
     max_cycles,
     look_ahead,
     span_cap,
     SPREAD: tl.constexpr,
-    SPREAD_LIMIT: tl.constexpr,
     INCLUSIVE: tl.constexpr,
     STRICT: tl.constexpr,
     SLOW_END: tl.constexpr,
@@ -369,9 +371,10 @@ def _decide_kernel(
         return
     estimating = moves & slow & (determined == 0)
     estimate = tl.where(furthest >= 0, furthest + 1, s + 1)
+    spread_limit = spread_limit_bits.to(tl.int64).to(tl.float64, bitcast=True)
     history, n_history, spread, e, stable, final = _horizon(
-        history, n_history, estimate, origin, e, k == k_max - 1, estimating, window,
-        SPREAD, SPREAD_LIMIT, INCLUSIVE, ROUNDING, ZERO_HISTORY, BLOCK_W,
+        history, n_history, estimate, origin, e, k == k_max - 1, estimating, window, spread_limit,
+        SPREAD, INCLUSIVE, ROUNDING, ZERO_HISTORY, BLOCK_W,
     )  # fmt: skip
     determined = determined | final
     estimate = tl.where(estimating, estimate, -1)
@@ -495,12 +498,13 @@ def _arguments(rules: CycleRules) -> dict[str, Any]:
         "min_parallel": rules.min_parallel,
         "k_max": rules.k_max,
         "window": rules.window,
+        # Triton passes floats as float32, and a constant would be compiled anew for each value of a request
+        "spread_limit_bits": struct.unpack("<q", struct.pack("<d", rules.spread_limit))[0],
         "block_length": min(rules.block_length or 0, MAX_LENGTH + 1),  # of which a canvas has one; sums fit 32 bits
         "max_cycles": rules.max_cycles or 0,
         "look_ahead": min(rules.look_ahead, MAX_LENGTH),  # positions are added up in 32 bits
         "span_cap": min(rules.span_cap or 0, MAX_LENGTH),
         "SPREAD": rules.spread,
-        "SPREAD_LIMIT": float(rules.spread_limit),
         "INCLUSIVE": rules.inclusive,
         "STRICT": rules.strict,
         "SLOW_END": rules.slow_end,
@@ -514,7 +518,7 @@ def _arguments(rules: CycleRules) -> dict[str, Any]:
         "HAS_MAX_CYCLES": rules.max_cycles is not None,
         "HAS_LOOK_AHEAD": rules.look_ahead > 0,
         "HAS_SPAN_CAP": rules.span_cap is not None,
-        "BLOCK_W": triton.next_power_of_2(rules.window),
+        "BLOCK_W": 16 if rules.window <= 16 else MAX_WINDOW,
     }
 
 

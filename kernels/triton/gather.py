@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import triton
@@ -10,14 +11,17 @@ import triton.language as tl
 
 from .check import FLOATS, INTEGERS, check_index, check_tensor, refuse_unless
 from .cost import Cost
-from .launch import launch, multiprocessors
+from .launch import cdiv, launch, multiprocessors
 
 _FLAGS = (torch.bool, torch.uint8)
 _MAX_FLAGS = 2**28  # in a row: indices and the ends of chunks are int32, and a grid has few places for chunks
 _COUNTS_AT_ONCE = tl.constexpr(512)
 
 
-@triton.jit(do_not_specialize=["n_rows", "n_positions", "stride_tokens_row", "stride_position_row"])
+@triton.jit(
+    do_not_specialize=["n_rows", "n_positions", "stride_tokens_row", "stride_position_row"],
+    do_not_specialize_on_alignment=["tokens_ptr", "position_ptr"],  # parts of a canvas, and lists, start anywhere
+)
 def _embedding_kernel(
     table_ptr,
     tokens_ptr,
@@ -64,7 +68,7 @@ def _count_flags_kernel(flag_ptr, counts_ptr, n, BLOCK_N: tl.constexpr):
     tl.store(counts_ptr + row * tl.num_programs(1) + chunk, tl.sum(flags, axis=0))
 
 
-@triton.jit(do_not_specialize=["n", "capacity"])
+@triton.jit(do_not_specialize=["n", "capacity"], do_not_specialize_on_alignment=["rows_ptr"])
 def _compact_kernel(
     flag_ptr, counts_ptr, rows_ptr, count_ptr, n, capacity, HAS_COUNTS: tl.constexpr, BLOCK_N: tl.constexpr
 ):
@@ -105,6 +109,7 @@ class EmbeddingConfig:
     num_warps: int
 
 
+@lru_cache(1024)
 def embedding_config(n_rows: int, n_columns: int, n_multiprocessors: int) -> EmbeddingConfig:
     """One row per program, or short rows of 2,048 values in all: two loads of 16 bytes per thread at 16 bits.
 
@@ -154,7 +159,7 @@ def embedding(
     config = config or embedding_config(n_rows, n_columns, multiprocessors(table.device))
     launch(
         _embedding_kernel,
-        (triton.cdiv(n_rows, config.BLOCK_M),),
+        (cdiv(n_rows, config.BLOCK_M),),
         table_ptr=table,
         tokens_ptr=tokens,
         position_ptr=position,
@@ -226,7 +231,7 @@ def compact(
     if batch == 0:
         return out
     config = config or compact_config(n)
-    n_chunks = max(1, triton.cdiv(n, config.BLOCK_N))  # no flags at all still have a count
+    n_chunks = max(1, cdiv(n, config.BLOCK_N))  # no flags at all still have a count
     shared = {"n": n, "BLOCK_N": config.BLOCK_N, "num_warps": config.num_warps}
     bytes_ = flag.view(torch.uint8)
     counts = None

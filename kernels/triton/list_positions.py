@@ -70,7 +70,10 @@ def _stale_before(
     return tl.sum(total, axis=0)
 
 
-@triton.jit(do_not_specialize=["length", "capacity", "span_cap", "look_ahead"])
+@triton.jit(
+    do_not_specialize=["length", "capacity", "span_cap", "look_ahead"],
+    do_not_specialize_on_alignment=["rows_ptr", "target_ptr"],  # lists start anywhere in one buffer
+)
 def _list_positions_kernel(
     masked_ptr,
     control_ptr,
@@ -237,7 +240,7 @@ def list_positions(
         HAS_SPAN_CAP=span_cap is not None,
         SHIFT=shift,
         STALE=stale,
-        BLOCK_C=min(1024, triton.next_power_of_2(rows.shape[1])),
+        BLOCK_C=256,
         BLOCK_L=config.BLOCK_L,
         num_warps=config.num_warps,
         maxnreg=MAX_REGISTERS,

@@ -12,12 +12,12 @@ from .check import check_tensor, refuse_unless
 from .commit import BLOCK_END, BLOCK_START, DONE, LIMIT, MAX_LENGTH, N_CONTROL, SPAN_END, STAGE, STAGE_STEP
 from .control import CONTROL
 from .cost import Cost
-from .launch import launch
+from .launch import cdiv, launch
 
 BLOCKS = (None, "rest", "own")
 
 
-@triton.jit(do_not_specialize=["capacity"])
+@triton.jit(do_not_specialize=["capacity"], do_not_specialize_on_alignment=["rows_ptr"])
 def _position_ranges_kernel(
     control_ptr,
     rows_ptr,
@@ -106,7 +106,7 @@ def position_ranges(
     config = config or position_ranges_config(capacity)
     launch(
         _position_ranges_kernel,
-        (batch, max(1, triton.cdiv(capacity, config.BLOCK_C))),
+        (batch, max(1, cdiv(capacity, config.BLOCK_C))),
         control_ptr=control,
         rows_ptr=rows,
         count_ptr=count,

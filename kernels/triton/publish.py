@@ -1,8 +1,9 @@
 """Publishing to the host ring: copies of tensors in a ring of pinned host memory, then their number in ``published``.
 
-Kernels can address pinned host memory. ``published`` is stored by an atomic exchange that releases at system scope,
-after all copies: those of its own program before a barrier, those of earlier launches in stream order. So a host that
-reads ``published = t`` sees the copies of counter ``t - 1``, in slot ``(t - 1) % depth``.
+Kernels can address pinned host memory. ``published`` is stored by one thread, as a release at system scope, after all
+copies: those of its own program before a barrier, those of earlier launches in stream order. So a host that reads
+``published = t``, and orders its later reads after that one, sees the copies of counter ``t - 1`` in slot
+``(t - 1) % depth``.
 """
 
 from __future__ import annotations
@@ -16,23 +17,60 @@ import triton.language as tl
 
 from .check import check_tensor, refuse_unless
 from .cost import Cost
-from .launch import launch
+from .launch import cdiv, launch
 
 _WORDS = {1: torch.uint8, 4: torch.int32, 8: torch.int64}  # by itemsize: copies are of raw bits
 _DTYPES = (torch.bool, torch.uint8, torch.int32, torch.int64, torch.float32, torch.float64)
 _MAX_ELEMENTS = 2**30
 
 
-@triton.jit(do_not_specialize=["depth"])
+@triton.jit
+def _store_release(at, value, INTERPRETED: tl.constexpr):
+    """Store an int64 scalar to memory of the host, after all that this thread has seen stored.
+
+    A plain store of 8 aligned bytes is atomic over every bus. An atomic exchange is so only where the host takes
+    part in atomics, and it waits for an answer over the bus.
+    """
+    if INTERPRETED:
+        tl.store(at, value)
+    else:
+        tl.inline_asm_elementwise(
+            """
+            {
+                .reg .pred first;
+                .reg .u32 thread;
+                mov.u32 thread, %tid.x;
+                setp.eq.u32 first, thread, 0;
+                @first st.release.sys.global.b64 [$1], $2;
+                mov.u32 $0, 0;
+            }
+            """,
+            "=r,l,l",
+            args=[at.to(tl.int64), value],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+
+@triton.jit(do_not_specialize=["n", "depth"], do_not_specialize_on_alignment=["source_ptr", "ring_ptr"])
 def _copy_kernel(source_ptr, ring_ptr, counter_ptr, n, depth, BLOCK_N: tl.constexpr):
     slot = tl.load(counter_ptr) % depth
     at = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     tl.store(ring_ptr + slot * n + at, tl.load(source_ptr + at, mask=at < n, other=0), mask=at < n)
 
 
-@triton.jit(do_not_specialize=["depth"])
+@triton.jit(do_not_specialize=["n", "depth"], do_not_specialize_on_alignment=["source_ptr", "ring_ptr"])
 def _publish_kernel(
-    source_ptr, ring_ptr, counter_ptr, published_ptr, n, depth, HAS_SOURCE: tl.constexpr, BLOCK_N: tl.constexpr
+    source_ptr,
+    ring_ptr,
+    counter_ptr,
+    published_ptr,
+    n,
+    depth,
+    HAS_SOURCE: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
     counter = tl.load(counter_ptr)
     if HAS_SOURCE:
@@ -42,7 +80,7 @@ def _publish_kernel(
             tl.store(ring_ptr + at, tl.load(source_ptr + at, mask=at < n, other=0), mask=at < n)
     tl.debug_barrier()  # all threads have the counter, and have written their share of the ring
     tl.store(counter_ptr, counter + 1)
-    tl.atomic_xchg(published_ptr, counter + 1, sem="release", scope="sys")
+    _store_release(published_ptr, counter + 1, INTERPRETED)
 
 
 @dataclass(frozen=True)
@@ -103,7 +141,7 @@ def publish(
         copy = config or publish_config(source.numel(), source.itemsize)
         launch(
             _copy_kernel,
-            (triton.cdiv(source.numel(), copy.BLOCK_N),),
+            (cdiv(source.numel(), copy.BLOCK_N),),
             source_ptr=_words(source),
             ring_ptr=_words(ring),
             counter_ptr=counter,
@@ -124,6 +162,7 @@ def publish(
         n=n,
         depth=depth,
         HAS_SOURCE=last is not None,
+        INTERPRETED=not isinstance(_publish_kernel, triton.JITFunction),
         BLOCK_N=config.BLOCK_N,
         num_warps=config.num_warps,
     )

@@ -10,12 +10,15 @@ import triton.language as tl
 
 from .check import INTEGERS, check_index, check_tensor, refuse_unless
 from .cost import Cost
-from .launch import launch
+from .launch import cdiv, launch
 
 _MAX_SLOTS = 2**30  # slots are numbered in 32 bits
 
 
-@triton.jit(do_not_specialize=["n_entries", "n_slots_row", "length"])
+@triton.jit(
+    do_not_specialize=["n_entries", "n_slots_row", "length"],
+    do_not_specialize_on_alignment=["target_ptr", "which_ptr"],
+)
 def _scatter_choices_kernel(
     token_ptr,
     score_ptr,
@@ -109,7 +112,7 @@ def scatter_choices(
     config = config or scatter_choices_config(n_entries)
     launch(
         _scatter_choices_kernel,
-        (triton.cdiv(n_entries, config.BLOCK_R),),
+        (cdiv(n_entries, config.BLOCK_R),),
         token_ptr=token,
         score_ptr=score,
         target_ptr=target,
