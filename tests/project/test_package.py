@@ -230,6 +230,7 @@ def test_kernels_import_only_torch_triton_and_siblings():
         "functools",
         "os",
         "contextlib",
+        "struct",
         "enum",
         "collections",
         "sfs_triton.kernels",
