@@ -2,6 +2,7 @@
 
 Output tokens, the number of steps and, for SlowFast, the whole per-step trace must equal the recording exactly. Prints
 one line per system, then ``N passed, M failed``; exits 1 on any failure. An unknown kind of case is a failure.
+``--share N`` checks an Nth of the cases, in which every value of every setting occurs.
 
 A correct result, by kind of record (``golden/README.md`` has the reasons):
 
@@ -21,6 +22,7 @@ import copy
 import dataclasses
 import json
 import os
+import random
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -381,8 +383,39 @@ def check_logits(engine: sfs_triton.Engine, path: Path) -> Iterator[str | None]:
         )
 
 
-def run(folder: Path, part: slice, backend: str, report: Callable[[str], None] = print) -> tuple[int, int]:
-    """Check a part of each file of ``folder`` by the operations of ``backend``; how many cases passed, and failed."""
+def values_of(case: dict) -> set[tuple]:
+    """Return the method with each of its settings' values, and the kind of record."""
+    kind = {"rows": len(case["prompt"]), "columns": len(case["prompt"][0]), "stable": case.get("stable")}
+    kind["error"] = "error" in case
+    return {(case["method"], name, json.dumps(value)) for name, value in (case["settings"] | kind).items()}
+
+
+def share_of(cases: list[dict], share: int) -> list[dict]:
+    """Return about one of ``share`` cases, the same in each run, in which every value of ``cases`` occurs."""
+    values = [values_of(case) for case in cases]
+    rest = random.Random(0).sample(range(len(cases)), len(cases))
+    missing = set().union(*values)
+    chosen: list[int] = []
+    while rest and (missing or len(chosen) * share < len(cases)):
+        best = max(rest, key=lambda index: len(values[index] & missing))  # the first of equals
+        rest.remove(best)
+        chosen.append(best)
+        missing -= values[best]
+    return [cases[index] for index in sorted(chosen)]
+
+
+def run(
+    folder: Path,
+    choose: Callable[[list[dict]], list[dict]],
+    backend: str,
+    report: Callable[[str], None] = print,
+    models: str = "*",
+) -> tuple[int, int]:
+    """Check the chosen cases of each file of ``folder`` by the operations of ``backend``.
+
+    Returns:
+        How many cases passed, and how many failed.
+    """
     device = "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
     passed: Counter[str] = Counter()
     total: Counter[str] = Counter()
@@ -394,14 +427,14 @@ def run(folder: Path, part: slice, backend: str, report: Callable[[str], None] =
         if wrong is not None:
             report(f"FAIL {system} {name}: {wrong}")
 
-    engines = {p.name: sfs_triton.load(p, device, "float32", backend) for p in sorted((folder / "models").iterdir())}
-    for path in sorted((folder / "logits").glob("*.safetensors")):
+    loaded = sorted((folder / "models").glob(models))
+    engines = {path.name: sfs_triton.load(path, device, "float32", backend) for path in loaded}
+    for path in sorted((folder / "logits").glob(f"{models}.safetensors")):
         for wrong in check_logits(engines[path.stem], path):
             note("logits/" + path.stem, path.name, wrong)
-    for path in sorted((folder / "cases").glob("*.jsonl")):
+    for path in sorted((folder / "cases").glob(f"{models}.*.jsonl")):
         model, family = path.name.removesuffix(".jsonl").split(".", 1)
-        for line in path.read_text().splitlines()[part]:
-            case = json.loads(line)
+        for case in choose([json.loads(line) for line in path.read_text().splitlines()]):
             if case["method"] not in METHODS:
                 note(f"{family}/unknown", case["id"], f"method={case['method']!r} is not known")
                 continue
@@ -432,22 +465,30 @@ def main() -> int:
     )
     parser.add_argument("--limit", type=int, metavar="N", help="check only the first N cases of each file")
     parser.add_argument("--every", type=int, metavar="N", default=1, help="check only every Nth case of each file")
+    parser.add_argument("--share", type=int, metavar="N", default=1, help="check an Nth with every setting's values")
+    parser.add_argument("--model", metavar="NAME", default="*", help="check only this model's cases")
     arguments = parser.parse_args()
     try:
         check_backend(arguments.backend)
     except sfs_triton.ArgumentError as error:
         parser.error(str(error))
-    for name in ("limit", "every"):
+    for name in ("limit", "every", "share"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
             parser.error(f"--{name} {value} is not positive")
     if not (arguments.folder / "cases").is_dir():
         parser.error(f"{arguments.folder} has no folder 'cases'")
+    if not list((arguments.folder / "models").glob(arguments.model)):
+        parser.error(f"--model {arguments.model!r} is not a model of {arguments.folder}")
     if arguments.backend == "triton" and not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which nothing has done yet
     torch.set_num_threads(1)  # the recordings' own setting
+
+    def choose(cases: list[dict]) -> list[dict]:
+        return share_of(cases[: arguments.limit : arguments.every], arguments.share)
+
     with brisk_interpreter(overflow_checks=False) if arguments.backend == "triton" else nullcontext():
-        passed, failed = run(arguments.folder, slice(None, arguments.limit, arguments.every), arguments.backend)
+        passed, failed = run(arguments.folder, choose, arguments.backend, models=arguments.model)
     print(f"{passed} passed, {failed} failed")
     return 1 if failed or not passed else 0
 

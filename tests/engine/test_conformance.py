@@ -11,9 +11,15 @@ from pathlib import Path
 import pytest
 
 from tests import conformance
-from tests.support.paths import ROOT
+from tests.support.paths import GOLDEN, MODELS, ROOT
 
 SCRIPT = ROOT / "tests" / "conformance.py"
+SHARE = 3  # one of so many recorded cases; make test-slow checks all
+LOGITS = 3  # recorded inputs of each model whose logits are compared
+RECORDED = {
+    path.name: [json.loads(line) for line in path.read_text().splitlines()]
+    for path in sorted((GOLDEN / "cases").glob("*.jsonl"))
+}
 
 
 def _run(*arguments: str | Path) -> subprocess.CompletedProcess:
@@ -35,6 +41,26 @@ def checked(monkeypatch, capsys):
     return run
 
 
+@pytest.mark.parametrize("model", MODELS)
+def test_a_share_of_the_recorded_cases(golden, checked, model):
+    status, out, _ = checked(golden, "--share", str(SHARE), "--model", model)
+    cases = sum(len(conformance.share_of(recorded, SHARE)) for name, recorded in RECORDED.items() if model in name)
+    assert status == 0 and out.splitlines()[-1] == f"{cases + LOGITS} passed, 0 failed", out[-3000:]
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_a_share_has_every_value_of_every_setting(name):
+    """Every file is a kind of recording of one model, so the share has both."""
+    cases = RECORDED[name]
+    share = conformance.share_of(cases, SHARE)
+    assert {case["method"] for case in share} == {case["method"] for case in cases}
+    for key in {key for case in cases for key in case["settings"]}:
+        some, every = ({json.dumps(case["settings"].get(key)) for case in part} for part in (share, cases))
+        assert some == every, key
+    assert len(share) <= max(len(cases) / SHARE + 1, 6)
+
+
+@pytest.mark.slow
 def test_all_recorded_cases(golden):
     done = _run(golden, "--backend", "torch")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
@@ -113,6 +139,7 @@ def test_refusals(small, tmp_path, checked):
     assert "no folder 'cases'" in checked(tmp_path / "models")[2]
     status, _, said = checked(small, "--backend", "cuda")
     assert status == 2 and "backend='cuda'" in said
-    for option in ("--limit", "--every"):
+    assert "--model 'gpt' is not a model" in checked(small, "--model", "gpt")[2]
+    for option in ("--limit", "--every", "--share"):
         status, _, said = checked(small, option, "0")
         assert status == 2 and f"{option} 0 is not positive" in said
