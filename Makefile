@@ -3,7 +3,7 @@
 # make bench-kernels   each kernel beside eager torch, torch.compile and libraries; toy sizes where there is no GPU
 # make test            install into .venv and run the test suite
 # make test-quick      the part of the suite that needs torch alone, about a minute: before each commit
-# make test-slow       what the test suite leaves out: what takes half a minute or more, and more of the same
+# make test-slow       what the test suite leaves out: all recorded cases and kernel variants, and other long tests
 # make test-cpus       the numeric tests as other CPUs compute: other instruction sets and orders of summation, two threads
 # make test-oldest     the kernels' tests under the oldest triton that will do, in .venv-oldest
 # make fuzz            random models, samplers, batches and hostile checkpoints: FUZZ_CASES of them; into FUZZ_REPORT
@@ -103,11 +103,12 @@ install: $(VENV)/.installed
 # A machine's own torch (a GPU image's, say) is used if PYTHON has a recent enough one; else TORCH is installed.
 HAS_TORCH := import torch; assert tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11)
 
+# Python compiles what is imported; pip would compile 24,000 files, one after another.
 $(VENV)/.installed: setup.py pyproject.toml sfs_triton/version.py
 	@test -x $(BIN)/pip || { rm -rf $(VENV); \
 	  if $(PYTHON) -c '$(HAS_TORCH)' 2>/dev/null; then own=--system-site-packages; fi; \
 	  $(PYTHON) -m venv $$own $(VENV) || { rm -rf $(VENV); \
 	    echo "error: $(PYTHON) -m venv failed (Debian and Ubuntu need the package python3-venv)"; exit 1; }; }
-	$(BIN)/python -c '$(HAS_TORCH)' 2>/dev/null || $(BIN)/python -m pip install --quiet "$(TORCH)"
-	$(BIN)/python -m pip install --quiet -e ".[$(EXTRAS)]" $(PINS)
+	$(BIN)/python -c '$(HAS_TORCH)' 2>/dev/null || $(BIN)/python -m pip install --quiet --no-compile "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --no-compile -e ".[$(EXTRAS)]" $(PINS)
 	@touch $@
