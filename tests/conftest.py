@@ -41,8 +41,13 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return True if only_quick and collection_path not in QUICK else None
 
 
-# Tests of minutes. They start first, so that no worker is left with one of them when the others have finished.
-LONGEST = ("test_every_variant_fits_its_gpu[attention]", "test_all_recorded_cases", "test_a_worker_is_killed")
+# They start first, so that no worker is left with one of them when the others have finished.
+LONGEST = (
+    "test_representative_variants_fit_their_gpu[attention]",
+    "test_a_worker_is_killed",
+    "test_two_ranks_share_the_work",
+    "test_a_share_of_the_recorded_cases",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

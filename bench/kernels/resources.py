@@ -9,6 +9,7 @@ memory of the sm_90 variants are kept in ``kernels/resources.json``, with the tr
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib
 import json
 import os
@@ -16,6 +17,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import tokenize
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -91,6 +93,17 @@ def _usage(compiled) -> dict[str, int]:
         "tensor_memory": getattr(compiled.metadata, "tmem_size", None) or 0,
         "num_warps": compiled.metadata.num_warps,
     }
+
+
+def sources() -> dict[str, str]:
+    """Return a digest of each kernel file and of each file of cases; comments and spaces do not count."""
+    plain = {tokenize.INDENT: "{", tokenize.DEDENT: "}", tokenize.NEWLINE: "\n", tokenize.COMMENT: "", tokenize.NL: ""}
+    digests = {}
+    for path in sorted([*(ROOT / "kernels" / "triton").glob("*.py"), *Path(__file__).parent.glob("test_*.py")]):
+        with tokenize.open(path) as file:
+            code = "".join(plain.get(token.type, token.string) for token in tokenize.generate_tokens(file.readline))
+        digests[path.name] = hashlib.sha256(code.replace(" ", "").encode()).hexdigest()[:12]
+    return digests
 
 
 def faults(usage: dict[str, int], target: int) -> list[str]:
@@ -187,6 +200,7 @@ def main() -> int:
         import triton
 
         document = {"triton": triton.__version__, "target": TABLE_TARGET, "variants": table[TABLE_TARGET]}
+        document["sources"] = sources()
         TABLE.write_text(json.dumps(document, indent=1, sort_keys=True) + "\n")
     return int(wrong > 0)
 

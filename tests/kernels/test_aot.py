@@ -1,4 +1,7 @@
-"""Every kernel variant that ships is compiled for three generations of GPUs, in a process without the interpreter."""
+"""Kernel variants are compiled for generations of GPUs, in a process without the interpreter.
+
+``make test`` compiles representative variants, ``make test-slow`` every one that ships.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +18,18 @@ import pytest
 pytest.importorskip("triton")
 from filelock import FileLock  # noqa: E402
 
-from bench.kernels.resources import SHARED_LIMIT, TABLE, TABLE_TARGET, TARGETS, differences, faults, operations  # noqa: E402
+from bench.kernels.resources import (  # noqa: E402
+    SHARED_LIMIT,
+    TABLE,
+    TABLE_TARGET,
+    TARGETS,
+    differences,
+    faults,
+    operations,
+    sources,
+)
 from tests.support.paths import ROOT  # noqa: E402
+from tests.support.variants import SHARED_MEMORY  # noqa: E402
 
 KERNELS = ROOT / "kernels" / "triton"
 
@@ -33,28 +46,38 @@ def _run(*command: str | Path) -> subprocess.CompletedProcess:
     )
 
 
-@pytest.fixture(scope="session")
-def compiled(tmp_path_factory):
-    """``compiled(operation)``: what its variants use, by target. Two processes compile half of all, for all workers."""
+Usage = dict[int, dict[str, dict[str, int]]]  # by target and variant
+
+
+def _compile_once(tmp_path_factory, operation: str, name: str, *command: str | Path) -> Usage:
+    """Compile by ``command``, half of all operations in each of two processes, and for all workers."""
     folder = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         folder = folder.parent  # that of this run, which holds a folder for each worker
+    half = next(half for half in (operations()[::2], operations()[1::2]) if operation in half)
+    path = folder / f"{name}-{half[0]}.json"
+    with FileLock(f"{path}.lock"):
+        if not path.exists():
+            done = _run(*command, *half, "--json", path)
+            assert path.exists(), done.stderr[-3000:]
+    return {
+        int(target): {name: usage for name, usage in variants.items() if name.startswith(f"{operation}.")}
+        for target, variants in json.loads(path.read_text()).items()
+    }
 
-    def compile_once(operation: str) -> dict[int, dict[str, dict[str, int]]]:
-        half = operations().index(operation) % 2
-        path = folder / f"aot-{half}.json"
-        with FileLock(f"{path}.lock"):
-            if not path.exists():
-                chosen = operations()[half::2]
-                done = _run("-m", "bench.kernels.resources", *chosen, "--processes", "1", "--json", path)
-                assert path.exists(), done.stderr[-3000:]
-        found = json.loads(path.read_text()).items()
-        return {
-            int(target): {name: usage for name, usage in variants.items() if name.startswith(f"{operation}.")}
-            for target, variants in found
-        }
 
-    return compile_once
+@pytest.fixture(scope="session")
+def representatives(tmp_path_factory):
+    """``representatives(operation)``: what some variants use (``tests/support/variants.py`` says which)."""
+    script = ROOT / "tests" / "support" / "variants.py"
+    return lambda operation: _compile_once(tmp_path_factory, operation, "some", script)
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory):
+    """``compiled(operation)``: what all variants use."""
+    command = ("-m", "bench.kernels.resources", "--processes", "1")
+    return lambda operation: _compile_once(tmp_path_factory, operation, "all", *command)
 
 
 @pytest.fixture(scope="session")
@@ -62,10 +85,7 @@ def table() -> dict:
     return json.loads(TABLE.read_text())
 
 
-@pytest.mark.parametrize("operation", operations())
-def test_every_variant_fits_its_gpu(compiled, operation):
-    found = compiled(operation)
-    assert sorted(found) == list(TARGETS) and found[TABLE_TARGET]
+def _check_faults(found: Usage) -> None:
     wrong = [
         f"sm_{target} {name} {fault}"
         for target, variants in found.items()
@@ -75,13 +95,46 @@ def test_every_variant_fits_its_gpu(compiled, operation):
     assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.parametrize("operation", operations())
-def test_table_is_up_to_date(compiled, table, operation):
+def _rows(table: dict, operation: str) -> dict[str, dict[str, int]]:
     installed = importlib.metadata.version("triton")
     if installed != table["triton"]:
         pytest.skip(f"kernels/resources.json is of triton {table['triton']}, installed is {installed}")
-    rows = {name: usage for name, usage in table["variants"].items() if name.startswith(f"{operation}.")}
-    stale = differences(rows, compiled(operation)[TABLE_TARGET])
+    return {name: usage for name, usage in table["variants"].items() if name.startswith(f"{operation}.")}
+
+
+@pytest.mark.parametrize("operation", operations())
+def test_representative_variants_fit_their_gpu(representatives, operation):
+    found = representatives(operation)
+    compiled_for = [target for target in TARGETS if found[target]]
+    assert TABLE_TARGET in compiled_for and len(compiled_for) == (len(TARGETS) if operation in SHARED_MEMORY else 2)
+    _check_faults(found)
+
+
+@pytest.mark.parametrize("operation", operations())
+def test_representative_variants_are_in_the_table(representatives, table, operation):
+    """Their names may differ: a variant has the name of the first case that launches it."""
+    known = [(name.split(".")[1], usage) for name, usage in _rows(table, operation).items()]
+    for name, usage in representatives(operation)[TABLE_TARGET].items():
+        assert (name.split(".")[1], usage) in known, f"{name} is now {usage}: run `make resources`"
+
+
+def test_table_is_of_these_sources(table):
+    """Compiling all variants takes minutes, which ``make test-slow`` has."""
+    assert table["sources"] == sources(), "kernels or cases changed after kernels/resources.json: run `make resources`"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("operation", operations())
+def test_every_variant_fits_its_gpu(compiled, operation):
+    found = compiled(operation)
+    assert sorted(found) == list(TARGETS) and found[TABLE_TARGET]
+    _check_faults(found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("operation", operations())
+def test_table_is_up_to_date(compiled, table, operation):
+    stale = differences(_rows(table, operation), compiled(operation)[TABLE_TARGET])
     assert not stale, "\n".join(["kernels/resources.json is out of date, run `make resources`:", *stale])
 
 
