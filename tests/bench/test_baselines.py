@@ -54,10 +54,10 @@ def _cases(golden: Path, family: str, method: str, every: int) -> Iterator[tuple
 @pytest.mark.parametrize(
     ("family", "method", "every", "least"),
     [
-        ("slowfast", "slowfast_llada", 12, 20),
-        ("slowfast", "slowfast_dream", 12, 14),
+        ("slowfast", "slowfast_llada", 24, 10),
+        ("slowfast", "slowfast_dream", 24, 8),
         ("vanilla", "vanilla_llada", 6, 10),
-        ("fastdllm", "fastdllm_llada", 6, 20),
+        ("fastdllm", "fastdllm_llada", 12, 10),
         ("cache", "slowfast_llada+dllm_cache", 8, 6),
         ("cache", "vanilla_llada+dllm_cache", 1, 4),
     ],
