@@ -18,6 +18,7 @@ from sfs_triton.kernels.partials import merge_partials
 from sfs_triton.ops.torch import confidence as confidence_twin
 from sfs_triton.ops.torch import lm_head as twin
 from sfs_triton.ops.torch.linear import dequantise, quantize
+from tests.support.combinations import by_pairs
 
 KEYS = ("seed", "position", "step")
 SMALL = LmHeadConfig(BLOCK_T=16, BLOCK_V=32, BLOCK_K=32, BLOCK_S=16, num_warps=4, num_stages=2, programs=4)
@@ -113,10 +114,10 @@ def test_float8_equals_its_twin(guards, dtype, n_rows, n_columns, n_features, no
     assert_within_budget(score, truth, same[1])
 
 
-@pytest.mark.parametrize("n_features", [128, 96], ids=["even", "ragged"])
-@pytest.mark.parametrize("native", [None, False, True], ids=["own", "bits", "native"])
-@pytest.mark.parametrize("noise", [False, True], ids=["argmax", "noise"])
-@pytest.mark.parametrize("n_rows", [16, 32, 64, 128])
+@pytest.mark.parametrize(
+    ("n_rows", "noise", "native", "n_features"),
+    by_pairs([16, 32, 64, 128], [False, True], [None, False, True], [128, 96]),
+)
 def test_every_config_of_float8(guards, n_rows, noise, native, n_features):
     if native and guards.empty(1).is_cuda and torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("this GPU does not convert float8")

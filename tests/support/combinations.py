@@ -94,6 +94,31 @@ def pairwise(cases: Sequence, others: Iterable[str]) -> list:
     return [pytest.param(*case.values, other, id=f"{case.id}-{other}") for case, other in chosen]
 
 
+def some_of_every(cases: Sequence) -> list:
+    """Return cases: a few that hold each value at least once, and the others, marked slow."""
+    missing, chosen = {value for case in cases for value in enumerate(case.values)}, []
+    while missing:
+        chosen.append(max(cases, key=lambda case: len(missing.intersection(enumerate(case.values)))))
+        missing.difference_update(enumerate(chosen[-1].values))
+    return [
+        case if case in chosen else pytest.param(*case.values, id=case.id, marks=pytest.mark.slow) for case in cases
+    ]
+
+
+def by_pairs(*axes: Iterable) -> list:
+    """Return the product of ``axes``: a few tests that hold every pair of values, and the others, marked slow."""
+    product = list(itertools.product(*axes))
+    pairs = [set(itertools.combinations(enumerate(map(str, values)), 2)) for values in product]
+    missing, chosen = set().union(*pairs), set()
+    while missing:
+        best = max(range(len(product)), key=lambda index: len(pairs[index] & missing))
+        missing -= pairs[best]
+        chosen.add(best)
+    return [
+        pytest.param(*values, marks=() if index in chosen else pytest.mark.slow) for index, values in enumerate(product)
+    ]
+
+
 def stand_in(runner: ModelRunner, shape: Forward) -> Callable[[], None]:
     """Replace a graph on a GPU: replay by running the step."""
     return lambda: runner.run_padded(shape)
