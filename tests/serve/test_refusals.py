@@ -19,6 +19,7 @@ from sfs_triton.serve import options  # noqa: E402
 from sfs_triton.serve.errors import ApiError  # noqa: E402
 from sfs_triton.serve.protocol import ChatRequest, CompletionRequest, parse  # noqa: E402
 from sfs_triton.serve.settings import ServeSettings  # noqa: E402
+from tests.support.combinations import by_pairs  # noqa: E402
 from tests.support.server import SUMS, chat, error_of, serving  # noqa: E402
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -193,18 +194,17 @@ def test_an_answer_may_have_been_empty(server, embedded):
 # ------------------------------------------------------------------------------------------------------------ suffixes
 
 
-@pytest.mark.parametrize(
-    ("sampler", "mine"),
-    [
-        ("slowfast", SlowFast()),
-        ({"kind": "threshold", "block_length": 32}, Threshold(block_length=32)),
-        ({"kind": "fixed", "block_length": 4}, FixedSteps(block_length=4)),
-    ],
-)
-@pytest.mark.parametrize("before", ["", [], BEFORE])
-@pytest.mark.parametrize("length", [5, 32, None])
-def test_gaps_of_any_length_anywhere(server, embedded, sampler, mine, before, length):
+SAMPLERS = {
+    "slowfast": ("slowfast", SlowFast()),
+    "threshold": ({"kind": "threshold", "block_length": 32}, Threshold(block_length=32)),
+    "fixed": ({"kind": "fixed", "block_length": 4}, FixedSteps(block_length=4)),
+}
+
+
+@pytest.mark.parametrize(("name", "before", "length"), by_pairs(SAMPLERS, ["", [], BEFORE], [5, 32, None]))
+def test_gaps_of_any_length_anywhere(server, embedded, name, before, length):
     """Blocks count from the canvas' start, as in the engine; a prompt may be empty where there is a suffix."""
+    sampler, mine = SAMPLERS[name]
     ids = embedded.text.encode(before) if before else []
     size = length or ServeSettings().default_tokens
     wanted = embedded.infill(ids + [embedded.spec.mask_id] * size + embedded.text.encode(AFTER), sampler=mine)
