@@ -363,7 +363,7 @@ def outcome_of(response: httpx.Response) -> str:
     return error["code"]
 
 
-@pytest.mark.parametrize("grace", ["30", "0.05"])
+@pytest.mark.parametrize("grace", [pytest.param("30", marks=pytest.mark.slow), "0.05"])
 def test_a_signal_under_load_leaves_no_one_without_an_answer(grace):
     """SIGTERM to ``sfs serve``: requests are answered, or refused in the documented form if the grace is too short."""
     command = [sys.executable, "-m", "sfs_triton.cli", "serve", "--port", "0", "--device", "cpu", "--dtype", "float32"]
