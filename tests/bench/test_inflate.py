@@ -151,19 +151,27 @@ HOWS = {
     "threshold-region": (Threshold(block_length=16), RegionCache(capacity=24)),
     "vanilla": (sfs_triton.FixedSteps(), "none"),
 }
-WITH = [("toy-768", how) for how in HOWS if how != "vanilla"] + [
+WITH = [  # each model, sampler and cache policy
     ("toy-512", "vanilla"),
-    ("toy-512", "slowfast"),
+    ("toy-768", "slowfast-refresh"),
+    ("toy-768", "slowfast-drawn"),
+    ("toy-768", "threshold-region"),
+    ("toy-768", "threshold-prefix"),
     ("toy-1024", "slowfast-region"),
-    ("toy-tied", "slowfast-fast"),
     ("toy-tied", "slowfast-fast-refresh"),
-    ("toy-tied", "slowfast-fast-region"),
     ("toy-tied", "threshold-dual"),
+]
+MORE = [("toy-768", how) for how in HOWS if how != "vanilla"] + [
+    ("toy-512", "slowfast"),
+    ("toy-tied", "slowfast-fast"),
+    ("toy-tied", "slowfast-fast-region"),
 ]
 TIED_MARGIN = 1e-4  # a tied head and rounding change confidences by 2e-5 at most
 
 
-@pytest.mark.parametrize(("name", "how"), WITH)
+@pytest.mark.parametrize(
+    ("name", "how"), WITH + [pytest.param(*each, marks=pytest.mark.slow) for each in MORE if each not in WITH]
+)
 def test_generations_are_equal(pair, short, name, how):
     """Tokens, the step that filled each, and what each step forwarded."""
     sampler, cache = HOWS[how]
