@@ -18,7 +18,16 @@ from sfs_triton.runner import CudaGraphs, Eager, ModelRunner
 from sfs_triton.scheduling.persistent_batch import PersistentBatch
 from sfs_triton.scheduling.scheduler import Scheduler, bounds_around, bounds_of
 from sfs_triton.scheduling.sequence import Sequence, Status
-from tests.support.combinations import EXECUTIONS, POLICIES, SAMPLERS, SOME_PAIRS, assert_same, engine_with, stand_in
+from tests.support.combinations import (
+    EXECUTIONS,
+    POLICIES,
+    SAMPLERS,
+    SOME_PAIRS,
+    assert_same,
+    engine_with,
+    pairwise,
+    stand_in,
+)
 from tests.support.oracle import compare, reference
 from tests.support.paths import ROOT
 
@@ -75,9 +84,14 @@ def run_out(scheduler: Scheduler, most: int = 10_000) -> int:
 # ------------------------------------------------------------------------------------------------------ sharing a batch
 
 
-@pytest.mark.parametrize("execution", EXECUTIONS)
-@pytest.mark.parametrize(("sampler", "policy"), SOME_PAIRS)
-@pytest.mark.parametrize("model", ["llada-mha", "dream-gqa"])
+JOINING = [
+    pytest.param(model, *pair.values, id=f"{model}-{pair.id}")
+    for model in ("llada-mha", "dream-gqa")
+    for pair in SOME_PAIRS
+]
+
+
+@pytest.mark.parametrize(("model", "sampler", "policy", "execution"), pairwise(JOINING, EXECUTIONS))
 def test_sequences_that_join_later_get_their_solo_results(engines, model, sampler, policy, execution):
     rng = random.Random(f"{model}{sampler}{execution}")
     engine = engine_with(engines[model], execution)
@@ -120,8 +134,9 @@ OWN: dict[str, tuple[Sampler, list[dict]]] = {  # parameters in which sequences 
 }
 
 
-@pytest.mark.parametrize("execution", EXECUTIONS)
-@pytest.mark.parametrize("name", OWN)
+@pytest.mark.parametrize(
+    ("name", "execution"), [(name, list(EXECUTIONS)[number % len(EXECUTIONS)]) for number, name in enumerate(OWN)]
+)
 def test_sequences_of_other_settings_share_a_batch(engines, name, execution):
     sampler, changes = OWN[name]
     rng = random.Random(name)
