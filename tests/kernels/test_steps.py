@@ -209,7 +209,7 @@ def assert_same(kernel: DecodeState, twin: DecodeState) -> None:
     [pytest.param(rules, "decide_cycle", id=f"cycle-{name}") for name, rules in CYCLES.items()]
     + [pytest.param(rules, "decide_block", id=f"block-{name}") for name, rules in BLOCKS.items()],
 )
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(seed=st.integers(0, 2**32), batch=st.integers(1, 3), length=st.integers(2, 40), block=BLOCK_SIZES)
 def test_machines_equal_their_twins(rules, op, seed, batch, length, block):
     rng, guards = random.Random(seed), Guards(DEVICE)
@@ -223,7 +223,7 @@ def test_machines_equal_their_twins(rules, op, seed, batch, length, block):
     guards.check()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     seed=st.integers(0, 2**32),
     batch=st.integers(1, 3),
@@ -511,7 +511,7 @@ def test_a_stable_step_fills_its_span(ops):
     assert state.masked[0, 4:].tolist() == [False, False, True, True, False, True, True, True]
 
 
-@settings(max_examples=15 if DEVICE.type == "cuda" else 8, deadline=None)
+@settings(max_examples=15 if DEVICE.type == "cuda" else 4, deadline=None)
 @given(seed=st.integers(0, 2**32), capacity=st.integers(1, 8), span_cap=st.sampled_from([None, 1, 4]))
 def test_generations_by_row_lists_end(seed, capacity, span_cap):
     """Whatever fits the list, and with given positions anywhere; the kernels take the same steps."""
