@@ -196,7 +196,7 @@ def test_integrations_import_neither_each_other_nor_the_command_line():
 def test_tests_have_the_folders_of_the_rooms():
     """Test modules are in a folder per room, and import helpers, never each other."""
     paths = sorted((ROOT / "tests").rglob("test_*.py"))
-    assert {path.parent.name for path in paths} <= {*ROOMS, "bench", "fuzz", "project"}
+    assert {path.parent.name for path in paths} <= {*ROOMS, "bench", "fuzz", "project", "ptx"}
     for path in paths:
         imported = _imports(path, f"tests.{path.parent.name}")
         wrong = [name for name in imported if name.startswith("tests.") and ".test_" in name]

@@ -1,0 +1,1 @@
+"""Execution of the PTX that Triton compiles, thread by thread, on a CPU: ``docs/ptx.md``."""

@@ -1,0 +1,40 @@
+"""A slice of ``make test-ptx``: every kernel is executed as PTX, and planted faults are found."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tests.support.paths import ROOT
+
+pytest.importorskip("triton")
+from tests.ptx.library import compiler, library  # noqa: E402
+
+KERNELS = ROOT / "kernels" / "triton"
+
+
+@pytest.mark.skipif(compiler() is None, reason="the executor of PTX needs g++")
+def test_every_kernel_executes(tmp_path):
+    library()  # compiled here, not within the time limit
+    record = tmp_path / "record.json"
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "pytest", "-p", "tests.ptx.plugin", "-q", "-n", "0", "-p", "no:cacheprovider"),
+            *("--ptx", "90", "--ptx-slice", "--ptx-schedules", "1", "--ptx-record", str(record)),
+            *("tests/kernels", "tests/ptx/test_planted.py"),
+        ],
+        cwd=ROOT,
+        env={name: value for name, value in os.environ.items() if not name.startswith("PYTEST")},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    sources = "\n".join(path.read_text() for path in KERNELS.glob("*.py"))
+    kernels = set(re.findall(r"^def (_\w+_kernel)\(", sources, re.MULTILINE))
+    assert kernels <= set(json.loads(record.read_text())["kernels"]), "no case of the slice launches these"
