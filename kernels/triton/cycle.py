@@ -347,7 +347,8 @@ def _decide_kernel(
     slot = tl.arange(0, BLOCK_W)
     history = tl.load(history_ptr + row * window + slot, mask=slot < window, other=0).to(tl.int32)
     column = tl.arange(0, BLOCK_COLUMNS)
-    numbers = tl.load(control_ptr + column, mask=column < N_CONTROL, other=0)
+    # without the estimate, which another lane may be storing: the event gets it below
+    numbers = tl.load(control_ptr + column, mask=(column < N_CONTROL) & (column != ESTIMATE), other=0)
 
     sampling_ptr += row * N_SAMPLING
     tau_min, tau_slow, tau_fast = (
