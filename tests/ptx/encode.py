@@ -357,13 +357,6 @@ class Encoder:
         operands |= {1: self._predicate(predicate.lstrip("!")), 5: self._source(mask)}
         return Instruction("vote", operands, a=mode, b=int(predicate.startswith("!")))
 
-    def _match(self, words: list[str]) -> Instruction:
-        if words[1] != "any":
-            raise Unsupported("match")
-        target, value, mask = self._arguments
-        operands = {0: self._target(target), 1: self._source(value, BITS[words[-1]]), 5: self._source(mask)}
-        return Instruction("match", operands, b=int(BITS[words[-1]] == 64))
-
     def _redux(self, words: list[str]) -> Instruction:
         name = words[2] + (f"_{words[3][0]}" if words[2] in ("min", "max") else "")
         target, value, mask = self._arguments

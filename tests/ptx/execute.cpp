@@ -10,14 +10,16 @@ template <class R, class A, class F> static void apply(Machine& m, Warp& w, cons
   LANES r[l] = f(a[l]);
   m.set(w, i.o[0], r, lanes);
 }
-template <class R, class A, class B, class F> static void apply(Machine& m, Warp& w, const Instruction& i, u32 lanes, F f) {
+template <class R, class A, class B, class F>
+static void apply(Machine& m, Warp& w, const Instruction& i, u32 lanes, F f) {
   const A* a = m.from<A>(w, i.o[1]);
   const B* b = m.from<B>(w, i.o[2]);
   R r[32];
   LANES r[l] = f(a[l], b[l]);
   m.set(w, i.o[0], r, lanes);
 }
-template <class R, class A, class B, class C, class F> static void apply(Machine& m, Warp& w, const Instruction& i, u32 lanes, F f) {
+template <class R, class A, class B, class C, class F>
+static void apply(Machine& m, Warp& w, const Instruction& i, u32 lanes, F f) {
   const A* a = m.from<A>(w, i.o[1]);
   const B* b = m.from<B>(w, i.o[2]);
   const C* c = m.from<C>(w, i.o[3]);
@@ -47,7 +49,8 @@ void Machine::execute(Cta& c, Warp& w, const Instruction& i, u32 lanes, int pc) 
   Machine& m = *this;
   const bool ftz = i.a;
 #define U(name, R, A, value) case op_##name: return apply<R, A>(m, w, i, lanes, [](A a) -> R { return value; });
-#define B(name, R, A, B_, value) case op_##name: return apply<R, A, B_>(m, w, i, lanes, [](A a, B_ b) -> R { return value; });
+#define B(name, R, A, B_, value) \
+  case op_##name: return apply<R, A, B_>(m, w, i, lanes, [](A a, B_ b) -> R { return value; });
 #define T(name, R, A, B_, C, value) \
   case op_##name: return apply<R, A, B_, C>(m, w, i, lanes, [](A a, B_ b, C c) -> R { return value; });
 #define F1(name, value) \
@@ -56,11 +59,12 @@ void Machine::execute(Cta& c, Warp& w, const Instruction& i, u32 lanes, int pc) 
     if (!ftz) return apply<float, float>(m, w, i, lanes, f); \
     return apply<float, float>(m, w, i, lanes, [f](float a) { return flushed(f(flushed(a))); }); \
   }
-#define F2(name, value) \
-  case op_##name: { \
-    auto f = [](float a, float b) -> float { return value; }; \
-    if (!ftz) return apply<float, float, float>(m, w, i, lanes, f); \
-    return apply<float, float, float>(m, w, i, lanes, [f](float a, float b) { return flushed(f(flushed(a), flushed(b))); }); \
+#define F2(name, value)                                                                                      \
+  case op_##name: {                                                                                          \
+    auto f = [](float a, float b) -> float { return value; };                                                \
+    if (!ftz) return apply<float, float, float>(m, w, i, lanes, f);                                          \
+    return apply<float, float, float>(m, w, i, lanes,                                                        \
+                                      [f](float a, float b) { return flushed(f(flushed(a), flushed(b))); }); \
   }
 #define F3(name, value) \
   case op_##name: { \
@@ -115,7 +119,6 @@ void Machine::execute(Cta& c, Warp& w, const Instruction& i, u32 lanes, int pc) 
     case op_proxy_fence: LANES if (lanes >> l & 1) c.fenced_at[w.id * 32 + l] = instructions; return;
     case op_shfl: return shuffle(c, w, i, lanes, pc);
     case op_vote: return vote(w, i, lanes);
-    case op_match: return match(w, i, lanes);
     case op_redux: return reduce(w, i, lanes);
     case op_bar_warp: return order_warp(c, w, lanes);
     case op_ldmatrix: case op_stmatrix: return matrix(c, w, i, pc);
@@ -132,8 +135,8 @@ void Machine::special(Cta& c, Warp& w, const Instruction& i, u32 lanes) {
   u64 wide[32];
   u32 narrow[32];
   LANES {
-    u64 of[] = {(u64)w.id * 32 + l, 0, 0, (u64)threads, 1, 1, c.id[0], c.id[1], c.id[2], grid[0], grid[1], grid[2], (u64)l,
-                (u64)w.id, (u64)instructions, 0};
+    u64 of[] = {u64(w.id * 32 + l), 0, 0, (u64)threads, 1, 1, c.id[0], c.id[1], c.id[2], grid[0], grid[1], grid[2],
+                (u64)l, (u64)w.id, (u64)instructions, 0};
     narrow[l] = (u32)(wide[l] = of[i.a]);
   }
   if (i.b) set(w, i.o[0], wide, lanes);
@@ -152,9 +155,12 @@ static void spread(Machine& m, Warp& w, const Instruction& i, int l, const u8* p
   }
 }
 void Machine::load_parameter(Warp& w, const Instruction& i, u32 lanes) {
-  LANES if (lanes >> l & 1) spread(*this, w, i, l, parameters + i.imm + (i.d ? from<u64>(w, i.o[8])[l] : from<u32>(w, i.o[8])[l]));
+  LANES
+    if (lanes >> l & 1)
+      spread(*this, w, i, l, parameters + i.imm + (i.d ? from<u64>(w, i.o[8])[l] : from<u32>(w, i.o[8])[l]));
 }
-// a: comparison, as encode.py's COMPARISONS; b: type; c: 1 and, 2 or, 3 xor with a predicate, that is negated if imm; d: ftz
+// a: comparison, as encode.py's COMPARISONS; b: type; c: 1 and, 2 or, 3 xor with a predicate, that is negated if imm;
+// d: ftz
 template <class V> static u32 compared(Machine& m, Warp& w, const Instruction& i, V (*value)(const void*, int)) {
   const void *x = m.from<char>(w, i.o[1]), *y = m.from<char>(w, i.o[2]);
   u32 r = 0;
@@ -178,8 +184,11 @@ void Machine::compare(Warp& w, const Instruction& i, u32 lanes) {
     case 6: r = i.d ? compared<float>(*this, w, i, [](const void* p, int l) { return flushed(((const float*)p)[l]); })
                     : compared<float>(*this, w, i, [](const void* p, int l) { return ((const float*)p)[l]; }); break;
     case 7: r = compared<double>(*this, w, i, [](const void* p, int l) { return ((const double*)p)[l]; }); break;
-    case 8: r = compared<float>(*this, w, i, [](const void* p, int l) { return from_half((u16)((const u32*)p)[l]); }); break;
-    default: r = compared<float>(*this, w, i, [](const void* p, int l) { return from_bfloat((u16)((const u32*)p)[l]); });
+    case 8:
+      r = compared<float>(*this, w, i, [](const void* p, int l) { return from_half((u16)((const u32*)p)[l]); });
+      break;
+    default:
+      r = compared<float>(*this, w, i, [](const void* p, int l) { return from_bfloat((u16)((const u32*)p)[l]); });
   }
   if (i.c) {
     u32 other = w.predicates[i.o[3]] ^ (i.imm ? ~0u : 0);
@@ -207,7 +216,8 @@ static u64 float_bits(double x, int to) {
     default: return as<u64>(x);
   }
 }
-// a: to, b: from, c: rounding to an integer, 1 to nearest, 2 to 0, 3 down, 4 up; d: 1 ftz, 2 sat, 4 to and 8 from 64 bits, 16 to 16 bits
+// a: to, b: from, c: rounding to an integer, 1 to nearest, 2 to 0, 3 down, 4 up; d: 1 ftz, 2 sat, 4 to and 8 from 64
+// bits, 16 to 16 bits
 void Machine::convert(Warp& w, const Instruction& i, u32 lanes) {
   u64 wide[32];
   u32 narrow[32];
@@ -221,13 +231,22 @@ void Machine::convert(Warp& w, const Instruction& i, u32 lanes) {
     } else if (i.b <= S64) {
       s64 n = i.b == U8 ? (u8)x : i.b == U16 ? (u16)x : i.b == U32 ? (s64)(u32)x : i.b == S8 ? (int8_t)x
               : i.b == S16 ? (s16)x : i.b == S32 ? (s32)x : (s64)x;
-      if (i.a > S64) r = i.a == F32 ? as<u32>(i.b == U64 ? (float)(u64)n : (float)n) : float_bits(i.b == U64 ? (double)(u64)n : (double)n, i.a);
+      if (i.a > S64)
+        r = i.a == F32 ? as<u32>(i.b == U64 ? (float)(u64)n : (float)n)
+                       : float_bits(i.b == U64 ? (double)(u64)n : (double)n, i.a);
       else r = i.a == U8 ? (u8)n : i.a == U16 ? (u16)n : i.a == U32 ? (u32)n : i.a == S8 ? (s64)(int8_t)n
                : i.a == S16 ? (s64)(s16)n : i.a == S32 ? (s64)(s32)n : n;
     } else {
-      double v = i.b == F16 ? from_half((u16)x) : i.b == BF16 ? from_bfloat((u16)x) : i.b == F32 ? as<float>((u32)x) : as<double>(x);
+      double v = i.b == F16    ? from_half((u16)x)
+                 : i.b == BF16 ? from_bfloat((u16)x)
+                 : i.b == F32  ? as<float>((u32)x)
+                               : as<double>(x);
       if (i.d & 1 && i.b == F32) v = flushed((float)v);
-      v = i.c == 1 ? std::nearbyint(v) : i.c == 2 ? std::trunc(v) : i.c == 3 ? std::floor(v) : i.c == 4 ? std::ceil(v) : v;
+      v = i.c == 1   ? std::nearbyint(v)
+          : i.c == 2 ? std::trunc(v)
+          : i.c == 3 ? std::floor(v)
+          : i.c == 4 ? std::ceil(v)
+                     : v;
       if (i.d & 2 && i.a > S64) v = v != v || v < 0 ? 0 : v > 1 ? 1 : v;
       r = i.a <= S64 ? (u64)clamped(v, i.a) : float_bits(v, i.a);
       if (i.d & 1 && i.a == F32) r = as<u32>(flushed(as<float>((u32)r)));
@@ -252,7 +271,8 @@ void Machine::load(Cta& c, Warp& w, const Instruction& i, u32 lanes, int pc) {
   u32 size = i.a * i.b;
   LANES if (lanes >> l & 1) {
     At at{c, w, l, pc};
-    const u8* p = i.d & 4 ? shared(at, address[l], size, size, 0, i.d & 1, nullptr) : global(at, address[l], size, 0, i.d & 1, nullptr);
+    const u8* p = i.d & 4 ? shared(at, address[l], size, size, 0, i.d & 1, nullptr)
+                          : global(at, address[l], size, 0, i.d & 1, nullptr);
     if (i.d & 1 && !(i.d & 4) && schedule.races) acquire(at, address[l], i.d & 2);
     spread(*this, w, i, l, p);
   }
@@ -268,7 +288,8 @@ void Machine::store(Cta& c, Warp& w, const Instruction& i, u32 lanes, int pc) {
       memcpy(value + n * i.a, from_, i.a);
     }
     u8* p = i.d & 4 ? shared(at, address, size, size, 1, i.d & 1, value) : global(at, address, size, 1, i.d & 1, value);
-    if (p && !(i.d & 4) && schedule.races && (i.d & 1 || synchronised.count(address))) release(at, address, i.d & 2, i.d >> 4, false);
+    if (p && !(i.d & 4) && schedule.races && (i.d & 1 || synchronised.count(address)))
+      release(at, address, i.d & 2, i.d >> 4, false);
     if (p) memcpy(p, value, size);
   }
 }
@@ -304,7 +325,8 @@ void Machine::atomic(Cta& c, Warp& w, const Instruction& i, u32 lanes, int pc) {
     int l = (n + first) & 31;
     if (!(lanes >> l & 1)) continue;
     At at{c, w, l, pc};
-    u64 address = address_of(*this, w, i, l), old = GARBAGE, place = i.d & 4 ? (u64)(c.linear + 1) << 40 | address : address;
+    u64 address = address_of(*this, w, i, l), old = GARBAGE,
+        place = i.d & 4 ? (u64)(c.linear + 1) << 40 | address : address;
     u8* p = i.d & 4 ? shared(at, address, i.a, i.a, 2, true, nullptr) : global(at, address, i.a, 2, true, nullptr);
     if (p) {
       if (schedule.races) acquire(at, place, i.c & 1), release(at, place, i.c & 2, i.d & 4 ? 0 : i.d >> 4, true);
@@ -316,7 +338,8 @@ void Machine::atomic(Cta& c, Warp& w, const Instruction& i, u32 lanes, int pc) {
     else to<u32>(w, i.o[0])[l] = (u32)old;
   }
 }
-// a: size; b: o[2] has how many bytes are copied, the rest is 0. o: to (shared), from (global); imm and d: their offsets.
+// a: size; b: o[2] has how many bytes are copied, the rest is 0. o: to (shared), from (global); imm and d: their
+// offsets.
 void Machine::copy_async(Cta& c, Warp& w, const Instruction& i, u32 lanes, int pc) {
   LANES if (lanes >> l & 1) {
     At at{c, w, l, pc};
@@ -334,13 +357,15 @@ void Machine::copy_async(Cta& c, Warp& w, const Instruction& i, u32 lanes, int p
 }
 void Machine::land(Cta& c, Warp& w, const Copy& copy) {
   u32 offset = copy.to - SHARED_BASE;
-  const void* source = schedule.late && copy.given ? (const void*)copy.from : copy.data;  // as it is now, or as it was at the start
+  const void* source =
+      schedule.late && copy.given ? (const void*)copy.from : copy.data;  // as it is now, or as it was at the start
   memcpy(&c.shared[offset], source, copy.size);
   memset(&c.state[offset], THERE, copy.size);
   u32 thread = w.id * 32 + copy.lane;
   for (u32 g = offset / shared_grain; g <= (offset + copy.size - 1) / shared_grain; g++) {
     c.written_at[g] = instructions;
-    if (schedule.races) c.cells[g].write = {u32(c.linear * threads + thread + 1), c.clock[thread], (u32)copy.pc, false, false, false};
+    if (schedule.races)
+      c.cells[g].write = {u32(c.linear * threads + thread + 1), c.clock[thread], (u32)copy.pc, false, false, false};
   }
 }
 void Machine::wait_for_copies(Cta& c, Warp& w, u32 lanes, u32 but) {
@@ -380,9 +405,13 @@ void Machine::shuffle(Cta& c, Warp& w, const Instruction& i, u32 lanes, int pc) 
   u32 value[32], r[32], inside = 0;
   memcpy(value, from<u32>(w, i.o[1]), sizeof value);
   LANES {
-    int distance = from<u32>(w, i.o[2])[l] & 31, clamp = from<u32>(w, i.o[3])[l], segment = clamp >> 8 & 31, least_ = l & segment;
+    int distance = from<u32>(w, i.o[2])[l] & 31, clamp = from<u32>(w, i.o[3])[l], segment = clamp >> 8 & 31,
+        least_ = l & segment;
     int last = least_ | (clamp & 31 & ~segment);
-    int source = i.a == 0 ? l - distance : i.a == 1 ? l + distance : i.a == 2 ? l ^ distance : least_ | (distance & ~segment);
+    int source = i.a == 0   ? l - distance
+                 : i.a == 1 ? l + distance
+                 : i.a == 2 ? l ^ distance
+                            : least_ | (distance & ~segment);
     bool valid = i.a == 0 ? source >= last : source <= last;
     if (!valid) source = l;
     if (lanes >> l & 1 && !(lanes >> source & 1)) report(IDLE_LANE, {c, w, l, pc}, 0);
@@ -398,14 +427,6 @@ void Machine::vote(Warp& w, const Instruction& i, u32 lanes) {  // a: 0 ballot, 
   if (i.a == 0) return set(w, i.o[0], r, lanes);
   bool value = i.a == 1 ? p : i.a == 2 ? p == lanes : p == lanes || !p;
   set_predicate(w, i.o[0], value ? ~0u : 0, lanes);
-}
-void Machine::match(Warp& w, const Instruction& i, u32 lanes) {  // match.any; b: 64 bits
-  u32 r[32] = {};
-  LANES for (int q = 0; q < 32; q++) {
-    bool equal = i.b ? from<u64>(w, i.o[1])[l] == from<u64>(w, i.o[1])[q] : from<u32>(w, i.o[1])[l] == from<u32>(w, i.o[1])[q];
-    if (lanes >> q & 1 && equal) r[l] |= 1u << q;
-  }
-  set(w, i.o[0], r, lanes);
 }
 void Machine::reduce(Warp& w, const Instruction& i, u32 lanes) {  // a: as atomics
   const u32* value = from<u32>(w, i.o[1]);
@@ -546,7 +567,8 @@ bool Machine::run() {
   if (schedule.order == 1) for (u64 n = n_ctas; n > 1; n--) std::swap(order[n - 1], order[random.below((u32)n)]);
   if (schedule.order == 2) std::reverse(order.begin(), order.end());
   cells.resize(n_regions);
-  for (int r = 0; r < n_regions; r++) if (schedule.races && regions[r].tracked) cells[r].resize(regions[r].size / regions[r].grain + 2);
+  for (int r = 0; r < n_regions; r++)
+    if (schedule.races && regions[r].tracked) cells[r].resize(regions[r].size / regions[r].grain + 2);
   slots.resize(std::min<u64>(schedule.resident, n_ctas));
   std::vector<Warp*> ready;
   while (!ended) {
@@ -569,10 +591,12 @@ extern "C" {
 int ptx_instruction_size() { return sizeof(Instruction); }
 void* ptx_kernel(const Instruction* code, s64 n, const u64* constants, s64 n_constants, const s32* extra, s64 n_extra,
                  s64 register_bytes, s64 predicates) {
-  return new Kernel{{code, code + n}, {constants, constants + n_constants}, {extra, extra + n_extra}, register_bytes, predicates};
+  return new Kernel{
+      {code, code + n}, {constants, constants + n_constants}, {extra, extra + n_extra}, register_bytes, predicates};
 }
-int ptx_run(void* kernel, const Schedule* schedule, const u8* parameters, const u32* grid, int threads, u32 shared_bytes,
-            int shared_grain, Region* regions, int n_regions, Report* reports, int max_reports, int* n_reports, s64* instructions) {
+int ptx_run(void* kernel, const Schedule* schedule, const u8* parameters, const u32* grid, int threads,
+            u32 shared_bytes, int shared_grain, Region* regions, int n_regions, Report* reports, int max_reports,
+            int* n_reports, s64* instructions) {
   Machine m{*(Kernel*)kernel, *schedule, parameters, {grid[0], grid[1], grid[2]}, threads, shared_bytes, shared_grain,
             regions, n_regions, reports, max_reports};
   bool whole = m.run();

@@ -15,21 +15,13 @@ enum Op {
 #define H2 H1
 #define H3 H1
 #include "operations.def"
-#undef U
-#undef B
-#undef T
-#undef F1
-#undef F2
-#undef F3
-#undef X
-#undef H1
-#undef H2
-#undef H3
 };
 
-// As findings.py, kinds in this order, and launch.py have these.
-enum Kind { RACE_WRITE_WRITE, RACE_WRITE_READ, RACE_READ_WRITE, OUT_OF_BOUNDS, GAP, MISALIGNED, UNWRITTEN, SHARED_BOUNDS,
-  SHARED_UNWRITTEN, IN_FLIGHT, NO_PROXY_FENCE, NOT_PUBLISHED, DIVERGENT, IDLE_LANE, TRAPPED, ENDLESS };
+// In the order of KINDS in findings.py.
+enum Kind {
+  RACE_WRITE_WRITE, RACE_WRITE_READ, RACE_READ_WRITE, OUT_OF_BOUNDS, GAP, MISALIGNED, UNWRITTEN, SHARED_BOUNDS,
+  SHARED_UNWRITTEN, IN_FLIGHT, NO_PROXY_FENCE, NOT_PUBLISHED, DIVERGENT, IDLE_LANE, TRAPPED, ENDLESS
+};
 struct Instruction {
   s32 op, guard;   // guard: twice the predicate, plus 1 where it is negated; -1: none
   s32 o[16];       // places of registers; of constants the complement; NONE: no operand; of predicates their number
@@ -39,7 +31,12 @@ struct Instruction {
 struct Region { u64 base, size; u8 *valid, *written; s32 grain, tracked, changed, unused; };
 struct Report { s32 kind, pc, other_pc, space; u64 address; s32 cta, thread, other_cta, other_thread; s64 count; };
 struct Schedule { u64 seed; s64 resident, burst, priorities, order, races, split, late, limit; };
-struct Kernel { std::vector<Instruction> code; std::vector<u64> constants; std::vector<s32> extra; s64 register_bytes, predicates; };
+struct Kernel {
+  std::vector<Instruction> code;
+  std::vector<u64> constants;
+  std::vector<s32> extra;
+  s64 register_bytes, predicates;
+};
 
 static const s32 NONE = INT32_MIN;
 static const u32 SHARED_BASE = 1024;
@@ -90,7 +87,7 @@ struct Cta {
   std::vector<u64> written_at, fenced_at;  // by cell, by thread: the count of instructions then
   std::vector<u16> read_by_products;     // by cell: products under way
   std::vector<u32> clock, ordered;       // by thread: its clock; as of the last barrier
-  std::vector<KnownPtr> known, fenced, relaxed;  // by thread; as of its last fence; relaxed loads that no fence followed
+  std::vector<KnownPtr> known, fenced, relaxed;  // by thread: now, at its last fence, by relaxed loads since
 };
 
 #define LANES for (int l = 0; l < 32; l++)
@@ -135,7 +132,8 @@ struct Machine {
   void fence(const At& at);
   Region* find(u64 address, u32 size);
   u8* global(const At& at, u64 address, u32 size, int mode, bool strong, const u8* value);
-  u8* shared(const At& at, u32 address, u32 size, u32 alignment, int mode, bool strong, const u8* value, bool async = false);
+  u8* shared(const At& at, u32 address, u32 size, u32 alignment, int mode, bool strong, const u8* value,
+             bool async = false);
   void check_published();
   // registers
   template <class V> V* to(Warp& w, s32 place) { return (V*)(w.registers.data() + place); }
@@ -165,11 +163,10 @@ struct Machine {
   void matrix(Cta& c, Warp& w, const Instruction& i, int pc);
   void shuffle(Cta& c, Warp& w, const Instruction& i, u32 lanes, int pc);
   void vote(Warp& w, const Instruction& i, u32 lanes);
-  void match(Warp& w, const Instruction& i, u32 lanes);
   void reduce(Warp& w, const Instruction& i, u32 lanes);
   void multiply(Warp& w, const Instruction& i);
-  void tile(const At& at, u64 descriptor, int first, int n, int k, bool transposed, int type, std::vector<float>& values,
-            std::vector<u32>* cells);
+  void tile(const At& at, u64 descriptor, int first, int n, int k, bool transposed, int type,
+            std::vector<float>& values, std::vector<u32>* cells);
   void check_product(const At& at, std::vector<u32>& cells);
   void start_product(Cta& c, Warp& w, const Instruction& i, int pc, bool adds);
   void finish_product(Cta& c, Warp& w, Product& p);

@@ -63,7 +63,8 @@ void Machine::on_write(Cell& cell, const At& at, u64 address, int space, bool st
       if (!x.thread || (strong && x.strong) || before(x, at)) continue;
       bool copies = false;
       for (auto& own : cell.reads)
-        copies |= together && own.thread == mine.thread && own.pc == x.pc && x.together && (x.thread - 1) / 32 == (mine.thread - 1) / 32;
+        copies |= together && own.thread == mine.thread && own.pc == x.pc && x.together &&
+                  (x.thread - 1) / 32 == (mine.thread - 1) / 32;
       if (!copies) conflict(RACE_READ_WRITE, x, at, address, space);
     }
   }
@@ -112,7 +113,8 @@ void Machine::acquire(const At& at, u64 address, bool now) {
   KnownPtr& mine = now ? at.c.known[at.thread()] : at.c.relaxed[at.thread()];
   mine = join(mine, got);
 }
-// now: else (a relaxed access) what was before the thread's last fence. adds: a read-modify-write keeps what was left here.
+// now: else (a relaxed access) what was before the thread's last fence. adds: a read-modify-write keeps what was left
+// here.
 void Machine::release(const At& at, u64 address, bool now, int scope, bool adds) {
   Synchronisation& s = synchronised[address];
   int t = at.thread();
@@ -140,7 +142,8 @@ void Machine::fence(const At& at) {
 Region* Machine::find(u64 address, u32 size) {
   for (int n = 0; n < n_regions; n++) {
     int r = (last_region + n) % n_regions;
-    if (address >= regions[r].base && address + size <= regions[r].base + regions[r].size) return &regions[last_region = r];
+    if (address >= regions[r].base && address + size <= regions[r].base + regions[r].size)
+      return &regions[last_region = r];
   }
   return nullptr;
 }
@@ -169,7 +172,8 @@ u8* Machine::global(const At& at, u64 address, u32 size, int mode, bool strong, 
   }
   return (u8*)address;
 }
-u8* Machine::shared(const At& at, u32 address, u32 size, u32 alignment, int mode, bool strong, const u8* value, bool async) {
+u8* Machine::shared(const At& at, u32 address, u32 size, u32 alignment, int mode, bool strong, const u8* value,
+                    bool async) {
   if (address % alignment) return report(MISALIGNED, at, address, 1, mode), nullptr;
   if (address < SHARED_BASE || address + size > SHARED_BASE + shared_bytes)
     return report(SHARED_BOUNDS, at, address, 1, mode), nullptr;

@@ -50,7 +50,9 @@ static inline u32 bits(u32 a, u32 first, u32 n) {
 }
 static inline u32 signed_bits(u32 a, u32 first, u32 n) {
   if (!n) return 0;
-  u32 sign = a >> (first + n - 1 < 31 ? first + n - 1 : 31) & 1, kept = first > 31 ? 0 : n < 32 - first ? n : 32 - first;
+  u32 sign = a >> (first + n - 1 < 31 ? first + n - 1 : 31) & 1, kept = first > 31       ? 0
+                                                                        : n < 32 - first ? n
+                                                                                         : 32 - first;
   u32 field = bits(a, first, kept);
   return sign && kept < 32 ? field | ~0u << kept : field;
 }
@@ -61,10 +63,5 @@ static inline u32 permuted(u32 a, u32 b, u32 selector) {
     u32 nibble = selector >> 4 * i & 15, byte = both >> 8 * (nibble & 7) & 255;
     result |= (nibble & 8 ? (byte & 128 ? 255 : 0) : byte) << 8 * i;
   }
-  return result;
-}
-static inline u32 reversed(u32 a) {
-  u32 result = 0;
-  for (int i = 0; i < 32; i++) result |= (a >> i & 1) << (31 - i);
   return result;
 }

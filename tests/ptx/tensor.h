@@ -1,5 +1,6 @@
 // Matrix products of a warp (mma) and of four (wgmma). Products add up in double and are rounded once per instruction;
-// hardware truncates, so this is closer to the truth than a GPU. Types: 0 f16, 1 bf16, 2 tf32, 3 s8, 4 u8, 5 e4m3, 6 e5m2.
+// hardware truncates, so this is closer to the truth than a GPU. Types: 0 f16, 1 bf16, 2 tf32, 3 s8, 4 u8, 5 e4m3, 6
+// e5m2.
 #pragma once
 #include "memory.h"
 
@@ -24,19 +25,25 @@ static int sum_column(int l, int r) { return (r >> 2) * 8 + (l & 3) * 2 + (r & 1
 
 // a: type, b: K, c: the sums are 0 f32, 1 f16, 2 s32. Operands: D, A, B, C.
 void Machine::multiply(Warp& w, const Instruction& i) {
-  int K = i.b, type = i.a, per = 4 / size_of(type), span = 4 * per, n_a = 2 * K / span, n_b = K / span, n_sum = i.c == 1 ? 2 : 4;
+  int K = i.b, type = i.a, per = 4 / size_of(type), span = 4 * per, n_a = 2 * K / span, n_b = K / span,
+      n_sum = i.c == 1 ? 2 : 4;
   const s32 *d = i.o, *a = d + n_sum, *b = a + n_a, *c = b + n_b;
   float A[16][32], B[32][8];
   double C[16][8];
   for (int r = 0; r < n_a; r++) LANES for (int q = 0; q < per; q++)
-    A[(l >> 2) + 8 * (r & 1)][(l & 3) * per + q + span * (r >> 1)] = value_of((const u8*)(from<u32>(w, a[r]) + l) + q * 4 / per, type);
+        A[(l >> 2) + 8 * (r & 1)][(l & 3) * per + q + span * (r >> 1)] =
+            value_of((const u8*)(from<u32>(w, a[r]) + l) + q * 4 / per, type);
   for (int r = 0; r < n_b; r++) LANES for (int q = 0; q < per; q++)
     B[(l & 3) * per + q + span * r][l >> 2] = value_of((const u8*)(from<u32>(w, b[r]) + l) + q * 4 / per, type);
   for (int r = 0; r < 4; r++) LANES {
     u32 x = from<u32>(w, c[i.c == 1 ? r >> 1 : r])[l];
-    C[sum_row(l, r)][sum_column(l, r)] = i.c == 0 ? as<float>(x) : i.c == 2 ? (double)(s32)x : from_half((u16)(x >> 16 * (r & 1)));
+    C[sum_row(l, r)][sum_column(l, r)] = i.c == 0   ? as<float>(x)
+                                         : i.c == 2 ? (double)(s32)x
+                                                    : from_half((u16)(x >> 16 * (r & 1)));
   }
-  for (int m = 0; m < 16; m++) for (int k = 0; k < K; k++) for (int n = 0; n < 8; n++) C[m][n] += (double)A[m][k] * B[k][n];
+  for (int m = 0; m < 16; m++)
+    for (int k = 0; k < K; k++)
+      for (int n = 0; n < 8; n++) C[m][n] += (double)A[m][k] * B[k][n];
   for (int r = 0; r < 4; r++) LANES {
     double sum = C[sum_row(l, r)][sum_column(l, r)];
     u32& x = to<u32>(w, d[i.c == 1 ? r >> 1 : r])[l];
@@ -54,7 +61,8 @@ static u32 element_at(u64 descriptor, int outer, int k, bool transposed, int siz
   int mode = descriptor >> 62 & 3, width = mode == 0 ? 16 : 256 >> mode, bits = mode ? 4 - mode : 0;
   if (transposed) {
     int bytes = outer * size;
-    at = bytes % width + bytes / width * (mode ? leading : stride) + (k & 7) * width + (k >> 3) * (mode ? stride : leading);
+    at = bytes % width + bytes / width * (mode ? leading : stride) + (k & 7) * width +
+         (k >> 3) * (mode ? stride : leading);
   } else {
     int bytes = k * size;
     at = (outer & 7) * width + (outer >> 3) * stride + (mode ? bytes : (bytes >> 4) * leading + (bytes & 15));
@@ -62,8 +70,8 @@ static u32 element_at(u64 descriptor, int outer, int k, bool transposed, int siz
   at += start;
   return at ^ (at >> 7 & ((1u << bits) - 1)) << 4;
 }
-void Machine::tile(const At& at, u64 descriptor, int first, int n, int K, bool transposed, int type, std::vector<float>& values,
-                   std::vector<u32>* cells) {
+void Machine::tile(const At& at, u64 descriptor, int first, int n, int K, bool transposed, int type,
+                   std::vector<float>& values, std::vector<u32>* cells) {
   int size = size_of(type);
   values.resize(n * K);
   for (int row = 0; row < n; row++) for (int k = 0; k < K; k++) {
@@ -159,6 +167,7 @@ void Machine::finish_product(Cta& c, Warp& w, Product& p) {
 }
 void Machine::wait_for_products(Cta& c, Warp& w, u32 but) {
   size_t done = 0;
-  while (done < w.products.size() && (s64)w.products[done].group < (s64)w.product_group - (s64)but) finish_product(c, w, w.products[done++]);
+  while (done < w.products.size() && (s64)w.products[done].group < (s64)w.product_group - (s64)but)
+    finish_product(c, w, w.products[done++]);
   w.products.erase(w.products.begin(), w.products.begin() + done);
 }
