@@ -6,6 +6,7 @@
 # make test-slow       what the test suite leaves out: all recorded cases and kernel variants, and other long tests
 # make test-cpus       the numeric tests as other CPUs compute: other instruction sets and orders of summation, two threads
 # make test-oldest     the kernels' tests under the oldest triton that will do, in .venv-oldest
+# make test-ptx        kernel tests and whole generations, executed as PTX for sm_80 and sm_90; ten minutes; needs g++
 # make fuzz            random models, samplers, batches and hostile checkpoints: FUZZ_CASES of them; into FUZZ_REPORT
 # make soak            mixed requests against a server for MINUTES, 30 if not said; into bench/results/<machine>/
 # make audit           bandit over the code, pip-audit over what is installed (that needs a network)
@@ -15,7 +16,8 @@
 # Variables, read when .venv is made (remove it to choose anew): PYTHON (interpreter), TORCH (what to install where
 # torch is missing or older than 2.11), EXTRAS (optional dependencies), PINS (versions of others). ARGS is passed on to
 # the benchmark or to pytest. FUZZ_CASES, FUZZ_SEED, FUZZ_REPORT: how many cases, from which seed (default: the time), and
-# where the counts go. CPUS, NUMERIC: which settings and tests make up test-cpus.
+# where the counts go. CPUS, NUMERIC: which settings and tests make up test-cpus. PTX_RECORDS: a folder for what test-ptx
+# counts.
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -43,7 +45,7 @@ CPUS ?= ATEN_CPU_CAPABILITY=default,MKL_CBWR=COMPATIBLE,ONEDNN_MAX_CPU_ISA=SSE41
   ATEN_CPU_CAPABILITY=avx2,MKL_ENABLE_INSTRUCTIONS=AVX2,ONEDNN_MAX_CPU_ISA=AVX2 \
   MKL_CBWR=COMPATIBLE ATEN_CPU_CAPABILITY=default OMP_NUM_THREADS=2
 
-.PHONY: bench bench-all bench-kernels test test-quick test-slow test-cpus test-oldest fuzz soak audit docs resources lint install
+.PHONY: bench bench-all bench-kernels test test-quick test-slow test-cpus test-oldest test-ptx fuzz soak audit docs resources lint install
 
 bench: install
 	$(BIN)/python bench/throughput.py $(ARGS)
@@ -73,6 +75,14 @@ test-cpus: install
 test-oldest:
 	$(MAKE) test VENV=.venv-oldest EXTRAS=test,bench PINS='$(OLDEST)' \
 	  ARGS='tests/kernels tests/bench/test_kernel_benchmarks.py tests/ops tests/engine/test_conformance.py $(ARGS)'
+
+# Both at once, one core each. The output of each comes when it has finished.
+test-ptx: install
+	$(MAKE) --no-print-directory -j2 --output-sync=target test-ptx-80 test-ptx-90
+
+test-ptx-%:
+	$(BIN)/python -m pytest -q -p tests.ptx.plugin -n 0 --ptx $* $(if $(PTX_RECORDS),--ptx-records $(PTX_RECORDS)) \
+	  tests/kernels tests/ptx $(ARGS)
 
 fuzz: install
 	FUZZ_CASES=$(FUZZ_CASES) FUZZ_SEED=$(FUZZ_SEED) FUZZ_REPORT=$(FUZZ_REPORT) \

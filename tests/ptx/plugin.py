@@ -54,7 +54,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--ptx", type=int, default=80, choices=(80, 89, 90), help="compute capability to compile for")
     group.addoption("--ptx-schedules", type=int, default=2, help="adversarial schedules of every launch")
     group.addoption("--ptx-slice", action="store_true", help="of every test one case that launches something")
-    group.addoption("--ptx-record", type=Path, help="JSON file for counts and errors")
+    group.addoption("--ptx-records", type=Path, help="folder for a JSON file of counts and errors")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -115,6 +115,7 @@ class Execution:
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_call(self, item: pytest.Item) -> Iterator[None]:
         self.machine.findings.clear()
+        self.machine.launches = 0  # a test's schedules do not depend on the tests before it
         try:
             with nullcontext() if item.get_closest_marker("whole_generation") else watched_empty():
                 return (yield)
@@ -129,8 +130,10 @@ class Execution:
             self._record.failed.append(report.nodeid)
 
     def pytest_sessionfinish(self) -> None:
-        path = self.config.getoption("--ptx-record")
-        if path is None:
+        folder = self.config.getoption("--ptx-records")
+        if folder is None:
             return
         known = {"sm": self.capability, "schedules": self.machine.n_schedules, "variants": len(self.machine.kernels)}
-        path.write_text(json.dumps(known | self._record.to_dict(), indent=1) + "\n")
+        found = self._record.to_dict()
+        path = folder / f"{found['date']}-ptx-sm{self.capability}.json"
+        path.write_text(json.dumps(known | found, indent=1) + "\n")
