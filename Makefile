@@ -74,7 +74,7 @@ test-cpus: install
 
 test-oldest:
 	$(MAKE) test VENV=.venv-oldest EXTRAS=test,bench PINS='$(OLDEST)' \
-	  ARGS='tests/kernels tests/bench/test_kernel_benchmarks.py tests/ops tests/engine/test_conformance.py $(ARGS)'
+	  ARGS='tests/kernels tests/bench/test_kernel_benchmarks.py tests/ops tests/ptx tests/engine/test_conformance.py $(ARGS)'
 
 # Both at once, one core each. The output of each comes when it has finished.
 test-ptx: install

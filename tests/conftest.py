@@ -47,6 +47,7 @@ LONGEST = (
     "test_a_worker_is_killed",
     "test_two_ranks_share_the_work",
     "test_a_share_of_the_recorded_cases",
+    "test_every_kernel_executes",
 )
 
 

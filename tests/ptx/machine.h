@@ -175,7 +175,6 @@ struct Machine {
   void start(Cta& c, u32 linear);
   void check_barrier(Cta& c);
   void finish(Cta& c, Warp& w);
-  void branch(Warp& w, size_t g, u32 taken, int target);
   bool step(Cta& c, Warp& w, size_t g, s64& budget);
   void burst(Cta& c, Warp& w, s64 budget);
   bool run();
