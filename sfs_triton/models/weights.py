@@ -1,56 +1,23 @@
-"""Read a checkpoint's safetensors into fused weight tensors. No code of a checkpoint runs and no pickle is opened."""
+"""Fused weight tensors of a checkpoint, cast and placed on a device."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 
 from ..distributed import ALONE, Group
 from ..errors import CheckpointError, require
-from ..files import read_json
 from ..ops.dispatch import Matrix, Quantised, quantize
+from .names import LLADA_NAMES, LLAMA_NAMES, expected_shapes
+from .reading import TensorReader, listed
 from .spec import ModelSpec
 
 AT_ONCE = 2**24  # elements quantised at a time, which bounds the unquantised copy in memory
-SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
-
-LLADA_NAMES = {
-    "embedding": "model.transformer.wte.weight",
-    "norm": "model.transformer.ln_f.weight",
-    "head": "model.transformer.ff_out.weight",
-    "layer": "model.transformer.blocks.{layer}.",
-    "attn_norm": "attn_norm.weight",
-    "mlp_norm": "ff_norm.weight",
-    "q": "q_proj",
-    "k": "k_proj",
-    "v": "v_proj",
-    "o": "attn_out.weight",
-    "gate": "ff_proj.weight",
-    "up": "up_proj.weight",
-    "down": "ff_out.weight",
-}
-LLAMA_NAMES = {
-    "embedding": "model.embed_tokens.weight",
-    "norm": "model.norm.weight",
-    "head": "lm_head.weight",
-    "layer": "model.layers.{layer}.",
-    "attn_norm": "input_layernorm.weight",
-    "mlp_norm": "post_attention_layernorm.weight",
-    "q": "self_attn.q_proj",
-    "k": "self_attn.k_proj",
-    "v": "self_attn.v_proj",
-    "o": "self_attn.o_proj.weight",
-    "gate": "mlp.gate_proj.weight",
-    "up": "mlp.up_proj.weight",
-    "down": "mlp.down_proj.weight",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,108 +57,15 @@ class Weights:
         return self
 
 
-def _shards(folder: Path) -> dict[str, list[str] | None]:
-    """Return the files to open, and the tensors that the index expects in each (None: any)."""
-    if (folder / SINGLE_FILE).is_file():
-        return {SINGLE_FILE: None}
-    if not (folder / INDEX_FILE).is_file():
-        pickles = sorted(p.name for p in folder.glob("*.bin")) + sorted(p.name for p in folder.glob("*.pt"))
-        hint = f"; {pickles[0]} is a pickle, which is never opened: convert it to safetensors" if pickles else ""
-        raise CheckpointError(f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}{hint}")
-    index = read_json(folder / INDEX_FILE)
-    mapping = index.get("weight_map") if isinstance(index, Mapping) else None
-    if not isinstance(mapping, Mapping) or not mapping:
-        raise CheckpointError(f"{folder / INDEX_FILE} has no 'weight_map'")
-    shards: dict[str, list[str] | None] = {}
-    for name, file in mapping.items():
-        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
-            raise CheckpointError(
-                f"{folder / INDEX_FILE}: {name} points to {file!r}, not a .safetensors file beside it"
-            )
-        shards.setdefault(file, []).append(name)
-    return shards
-
-
-class TensorReader:
-    """The tensors of a checkpoint by name, read one at a time."""
-
-    def __init__(self, folder: Path, stack: ExitStack):
-        self.folder = folder
-        self._files: dict[str, Any] = {}
-        for file, expected in _shards(folder).items():
-            try:
-                handle = stack.enter_context(safe_open(folder / file, framework="pt", device="cpu"))
-                names = list(handle.keys())
-            except (SafetensorError, OSError, ValueError) as error:
-                raise CheckpointError(f"{folder / file} cannot be read: {error}") from None
-            if expected is not None and (missing := sorted(set(expected) - set(names))):
-                raise CheckpointError(f"{folder / file} lacks tensors its index promises: {_listed(missing)}")
-            for name in expected if expected is not None else names:
-                self._files[name] = handle
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._files)
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._files
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._files[name].get_slice(name).get_shape())
-
-    def read(self, name: str, axis: int | None = None, group: Group = ALONE) -> torch.Tensor:
-        """Read a tensor, or only this rank's share of its rows (``axis=0``) or columns (1)."""
-        if axis is None or group.size == 1:
-            tensor = self._files[name].get_tensor(name)
-        else:
-            start, stop = group.share(self.shape(name)[axis])
-            part = self._files[name].get_slice(name)
-            tensor = part[start:stop] if axis == 0 else part[:, start:stop]
-        return self._floating(name, tensor)
-
-    def rows(self, name: str, first: int, last: int) -> torch.Tensor:
-        """Read only rows ``[first, last)`` of a matrix."""
-        return self._floating(name, self._files[name].get_slice(name)[first:last])
-
-    def _floating(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        if not tensor.is_floating_point():
-            raise CheckpointError(f"{self.folder}: tensor {name} has dtype {tensor.dtype}, not a floating-point one")
-        return tensor
-
-
-def _listed(names: list[str], most: int = 8) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
-def expected_shapes(spec: ModelSpec, names: Mapping[str, str]) -> dict[str, tuple[int, ...]]:
-    """Return every tensor name that a checkpoint of this spec must hold, with its shape."""
-    d, kv, mlp = spec.d_model, spec.kv_width, spec.mlp
-    shapes: dict[str, tuple[int, ...]] = {names["embedding"]: (spec.vocab_size, d), names["norm"]: (d,)}
-    if not spec.tied_head:
-        shapes[names["head"]] = (spec.vocab_size, d)
-    widths = {"q": d, "k": kv, "v": kv}
-    for layer in range(spec.n_layers):
-        prefix = names["layer"].format(layer=layer)
-        for part in ("attn_norm", "mlp_norm"):
-            shapes[prefix + names[part]] = (d,)
-        for part, width in widths.items():
-            shapes[f"{prefix}{names[part]}.weight"] = (width, d)
-            if spec.qkv_bias:
-                shapes[f"{prefix}{names[part]}.bias"] = (width,)
-        shapes[prefix + names["o"]] = (d, d)
-        shapes[prefix + names["gate"]] = shapes[prefix + names["up"]] = (mlp, d)
-        shapes[prefix + names["down"]] = (d, mlp)
-    return shapes
-
-
 def _check(reader: TensorReader, spec: ModelSpec, names: Mapping[str, str]) -> None:
     wanted = expected_shapes(spec, names)
     present = {name for name in reader if not name.endswith("rotary_emb.inv_freq")}
     if spec.tied_head:
         present -= {names["head"]}  # some writers store the tied head as well
     if missing := sorted(set(wanted) - present):
-        raise CheckpointError(f"{reader.folder}: tensors missing: {_listed(missing)}")
+        raise CheckpointError(f"{reader.folder}: tensors missing: {listed(missing)}")
     if extra := sorted(present - set(wanted)):
-        raise CheckpointError(f"{reader.folder}: tensors the configuration has no place for: {_listed(extra)}")
+        raise CheckpointError(f"{reader.folder}: tensors the configuration has no place for: {listed(extra)}")
     for name, shape in wanted.items():
         if reader.shape(name) != shape:
             raise CheckpointError(
