@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,11 +13,11 @@ from typing import Any
 
 import torch
 
+from .checkpoint import open_checkpoint
 from .decoding.params import DecodingParams, parse_sampler, refuse_unknown
 from .distributed import Group, join, own_device
-from .errors import ArgumentError, CheckpointError, check_choice, check_flag, require
-from .files import read_json
-from .models import Transformer, load_weights, read_spec
+from .errors import ArgumentError, check_choice, check_flag, require
+from .models import Transformer, load_weights
 from .ops.dispatch import check_kernels, operations
 from .runner import ExecutionChoice, check_cuda_graphs
 from .scheduling.handles import Pending, Stream
@@ -29,11 +28,9 @@ from .scheduling.sequence import Sequence as InFlight
 from .self_check.choice import choose
 from .text.codec import TextCodec
 
-EMBEDDED = Path(__file__).parent / "embedded"
 QUANTIZATIONS = ("fp8",)
 ASKED = "as asked for, or the default of the device"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(@.*)?")  # a name, or owner and name; a revision may hold more slashes
 
 Prompt = str | Sequence[int] | torch.Tensor | Sequence[Mapping[str, Any]]
 Params = DecodingParams | Sequence[DecodingParams] | None
@@ -48,6 +45,8 @@ def load(
     *,
     quantization: str | None = None,
     tensor_parallel: int | Group = 1,
+    mask_token_id: int | None = None,
+    max_length: int | None = None,
     **unknown: Any,
 ) -> Engine:
     """Load a checkpoint folder, a hub id, or ``"embedded"`` (the small model in this package) as an :class:`Engine`.
@@ -65,6 +64,9 @@ def load(
             tensors and activations stay in ``dtype``. Default: none.
         tensor_parallel: processes that share the model, started by ``torchrun --nproc-per-node N``; each loads its part
             only, and all must then make the same calls. Or the group that :func:`sfs_triton.distributed.join` gave.
+        mask_token_id: id of the mask token, for checkpoints that do not name it in ``config.json`` or the tokenizer.
+        max_length: limit of prompt and response in positions; default: the checkpoint's own, which may be more than
+            it was trained on (Dream-7B: 131,072 by its configuration, 2,048 by its README).
 
     Raises:
         ArgumentError: names the argument and its value.
@@ -75,7 +77,8 @@ def load(
     refuse_unknown(unknown)
     group = tensor_parallel if isinstance(tensor_parallel, Group) else join(tensor_parallel, device)
     with group.together("loading the model"):
-        engine = _load(path_or_hub_id, device, dtype, backend, cuda_graphs, quantization, group)
+        source = {"mask_token_id": mask_token_id, "max_length": max_length}
+        engine = _load(path_or_hub_id, device, dtype, backend, cuda_graphs, quantization, group, **source)
     model = engine.model
     group.agree("models", f"{model.spec}, {model.dtype}, {quantization}, {backend}, {model.device.type}")
     return engine
@@ -89,6 +92,7 @@ def _load(
     cuda_graphs: bool | None,
     quantization: str | None,
     group: Group,
+    **source: int | None,
 ) -> Engine:
     device = _device(device if group.size == 1 else own_device(device))
     operations(backend, device)  # fail before gigabytes are read
@@ -103,31 +107,15 @@ def _load(
     require(dtype in DTYPES.values(), f"dtype={dtype!r} is not one of {tuple(DTYPES)}")
     fine = quantization in (None, *QUANTIZATIONS)
     require(fine, f"quantization={quantization!r} is not one of {QUANTIZATIONS}, or None")
-    named = isinstance(path_or_hub_id, (str, Path)) and str(path_or_hub_id) not in ("", ".")
-    require(named, f"path_or_hub_id={path_or_hub_id!r} is neither a folder nor a hub id")
-    folder = _folder(path_or_hub_id)
-    spec = read_spec(read_json(folder / "config.json"))
+    checkpoint = open_checkpoint(path_or_hub_id, **source)
+    spec = checkpoint.spec
     spec.shard(group.size)  # fail before anything is read
     reason, pinned = ASKED, backend is not None
     if device.type == "cuda" and backend is None and cuda_graphs is None:
         backend, cuda_graphs, reason = choose(spec, device, dtype, quantization, group)
-    loaded = load_weights(folder, spec, device, dtype, group, quantised=quantization == "fp8")
-    model, text = Transformer(spec, loaded, backend, group), TextCodec.from_folder(folder)
-    return Engine(model, text, cuda_graphs, pinned=pinned, reason=reason)
-
-
-def _folder(path_or_hub_id: str | Path) -> Path:
-    """Return the folder of the checkpoint; fetch it if it is a hub id."""
-    folder = EMBEDDED if str(path_or_hub_id) == "embedded" else Path(path_or_hub_id)
-    if folder.is_dir():
-        return folder
-    given = str(path_or_hub_id)
-    if isinstance(path_or_hub_id, Path) or folder.exists() or folder.is_absolute() or not _HUB_ID.fullmatch(given):
-        state = (
-            "is not a folder" if folder.exists() or folder.is_absolute() else "is a path, and there is no such folder"
-        )
-        raise CheckpointError(f"{given!r} {state}")
-    return _download(given)
+    loaded = load_weights(checkpoint.path, spec, device, dtype, group, quantised=quantization == "fp8")
+    model = Transformer(spec, loaded, backend, group)
+    return Engine(model, checkpoint.text, cuda_graphs, pinned=pinned, reason=reason)
 
 
 def _device(device: str | torch.device | None) -> torch.device:
@@ -138,22 +126,6 @@ def _device(device: str | torch.device | None) -> torch.device:
         raise ArgumentError(f"device={str(device)!r} cannot be used: {str(error).splitlines()[0]}") from None
     require(device.type != "meta", f"device={str(device)!r} cannot be used: it computes nothing")
     return device
-
-
-def _download(hub_id: str) -> Path:
-    """Download a hub repository: JSON, text and safetensors files only."""
-    from huggingface_hub import snapshot_download
-
-    name, at, revision = hub_id.partition("@")
-    require(bool(revision) == bool(at), f"path_or_hub_id={hub_id!r} names no revision after its @")
-    wanted = ["*.json", "*.jinja", "*.safetensors"]
-    try:
-        return Path(snapshot_download(name, revision=revision or None, allow_patterns=wanted))
-    except Exception as error:  # the hub client raises many kinds, network errors included
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(
-            f"{hub_id!r} is not a local folder, and could not be fetched as a hub id: {reason}"
-        ) from None
 
 
 class Engine:
@@ -362,7 +334,7 @@ class Engine:
 
     def codec(self, purpose: str) -> TextCodec:
         """Return the text codec; raise ArgumentError if there is none, naming the ``purpose`` that needs it."""
-        source = "a tokenizer.json in the checkpoint, or the tokenizer= of accelerate"
+        source = "tokenizer.json, or vocab.json and merges.txt, in the checkpoint; or the tokenizer= of accelerate"
         require(self.text is not None, f"{purpose} needs a tokenizer, but this engine has none ({source})")
         return self.text
 

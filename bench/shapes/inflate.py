@@ -25,7 +25,8 @@ from safetensors.torch import save_file
 
 import sfs_triton
 from sfs_triton import ArgumentError, CheckpointError, Engine, OutOfDeviceMemory
-from sfs_triton.engine import DTYPES, EMBEDDED
+from sfs_triton.checkpoint import EMBEDDED
+from sfs_triton.engine import DTYPES
 from sfs_triton.models import ModelSpec, Transformer
 from sfs_triton.models.weights import INDEX_FILE
 from sfs_triton.ops.dispatch import operations

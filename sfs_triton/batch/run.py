@@ -28,7 +28,8 @@ class BatchSettings:
     """Model and decoding parameters for a file of prompts.
 
     Args:
-        model, device, dtype, quantization, backend, cuda_graphs: as for :func:`sfs_triton.load`.
+        model, device, dtype, quantization, backend, cuda_graphs, mask_token_id, max_length: as for
+            :func:`sfs_triton.load`.
         params: decoding parameters of rows that set none of their own. The row on line n takes ``seed + n - 1``.
         apply_chat_template: as for ``Engine.generate``.
         batch: number of rows decoded together.
@@ -43,6 +44,8 @@ class BatchSettings:
     quantization: str | None = None
     backend: str | None = None
     cuda_graphs: bool | None = None
+    mask_token_id: int | None = None
+    max_length: int | None = None
 
     def __post_init__(self) -> None:
         check_integer("batch", self.batch)
@@ -57,7 +60,11 @@ class BatchSettings:
             "apply_chat_template": self.apply_chat_template,
             "dtype": self.dtype,
             "quantization": self.quantization,
+            **{name: value for name, value in self._source().items() if value is not None},
         }
+
+    def _source(self) -> dict[str, Any]:
+        return {"mask_token_id": self.mask_token_id, "max_length": self.max_length}
 
     def open_engine(self) -> Engine:
         """Load the engine of these settings.
@@ -65,9 +72,8 @@ class BatchSettings:
         Raises:
             ArgumentError, CheckpointError: it cannot be loaded, or has no tokenizer.
         """
-        engine = load(
-            self.model, self.device, self.dtype, self.backend, self.cuda_graphs, quantization=self.quantization
-        )
+        how = {"quantization": self.quantization, **self._source()}
+        engine = load(self.model, self.device, self.dtype, self.backend, self.cuda_graphs, **how)
         engine.codec(f"model={self.model!r}: a text prompt")
         room = engine.spec.max_length
         length = self.params.gen_length

@@ -45,7 +45,10 @@ def batch(
     typer.echo(f"wrote {out}: {done.rows} rows{kept}, {done.errors} with an error, in {done.seconds:.1f} s", err=True)
 
 
-_SHARED = ("model", "device", "dtype", "quantization", "backend", "cuda_graphs", "apply_chat_template")
+_SHARED = (
+    *("model", "device", "dtype", "quantization", "backend", "cuda_graphs", "mask_token_id", "max_length"),
+    "apply_chat_template",
+)
 
 
 def _show_progress(done: int, rows: int) -> None:

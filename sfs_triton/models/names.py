@@ -30,6 +30,8 @@ LLAMA_NAMES = {
     "mlp_norm": "post_attention_layernorm.weight",
     "q": "self_attn.q_proj",
     "k": "self_attn.k_proj",
+    "q_norm": "self_attn.q_norm.weight",
+    "k_norm": "self_attn.k_norm.weight",
     "v": "self_attn.v_proj",
     "o": "self_attn.o_proj.weight",
     "gate": "mlp.gate_proj.weight",
@@ -44,7 +46,7 @@ def expected_shapes(spec: ModelSpec, names: Mapping[str, str]) -> dict[str, tupl
     shapes: dict[str, tuple[int, ...]] = {names["embedding"]: (spec.vocab_size, d), names["norm"]: (d,)}
     if not spec.tied_head:
         shapes[names["head"]] = (spec.vocab_size, d)
-    widths = {"q": d, "k": kv, "v": kv}
+    widths = {"q": spec.q_width, "k": kv, "v": kv}
     for layer in range(spec.n_layers):
         prefix = names["layer"].format(layer=layer)
         for part in ("attn_norm", "mlp_norm"):
@@ -53,7 +55,9 @@ def expected_shapes(spec: ModelSpec, names: Mapping[str, str]) -> dict[str, tupl
             shapes[f"{prefix}{names[part]}.weight"] = (width, d)
             if spec.qkv_bias:
                 shapes[f"{prefix}{names[part]}.bias"] = (width,)
-        shapes[prefix + names["o"]] = (d, d)
+        for part in ("q_norm", "k_norm") if spec.qk_norm else ():
+            shapes[prefix + names[part]] = (spec.head_dim,)
+        shapes[prefix + names["o"]] = (d, spec.q_width)
         shapes[prefix + names["gate"]] = shapes[prefix + names["up"]] = (mlp, d)
         shapes[prefix + names["down"]] = (d, mlp)
     return shapes

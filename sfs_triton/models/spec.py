@@ -19,7 +19,7 @@ from ..errors import CheckpointError, UnsupportedConfigError, check_flag, check_
 class ModelSpec:
     """Dimensions and flags of one bidirectional transformer (docs/architecture.md: one shape covers the family)."""
 
-    family: str  # "llada", "illada" or "dream"
+    family: str  # "llada", "illada", "dream" or "a2d"
     n_layers: int
     d_model: int
     n_heads: int
@@ -33,14 +33,21 @@ class ModelSpec:
     eos_id: int
     pad_id: int
     bos_id: int | None = None
+    end_ids: tuple[int, ...] = ()  # tokens that end a response, ``eos_id`` first
     qkv_bias: bool = False
     tied_head: bool = False
     shifted: bool = False  # logits for position i come from row i - 1
+    qk_norm: bool = False  # RMSNorm over each head of q and k, before the rotary embedding
+    head_size: int | None = None  # of a head; None: d_model / n_heads
     shards: int = 1  # ranks that share the heads and the MLP; ``n_heads``, ``n_kv_heads`` and ``mlp`` are of one
+
+    def __post_init__(self) -> None:
+        if self.eos_id not in self.end_ids:
+            object.__setattr__(self, "end_ids", (self.eos_id, *self.end_ids))
 
     @property
     def head_dim(self) -> int:
-        return self.d_model // (self.n_heads * self.shards)
+        return self.head_size or self.d_model // (self.n_heads * self.shards)
 
     @property
     def q_width(self) -> int:
@@ -74,6 +81,11 @@ class ModelSpec:
 
 
 MOST_LAYERS = 1024
+MOST_ENDS = 16  # tokens that end a response
+ILLADA_MASK = 5  # "<[MASK]>", which iLLaDA's config.json does not name
+FAMILIES = "LLaDA, iLLaDA, Dream, Tiny-A2D"
+BLOCK_DIFFUSION = ("sdar", "llada2", "fast_dllm", "dreamreasoner", "dreamforcausallm", "bd3lm", "blockdiff")
+BLOCK_KEYS = ("block_size", "bd_size", "diffusion_block_size")
 
 # key -> values that leave the computation as this package does it; an absent key is fine
 LLADA_ALLOWED: dict[str, tuple] = {
@@ -85,7 +97,7 @@ LLADA_ALLOWED: dict[str, tuple] = {
     "activation_type": ("silu",),
     "clip_qkv": (None,),
     "rope_full_precision": (True, None),
-    "rope_scaling": (None,),
+    "layer_norm_eps": (None,),
     "sliding_window": (None,),
     "include_bias": (False,),
     "input_emb_norm": (False, None),
@@ -96,7 +108,7 @@ LLADA_ALLOWED: dict[str, tuple] = {
 }
 LLAMA_ALLOWED: dict[str, tuple] = {
     "hidden_act": ("silu",),
-    "rope_scaling": (None,),
+    "layer_norm_eps": (None,),
     "use_mrope": (False, None),
     "use_sliding_window": (False, None),
     "mlp_bias": (False, None),
@@ -137,16 +149,70 @@ def _refuse_unsupported(config: Mapping[str, Any], allowed: Mapping[str, tuple])
             raise UnsupportedConfigError(f"config.json: {key}={config[key]!r} is not supported (allowed: {values})")
 
 
+def _refuse_rope_scaling(config: Mapping[str, Any]) -> None:
+    """Refuse ``rope_scaling``, except for the form that changes nothing."""
+    scaling = config.get("rope_scaling")
+    if scaling is None:
+        return
+    kinds = [scaling.get(key) for key in ("rope_type", "type")] if isinstance(scaling, Mapping) else ["?"]
+    fine = all(kind in (None, "default") for kind in kinds)
+    if not fine or set(scaling) - {"rope_type", "type", "factor"} or scaling.get("factor", 1) != 1:
+        raise UnsupportedConfigError(f"config.json: rope_scaling={scaling!r} is not supported")
+
+
+def _refuse_quantised(config: Mapping[str, Any]) -> None:
+    for key in ("quantization_config", "quantization", "compression_config"):
+        value = config.get(key)
+        if value is not None:
+            method = value.get("quant_method", value) if isinstance(value, Mapping) else value
+            raise UnsupportedConfigError(
+                f"config.json: {key} says that the weights are quantised ({method!r}), which is not supported: load "
+                "the checkpoint that they were made from; quantization='fp8' quantises it while loading"
+            )
+
+
+def _refuse_block_diffusion(config: Mapping[str, Any], names: str) -> None:
+    """Refuse models that attend to finished blocks only: their names and keys resemble those of the family."""
+    lower = names.lower()
+    found = [name for name in BLOCK_DIFFUSION if name in lower]
+    found += [f"{key}={config[key]!r}" for key in BLOCK_KEYS if config.get(key) is not None]
+    if found:
+        raise UnsupportedConfigError(
+            f"config.json: {found[0]} is of a block-diffusion model ({names.strip()!r}), which attends to past blocks "
+            "only; this package computes full attention"
+        )
+
+
+def _ids(config: Mapping[str, Any], key: str, vocab_size: int) -> list[int]:
+    """Read a token id or a list of them; an absent key is an empty list."""
+    value = config.get(key)
+    listed = value if isinstance(value, list) else [] if value is None else [value]
+    if len(listed) > MOST_ENDS:
+        raise CheckpointError(f"config.json: {key} lists {len(listed)} ids, over {MOST_ENDS}")
+    for token in listed:
+        check_integer(f"config.json: {key}", token, 0, 2**24, CheckpointError)
+        if token >= vocab_size:
+            raise CheckpointError(f"config.json: {key}={token} is outside the vocabulary of {vocab_size}")
+    return list(dict.fromkeys(listed))
+
+
 def _special_ids(config: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
-    mask, eos = _integer(config, "mask_token_id", least=0), _integer(config, "eos_token_id", least=0)
-    pad = _integer(config, "pad_token_id", default=eos, least=0)
-    bos = None if config.get("bos_token_id") is None else _integer(config, "bos_token_id", least=0)
-    for key, value in (("mask", mask), ("eos", eos), ("pad", pad), ("bos", bos)):
-        if value is not None and value >= vocab_size:
-            raise CheckpointError(f"config.json: {key}_token_id={value} is outside the vocabulary of {vocab_size}")
-    if mask == eos:
-        raise CheckpointError(f"config.json: mask_token_id and eos_token_id are both {mask}")
-    return {"mask_id": mask, "eos_id": eos, "pad_id": pad, "bos_id": bos}
+    if config.get("mask_token_id") is None:
+        raise CheckpointError(
+            "config.json lacks the required key 'mask_token_id', and there is no tokenizer that names a mask token; "
+            "load(..., mask_token_id=) gives it"
+        )
+    mask, pad, bos = (_ids(config, f"{name}_token_id", vocab_size) for name in ("mask", "pad", "bos"))
+    ends = _ids(config, "eos_token_id", vocab_size)
+    if not ends:
+        raise CheckpointError("config.json lacks the required key 'eos_token_id'")
+    for key, several in (("mask", mask), ("pad", pad), ("bos", bos)):
+        if len(several) > 1:
+            raise CheckpointError(f"config.json: {key}_token_id={several} is not an integer")
+    if mask[0] in ends:
+        raise CheckpointError(f"config.json: mask_token_id and eos_token_id are both {mask[0]}")
+    first = {"mask_id": mask[0], "eos_id": ends[0], "pad_id": pad[0] if pad else ends[0]}
+    return {**first, "bos_id": bos[0] if bos else None, "end_ids": tuple(ends)}
 
 
 def _llada_spec(config: Mapping[str, Any]) -> ModelSpec:
@@ -172,17 +238,19 @@ def _llada_spec(config: Mapping[str, Any]) -> ModelSpec:
     )
 
 
-def _llama_spec(config: Mapping[str, Any], family: str) -> ModelSpec:
+def _llama_spec(config: Mapping[str, Any], family: str, named: str = "") -> ModelSpec:
     _refuse_unsupported(config, LLAMA_ALLOWED)
     rope = config.get("rope_parameters") or {}
-    if not isinstance(rope, Mapping) or set(rope) - {"rope_type", "rope_theta"}:
+    fine = isinstance(rope, Mapping) and not set(rope) - {"rope_type", "rope_theta", "factor"}
+    if not fine or rope.get("factor", 1) != 1:
         raise UnsupportedConfigError(f"config.json: rope_parameters={rope!r} is not supported")
     if rope.get("rope_type", "default") != "default":
         raise UnsupportedConfigError(f"config.json: rope_parameters.rope_type={rope['rope_type']!r} is not supported")
     if any(kind != "full_attention" for kind in config.get("layer_types") or []):
         raise UnsupportedConfigError(f"config.json: layer_types={config['layer_types']!r} is not supported")
     d_model, heads = _integer(config, "hidden_size"), _integer(config, "num_attention_heads")
-    if config.get("head_dim") not in (None, d_model // heads):
+    head_dim, a2d = config.get("head_dim"), family == "a2d"
+    if not a2d and head_dim not in (None, d_model // heads):
         raise UnsupportedConfigError(f"config.json: head_dim={config['head_dim']!r} is not hidden_size / heads")
     vocab_size = _integer(config, "vocab_size")
     return ModelSpec(
@@ -196,7 +264,9 @@ def _llama_spec(config: Mapping[str, Any], family: str) -> ModelSpec:
         max_length=_integer(config, "max_position_embeddings"),
         rope_theta=_number({**rope, **config}, "rope_theta", 10000.0),
         norm_eps=_number(config, "rms_norm_eps", 1e-6),
-        qkv_bias=family == "dream" or _flag(config, "attention_bias"),
+        qkv_bias=family == "dream" or a2d and "qwen2" in named or _flag(config, "attention_bias"),
+        qk_norm=a2d and "qwen3" in named,
+        head_size=_integer(config, "head_dim") if a2d and head_dim is not None else None,
         tied_head=_flag(config, "tie_word_embeddings"),
         shifted=family == "dream",
         **_special_ids(config, vocab_size),
@@ -215,22 +285,27 @@ def read_spec(config: Mapping[str, Any]) -> ModelSpec:
     architectures = config.get("architectures") or []
     if not isinstance(architectures, list):
         raise CheckpointError(f"config.json: architectures={architectures!r} is not a list")
-    names = [str(config.get("model_type", "")), *map(str, architectures)]
-    named = " ".join(names).lower()
+    names = " ".join([str(config.get("model_type", "")), *map(str, architectures)])
+    named = names.lower()
     if "moe" in named:
-        raise UnsupportedConfigError(
-            f"config.json: {' '.join(names)!r} is a mixture of experts, which is not supported"
-        )
+        raise UnsupportedConfigError(f"config.json: {names!r} is a mixture of experts, which is not supported")
+    _refuse_block_diffusion(config, names)
+    _refuse_quantised(config)
+    _refuse_rope_scaling(config)
     if "dream" in named:
         spec = _llama_spec(config, "dream")
+    elif "a2d" in named:
+        spec = _llama_spec(config, "a2d", named)
     elif "llada" in named:
+        if "illada" in named and config.get("mask_token_id") is None:
+            config = {**config, "mask_token_id": ILLADA_MASK}
         spec = _llama_spec(config, "illada") if "hidden_size" in config else _llada_spec(config)
     else:
         raise UnsupportedConfigError(
             f"config.json: model_type={config.get('model_type')!r}, architectures={config.get('architectures')!r} "
-            "is none of the families LLaDA, iLLaDA, Dream"
+            f"is none of the families {FAMILIES}"
         )
-    if spec.d_model % spec.n_heads or spec.head_dim % 2:
+    if spec.head_dim % 2 or spec.head_size is None and spec.d_model % spec.n_heads:
         raise CheckpointError(f"config.json: {spec.n_heads} heads do not divide d_model {spec.d_model} into even parts")
     if spec.n_heads % spec.n_kv_heads:
         raise CheckpointError(f"config.json: {spec.n_kv_heads} key/value heads do not divide {spec.n_heads} heads")

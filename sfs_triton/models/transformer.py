@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from ..distributed import ALONE, Group, Vocabulary
 from ..ops.dispatch import Choice, Draw, Matrix, Ops, operations, rope_tables
+from ..ops.torch.norm import rms_norm
 from .cache import FeatureCache, Features, KVCache, Scope
 from .spec import ModelSpec
 from .weights import LayerWeights, Weights
@@ -122,15 +123,19 @@ class Transformer:
         tables, position, store = self._places(scope, cache, index)
         if select is not None:
             q = self._heads(self._project(h.gather(1, _wide(select, h)), layer, slice(0, spec.q_width)))
+            self._norm_heads(layer, q, None)
             at = scope.first + select if scope.rows is None else scope.rows.gather(1, select)
             q = rotate(q, None, None, self._cos, self._sin, at)[0]
             k, v = self._heads(self._project(h, layer, slice(spec.q_width, None))).chunk(2, 2)
+            self._norm_heads(layer, None, k)
             _, k, v = rotate(None, k, v, *tables, position, **store)
         elif store:
             heads = self._heads(self._project(h, layer)).split((spec.n_heads, spec.n_kv_heads, spec.n_kv_heads), 2)
+            self._norm_heads(layer, *heads[:2])
             q, k, v = rotate(*heads, *tables, position, **store)
         else:
             qk, v = self._heads(self._project(h, layer)).split((spec.n_heads + spec.n_kv_heads, spec.n_kv_heads), 2)
+            self._norm_heads(layer, qk[:, :, : spec.n_heads], qk[:, :, spec.n_heads :])
             qk = rotate(qk, None, None, *tables, position)[0]  # queries and keys in one call
             q, k = qk.split((spec.n_heads, spec.n_kv_heads), 2)
         ranges = {"key_range": scope.key_range, "counters": scope.counters}
@@ -181,6 +186,12 @@ class Transformer:
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
         """``[b, n, H D]`` to ``[b, n, H, D]``."""
         return x.unflatten(-1, (-1, self.spec.head_dim))
+
+    def _norm_heads(self, layer: LayerWeights, q: torch.Tensor | None, k: torch.Tensor | None) -> None:
+        """Normalise each head of fresh ``q`` and ``k [b, n, H, D]`` in place, in models that do (Qwen3)."""
+        for heads, weight in ((q, layer.q_norm), (k, layer.k_norm)):
+            if heads is not None and weight is not None:
+                heads.copy_(rms_norm(heads, weight, self.spec.norm_eps))
 
     # ---------------------------------------------------------------------------------------- dLLM-Cache features
 
@@ -260,6 +271,7 @@ class Transformer:
         spec, stop = self.local, x.shape[1]
         projected = self._project(_taken(h, rows), layer)
         heads = self._heads(projected).split((spec.n_heads, spec.n_kv_heads, spec.n_kv_heads), 2)
+        self._norm_heads(layer, *heads[:2])
         if isinstance(rows, slice):
             q, fresh, values = self.ops.rope_cache(*heads, self._cos[rows], self._sin[rows], None)
         else:

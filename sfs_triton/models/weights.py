@@ -25,12 +25,14 @@ class LayerWeights:
     """One layer; q, k, v and gate, up are fused along their output dimension."""
 
     attn_norm: torch.Tensor  # [d]
-    qkv: Matrix  # [d + 2 kv, d]
-    qkv_bias: torch.Tensor | None  # [d + 2 kv]
-    out: Matrix  # [d, d]
+    qkv: Matrix  # [q + 2 kv, d]
+    qkv_bias: torch.Tensor | None  # [q + 2 kv]
+    out: Matrix  # [d, q]
     mlp_norm: torch.Tensor  # [d]
     gate_up: Matrix  # [2 mlp, d]
     down: Matrix  # [d, mlp]
+    q_norm: torch.Tensor | None = None  # [head_dim], of each head before the rotary embedding
+    k_norm: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +151,7 @@ def load_weights(
                 mlp_norm=take(at + names["mlp_norm"]),
                 gate_up=matrix(at + names["gate"], at + names["up"], axis=0),
                 down=matrix(at + names["down"], axis=1),
+                **{part: take(at + names[part]) for part in ("q_norm", "k_norm") if spec.qk_norm},
             )
 
         embedding = tied = take(names["embedding"], axis=0)

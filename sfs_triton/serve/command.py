@@ -60,6 +60,8 @@ def serve(
         str | None, typer.Option(metavar="|".join(BACKENDS), help="Kernel back end. Default: see sfs doctor.")
     ] = None,
     cuda_graphs: Annotated[bool | None, typer.Option(help="Replay CUDA graphs. Default: see sfs doctor.")] = None,
+    mask_token_id: Annotated[int | None, typer.Option(help="Mask token. Default: the checkpoint's.")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Limit of positions. Default: the checkpoint's.")] = None,
 ) -> None:
     """Serve a model through OpenAI's HTTP interface, until SIGINT or SIGTERM."""
     _need_libraries()
@@ -86,7 +88,8 @@ def serve(
     )
     settings.sampler.check_cache(settings.cache)
     with _listen(settings) as listener:  # fail on a busy port before gigabytes are read
-        run(load(model, device, dtype, backend, cuda_graphs, quantization=quantization), settings, listener)
+        how = {"quantization": quantization, "mask_token_id": mask_token_id, "max_length": max_length}
+        run(load(model, device, dtype, backend, cuda_graphs, **how), settings, listener)
 
 
 def run(engine: Any, settings: ServeSettings, listener: socket.socket) -> None:

@@ -12,7 +12,7 @@ import torch
 import sfs_triton
 from bench.embedded import export, problems, tasks, train, vocabulary
 from bench.embedded.model import CONSTANT_CHANNEL, CONSTANT_VALUE, LLaDA
-from sfs_triton.engine import EMBEDDED
+from sfs_triton.checkpoint import EMBEDDED
 from tests.support.margins import assert_logits_close
 
 KINDS = ("records", "words", "countdown", "drill")

@@ -22,7 +22,7 @@ from bench.common.testing import assert_within_budget
 from bench.embedded import problems, tasks
 from bench.shapes import geometry, inflate, inflation
 from sfs_triton import ArgumentError, CheckpointError, OutOfDeviceMemory, RefreshCache, RegionCache, SlowFast, Threshold
-from sfs_triton.engine import EMBEDDED
+from sfs_triton.checkpoint import EMBEDDED
 from sfs_triton.models import Transformer, load_weights, read_spec
 from sfs_triton.models.cache import Scope
 from sfs_triton.models.weights import LLADA_NAMES, LLAMA_NAMES, expected_shapes

@@ -27,9 +27,9 @@ import sfs_triton  # noqa: E402
 from bench.embedded import evaluate, problems, tasks  # noqa: E402
 from bench.eval import sandbox  # noqa: E402
 from sfs_triton import ArgumentError, FixedSteps, RegionCache, SlowFast, Threshold  # noqa: E402
+from sfs_triton.checkpoint import EMBEDDED  # noqa: E402
 from sfs_triton.cli import evaluate as command  # noqa: E402
 from sfs_triton.decoding.params import DecodingParams  # noqa: E402
-from sfs_triton.engine import EMBEDDED  # noqa: E402
 from sfs_triton.integrations.lm_eval import DiffusionLM, costs  # noqa: E402
 from sfs_triton.integrations.lm_eval import model as integration  # noqa: E402
 from sfs_triton.integrations.lm_eval.settings import parse_gen_kwargs, parse_model_args  # noqa: E402

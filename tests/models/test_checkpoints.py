@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import sfs_triton
 from sfs_triton import CheckpointError, UnsupportedConfigError
-from sfs_triton.engine import EMBEDDED
+from sfs_triton.checkpoint import EMBEDDED
 from sfs_triton.models import read_spec
 from tests.support.margins import assert_logits_close
 from tests.support.paths import MODELS
@@ -260,7 +260,7 @@ def test_a_revision_of_a_hub_id(monkeypatch):
 
     def snapshot_download(name: str, revision: str | None, allow_patterns: list[str]) -> str:
         asked.append((name, revision))
-        assert all(pattern.endswith((".json", ".jinja", ".safetensors")) for pattern in allow_patterns)
+        assert all(pattern.endswith((".json", ".jinja", ".safetensors", "merges.txt")) for pattern in allow_patterns)
         return str(EMBEDDED)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)

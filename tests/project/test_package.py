@@ -33,8 +33,10 @@ ROOMS = {
     "self_check": (
         *("scheduling", "runner", "decoding", "models", "ops", "kernels", "distributed", "files", "version", "errors"),
     ),
+    "checkpoint": ("models", "text", "files", "errors"),
     "engine": (
-        *("self_check", "scheduling", "runner", "decoding", "models", "ops", "text", "distributed", "files", "errors"),
+        *("self_check", "checkpoint", "scheduling", "runner", "decoding", "models", "ops", "text", "distributed"),
+        "errors",
     ),
     "view": ("engine", "scheduling", "decoding", "files", "errors"),
     "batch": ("engine", "decoding", "text", "files", "errors"),

@@ -15,7 +15,7 @@ if str(ROOT) not in sys.path:
 
 from bench.embedded import problems, tasks  # noqa: E402
 from bench.eval import sandbox  # noqa: E402
-from sfs_triton.engine import EMBEDDED  # noqa: E402
+from sfs_triton.checkpoint import EMBEDDED  # noqa: E402
 from sfs_triton.text.codec import TextCodec  # noqa: E402
 
 PROBLEMS = 500  # of each kind, the same as bench.embedded.evaluate's

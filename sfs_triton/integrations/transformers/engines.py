@@ -65,7 +65,7 @@ def accelerate(
     valid = backend is None or isinstance(backend, str)
     require(valid, f"backend={repr(backend)} is not the name of a back end; a tokenizer goes into tokenizer=")
     with _LOCK, torch.inference_mode(False), torch.no_grad():
-        spec = _spec(hf_model)
+        spec = _spec(hf_model, codec)
         llada = any(name == LLADA_NAMES["embedding"] for name, _ in hf_model.named_parameters())
         names = LLADA_NAMES if llada else LLAMA_NAMES
         parameters = _parameters(hf_model, spec, names)
@@ -126,9 +126,12 @@ def _refuse_wrapped(model: Any) -> None:
     )
 
 
-def _spec(model: nn.Module) -> ModelSpec:
+def _spec(model: nn.Module, codec: TextCodec | None) -> ModelSpec:
+    config = model.config.to_dict()
+    if config.get("mask_token_id") is None and codec is not None:
+        config["mask_token_id"] = codec.mask_id()
     try:
-        return read_spec(model.config.to_dict())
+        return read_spec(config)
     except CheckpointError as error:
         text = str(error).removeprefix("config.json: ").removeprefix("config.json ")
         raise type(error)(f"the config of {type(model).__name__}: {text}") from None
@@ -187,6 +190,7 @@ def _shared_weights(parameters: Mapping[str, nn.Parameter], spec: ModelSpec, nam
             mlp_norm=take(names["mlp_norm"]),
             gate_up=take(names["gate"], names["up"]),
             down=take(names["down"]),
+            **{part: take(names[part]) for part in ("q_norm", "k_norm") if spec.qk_norm},
         )
 
     embedding = _fuse([parameters[names["embedding"]]])

@@ -1,0 +1,96 @@
+"""Checkpoints: find the folder or file of a name, and read all of it but the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from .errors import CheckpointError, check_integer, require
+from .files import read_json
+from .models import ModelSpec, read_spec
+from .text.codec import TextCodec
+
+EMBEDDED = Path(__file__).parent / "embedded"
+FETCHED = ("*.json", "*.jinja", "*.safetensors", "merges.txt")  # of a hub repository: never code, never pickles
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """Spec and text codec of a checkpoint, and where its weights are."""
+
+    path: Path
+    spec: ModelSpec
+    text: TextCodec | None
+
+
+def open_checkpoint(
+    path_or_hub_id: str | Path, *, mask_token_id: int | None = None, max_length: int | None = None
+) -> Checkpoint:
+    """Read the configuration and the tokenizer of a checkpoint folder or hub id.
+
+    Args:
+        path_or_hub_id: as for :func:`sfs_triton.load`.
+        mask_token_id: takes precedence over the checkpoint's own.
+        max_length: limit of prompt and response, at most the one of ``config.json``.
+
+    Raises:
+        ArgumentError: names the argument and its value.
+        CheckpointError: names the file and key at fault.
+    """
+    path = find("path_or_hub_id", path_or_hub_id)
+    config, text = read_json(path / "config.json"), TextCodec.from_folder(path)
+    require_object(path / "config.json", config)
+    spec = _spec(path, config, text, mask_token_id)
+    return Checkpoint(path, _shortened(spec, max_length), text)
+
+
+def find(name: str, path_or_hub_id: str | Path) -> Path:
+    """Return the folder of a checkpoint, fetched if it is a hub id; errors name the argument ``name``."""
+    named = isinstance(path_or_hub_id, (str, Path)) and str(path_or_hub_id) not in ("", ".")
+    require(named, f"{name}={path_or_hub_id!r} is neither a folder nor a hub id")
+    folder = EMBEDDED if str(path_or_hub_id) == "embedded" else Path(path_or_hub_id)
+    if folder.is_dir():
+        return folder
+    if folder.is_absolute() or folder.exists():
+        raise CheckpointError(f"{str(folder)!r} is not a folder")
+    return _download(name, str(path_or_hub_id))
+
+
+def _download(argument: str, hub_id: str) -> Path:
+    """Download a hub repository: JSON, text and safetensors files only."""
+    from huggingface_hub import snapshot_download
+
+    name, at, revision = hub_id.partition("@")
+    require(bool(revision) == bool(at), f"{argument}={hub_id!r} names no revision after its @")
+    try:
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=list(FETCHED)))
+    except Exception as error:  # the hub client raises many kinds, network errors included
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"{hub_id!r} is not a local folder, and could not be fetched as a hub id: {reason}"
+        ) from None
+
+
+def require_object(path: Path, value: Any) -> None:
+    """Raise CheckpointError unless a JSON file holds an object."""
+    if not isinstance(value, Mapping):
+        raise CheckpointError(f"{path} holds a {type(value).__name__}, not an object")
+
+
+def _spec(path: Path, config: Mapping[str, Any], text: TextCodec | None, mask_token_id: int | None) -> ModelSpec:
+    """Read the spec; the tokenizer names the mask token where ``config.json`` does not."""
+    if mask_token_id is not None:
+        check_integer("mask_token_id", mask_token_id, 0)
+        config = {**config, "mask_token_id": mask_token_id}
+    elif config.get("mask_token_id") is None and text is not None:
+        config = {**config, "mask_token_id": text.mask_id()}
+    return read_spec(config)
+
+
+def _shortened(spec: ModelSpec, max_length: int | None) -> ModelSpec:
+    if max_length is None:
+        return spec
+    check_integer("max_length", max_length, 1, spec.max_length)
+    return replace(spec, max_length=max_length)
