@@ -1,4 +1,4 @@
-"""Text codec of a checkpoint: its ``tokenizer.json`` and its chat template."""
+"""Text codec of a checkpoint: its tokenizer and its chat template."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from tokenizers import Tokenizer
 
 from ..errors import ArgumentError, CheckpointError, SfsError, require
 from ..files import read_json
+from .byte_level import check_size_of, read_qwen2
 from .chat_template import TemplateError, render
 
+MASK_TOKENS = ("<[MASK]>", "<|mdm_mask|>", "[MDM_MASK]", "<|mask|>")  # where the tokenizer names none
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # decoded from a character with missing bytes
 GROWTH = 64  # of a text in its tokenizer: Unicode's own normal forms make a character 18 at most
 CHARACTERS = 64  # of text per position of a context; encoding far more than fits takes long
@@ -45,18 +47,25 @@ class TextCodec:
 
     @classmethod
     def from_folder(cls, folder: Path) -> TextCodec | None:
-        """Load the codec of a checkpoint folder; None if it has no ``tokenizer.json``."""
-        path = folder / "tokenizer.json"
-        if not path.is_file():
+        """Load the codec of a checkpoint folder: of ``tokenizer.json``, or of ``vocab.json`` and ``merges.txt``.
+
+        None if it has neither.
+        """
+        path, config_path = folder / "tokenizer.json", folder / "tokenizer_config.json"
+        parts = (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()
+        if not path.is_file() and not parts:
             return None
-        with _refusing(CheckpointError, f"{path} is not a readable tokenizer"):
-            tokenizer = Tokenizer.from_file(str(path))
-        for name in ("normalizer", "decoder"):
-            _check_growth(path, name, getattr(tokenizer, name))
-        config_path = folder / "tokenizer_config.json"
         config = read_json(config_path) if config_path.is_file() else {}
         if not isinstance(config, Mapping):
             raise CheckpointError(f"{config_path} holds a {type(config).__name__}, not an object")
+        if path.is_file():
+            check_size_of(path)
+            with _refusing(CheckpointError, f"{path} is not a readable tokenizer"):
+                tokenizer = Tokenizer.from_file(str(path))
+            for name in ("normalizer", "decoder"):
+                _check_growth(path, name, getattr(tokenizer, name))
+        else:
+            tokenizer = read_qwen2(folder, config)
         template = _default_template(config.get("chat_template"), config_path)
         jinja = folder / "chat_template.jinja"
         if jinja.is_file():
@@ -96,6 +105,14 @@ class TextCodec:
     def token_id(self, token: str) -> int | None:
         """Return the id of a token by its exact text."""
         return self.tokenizer.token_to_id(token)
+
+    def mask_id(self) -> int | None:
+        """Return the id of the mask token: the one that the tokenizer names, else an added token of a usual name."""
+        named = self.special.get("mask_token")
+        if named is not None:
+            return self.token_id(named)
+        special = self.special_ids()
+        return next((special[name] for name in MASK_TOKENS if name in special), None)
 
     def special_ids(self) -> dict[str, int]:
         """Return the ids of special tokens by their text."""
