@@ -145,7 +145,7 @@ def test_what_the_families_say():
 
 @pytest.mark.parametrize(
     "scaling",
-    [None, {"rope_type": "default"}, {"type": "linear", "factor": 1.0}, {"rope_type": "default", "factor": 1}],
+    [None, {"rope_type": "default"}, {"type": "default", "factor": 1.0}, {"rope_type": "default", "factor": 1}],
 )
 def test_scaling_that_changes_nothing_is_accepted(scaling):
     assert read_spec({**ILLADA, "rope_scaling": scaling}) == read_spec(ILLADA)
@@ -156,6 +156,7 @@ def test_scaling_that_changes_nothing_is_accepted(scaling):
     [
         {"rope_scaling": {"rope_type": "default", "factor": 2.0}},
         {"rope_scaling": {"rope_type": "yarn", "factor": 1.0}},
+        {"rope_scaling": {"type": "linear"}},
         {"rope_scaling": {"rope_type": [], "factor": 1.0}},
         {"layer_norm_eps": 1e-5},
         {"block_size": 32},
