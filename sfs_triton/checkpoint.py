@@ -10,8 +10,10 @@ from typing import Any
 from .errors import CheckpointError, check_integer, require
 from .files import read_json
 from .models import ModelSpec, read_spec
+from .models.spec import check_in_vocabulary, token_ids
 from .text.codec import TextCodec
 
+TURN_ENDS = ("<|eot_id|>", "<|im_end|>")  # written by chat templates, and by models that were trained on them
 EMBEDDED = Path(__file__).parent / "embedded"
 FETCHED = ("*.json", "*.jinja", "*.safetensors", "merges.txt")  # of a hub repository: never code, never pickles
 
@@ -80,13 +82,27 @@ def require_object(path: Path, value: Any) -> None:
 
 
 def _spec(path: Path, config: Mapping[str, Any], text: TextCodec | None, mask_token_id: int | None) -> ModelSpec:
-    """Read the spec; the tokenizer names the mask token where ``config.json`` does not."""
+    """Read the spec. The tokenizer names the mask token where ``config.json`` does not, and ends of turns; more ends
+    are in ``generation_config.json``."""
+    config = dict(config)
     if mask_token_id is not None:
         check_integer("mask_token_id", mask_token_id, 0)
-        config = {**config, "mask_token_id": mask_token_id}
+        config["mask_token_id"] = mask_token_id
     elif config.get("mask_token_id") is None and text is not None:
-        config = {**config, "mask_token_id": text.mask_id()}
-    return read_spec(config)
+        config["mask_token_id"] = text.mask_id()
+    file = path / "generation_config.json"
+    settings = read_json(file) if file.is_file() else {}
+    require_object(file, settings)
+    name = f"{file}: eos_token_id"
+    ends = token_ids(name, settings.get("eos_token_id"))
+    if config.get("eos_token_id") is None:
+        config["eos_token_id"] = ends or (None if text is None else text.end_id())
+    spec = read_spec(config)
+    check_in_vocabulary(name, ends, spec.vocab_size)
+    if spec.mask_id in ends:
+        raise CheckpointError(f"{name}={spec.mask_id} is the mask token")
+    turns = [] if text is None else [token for token in text.written_ids(TURN_ENDS) if token < spec.vocab_size]
+    return replace(spec, end_ids=tuple(dict.fromkeys((*spec.end_ids, *ends, *turns))))
 
 
 def _shortened(spec: ModelSpec, max_length: int | None) -> ModelSpec:

@@ -8,6 +8,7 @@ Numbers are loaded as 32 bits, which hold all of them, since 64-bit division is 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -72,6 +73,7 @@ def commit_row(
     dirty_ptr,
     token_ptr,
     fill_ptr,
+    ends_ptr,
     length,
     limit,
     step,
@@ -79,12 +81,14 @@ def commit_row(
     from_a,
     from_b,
     EOS_STOP: tl.constexpr,
+    N_ENDS: tl.constexpr,
     BLOCK_L: tl.constexpr,
 ):
     """Commit a row's chosen tokens where ``fill`` says. Pointers are the row's own.
 
-    With EOS_STOP the leftmost end-of-text that was ever committed is the row's limit: everything after it becomes
-    end-of-text, whether it was decided or not, and leaves the masks; given positions stay.
+    With EOS_STOP the leftmost end-of-text that was ever committed, ``eos_id`` or one of the N_ENDS others, is the row's
+    limit: everything after it becomes ``eos_id``, whether it was decided or not, and leaves the masks; given positions
+    stay.
 
     Returns the limit, the number of masks left, and the lowest undecided positions at or after ``from_a`` and
     ``from_b`` (``length`` where there is none).
@@ -95,7 +99,10 @@ def commit_row(
             place = begin + tl.arange(0, BLOCK_L)
             fill = tl.load(fill_ptr + place, mask=place < length, other=0) != 0
             token = tl.load(token_ptr + place, mask=fill, other=-1)
-            ended = tl.minimum(ended, tl.where(fill & (token == eos_id), place, length))
+            ends = token == eos_id
+            for other in tl.static_range(N_ENDS):
+                ends = ends | (token == tl.load(ends_ptr + other))
+            ended = tl.minimum(ended, tl.where(fill & ends, place, length))
         limit = tl.minimum(limit, tl.min(ended, axis=0) + 1)
     left = tl.zeros([BLOCK_L], tl.int32)
     first_a = tl.zeros([BLOCK_L], tl.int32) + length
@@ -178,6 +185,14 @@ def check_state(state) -> tuple[int, int]:
 def state_pointers(state) -> dict[str, torch.Tensor]:
     """The tensors of :func:`check_state`, as arguments of a decide kernel."""
     return {f"{name}_ptr": getattr(state, name) for name in (*_CANVAS, "control", "sampling")}
+
+
+def other_ends(state, eos_stop: bool) -> dict[str, Any]:
+    """The end-of-text tokens besides ``eos_id``, int64 ``[n]``, as arguments of a decide kernel."""
+    ends = state.other_ends
+    check_tensor("other_ends", ends, dtype=torch.int64, shape=[None], device=state.control.device, dense=True)
+    count = len(ends) if eos_stop else 0
+    return {"ends_ptr": ends if count else None, "N_ENDS": count}
 
 
 @dataclass(frozen=True)

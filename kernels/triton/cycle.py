@@ -46,6 +46,7 @@ from .commit import (
     block_at,
     check_state,
     commit_row,
+    other_ends,
     row_waits,
     scan_config,
     state_pointers,
@@ -296,6 +297,7 @@ def _decide_kernel(
     sampling_ptr,
     event_control_ptr,
     event_history_ptr,
+    ends_ptr,
     length,
     eos_id,
     min_parallel_slow,
@@ -314,6 +316,7 @@ def _decide_kernel(
     ROUNDING: tl.constexpr,
     ZERO_HISTORY: tl.constexpr,
     EOS_STOP: tl.constexpr,
+    N_ENDS: tl.constexpr,
     SHARE_STABLE: tl.constexpr,
     EOS_HORIZON: tl.constexpr,
     PARTIAL: tl.constexpr,
@@ -400,7 +403,7 @@ def _decide_kernel(
     tl.debug_barrier()
     limit, masks_left, first, first_after_block = commit_row(
         tokens_ptr + at, masked_ptr + at, commit_step_ptr + at, dirty_ptr + at, token_ptr + at, fill_ptr + at,
-        length, limit, step, eos_id, s, block_end, EOS_STOP, BLOCK_L,
+        ends_ptr, length, limit, step, eos_id, s, block_end, EOS_STOP, N_ENDS, BLOCK_L,
     )  # fmt: skip
 
     k += moves.to(tl.int32)
@@ -481,6 +484,7 @@ def decide_cycle(state, rules: CycleRules, *, slow: bool = True, config: ScanCon
         event_history_ptr=None if event is None else event[1],
         length=length,
         eos_id=state.eos_id,
+        **other_ends(state, rules.eos_stop),
         **_arguments(rules),
         HAS_EVENT=event is not None,
         BLOCK_COLUMNS=triton.next_power_of_2(len(CONTROL)),

@@ -40,6 +40,7 @@ from .commit import (
     block_at,
     check_state,
     commit_row,
+    other_ends,
     row_waits,
     scan_config,
     state_pointers,
@@ -180,6 +181,7 @@ def _decide_kernel(
     fill_ptr,
     control_ptr,
     sampling_ptr,
+    ends_ptr,
     length,
     n_uniform,
     n_shares,
@@ -196,6 +198,7 @@ def _decide_kernel(
     IS_PACED: tl.constexpr,
     OPENING: tl.constexpr,
     EOS_STOP: tl.constexpr,
+    N_ENDS: tl.constexpr,
     PARTIAL: tl.constexpr,
     HAS_BLOCKS: tl.constexpr,
     BLOCK_L: tl.constexpr,
@@ -282,7 +285,7 @@ def _decide_kernel(
             tl.debug_barrier()
     limit, masks_left, first, following = commit_row(
         tokens_ptr + at, masked_ptr + at, commit_step_ptr + at, dirty_ptr + at, token_ptr + at, fill_ptr + at,
-        length, limit, step, eos_id, block_start, block_end, EOS_STOP, BLOCK_L,
+        ends_ptr, length, limit, step, eos_id, block_start, block_end, EOS_STOP, N_ENDS, BLOCK_L,
     )  # fmt: skip
 
     k += moves.to(tl.int32)
@@ -361,6 +364,7 @@ def decide_block(state, rules: BlockRules, *, slow: bool = True, config: ScanCon
         n_uniform=n_uniform,
         n_shares=n_shares,
         eos_id=state.eos_id,
+        **other_ends(state, rules.eos_stop),
         paced_steps=min(rules.paced_steps or 0, MAX_LENGTH),  # one position per step; sums fit 32 bits
         block_length=min(rules.block_length or 0, MAX_LENGTH + 1),  # of which a canvas has one
         least=min(rules.least, MAX_LENGTH),

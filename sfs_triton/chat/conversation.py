@@ -73,11 +73,11 @@ class Conversation:
         return self._steps(text, len(prompt), self.engine.stream(prompt, self.params))
 
     def _steps(self, text: str, start: int, stream: Stream) -> Iterator[tuple[str, Frame | None]]:
-        settled, end = SettledText(self.engine.text), self.engine.spec.eos_id
+        settled, spec = SettledText(self.engine.text), self.engine.spec
         with stream:
             for frame in stream:
                 tokens = frame.tokens[0][start : frame.settled[0]]
-                yield settled.take(tokens[: tokens.index(end)] if end in tokens else tokens, final=False), frame
+                yield settled.take(tokens[: spec.end_of(tokens)], final=False), frame
             made = stream.result()
         self.last = made
         exchange = [{"role": "user", "content": text}, {"role": "assistant", "content": made.text}]

@@ -8,7 +8,7 @@ is refused by name, never ignored.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -48,6 +48,10 @@ class ModelSpec:
     @property
     def head_dim(self) -> int:
         return self.head_size or self.d_model // (self.n_heads * self.shards)
+
+    def end_of(self, tokens: Sequence[int]) -> int | None:
+        """Return the index of the first token that ends a response, or None."""
+        return next((index for index, token in enumerate(tokens) if token in self.end_ids), None)
 
     @property
     def q_width(self) -> int:
@@ -183,17 +187,28 @@ def _refuse_block_diffusion(config: Mapping[str, Any], names: str) -> None:
         )
 
 
-def _ids(config: Mapping[str, Any], key: str, vocab_size: int) -> list[int]:
-    """Read a token id or a list of them; an absent key is an empty list."""
-    value = config.get(key)
+def token_ids(name: str, value: Any) -> list[int]:
+    """Return a token id or a list of them as a list without repeats; None gives an empty one. Errors say ``name``."""
     listed = value if isinstance(value, list) else [] if value is None else [value]
     if len(listed) > MOST_ENDS:
-        raise CheckpointError(f"config.json: {key} lists {len(listed)} ids, over {MOST_ENDS}")
+        raise CheckpointError(f"{name} lists {len(listed)} ids, over {MOST_ENDS}")
     for token in listed:
-        check_integer(f"config.json: {key}", token, 0, 2**24, CheckpointError)
-        if token >= vocab_size:
-            raise CheckpointError(f"config.json: {key}={token} is outside the vocabulary of {vocab_size}")
+        check_integer(name, token, 0, 2**24, CheckpointError)
     return list(dict.fromkeys(listed))
+
+
+def check_in_vocabulary(name: str, tokens: Sequence[int], vocab_size: int) -> None:
+    """Raise CheckpointError, which says ``name``, if a token is outside the vocabulary."""
+    for token in tokens:
+        if token >= vocab_size:
+            raise CheckpointError(f"{name}={token} is outside the vocabulary of {vocab_size}")
+
+
+def _ids(config: Mapping[str, Any], key: str, vocab_size: int) -> list[int]:
+    name = f"config.json: {key}"
+    ids = token_ids(name, config.get(key))
+    check_in_vocabulary(name, ids, vocab_size)
+    return ids
 
 
 def _special_ids(config: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:

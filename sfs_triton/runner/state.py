@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -41,6 +41,7 @@ class DecodeState:
     shares: torch.Tensor  # float32 [B, n]: schedule per sequence, if the sampler has one
     control: torch.Tensor  # int64 [B, len(CONTROL)]
     sampling: torch.Tensor  # float32 [B, len(SAMPLING)]: sampler parameters per sequence
+    other_ends: torch.Tensor  # int64 [n]: tokens that end a sequence as ``eos_id`` does
     length: int
     mask_id: int
     eos_id: int
@@ -103,6 +104,7 @@ class DecodeState:
         sampling: Mapping[str, float],
         device: torch.device,
         trace: bool,
+        other_ends: Sequence[int] = (),
     ) -> DecodeState:
         """Return a state of canvases ``rows`` (token ids; undecided ones are ``mask_id``), decoded from ``starts`` on.
 
@@ -110,7 +112,8 @@ class DecodeState:
         parameters of the sampler.
         """
         shape = {"batch": len(rows), "length": max(map(len, rows)), "window": window}
-        state = cls.blank(**shape, mask_id=mask_id, eos_id=eos_id, device=device, trace=trace)
+        how = {"mask_id": mask_id, "eos_id": eos_id, "other_ends": other_ends, "device": device, "trace": trace}
+        state = cls.blank(**shape, **how)
         for slot, (row, start, seed, cap) in enumerate(zip(rows, starts, seeds, caps, strict=True)):
             state.put(slot, row, start, block_length=block_length, seed=seed, cap=cap, sampling=sampling)
         return state
@@ -127,6 +130,7 @@ class DecodeState:
         device: torch.device,
         trace: bool,
         entropy: bool = False,
+        other_ends: Sequence[int] = (),
     ) -> DecodeState:
         """Allocate tensors for ``batch`` canvases of ``length``. Slots are free until :meth:`put` fills them."""
 
@@ -169,6 +173,7 @@ class DecodeState:
             shares=torch.zeros((batch, 0), device=device),
             control=control,
             sampling=torch.ones((batch, len(SAMPLING)), dtype=torch.float32, device=device),
+            other_ends=torch.tensor(other_ends, dtype=torch.int64, device=device),
             length=length,
             mask_id=mask_id,
             eos_id=eos_id,

@@ -150,8 +150,8 @@ class Sequence:
         """Return the result from its final state."""
         canvas, progress = self.tokens, self.progress
         response = canvas[self.start :]
-        generated = self.start > 0 and spec.eos_id in response  # an infilled canvas is not cut at end-of-text
-        tokens = response[: response.index(spec.eos_id) + 1] if generated else response
+        end = spec.end_of(response) if self.start > 0 else None  # an infilled canvas is not cut at end-of-text
+        tokens = response if end is None else response[: end + 1]
         branches = 2 if self.params.sampler.cfg_scale else 1
         return Generation(
             text=None if text is None else text.decode(tokens),

@@ -145,17 +145,15 @@ class OutputProcessor:
     def _complete(self, response: list[int]) -> None:
         if not self.job.stream and not self.job.stops:
             self._text.take(self._answer(response), True)
-        end = self._spec.eos_id
-        ended = end in response
-        self._finish(response.index(end) + 1 if ended else len(response), "stop" if ended else "length")
+        end = self._spec.end_of(response)
+        self._finish(*((len(response), "length") if end is None else (end + 1, "stop")))
 
     def _finish(self, tokens: int, reason: str) -> None:
         seconds = time.monotonic() - self._start_time
         self.job.emit(Finished(self._text.text, tokens, self._nfe, reason, seconds))
 
     def _answer(self, tokens: list[int]) -> list[int]:
-        end = self._spec.eos_id
-        return tokens[: tokens.index(end)] if end in tokens else tokens
+        return tokens[: self._spec.end_of(tokens)]
 
     def _open(self, canvas: list[int]) -> bool:
         return self._spec.mask_id in canvas[self.job.request.first : self.job.request.stop]
@@ -170,6 +168,7 @@ class OutputProcessor:
             "suffix_length": len(request.sequence.canvas) - request.stop,
             "mask_id": self._spec.mask_id,
             "eos_id": self._spec.eos_id,
+            "end_ids": list(self._spec.end_ids),
             "sampler": params["sampler"],
             "cache": params["cache"],
             "seed": params["seed"],
@@ -213,4 +212,4 @@ class OutputProcessor:
         """Return one past the leftmost committed end-of-text, counted from the answer's first position, or None."""
         first, stop = self.job.request.first, self.job.request.stop
         pairs = zip(sequence.tokens[first:stop], sequence.commit_step[first:stop], strict=True)
-        return next((n + 1 for n, (token, at) in enumerate(pairs) if token == self._spec.eos_id and at >= 0), None)
+        return next((n + 1 for n, (token, at) in enumerate(pairs) if token in self._spec.end_ids and at >= 0), None)

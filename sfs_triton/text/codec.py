@@ -114,6 +114,16 @@ class TextCodec:
         special = self.special_ids()
         return next((special[name] for name in MASK_TOKENS if name in special), None)
 
+    def end_id(self) -> int | None:
+        """Return the id of the end-of-text token that the tokenizer names."""
+        named = self.special.get("eos_token")
+        return None if named is None else self.token_id(named)
+
+    def written_ids(self, tokens: Sequence[str]) -> list[int]:
+        """Return the ids of those special tokens that the chat template writes."""
+        special = self.special_ids() if self.template else {}
+        return [special[token] for token in tokens if token in special and token in self.template]
+
     def special_ids(self) -> dict[str, int]:
         """Return the ids of special tokens by their text."""
         added = self.tokenizer.get_added_tokens_decoder()

@@ -68,7 +68,7 @@ class Canvas:
 
     gen_length: int
     mask_id: int
-    eos_id: int
+    end_ids: tuple[int, ...]
     staged: bool  # SlowFast; other samplers decode block by block
     block_length: int | None
     tokens: list[int] = field(default_factory=list)
@@ -116,7 +116,8 @@ class Canvas:
     @property
     def tokens_per_forward(self) -> float:
         """Response tokens so far per step; tokens after an end-of-text do not count."""
-        stop = self.tokens.index(self.eos_id) + 1 if self.eos_id in self.tokens else len(self.tokens)
+        ends = (n + 1 for n, token in enumerate(self.tokens) if token in self.end_ids)
+        stop = next(ends, len(self.tokens))
         return sum(not self.masked(p) for p in range(stop)) / max(1, self.step + 1)
 
     def inside(self, position: int) -> bool:
@@ -145,7 +146,7 @@ class View:
         token, committed = canvas.tokens[position], canvas.commit_step[position]
         if canvas.masked(position):
             return (self.glyphs.inside, MASKED) if canvas.inside(position) else (self.glyphs.outside, AHEAD)
-        text = self.glyphs.ended if token == canvas.eos_id else self._text(token)
+        text = self.glyphs.ended if token in canvas.end_ids else self._text(token)
         if committed < 0:  # filled after an end-of-text, not decoded
             return text, ENDED
         style = STYLES[canvas.phases[committed]]
@@ -230,7 +231,7 @@ class Watcher:
         self.canvas = Canvas(
             gen_length,
             engine.spec.mask_id,
-            engine.spec.eos_id,
+            engine.spec.end_ids,
             isinstance(sampler, SlowFast),
             getattr(sampler, "block_length", None),
         )

@@ -255,7 +255,11 @@ def test_canvas_follows_the_trace(engine, sampler, eos_stop):
     frames = []
     result = engine.generate(PROMPT, gen_length=64, sampler=sampler, trace=True, on_step=frames.append)
     canvas = render.Canvas(
-        64, MASK, EOS, staged=isinstance(sampler, SlowFast), block_length=getattr(sampler, "block_length", None)
+        64,
+        MASK,
+        engine.spec.end_ids,
+        staged=isinstance(sampler, SlowFast),
+        block_length=getattr(sampler, "block_length", None),
     )
     for frame, step in zip(frames, result.trace, strict=True):
         canvas.update(frame)

@@ -136,6 +136,7 @@ def random_state(rng: random.Random, rules: CycleRules | BlockRules, batch: int,
     state.forwarded.copy_(torch.tensor(ages))
     state.shares = torch.tensor([[rng.random() for _ in range(7)] for _ in range(batch)])
     state.uniform = torch.tensor([[rng.random() for _ in range(2 * length)] for _ in range(batch)])
+    state.other_ends = torch.tensor(rng.choice([[], [3], [3, 7]]), dtype=torch.int64)
     if getattr(rules, "select", None) == "bound":
         entropies = [rng.choice(SCORES) for _ in range(batch * length + 1)]
         state = dataclasses.replace(state, choice_entropy=torch.tensor(entropies))

@@ -149,7 +149,7 @@ def chunk(frame: dict | None = None, text: str = "") -> dict:
 
 def start(length: int) -> dict:
     how = {"sampler": {"kind": "slowfast", "preset": "paper", "block_length": None}, "cache": {"kind": "none"}}
-    rest = {"prompt_length": 3, "suffix_length": 0, "mask_id": 5, "eos_id": 1, "seed": 7}
+    rest = {"prompt_length": 3, "suffix_length": 0, "mask_id": 5, "eos_id": 1, "end_ids": [1, 4], "seed": 7}
     return {"type": "start", "response_length": length, **how, **rest}
 
 
@@ -179,7 +179,7 @@ def rebuilt(frames: list[dict], count: int) -> list[str | None]:
     canvas = [None] * opening["response_length"]
     for frame in steps:
         for commit in frame["committed"]:
-            ended = commit["token"] == opening["eos_id"]
+            ended = commit["token"] in opening["end_ids"]
             canvas[commit["position"]] = ENDED if ended else commit["text"].replace("\n", "↵")
     closed = steps[-1]["closed_from"] if steps else None
     return canvas if closed is None else canvas[:closed] + [ENDED] * (len(canvas) - closed)

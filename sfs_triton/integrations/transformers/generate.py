@@ -267,7 +267,7 @@ def _output(
     stops: StopStrings | None,
 ) -> MaskedDiffusionOutput:
     """Build the output: responses cut at their end-of-text and stop strings, then padded to one length."""
-    ends = _ends(settings) or {spec.eos_id}
+    ends = _ends(settings) or set(spec.end_ids)
     pad = spec.pad_id if settings.pad_token_id is None else int(settings.pad_token_id)
     responses = []
     for done in generations:

@@ -17,8 +17,9 @@ def waiting(state, first: torch.Tensor, stop: torch.Tensor) -> torch.Tensor:
 def commit(state, fill: torch.Tensor, *, eos_stop: bool) -> None:
     """Commit ``state.token`` where ``fill [B, L]`` says, for the rows that are still running.
 
-    With ``eos_stop`` the leftmost end-of-text that was ever committed is the row's limit: everything after it becomes
-    end-of-text, whether it was decided or not, and leaves the canvas' masks. Given positions stay.
+    With ``eos_stop`` the leftmost end-of-text that was ever committed, ``state.eos_id`` or one of ``state.other_ends``,
+    is the row's limit: everything after it becomes ``eos_id``, whether it was decided or not, and leaves the canvas'
+    masks. Given positions stay.
     """
     state.fill.copy_(fill)
     state.dirty.logical_or_(fill)
@@ -26,7 +27,10 @@ def commit(state, fill: torch.Tensor, *, eos_stop: bool) -> None:
     state.masked.logical_and_(~fill)
     state.commit_step.copy_(torch.where(fill, state.step[:, None], state.commit_step))
     if eos_stop:
-        ended = torch.where(fill & (state.token == state.eos_id), state.position, state.length).amin(1)
+        ends = state.token == state.eos_id
+        if len(state.other_ends):
+            ends = ends | (state.token[..., None] == state.other_ends).any(-1)
+        ended = torch.where(fill & ends, state.position, state.length).amin(1)
         state.limit.copy_(torch.minimum(state.limit, ended + 1))
         decoded = state.masked | (state.commit_step >= 0)
         beyond = decoded & (state.position >= state.limit[:, None])

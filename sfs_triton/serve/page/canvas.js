@@ -52,7 +52,7 @@ export class Run {
     }
     const { commits, step } = this.at(count);
     if (!step) return { nfe: 0, tpf: null, seconds: 0, speed: null };
-    const end = commits.findIndex((commit) => commit?.token === this.start.eos_id);
+    const end = commits.findIndex((commit) => this.start.end_ids.includes(commit?.token));
     const tokens = commits.slice(0, end < 0 ? this.length : end + 1).filter(Boolean).length;
     const nfe = step.step + 1;
     return { nfe, tpf: tokens / nfe, seconds: step.seconds, speed: per(tokens, step.seconds) };

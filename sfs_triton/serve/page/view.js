@@ -122,7 +122,7 @@ function lookOf(run, state, position) {
     const title = `${position}: masked`;
     return { text: within ? "\u2022" : "\u00b7", kind: `cell mask${within ? " in" : ""}${edges}`, title, masked: true };
   }
-  const text = commit.token === run.start.eos_id ? "\u220e" : readable(commit.text);
+  const text = run.start.end_ids.includes(commit.token) ? "\u220e" : readable(commit.text);
   const height = level(commit.confidence, run.start.sampler.metric);
   const colour = height === null ? "" : ` c${height}`;
   const fresh = commit.step === step.step ? " now" : "";
