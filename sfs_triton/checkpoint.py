@@ -102,7 +102,8 @@ def _spec(path: Path, config: Mapping[str, Any], text: TextCodec | None, mask_to
     if spec.mask_id in ends:
         raise CheckpointError(f"{name}={spec.mask_id} is the mask token")
     turns = [] if text is None else [token for token in text.written_ids(TURN_ENDS) if token < spec.vocab_size]
-    return replace(spec, end_ids=tuple(dict.fromkeys((*spec.end_ids, *ends, *turns))))
+    others = dict.fromkeys((*spec.other_ends, *ends, *turns))
+    return replace(spec, other_ends=tuple(token for token in others if token != spec.eos_id))
 
 
 def _shortened(spec: ModelSpec, max_length: int | None) -> ModelSpec:

@@ -36,7 +36,7 @@ def geometry_spec(geometry: str | ModelSpec, small: ModelSpec) -> ModelSpec:
         return geometry
     if geometry not in GEOMETRIES:
         raise ArgumentError(f"geometry={geometry!r} is not one of {tuple(GEOMETRIES)}")
-    ids = {key: getattr(small, key) for key in ("mask_id", "eos_id", "pad_id", "bos_id")}
+    ids = {key: getattr(small, key) for key in ("mask_id", "eos_id", "pad_id", "bos_id", "other_ends")}
     return replace(GEOMETRIES[geometry], **ids)
 
 

@@ -136,7 +136,7 @@ def config_dict(spec: ModelSpec, dtype: torch.dtype) -> dict:
         "rope_theta": spec.rope_theta,
         "rms_norm_eps": spec.norm_eps,
         "mask_token_id": spec.mask_id,
-        "eos_token_id": spec.eos_id,
+        "eos_token_id": list(spec.end_ids) if spec.other_ends else spec.eos_id,
         "pad_token_id": spec.pad_id,
         "bos_token_id": spec.bos_id,
         "torch_dtype": str(dtype).removeprefix("torch."),

@@ -33,7 +33,7 @@ class ModelSpec:
     eos_id: int
     pad_id: int
     bos_id: int | None = None
-    end_ids: tuple[int, ...] = ()  # tokens that end a response, ``eos_id`` first
+    other_ends: tuple[int, ...] = ()  # tokens that end a response as ``eos_id`` does, which fills what follows
     qkv_bias: bool = False
     tied_head: bool = False
     shifted: bool = False  # logits for position i come from row i - 1
@@ -41,9 +41,10 @@ class ModelSpec:
     head_size: int | None = None  # of a head; None: d_model / n_heads
     shards: int = 1  # ranks that share the heads and the MLP; ``n_heads``, ``n_kv_heads`` and ``mlp`` are of one
 
-    def __post_init__(self) -> None:
-        if self.eos_id not in self.end_ids:
-            object.__setattr__(self, "end_ids", (self.eos_id, *self.end_ids))
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """All tokens that end a response."""
+        return (self.eos_id, *self.other_ends)
 
     @property
     def head_dim(self) -> int:
@@ -227,7 +228,7 @@ def _special_ids(config: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
     if mask[0] in ends:
         raise CheckpointError(f"config.json: mask_token_id and eos_token_id are both {mask[0]}")
     first = {"mask_id": mask[0], "eos_id": ends[0], "pad_id": pad[0] if pad else ends[0]}
-    return {**first, "bos_id": bos[0] if bos else None, "end_ids": tuple(ends)}
+    return {**first, "bos_id": bos[0] if bos else None, "other_ends": tuple(ends[1:])}
 
 
 def _llada_spec(config: Mapping[str, Any]) -> ModelSpec:

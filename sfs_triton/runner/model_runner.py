@@ -79,7 +79,7 @@ class ModelRunner:
             window=getattr(self.sampler, "window", 1),
             mask_id=spec.mask_id,
             eos_id=spec.eos_id,
-            other_ends=[token for token in spec.end_ids if token != spec.eos_id],
+            other_ends=spec.other_ends,
             device=device,
             trace=key.trace,
             entropy=self._draw.entropy,

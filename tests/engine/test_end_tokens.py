@@ -29,8 +29,8 @@ def _write(path, **changes):
     path.write_text(json.dumps({**(json.loads(path.read_text()) if path.is_file() else {}), **changes}))
 
 
-def _engine(shared: Engine, ends: tuple[int, ...]) -> Engine:
-    return Engine(Transformer(replace(shared.spec, end_ids=ends), shared.model.weights))
+def _engine(shared: Engine, *ends: int) -> Engine:
+    return Engine(Transformer(replace(shared.spec, other_ends=ends), shared.model.weights))
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=lambda sampler: type(sampler).__name__)
@@ -39,7 +39,7 @@ def test_the_sequence_ends_at_any_of_them(engines, sampler):
     plain = shared.generate(PROMPT, gen_length=32, sampler=sampler)
     first = min(range(32), key=lambda n: plain.commit_step[len(PROMPT) + n])  # committed before all others
     other = plain.response[first]
-    engine = _engine(shared, (496, 7, other))
+    engine = _engine(shared, 7, other)
     done = engine.generate(PROMPT, gen_length=32, sampler=sampler.replace(eos_stop=True))
     end = done.response.index(other)
     assert end <= first and done.tokens == done.response[: end + 1]
@@ -51,7 +51,7 @@ def test_without_a_stop_the_text_ends_all_the_same(engines):
     shared = engines["llada-mha"]
     plain = shared.generate(PROMPT, gen_length=32, sampler=FixedSteps())
     other = plain.response[20]
-    done = _engine(shared, (496, other)).generate(PROMPT, gen_length=32, sampler=FixedSteps())
+    done = _engine(shared, other).generate(PROMPT, gen_length=32, sampler=FixedSteps())
     assert done.canvas == plain.canvas and done.tokens == plain.response[: plain.response.index(other) + 1]
 
 
