@@ -42,6 +42,7 @@ def open_checkpoint(
         CheckpointError: names the file and key at fault.
     """
     path = find("path_or_hub_id", path_or_hub_id)
+    _check_kind(path)
     config, text = read_json(path / "config.json"), TextCodec.from_folder(path)
     require_object(path / "config.json", config)
     spec = _spec(path, config, text, mask_token_id)
@@ -58,6 +59,21 @@ def find(name: str, path_or_hub_id: str | Path) -> Path:
     if folder.is_absolute() or folder.exists():
         raise CheckpointError(f"{str(folder)!r} is not a folder")
     return _download(name, str(path_or_hub_id))
+
+
+def _check_kind(path: Path) -> None:
+    """Refuse folders that hold something else than one checkpoint, and say what to do with it."""
+    adapter, config = (path / "adapter_config.json").is_file(), (path / "config.json").is_file()
+    if adapter:
+        what = f"load({str(path)!r}, adapter={str(path)!r}) merges it" if config else "load(base, adapter=) takes it"
+        raise CheckpointError(f"{path} holds an adapter (adapter_config.json): {what}")
+    if config:
+        return
+    files = sorted(file.name for file in path.iterdir())
+    ggufs = [name for name in files if name.endswith(".gguf")]
+    if ggufs:
+        raise CheckpointError(f"{path} has no config.json, but GGUF files: give the path of one, as {path / ggufs[0]}")
+    raise CheckpointError(f"{path} has no config.json" + ("" if files else ": the folder is empty"))
 
 
 def _download(argument: str, hub_id: str) -> Path:

@@ -12,6 +12,8 @@ from typing import IO, Any
 
 from .errors import CheckpointError
 
+LFS = b"version https://git-lfs.github.com/spec/"
+
 
 def read_json(path: Path) -> Any:
     """Parse a JSON file, or raise :class:`CheckpointError` that names it."""
@@ -20,7 +22,19 @@ def read_json(path: Path) -> Any:
     except FileNotFoundError:
         raise CheckpointError(f"{path.parent} has no {path.name}") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not readable JSON: {error}") from None
+        raise CheckpointError(f"{path} is not readable JSON: {lfs_hint(path) or error}") from None
+
+
+def lfs_hint(path: Path) -> str | None:
+    """Return a hint if a file is only Git LFS's pointer to it."""
+    try:
+        with open(path, "rb") as file:
+            pointer = file.read(len(LFS)) == LFS
+    except OSError:
+        return None
+    return (
+        "it is a pointer of Git LFS, not the file: run git lfs pull, or download it from the hub" if pointer else None
+    )
 
 
 @contextmanager

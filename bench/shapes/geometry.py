@@ -12,7 +12,8 @@ import torch
 from sfs_triton import ArgumentError
 from sfs_triton.models import ModelSpec, Weights
 from sfs_triton.models.geometries import REAL
-from sfs_triton.models.weights import LLADA_NAMES, LLAMA_NAMES, LayerWeights, expected_shapes
+from sfs_triton.models.names import LLADA_NAMES, LLAMA_NAMES, expected_shapes
+from sfs_triton.models.weights import LayerWeights
 
 
 def _toy(family: str, n_layers: int, d_model: int, heads: tuple[int, int], **rest) -> ModelSpec:

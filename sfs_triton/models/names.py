@@ -1,10 +1,24 @@
-"""Tensor names of a checkpoint by family, and the shapes that a spec gives them."""
+"""Tensor names of a checkpoint by family, the shapes that a spec gives them, and what else a file may hold."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
+from ..errors import CheckpointError, UnsupportedConfigError
+from .reading import TensorReader, listed
 from .spec import ModelSpec
+
+WRAPPERS = ("base_model.model.", "module.", "_orig_mod.")  # of peft, of torch's parallel modules, of torch.compile
+# ends of names in quantised checkpoints, and what writes them
+QUANTISED = {
+    **dict.fromkeys(("qweight", "qzeros", "g_idx", "scales"), "GPTQ or AWQ"),
+    **dict.fromkeys(("absmax", "quant_map", "nested_absmax", "SCB", "weight_format"), "bitsandbytes"),
+    **dict.fromkeys(
+        ("weight_packed", "weight_shape", "weight_zero_point", "weight_global_scale"), "compressed-tensors"
+    ),
+    **dict.fromkeys(("weight_scale", "weight_scale_inv", "input_scale", "activation_scale"), "fp8 with scales"),
+}
+INSTEAD = "load the checkpoint that it was made from; quantization='fp8' quantises that while loading"
 
 LLADA_NAMES = {
     "embedding": "model.transformer.wte.weight",
@@ -61,3 +75,67 @@ def expected_shapes(spec: ModelSpec, names: Mapping[str, str]) -> dict[str, tupl
         shapes[prefix + names["gate"]] = shapes[prefix + names["up"]] = (mlp, d)
         shapes[prefix + names["down"]] = (d, mlp)
     return shapes
+
+
+def plain_name(name: str) -> str:
+    """Strip the prefixes that wrappers of a module add to a tensor's name."""
+    name = name.replace("._orig_mod.", ".")
+    while (wrapper := next((w for w in WRAPPERS if name.startswith(w)), None)) is not None:
+        name = name[len(wrapper) :]
+    return name
+
+
+def resolve(reader: TensorReader, spec: ModelSpec) -> Mapping[str, str]:
+    """Return the table of names that a checkpoint uses, and rename the reader's tensors to those of the table.
+
+    Raises:
+        CheckpointError: names each missing, extra or misshapen tensor, and what the file holds instead.
+        UnsupportedConfigError: the tensors are quantised.
+    """
+    stored = [name for name in reader if not name.endswith("rotary_emb.inv_freq")]
+    _refuse_quantised(reader, stored)
+    tables = (LLADA_NAMES, LLAMA_NAMES) if spec.family == "llada" else (LLAMA_NAMES, LLADA_NAMES)
+    found = [_matched(reader, stored, expected_shapes(spec, names)) for names in tables]
+    best = max(range(len(tables)), key=lambda n: len(found[n]))  # the family's own if equal
+    names, matched = tables[best], found[best]
+    wanted, own = expected_shapes(spec, names), set(matched.values())
+    extra = sorted(name for name in stored if name not in own)
+    if missing := sorted(set(wanted) - set(matched)):
+        held = f"; instead it holds {listed(extra)}" if extra else ""
+        raise CheckpointError(f"{reader.folder}: tensors missing: {listed(missing)}{held}")
+    if spec.tied_head:  # some writers store the tied head as well
+        extra = [name for name in extra if plain_name(name) != names["head"]]
+    if extra:
+        raise CheckpointError(f"{reader.folder}: tensors the configuration has no place for: {listed(extra)}")
+    reader.rename(matched)
+    for name, shape in wanted.items():
+        if reader.shape(name) != shape:
+            raise CheckpointError(
+                f"{reader.folder}: tensor {matched[name]} has shape {list(reader.shape(name))}, "
+                f"the configuration says {list(shape)}"
+            )
+    return names
+
+
+def _matched(reader: TensorReader, stored: Iterable[str], wanted: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+    """Return the stored name of each wanted tensor that is there, with or without a wrapper's prefix or ``model.``."""
+    matched: dict[str, str] = {}
+    for name in stored:
+        plain = plain_name(name)
+        if plain not in wanted:
+            plain = f"model.{plain}"
+        if plain in wanted and matched.setdefault(plain, name) != name:
+            raise CheckpointError(f"{reader.folder}: {matched[plain]} and {name} are both {plain}")
+    return matched
+
+
+def _refuse_quantised(reader: TensorReader, stored: Iterable[str]) -> None:
+    for name in stored:
+        last = name.rpartition(".")[2]
+        if last in QUANTISED or ".weight.quant_state" in name:
+            kind = QUANTISED.get(last, "bitsandbytes")
+            raise UnsupportedConfigError(f"{reader.folder}: {name} is of {kind}, which is not supported: {INSTEAD}")
+        if "lora_" in name:
+            raise CheckpointError(
+                f"{reader.folder}: {name} is of a LoRA adapter that is not merged: load(base, adapter=) merges it"
+            )

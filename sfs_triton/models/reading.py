@@ -12,8 +12,9 @@ from safetensors import SafetensorError, safe_open
 
 from ..distributed import ALONE, Group
 from ..errors import CheckpointError
-from ..files import read_json
+from ..files import lfs_hint, read_json
 
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -45,12 +46,13 @@ class TensorReader:
     def __init__(self, folder: Path, stack: ExitStack):
         self.folder = folder
         self._files: dict[str, Any] = {}
+        self._stored: dict[str, str] = {}  # names in the files, by other names
         for file, expected in _shards(folder).items():
             try:
                 handle = stack.enter_context(safe_open(folder / file, framework="pt", device="cpu"))
                 names = list(handle.keys())
             except (SafetensorError, OSError, ValueError) as error:
-                raise CheckpointError(f"{folder / file} cannot be read: {error}") from None
+                raise CheckpointError(f"{folder / file} cannot be read: {lfs_hint(folder / file) or error}") from None
             if expected is not None and (missing := sorted(set(expected) - set(names))):
                 raise CheckpointError(f"{folder / file} lacks tensors its index promises: {listed(missing)}")
             for name in expected if expected is not None else names:
@@ -62,26 +64,37 @@ class TensorReader:
     def __contains__(self, name: str) -> bool:
         return name in self._files
 
+    def rename(self, stored: Mapping[str, str]) -> None:
+        """Give tensors other names; ``stored`` has their names in the files."""
+        self._files = {name: self._files[old] for name, old in stored.items()}
+        self._stored = dict(stored)
+
+    def _slice(self, name: str) -> Any:
+        return self._files[name].get_slice(self._stored.get(name, name))
+
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._files[name].get_slice(name).get_shape())
+        return tuple(self._slice(name).get_shape())
 
     def read(self, name: str, axis: int | None = None, group: Group = ALONE) -> torch.Tensor:
         """Read a tensor, or only this rank's share of its rows (``axis=0``) or columns (1)."""
         if axis is None or group.size == 1:
-            tensor = self._files[name].get_tensor(name)
+            tensor = self._files[name].get_tensor(self._stored.get(name, name))
         else:
             start, stop = group.share(self.shape(name)[axis])
-            part = self._files[name].get_slice(name)
+            part = self._slice(name)
             tensor = part[start:stop] if axis == 0 else part[:, start:stop]
         return self._floating(name, tensor)
 
     def rows(self, name: str, first: int, last: int) -> torch.Tensor:
         """Read only rows ``[first, last)`` of a matrix."""
-        return self._floating(name, self._files[name].get_slice(name)[first:last])
+        return self._floating(name, self._slice(name)[first:last])
 
     def _floating(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        if not tensor.is_floating_point():
-            raise CheckpointError(f"{self.folder}: tensor {name} has dtype {tensor.dtype}, not a floating-point one")
+        if tensor.dtype not in DTYPES:
+            raise CheckpointError(
+                f"{self.folder}: tensor {name} has dtype {tensor.dtype}, not one of float64, float32, bfloat16, float16"
+                ": it is quantised, without scales that could be read"
+            )
         return tensor
 
 

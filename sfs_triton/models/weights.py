@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from ..distributed import ALONE, Group
 from ..errors import CheckpointError, require
 from ..ops.dispatch import Matrix, Quantised, quantize
-from .names import LLADA_NAMES, LLAMA_NAMES, expected_shapes
-from .reading import TensorReader, listed
+from .names import resolve
+from .reading import TensorReader
 from .spec import ModelSpec
 
 AT_ONCE = 2**24  # elements quantised at a time, which bounds the unquantised copy in memory
@@ -57,23 +57,6 @@ class Weights:
             isinstance(self.head, torch.Tensor), f"{what} takes no quantised weights: load without quantization='fp8'"
         )
         return self
-
-
-def _check(reader: TensorReader, spec: ModelSpec, names: Mapping[str, str]) -> None:
-    wanted = expected_shapes(spec, names)
-    present = {name for name in reader if not name.endswith("rotary_emb.inv_freq")}
-    if spec.tied_head:
-        present -= {names["head"]}  # some writers store the tied head as well
-    if missing := sorted(set(wanted) - present):
-        raise CheckpointError(f"{reader.folder}: tensors missing: {listed(missing)}")
-    if extra := sorted(present - set(wanted)):
-        raise CheckpointError(f"{reader.folder}: tensors the configuration has no place for: {listed(extra)}")
-    for name, shape in wanted.items():
-        if reader.shape(name) != shape:
-            raise CheckpointError(
-                f"{reader.folder}: tensor {name} has shape {list(reader.shape(name))}, "
-                f"the configuration says {list(shape)}"
-            )
 
 
 def _quantised(reader: TensorReader, parts: Sequence[str], axis: int, group: Group, device: torch.device) -> Quantised:
@@ -129,8 +112,7 @@ def load_weights(
     """
     with ExitStack() as stack:
         reader = TensorReader(folder, stack)
-        names = LLADA_NAMES if LLADA_NAMES["embedding"] in reader else LLAMA_NAMES
-        _check(reader, spec, names)
+        names = resolve(reader, spec)
 
         def take(*parts: str, axis: int | None = None) -> torch.Tensor:
             tensors = [reader.read(part, axis, group) for part in parts]

@@ -9,7 +9,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from ..errors import CheckpointError, check_flag, check_integer
-from ..files import read_json
+from ..files import lfs_hint, read_json
 
 MOST_TOKENS = 2**20
 MOST_BYTES = 64 * 2**20  # of a tokenizer's file
@@ -95,9 +95,11 @@ def byte_level(
 
 
 def check_size_of(path: Path) -> None:
-    """Refuse a tokenizer's file of more than :data:`MOST_BYTES`, before it is read."""
+    """Refuse a tokenizer's file that is absent, a pointer, or of more than :data:`MOST_BYTES`, before it is read."""
     if not path.is_file():
         raise CheckpointError(f"{path.parent} has no {path.name}")
+    if (hint := lfs_hint(path)) is not None:
+        raise CheckpointError(f"{path} cannot be read: {hint}")
     size = path.stat().st_size
     if size > MOST_BYTES:
         raise CheckpointError(f"{path} has {size:,} bytes, over {MOST_BYTES:,}: not a tokenizer's file")

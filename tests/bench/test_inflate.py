@@ -25,7 +25,7 @@ from sfs_triton import ArgumentError, CheckpointError, OutOfDeviceMemory, Refres
 from sfs_triton.checkpoint import EMBEDDED
 from sfs_triton.models import Transformer, load_weights, read_spec
 from sfs_triton.models.cache import Scope
-from sfs_triton.models.weights import LLADA_NAMES, LLAMA_NAMES, expected_shapes
+from sfs_triton.models.names import LLADA_NAMES, LLAMA_NAMES, expected_shapes
 from tests.support.margins import assert_logits_close, decision_margin
 
 TOYS = ("toy-512", "toy-768", "toy-1024", "toy-tied")

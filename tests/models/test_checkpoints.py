@@ -225,7 +225,7 @@ def test_illada_style_checkpoint(tmp_path, engines):
     }
     spec = read_spec(config)
     assert (spec.family, spec.tied_head, spec.shifted, spec.n_kv_heads) == ("illada", True, False, 2)
-    from sfs_triton.models.weights import LLAMA_NAMES, expected_shapes
+    from sfs_triton.models.names import LLAMA_NAMES, expected_shapes
 
     generator = torch.Generator().manual_seed(0)
     tensors = {n: torch.randn(s, generator=generator) * 0.1 for n, s in expected_shapes(spec, LLAMA_NAMES).items()}

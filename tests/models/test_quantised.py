@@ -22,7 +22,8 @@ from sfs_triton import ArgumentError, CheckpointError, Engine, FixedSteps, SlowF
 from sfs_triton.distributed import Group
 from sfs_triton.models import Transformer, load_weights, read_spec
 from sfs_triton.models import weights as module
-from sfs_triton.models.weights import LLAMA_NAMES, LayerWeights, Weights, expected_shapes
+from sfs_triton.models.names import LLAMA_NAMES, expected_shapes
+from sfs_triton.models.weights import LayerWeights, Weights
 from sfs_triton.ops.dispatch import Quantised, operations
 from sfs_triton.ops.torch.linear import dequantise, quantize
 from tests.support.combinations import PROMPTS, SOME_PAIRS, assert_same

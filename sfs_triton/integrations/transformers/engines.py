@@ -17,7 +17,8 @@ from ...distributed import ALONE
 from ...engine import ASKED, DTYPES, Engine
 from ...errors import ArgumentError, CheckpointError, require
 from ...models import ModelSpec, Transformer, Weights, read_spec
-from ...models.weights import LLADA_NAMES, LLAMA_NAMES, LayerWeights, expected_shapes
+from ...models.names import LLADA_NAMES, LLAMA_NAMES, expected_shapes
+from ...models.weights import LayerWeights
 from ...ops.dispatch import check_kernels, operations
 from ...runner import check_cuda_graphs
 from ...self_check.choice import Choice, choose

@@ -27,7 +27,7 @@ from transformers.utils.generic import can_return_tuple
 
 from ...errors import require
 from ...models import ModelSpec, read_spec
-from ...models.weights import LLADA_NAMES, LLAMA_NAMES
+from ...models.names import LLADA_NAMES, LLAMA_NAMES
 from ...ops.dispatch import rope_tables
 from ...ops.torch.norm import rms_norm
 from .generate import Drafts, custom_generate
