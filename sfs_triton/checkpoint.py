@@ -25,10 +25,15 @@ class Checkpoint:
     path: Path
     spec: ModelSpec
     text: TextCodec | None
+    adapter: Path | None = None
 
 
 def open_checkpoint(
-    path_or_hub_id: str | Path, *, mask_token_id: int | None = None, max_length: int | None = None
+    path_or_hub_id: str | Path,
+    *,
+    mask_token_id: int | None = None,
+    max_length: int | None = None,
+    adapter: str | Path | None = None,
 ) -> Checkpoint:
     """Read the configuration and the tokenizer of a checkpoint folder or hub id.
 
@@ -36,17 +41,19 @@ def open_checkpoint(
         path_or_hub_id: as for :func:`sfs_triton.load`.
         mask_token_id: takes precedence over the checkpoint's own.
         max_length: limit of prompt and response, at most the one of ``config.json``.
+        adapter: folder or hub id of a LoRA adapter.
 
     Raises:
         ArgumentError: names the argument and its value.
         CheckpointError: names the file and key at fault.
     """
     path = find("path_or_hub_id", path_or_hub_id)
-    _check_kind(path)
+    _check_kind(path, adapter)
     config, text = read_json(path / "config.json"), TextCodec.from_folder(path)
     require_object(path / "config.json", config)
     spec = _spec(path, config, text, mask_token_id)
-    return Checkpoint(path, _shortened(spec, max_length), text)
+    merged = None if adapter is None else find("adapter", adapter)
+    return Checkpoint(path, _shortened(spec, max_length), text, merged)
 
 
 def find(name: str, path_or_hub_id: str | Path) -> Path:
@@ -61,10 +68,10 @@ def find(name: str, path_or_hub_id: str | Path) -> Path:
     return _download(name, str(path_or_hub_id))
 
 
-def _check_kind(path: Path) -> None:
+def _check_kind(path: Path, merged: str | Path | None) -> None:
     """Refuse folders that hold something else than one checkpoint, and say what to do with it."""
     adapter, config = (path / "adapter_config.json").is_file(), (path / "config.json").is_file()
-    if adapter:
+    if adapter and not (config and merged is not None):
         what = f"load({str(path)!r}, adapter={str(path)!r}) merges it" if config else "load(base, adapter=) takes it"
         raise CheckpointError(f"{path} holds an adapter (adapter_config.json): {what}")
     if config:

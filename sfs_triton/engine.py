@@ -47,6 +47,7 @@ def load(
     tensor_parallel: int | Group = 1,
     mask_token_id: int | None = None,
     max_length: int | None = None,
+    adapter: str | Path | None = None,
     **unknown: Any,
 ) -> Engine:
     """Load a checkpoint folder, a hub id, or ``"embedded"`` (the small model in this package) as an :class:`Engine`.
@@ -67,6 +68,7 @@ def load(
         mask_token_id: id of the mask token, for checkpoints that do not name it in ``config.json`` or the tokenizer.
         max_length: limit of prompt and response in positions; default: the checkpoint's own, which may be more than
             it was trained on (Dream-7B: 131,072 by its configuration, 2,048 by its README).
+        adapter: folder or hub id of a LoRA adapter as PEFT saves it, merged into the weights in float32 while loading.
 
     Raises:
         ArgumentError: names the argument and its value.
@@ -77,7 +79,7 @@ def load(
     refuse_unknown(unknown)
     group = tensor_parallel if isinstance(tensor_parallel, Group) else join(tensor_parallel, device)
     with group.together("loading the model"):
-        source = {"mask_token_id": mask_token_id, "max_length": max_length}
+        source = {"mask_token_id": mask_token_id, "max_length": max_length, "adapter": adapter}
         engine = _load(path_or_hub_id, device, dtype, backend, cuda_graphs, quantization, group, **source)
     model = engine.model
     group.agree("models", f"{model.spec}, {model.dtype}, {quantization}, {backend}, {model.device.type}")
@@ -92,7 +94,7 @@ def _load(
     cuda_graphs: bool | None,
     quantization: str | None,
     group: Group,
-    **source: int | None,
+    **source: Any,
 ) -> Engine:
     device = _device(device if group.size == 1 else own_device(device))
     operations(backend, device)  # fail before gigabytes are read
@@ -113,7 +115,8 @@ def _load(
     reason, pinned = ASKED, backend is not None
     if device.type == "cuda" and backend is None and cuda_graphs is None:
         backend, cuda_graphs, reason = choose(spec, device, dtype, quantization, group)
-    loaded = load_weights(checkpoint.path, spec, device, dtype, group, quantised=quantization == "fp8")
+    how = {"quantised": quantization == "fp8", "adapter": checkpoint.adapter}
+    loaded = load_weights(checkpoint.path, spec, device, dtype, group, **how)
     model = Transformer(spec, loaded, backend, group)
     return Engine(model, checkpoint.text, cuda_graphs, pinned=pinned, reason=reason)
 

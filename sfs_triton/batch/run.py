@@ -28,8 +28,8 @@ class BatchSettings:
     """Model and decoding parameters for a file of prompts.
 
     Args:
-        model, device, dtype, quantization, backend, cuda_graphs, mask_token_id, max_length: as for
-            :func:`sfs_triton.load`.
+        model, device, dtype, quantization, backend, cuda_graphs, mask_token_id, max_length, adapter: as
+            for :func:`sfs_triton.load`.
         params: decoding parameters of rows that set none of their own. The row on line n takes ``seed + n - 1``.
         apply_chat_template: as for ``Engine.generate``.
         batch: number of rows decoded together.
@@ -46,6 +46,7 @@ class BatchSettings:
     cuda_graphs: bool | None = None
     mask_token_id: int | None = None
     max_length: int | None = None
+    adapter: str | None = None
 
     def __post_init__(self) -> None:
         check_integer("batch", self.batch)
@@ -64,7 +65,7 @@ class BatchSettings:
         }
 
     def _source(self) -> dict[str, Any]:
-        return {"mask_token_id": self.mask_token_id, "max_length": self.max_length}
+        return {"mask_token_id": self.mask_token_id, "max_length": self.max_length, "adapter": self.adapter}
 
     def open_engine(self) -> Engine:
         """Load the engine of these settings.

@@ -47,7 +47,7 @@ def batch(
 
 _SHARED = (
     *("model", "device", "dtype", "quantization", "backend", "cuda_graphs", "mask_token_id", "max_length"),
-    "apply_chat_template",
+    *("adapter", "apply_chat_template"),
 )
 
 

@@ -111,6 +111,7 @@ class CommandOptions:
     cuda_graphs: Annotated[bool | None, typer.Option(help="Replay CUDA graphs. Default: see sfs doctor.")] = None
     mask_token_id: Annotated[int | None, typer.Option(help="Mask token. Default: the checkpoint's.")] = None
     max_length: Annotated[int | None, typer.Option(help="Limit of positions. Default: the checkpoint's.")] = None
+    adapter: Annotated[str | None, typer.Option(help="LoRA adapter: folder or hub id.", show_default=False)] = None
     tensor_parallel: Annotated[int, typer.Option(help="Processes per model, started by torchrun.")] = 1
 
     def text(self) -> str:
@@ -142,7 +143,7 @@ class CommandOptions:
         return DecodingParams(sampler=sampler, cache=policy, gen_length=self.gen_length, seed=self.seed)
 
     def load(self, group: Group | int = 1) -> Engine:
-        how = {name: getattr(self, name) for name in ("quantization", "mask_token_id", "max_length")}
+        how = {name: getattr(self, name) for name in ("quantization", "mask_token_id", "max_length", "adapter")}
         how["tensor_parallel"] = group
         return load(self.model, self.device, self.dtype, self.backend, self.cuda_graphs, **how)
 

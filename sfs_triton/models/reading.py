@@ -18,14 +18,15 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 
 
-def _shards(folder: Path) -> dict[str, list[str] | None]:
+def _shards(folder: Path, single: str) -> dict[str, list[str] | None]:
     """Return the files to open, and the tensors that the index expects in each (None: any)."""
-    if (folder / SINGLE_FILE).is_file():
-        return {SINGLE_FILE: None}
-    if not (folder / INDEX_FILE).is_file():
+    if (folder / single).is_file():
+        return {single: None}
+    if single != SINGLE_FILE or not (folder / INDEX_FILE).is_file():
         pickles = sorted(p.name for p in folder.glob("*.bin")) + sorted(p.name for p in folder.glob("*.pt"))
         hint = f"; {pickles[0]} is a pickle, which is never opened: convert it to safetensors" if pickles else ""
-        raise CheckpointError(f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}{hint}")
+        names = f"neither {SINGLE_FILE} nor {INDEX_FILE}" if single == SINGLE_FILE else f"no {single}"
+        raise CheckpointError(f"{folder} has {names}{hint}")
     index = read_json(folder / INDEX_FILE)
     mapping = index.get("weight_map") if isinstance(index, Mapping) else None
     if not isinstance(mapping, Mapping) or not mapping:
@@ -43,11 +44,11 @@ def _shards(folder: Path) -> dict[str, list[str] | None]:
 class TensorReader:
     """The tensors of a checkpoint by name, read one at a time."""
 
-    def __init__(self, folder: Path, stack: ExitStack):
+    def __init__(self, folder: Path, stack: ExitStack, single: str = SINGLE_FILE):
         self.folder = folder
         self._files: dict[str, Any] = {}
         self._stored: dict[str, str] = {}  # names in the files, by other names
-        for file, expected in _shards(folder).items():
+        for file, expected in _shards(folder, single).items():
             try:
                 handle = stack.enter_context(safe_open(folder / file, framework="pt", device="cpu"))
                 names = list(handle.keys())

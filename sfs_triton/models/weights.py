@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from ..distributed import ALONE, Group
 from ..errors import CheckpointError, require
 from ..ops.dispatch import Matrix, Quantised, quantize
+from .adapters import AdaptedReader
 from .names import resolve
 from .reading import TensorReader
 from .spec import ModelSpec
@@ -97,12 +98,15 @@ def load_weights(
     group: Group = ALONE,
     *,
     quantised: bool = False,
+    adapter: Path | None = None,
 ) -> Weights:
     """Read and check every tensor, fused and cast, on ``device``.
 
     With ``quantised``, matrices become float8 codes with a scale per row as they are read, so that memory holds the
     result and one tensor at most. The embedding, of which a step reads few rows, and vectors keep ``dtype``. A tied
     head becomes a separate matrix, since every step reads all of it.
+
+    An ``adapter`` is a folder with a LoRA adapter of PEFT; its matrices are added to those of the checkpoint.
 
     In a group, each rank reads its part: whole heads of q, k and v, the same share of the MLP, the columns of ``out``
     and ``down`` that multiply those, and a part of the vocabulary.
@@ -113,6 +117,8 @@ def load_weights(
     with ExitStack() as stack:
         reader = TensorReader(folder, stack)
         names = resolve(reader, spec)
+        if adapter is not None:
+            reader = AdaptedReader(reader, adapter, stack)
 
         def take(*parts: str, axis: int | None = None) -> torch.Tensor:
             tensors = [reader.read(part, axis, group) for part in parts]

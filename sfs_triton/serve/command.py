@@ -62,6 +62,7 @@ def serve(
     cuda_graphs: Annotated[bool | None, typer.Option(help="Replay CUDA graphs. Default: see sfs doctor.")] = None,
     mask_token_id: Annotated[int | None, typer.Option(help="Mask token. Default: the checkpoint's.")] = None,
     max_length: Annotated[int | None, typer.Option(help="Limit of positions. Default: the checkpoint's.")] = None,
+    adapter: Annotated[str | None, typer.Option(help="LoRA adapter: folder or hub id.", show_default=False)] = None,
 ) -> None:
     """Serve a model through OpenAI's HTTP interface, until SIGINT or SIGTERM."""
     _need_libraries()
@@ -89,6 +90,7 @@ def serve(
     settings.sampler.check_cache(settings.cache)
     with _listen(settings) as listener:  # fail on a busy port before gigabytes are read
         how = {"quantization": quantization, "mask_token_id": mask_token_id, "max_length": max_length}
+        how["adapter"] = adapter
         run(load(model, device, dtype, backend, cuda_graphs, **how), settings, listener)
 
 

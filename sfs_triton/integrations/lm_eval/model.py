@@ -60,7 +60,8 @@ class DiffusionLM(LM):
         seed: random seed, for temperatures above 0. A request's own is derived from it, its document and its repeat.
         truncation: drop the start of prompts that are too long; otherwise they are an error.
         add_bos_token: prepend the checkpoint's begin-of-text token to prompts without it.
-        device, dtype, backend, cuda_graphs, quantization, mask_token_id, max_length: as for :func:`sfs_triton.load`.
+        device, dtype, backend, cuda_graphs, quantization, mask_token_id, max_length, adapter: as for
+            :func:`sfs_triton.load`.
         tensor_parallel: number of neighbouring ``torchrun`` processes that share a model and count as one process.
             Except in the first of them, the constructor does not return: the process exits when the first is done.
     """
@@ -84,6 +85,7 @@ class DiffusionLM(LM):
         quantization: str | None = None,
         mask_token_id: int | None = None,
         max_length: int | None = None,
+        adapter: str | None = None,
         tensor_parallel: int | str = 1,
         **options: Any,
     ):
@@ -109,7 +111,7 @@ class DiffusionLM(LM):
             where, dtype = self._ranks.device(device), None if dtype == "auto" else dtype
             graphs = None if cuda_graphs is None else flag("cuda_graphs", cuda_graphs)
             how = {"quantization": quantization, "tensor_parallel": self._tp.group}
-            how |= {"mask_token_id": mask_token_id, "max_length": max_length}
+            how |= {"mask_token_id": mask_token_id, "max_length": max_length, "adapter": adapter}
             self.engine = load(pretrained, where, dtype, backend, graphs, **how)
         if not self._tp.leads:
             self._tp.follow(self.engine)
