@@ -38,6 +38,7 @@ SERVE = ["fastapi>=0.115", "uvicorn>=0.30", "prometheus-client>=0.20"]
 RAY = ["ray[data,serve]>=2.60", *SERVE]
 CLIENTS = ["openai>=1.50", "httpx>=0.27", "schemathesis>=4", "playwright>=1.49"]
 CLI = ["typer>=0.16", *PICTURES]
+GGUF = ["gguf>=0.17"]
 DOCS = ["mkdocs>=1.6", "mkdocs-material>=9.5", "mkdocstrings[python]>=0.26"]
 
 EXTRAS = {
@@ -47,10 +48,12 @@ EXTRAS = {
     "eval": EVAL,
     "serve": SERVE,
     "ray": RAY,
+    "gguf": GGUF,
     "docs": DOCS,
     "test": TESTING,  # make test-quick
     "test-all": [
-        *(*TESTING, *CLI, *HF, *EVAL, *SERVE, *RAY, *CLIENTS, *DOCS, "accelerate>=1.0", "bandit>=1.8", "psutil>=5.9"),
+        *(*TESTING, *CLI, *HF, *EVAL, *SERVE, *RAY, *GGUF, *CLIENTS, *DOCS),
+        *("accelerate>=1.0", "bandit>=1.8", "psutil>=5.9"),
     ],
     "dev": ["ruff>=0.6", "pre-commit>=3.7"],
 }

@@ -9,7 +9,9 @@ from typing import Any
 
 from .errors import CheckpointError, check_integer, require
 from .files import read_json
+from .gguf_file import read_header
 from .models import ModelSpec, read_spec
+from .models.gguf import config_of
 from .models.spec import check_in_vocabulary, token_ids
 from .text.codec import TextCodec
 
@@ -35,7 +37,7 @@ def open_checkpoint(
     max_length: int | None = None,
     adapter: str | Path | None = None,
 ) -> Checkpoint:
-    """Read the configuration and the tokenizer of a checkpoint folder or hub id.
+    """Read the configuration and the tokenizer of a checkpoint folder, hub id or GGUF file.
 
     Args:
         path_or_hub_id: as for :func:`sfs_triton.load`.
@@ -48,23 +50,32 @@ def open_checkpoint(
         CheckpointError: names the file and key at fault.
     """
     path = find("path_or_hub_id", path_or_hub_id)
-    _check_kind(path, adapter)
-    config, text = read_json(path / "config.json"), TextCodec.from_folder(path)
-    require_object(path / "config.json", config)
-    spec = _spec(path, config, text, mask_token_id)
+    if path.is_file():
+        file = read_header(path)
+        config, text = config_of(file), TextCodec.from_gguf(path, file.get)
+    else:
+        _check_kind(path, adapter)
+        config, text = read_json(path / "config.json"), TextCodec.from_folder(path)
+        require_object(path / "config.json", config)
+    try:
+        spec = _spec(path, config, text, mask_token_id)
+    except CheckpointError as error:
+        if not path.is_file():
+            raise
+        raise type(error)(f"{path}: {str(error).replace('config.json', 'its metadata')}") from None
     merged = None if adapter is None else find("adapter", adapter)
     return Checkpoint(path, _shortened(spec, max_length), text, merged)
 
 
 def find(name: str, path_or_hub_id: str | Path) -> Path:
-    """Return the folder of a checkpoint, fetched if it is a hub id; errors name the argument ``name``."""
+    """Return the folder or GGUF file of a checkpoint, fetched if it is a hub id; errors name the argument ``name``."""
     named = isinstance(path_or_hub_id, (str, Path)) and str(path_or_hub_id) not in ("", ".")
     require(named, f"{name}={path_or_hub_id!r} is neither a folder nor a hub id")
     folder = EMBEDDED if str(path_or_hub_id) == "embedded" else Path(path_or_hub_id)
-    if folder.is_dir():
+    if folder.is_dir() or folder.suffix == ".gguf" and folder.is_file():
         return folder
     if folder.is_absolute() or folder.exists():
-        raise CheckpointError(f"{str(folder)!r} is not a folder")
+        raise CheckpointError(f"{str(folder)!r} is not a folder, and not a .gguf file")
     return _download(name, str(path_or_hub_id))
 
 

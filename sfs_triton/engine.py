@@ -53,8 +53,9 @@ def load(
     """Load a checkpoint folder, a hub id, or ``"embedded"`` (the small model in this package) as an :class:`Engine`.
 
     Args:
-        path_or_hub_id: a folder with ``config.json`` and safetensors, or a hub id (``GSAI-ML/LLaDA-8B-Instruct``),
-            optionally at a revision (``GSAI-ML/LLaDA-8B-Instruct@08b83a6``: a branch, tag or commit).
+        path_or_hub_id: a folder with ``config.json`` and safetensors, a ``.gguf`` file, or a hub id
+            (``GSAI-ML/LLaDA-8B-Instruct``), optionally at a revision: a branch, tag or commit
+            (``GSAI-ML/LLaDA-8B-Instruct@08b83a6``).
         device: default: a GPU if there is one.
         dtype: default: bfloat16 on a GPU, float32 on a CPU.
         backend: ``"torch"`` or ``"triton"`` for all operations.

@@ -12,8 +12,10 @@ import torch.nn.functional as F
 
 from ..distributed import ALONE, Group
 from ..errors import CheckpointError, require
+from ..gguf_file import read_header
 from ..ops.dispatch import Matrix, Quantised, quantize
 from .adapters import AdaptedReader
+from .gguf import GgufReader, config_of
 from .names import resolve
 from .reading import TensorReader
 from .spec import ModelSpec
@@ -90,6 +92,14 @@ def _quantised(reader: TensorReader, parts: Sequence[str], axis: int, group: Gro
     return Quantised(codes, scale)
 
 
+def _open(path: Path, stack: ExitStack, dtype: torch.dtype) -> TensorReader | GgufReader:
+    """Open a folder of safetensors or a GGUF file."""
+    if not path.is_file():
+        return TensorReader(path, stack)
+    file = read_header(path)
+    return GgufReader(file, config_of(file), dtype)
+
+
 def load_weights(
     folder: Path,
     spec: ModelSpec,
@@ -100,7 +110,7 @@ def load_weights(
     quantised: bool = False,
     adapter: Path | None = None,
 ) -> Weights:
-    """Read and check every tensor, fused and cast, on ``device``.
+    """Read and check every tensor of a folder or GGUF file, fused and cast, on ``device``.
 
     With ``quantised``, matrices become float8 codes with a scale per row as they are read, so that memory holds the
     result and one tensor at most. The embedding, of which a step reads few rows, and vectors keep ``dtype``. A tied
@@ -115,7 +125,7 @@ def load_weights(
         CheckpointError: names each missing, extra or misshapen tensor, or the file that cannot be read.
     """
     with ExitStack() as stack:
-        reader = TensorReader(folder, stack)
+        reader = _open(folder, stack, dtype)
         names = resolve(reader, spec)
         if adapter is not None:
             reader = AdaptedReader(reader, adapter, stack)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,18 @@ MOST_TOKENS = 2**20
 MOST_BYTES = 64 * 2**20  # of a tokenizer's file
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
-# Words of a text, which merges do not cross. By the names that GGUF files give them.
+# Words of a text, which merges do not cross.
 QWEN2 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 LLADA = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+WORDS = {  # by the names that GGUF files give them
+    **{"qwen2": (QWEN2,), "gpt-2": (GPT2,), "smollm": (r"\p{N}", GPT2)},
+    **dict.fromkeys(("llada", "llada-moe", "bailingmoe", "bailingmoe2"), (LLADA,)),
+    "llama-bpe": (QWEN2.replace(r"|\p{N}|", r"|\p{N}{1,3}|"),),
+}
+CONTROL, USER_DEFINED, UNUSED = 3, 4, 5  # GGUF's types of tokens
 
 
 def read_qwen2(folder: Path, config: Mapping[str, Any]) -> Tokenizer:
@@ -47,10 +53,49 @@ def read_qwen2(folder: Path, config: Mapping[str, Any]) -> Tokenizer:
         vocab,
         _merges(folder / "merges.txt"),
         _added(folder, config),
-        pattern=QWEN2,
+        patterns=[QWEN2],
         vocab_from=str(folder / "vocab.json"),
         merges_from=str(folder / "merges.txt"),
         normalizer=normalizers.NFC(),
+    )
+
+
+def read_gguf(path: Path, get: Callable[..., Any]) -> Tokenizer:
+    """Build the tokenizer that a GGUF file's metadata hold; ``get(key, type)`` reads one of them.
+
+    Raises:
+        CheckpointError: names the key at fault.
+    """
+    at = f"{path}: tokenizer.ggml."
+    kind, words = get("tokenizer.ggml.model", str), get("tokenizer.ggml.pre", str)
+    if kind != "gpt2":
+        raise CheckpointError(f"{at}model={kind!r} is not supported, only 'gpt2'")
+    if words not in WORDS:
+        raise CheckpointError(f"{at}pre={words!r} is not supported, only {', '.join(WORDS)}")
+    tokens, types, merges = (get(f"tokenizer.ggml.{key}", list, []) for key in ("tokens", "token_type", "merges"))
+    for key, values, each in (("tokens", tokens, str), ("token_type", types, int), ("merges", merges, str)):
+        if not all(isinstance(value, each) for value in values):
+            raise CheckpointError(f"{at}{key} does not hold {each.__name__} values")
+    if len(types) != len(tokens):
+        raise CheckpointError(f"{at}token_type has {len(types)} values for {len(tokens)} tokens")
+    vocab: dict[str, int] = {}
+    added = []
+    for index, (token, sort) in enumerate(zip(tokens, types, strict=True)):
+        if sort in (CONTROL, USER_DEFINED):
+            added.append((index, AddedToken(token, normalized=False, special=sort == CONTROL)))
+        elif sort != UNUSED and vocab.setdefault(token, index) != index:
+            raise CheckpointError(f"{at}tokens: {token!r} has the ids {vocab[token]} and {index}")
+    pairs = [tuple(merge.split(" ")) for merge in merges]
+    if wrong := next((merge for merge, pair in zip(merges, pairs, strict=True) if len(pair) != 2), None):
+        raise CheckpointError(f"{at}merges: {wrong[:80]!r} is not two parts of a token")
+    return byte_level(
+        vocab,
+        pairs,
+        added,
+        patterns=WORDS[words],
+        vocab_from=f"{at}tokens",
+        merges_from=f"{at}merges",
+        normalizer=normalizers.NFC() if words == "qwen2" else None,
     )
 
 
@@ -59,12 +104,13 @@ def byte_level(
     merges: list[tuple[str, str]],
     added: Iterable[tuple[int, AddedToken]],
     *,
-    pattern: str,
+    patterns: Sequence[str],
     vocab_from: str,
     merges_from: str,
     normalizer: normalizers.Normalizer | None = None,
 ) -> Tokenizer:
-    """Build a byte-level BPE tokenizer. ``vocab_from`` and ``merges_from`` name the sources in errors."""
+    """Build a byte-level BPE tokenizer. ``patterns`` split a text into words, one after another; ``vocab_from`` and
+    ``merges_from`` name the sources in errors."""
     ids: dict[int, str] = {}
     for token, index in vocab.items():
         check_integer(f"{vocab_from}: id of {token!r}", index, 0, MOST_TOKENS, CheckpointError)
@@ -87,8 +133,8 @@ def byte_level(
         raise CheckpointError(f"{merges_from} does not go with {vocab_from}: {error}") from None
     if normalizer is not None:
         tokenizer.normalizer = normalizer
-    split = pre_tokenizers.Split(Regex(pattern), "isolated")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in patterns]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_tokens([token for _, token in added])
     return tokenizer

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 
 from ..errors import ArgumentError, CheckpointError, SfsError, require
 from ..files import read_json
-from .byte_level import check_size_of, read_qwen2
+from .byte_level import MOST_TOKENS, check_size_of, read_gguf, read_qwen2
 from .chat_template import TemplateError, render
 
 MASK_TOKENS = ("<[MASK]>", "<|mdm_mask|>", "[MDM_MASK]", "<|mask|>")  # where the tokenizer names none
@@ -80,6 +80,20 @@ class TextCodec:
             if isinstance(token, str):
                 special[name] = token
         return cls(tokenizer, template, special)
+
+    @classmethod
+    def from_gguf(cls, path: Path, get: Callable[..., Any]) -> TextCodec | None:
+        """Make the codec of a GGUF file, of which ``get(key, type)`` reads metadata; None if it has no tokenizer."""
+        if get("tokenizer.ggml.model", str, "none") == "none":
+            return None
+        tokenizer = read_gguf(path, get)
+        special = {}
+        for name, key in (("bos_token", "bos"), ("eos_token", "eos"), ("pad_token", "padding"), ("mask_token", "mask")):
+            index = get(f"tokenizer.ggml.{key}_token_id", int)
+            token = None if index is None or not 0 <= index < MOST_TOKENS else tokenizer.id_to_token(index)
+            if token is not None:
+                special[name] = token
+        return cls(tokenizer, get("tokenizer.chat_template", str), special)
 
     def encode(self, text: str) -> list[int]:
         """Encode ``text`` to token ids, without added tokens."""

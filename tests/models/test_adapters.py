@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 import sfs_triton
 from sfs_triton import ArgumentError, CheckpointError, UnsupportedConfigError
 from sfs_triton.models import load_weights
-from tests.models.test_quantised import Rank
 from tests.support.paths import GOLDEN
+from tests.support.rank import Rank
 
 BLOCK = "model.transformer.blocks.0."
 LAYERS = {

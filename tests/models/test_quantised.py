@@ -19,7 +19,6 @@ from bench.baselines import PlainModel
 from bench.cost.step_count import Setting, kinds, steps_of
 from bench.quality import quantised as bench_quantised
 from sfs_triton import ArgumentError, CheckpointError, Engine, FixedSteps, SlowFast
-from sfs_triton.distributed import Group
 from sfs_triton.models import Transformer, load_weights, read_spec
 from sfs_triton.models import weights as module
 from sfs_triton.models.names import LLAMA_NAMES, expected_shapes
@@ -117,15 +116,6 @@ def test_a_tied_head_becomes_a_matrix_of_its_own(tied):
     head = quantised.model.weights.head
     assert torch.equal(head.codes.view(torch.uint8), codes.view(torch.uint8)) and torch.equal(head.scale, scale)
     assert len(quantised.generate([7, 8, 9], gen_length=16).response) == 16
-
-
-class Rank(Group):
-    """One rank of two, as far as loading needs; it never communicates with the other."""
-
-    size = 2
-
-    def __init__(self, rank: int):
-        self.rank = rank
 
 
 @pytest.mark.parametrize("rank", [0, 1])

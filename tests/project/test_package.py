@@ -22,10 +22,11 @@ ROOMS = {
     "version": (),
     "kernels": (),
     "files": ("errors",),
+    "gguf_file": ("errors",),
     "distributed": ("errors",),
     "text": ("files", "errors"),
     "ops": ("kernels", "distributed", "errors"),
-    "models": ("ops", "distributed", "files", "errors"),
+    "models": ("ops", "distributed", "gguf_file", "files", "errors"),
     "decoding": ("models", "ops", "kernels", "errors"),
     "cards": ("decoding", "models"),
     "runner": ("decoding", "models", "kernels", "errors"),
@@ -33,7 +34,7 @@ ROOMS = {
     "self_check": (
         *("scheduling", "runner", "decoding", "models", "ops", "kernels", "distributed", "files", "version", "errors"),
     ),
-    "checkpoint": ("models", "text", "files", "errors"),
+    "checkpoint": ("models", "text", "gguf_file", "files", "errors"),
     "engine": (
         *("self_check", "checkpoint", "scheduling", "runner", "decoding", "models", "ops", "text", "distributed"),
         "errors",
