@@ -28,6 +28,7 @@ from sfs_triton.ops.torch.linear import dequantise, quantize
 from tests.support.combinations import PROMPTS, SOME_PAIRS, assert_same
 from tests.support.margins import assert_logits_close
 from tests.support.paths import GOLDEN, ROOT
+from tests.support.rank import Rank
 
 MATRICES = ("qkv", "out", "gate_up", "down")
 NAMES = ("llada-gqa", "dream-gqa")  # one without and one with a bias of q, k and v, which shifts its logits, too
