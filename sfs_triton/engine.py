@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
-from .checkpoint import open_checkpoint
+from .checkpoint import find, open_checkpoint
 from .decoding.params import DecodingParams, parse_sampler, refuse_unknown
 from .distributed import Group, join, own_device
 from .errors import ArgumentError, check_choice, check_flag, require
-from .models import Transformer, load_weights
+from .models import Transformer, load_weights, update_weights
 from .ops.dispatch import check_kernels, operations
 from .runner import ExecutionChoice, check_cuda_graphs
 from .scheduling.handles import Pending, Stream
@@ -300,6 +300,23 @@ class Engine:
             if self._worker is None:
                 self._worker = ThreadPoolExecutor(1, name)
             return Pending(self._worker, name, lambda halt: self._finish(sequences, single, on_step, halt))
+
+    def update_weights(self, source: Mapping[str, torch.Tensor] | str | Path) -> None:
+        """Take new values for all weights, in place: from a state dictionary, or a folder, hub id or ``.gguf`` file.
+
+        Shapes must be those of the loaded model, names those of its family. All of it is checked first, so that an
+        error leaves every weight as it was. Addresses stay, so captured graphs remain valid. Call it while nothing is
+        generated: a sequence in flight would go on with the new weights and the old ones' cache.
+
+        Raises:
+            ArgumentError: ``source`` is none of these, or holds something else than plain tensors.
+            CheckpointError: names each missing, extra or misshapen tensor, or one with NaN.
+        """
+        model = self.model
+        if not isinstance(source, Mapping):
+            source = find("source", source)
+        with model.group.together("updating the weights"):
+            update_weights(model.weights, source, model.spec, model.group)
 
     def sequences(
         self,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -92,7 +93,7 @@ def _quantised(reader: TensorReader, parts: Sequence[str], axis: int, group: Gro
     return Quantised(codes, scale)
 
 
-def _open(path: Path, stack: ExitStack, dtype: torch.dtype) -> TensorReader | GgufReader:
+def open_reader(path: Path, stack: ExitStack, dtype: torch.dtype) -> TensorReader | GgufReader:
     """Open a folder of safetensors or a GGUF file."""
     if not path.is_file():
         return TensorReader(path, stack)
@@ -125,41 +126,70 @@ def load_weights(
         CheckpointError: names each missing, extra or misshapen tensor, or the file that cannot be read.
     """
     with ExitStack() as stack:
-        reader = _open(folder, stack, dtype)
+        reader = open_reader(folder, stack, dtype)
         names = resolve(reader, spec)
         if adapter is not None:
             reader = AdaptedReader(reader, adapter, stack)
+        return assemble(reader, names, spec, device, dtype, group, quantised=quantised)
 
-        def take(*parts: str, axis: int | None = None) -> torch.Tensor:
-            tensors = [reader.read(part, axis, group) for part in parts]
-            whole = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
-            return whole.to(device=device, dtype=dtype).contiguous()
 
-        def matrix(*parts: str, axis: int) -> Matrix:
-            return _quantised(reader, parts, axis, group, device) if quantised else take(*parts, axis=axis)
+def assemble(
+    reader: TensorReader | AdaptedReader | GgufReader,
+    names: Mapping[str, str],
+    spec: ModelSpec,
+    device: torch.device,
+    dtype: torch.dtype,
+    group: Group = ALONE,
+    *,
+    quantised: bool = False,
+    into: Weights | None = None,
+) -> Weights:
+    """Fuse and cast the tensors of a reader on ``device``; or copy them ``into`` weights of the same form."""
 
-        def layer(index: int) -> LayerWeights:
-            at = names["layer"].format(layer=index)
-            qkv = [at + names[part] for part in ("q", "k", "v")]
-            return LayerWeights(
-                attn_norm=take(at + names["attn_norm"]),
-                qkv=matrix(*(f"{p}.weight" for p in qkv), axis=0),
-                qkv_bias=take(*(f"{p}.bias" for p in qkv), axis=0) if spec.qkv_bias else None,
-                out=matrix(at + names["o"], axis=1),
-                mlp_norm=take(at + names["mlp_norm"]),
-                gate_up=matrix(at + names["gate"], at + names["up"], axis=0),
-                down=matrix(at + names["down"], axis=1),
-                **{part: take(at + names[part]) for part in ("q_norm", "k_norm") if spec.qk_norm},
-            )
+    def take(*parts: str, axis: int | None = None) -> torch.Tensor:
+        tensors = [reader.read(part, axis, group) for part in parts]
+        whole = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+        return whole.to(device=device, dtype=dtype).contiguous()
 
-        embedding = tied = take(names["embedding"], axis=0)
-        if group.size > 1:  # a row of zeros, for ids of other ranks
-            embedding = F.pad(embedding, (0, 0, 0, 1))
-            tied = embedding[:-1]
-        tied_head = spec.tied_head and not quantised
-        return Weights(
-            embedding=embedding,
-            layers=tuple(layer(i) for i in range(spec.n_layers)),
-            norm=take(names["norm"]),
-            head=tied if tied_head else matrix(names["embedding" if spec.tied_head else "head"], axis=0),
+    def matrix(*parts: str, axis: int) -> Matrix:
+        return _quantised(reader, parts, axis, group, device) if quantised else take(*parts, axis=axis)
+
+    def layer(index: int) -> LayerWeights:
+        at = names["layer"].format(layer=index)
+        qkv = [at + names[part] for part in ("q", "k", "v")]
+        return LayerWeights(
+            attn_norm=take(at + names["attn_norm"]),
+            qkv=matrix(*(f"{p}.weight" for p in qkv), axis=0),
+            qkv_bias=take(*(f"{p}.bias" for p in qkv), axis=0) if spec.qkv_bias else None,
+            out=matrix(at + names["o"], axis=1),
+            mlp_norm=take(at + names["mlp_norm"]),
+            gate_up=matrix(at + names["gate"], at + names["up"], axis=0),
+            down=matrix(at + names["down"], axis=1),
+            **{part: take(at + names[part]) for part in ("q_norm", "k_norm") if spec.qk_norm},
         )
+
+    embedding = tied = take(names["embedding"], axis=0)
+    if group.size > 1:  # a row of zeros, for ids of other ranks
+        embedding = F.pad(embedding, (0, 0, 0, 1))
+        tied = embedding[:-1]
+    tied_head = spec.tied_head and not quantised
+    return Weights(
+        embedding=_placed(embedding, into and into.embedding),
+        layers=tuple(_placed(layer(i), into and into.layers[i]) for i in range(spec.n_layers)),
+        norm=_placed(take(names["norm"]), into and into.norm),
+        head=_placed(
+            tied if tied_head else matrix(names["embedding" if spec.tied_head else "head"], axis=0),
+            into and into.head,
+        ),
+    )
+
+
+def _placed(new: Any, old: Any) -> Any:
+    """Return ``new``; or ``old``, with the values of ``new`` copied into its tensors."""
+    if old is None or new is None:
+        return new
+    if isinstance(new, torch.Tensor):
+        return old.copy_(new)
+    for field in fields(new):
+        _placed(getattr(new, field.name), getattr(old, field.name))
+    return old

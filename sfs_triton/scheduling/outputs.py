@@ -30,6 +30,10 @@ class Generation:
     ``nfe`` counts steps of the sampler, ``forwards`` calls of the model (two per step under guidance),
     ``positions_forwarded`` positions that went through the layers, ``full_forwards`` steps that covered the whole
     canvas; ``forward_lengths`` is the number of positions that each step's forward covered.
+
+    ``probabilities`` are softmax probabilities as the sampler's confidence measures them: untempered, or after
+    temperature and top-p in Dream's own samplers. None at positions that no step committed, or whose sampler measures
+    something else (``topk_margin``, ``entropy``).
     """
 
     text: str | None
@@ -45,6 +49,7 @@ class Generation:
     masks_left: int  # 0 but where a sampler's own bounds leave some (``max_cycles``, Dream's one-step blocks)
     seconds: float  # of all steps of its batch while it held a slot, without the time spent in on_step
     trace: list[StepTrace] | None = None
+    probabilities: list[float | None] | None = None  # with a trace: of each response token, when it was committed
 
     @property
     def tokens_per_forward(self) -> float:

@@ -167,7 +167,17 @@ class Sequence:
             masks_left=progress.masks_left if progress else self.masks,
             seconds=self.seconds,
             trace=self.trace if self.batch_key.trace else None,
+            probabilities=self._probabilities(len(response)) if self.batch_key.trace else None,
         )
+
+    def _probabilities(self, length: int) -> list[float | None]:
+        """Return the probability of each token of the response as its step measured it."""
+        found: list[float | None] = [None] * length
+        if self.params.sampler.draw().metric == "confidence":
+            for step in self.trace:
+                for place in step.committed:
+                    found[place] = step.confidence[place]
+        return found
 
 
 def fault_of(sequences: List[Sequence], finished: dict[int, Generation]) -> SequenceFault | None:
