@@ -22,6 +22,9 @@ import sfs_triton
 from sfs_triton.text.chat_template import Renderer, TemplateError
 from sfs_triton.text.codec import TextCodec
 from tests.fuzz.limits import confined
+from tests.support import gguf_bytes
+from tests.support.dream import SETTINGS as DREAM_SETTINGS
+from tests.support.dream import vocabulary, write_tokenizer
 from tests.support.paths import GOLDEN
 
 pytest.importorskip("resource", reason="limits on memory are set as POSIX has them")
@@ -306,6 +309,111 @@ def test_tokenizer_settings(fuzz, folder):
 
     fuzz(check, changes, examples=15, share=0.01)
     assert seen["done"] > 0
+
+
+def test_byte_level_tokenizers(fuzz, folder):
+    """vocab.json, merges.txt and added tokens that do not go together."""
+    seen: Counter = Counter()
+    vocab, texts = vocabulary(), st.sampled_from(["", "a", "ab", "<|im_end|>", "Ġ", "\0", "\ud800", "x" * 10_000])
+    entries = st.dictionaries(texts | st.text(max_size=3), NUMBERS | VALUES, max_size=3)
+    lines = st.lists(st.sampled_from(["a b", "h e", "a", "a b c", "", "#version: 0.2", "\ud800 a"]), max_size=4)
+    settings = st.dictionaries(
+        st.sampled_from(["tokenizer_class", "added_tokens_decoder", "mask_token", "chat_template"]),
+        VALUES | st.dictionaries(st.sampled_from(["0", "496", "-1", "9" * 30, "x"]), VALUES, max_size=2),
+        max_size=2,
+    )
+    times = st.sampled_from([1, 1, 1, 100_000])
+
+    def check(drawn: tuple[dict, list[str], int, dict]) -> None:
+        more, merges, repeated, changed = drawn
+        write_tokenizer(folder)
+        _dump(folder / "vocab.json", {**vocab, **more})
+        with open(folder / "merges.txt", "ab") as file:
+            file.write(("\n".join(merges) + "\n").encode("utf-8", "surrogatepass") * repeated)
+        _dump(folder / "tokenizer_config.json", {**DREAM_SETTINGS, **changed})
+        found = confined(lambda: _speak(folder))
+        assert found in DOCUMENTED, found
+        seen[found] += 1
+
+    fuzz(check, st.tuples(entries, lines, times, settings), examples=30, share=0.03)
+    assert min(seen["done"], seen["CheckpointError"]) > 0
+
+
+def test_generation_configurations(fuzz, folder):
+    seen: Counter = Counter()
+    _fill(folder, "llada-gqa")
+    ids = st.lists(st.integers(-2, 600) | LEAVES, max_size=20) | st.integers(0, 600) | VALUES
+    changes = st.dictionaries(st.sampled_from(["eos_token_id", "pad_token_id", "temperature"]), ids, max_size=2)
+
+    def check(found: Any) -> None:
+        _dump(folder / "generation_config.json", found)
+        _check(folder, seen)
+
+    fuzz(check, changes | VALUES, examples=30, share=0.02)
+    assert min(seen["done"], seen["CheckpointError"]) > 0
+
+
+def test_adapters(fuzz, folder):
+    """Adapters whose settings or tensors are not those of the base, or of an adapter."""
+    seen: Counter = Counter()
+    module = "base_model.model.model.transformer.blocks.0.q_proj"
+    good = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "bias": "none", "use_rslora": False}
+    keys = [*good, "use_dora", "modules_to_save", "rank_pattern", "init_lora_weights", "fan_in_fan_out"]
+    changes = st.dictionaries(st.sampled_from(keys), VALUES | st.just(GONE), max_size=2)
+    names = st.sampled_from([module, module + "x", "base_model.model.lm_head", "", "module." * 500])
+    sizes = st.sampled_from([(2, 128), (128, 2), (3, 128), (0, 128), (2,), (2, 128, 1), ()])
+    parts = st.sampled_from(["A", "B", "A.default", "embedding_A", "magnitude_vector", "A" * 1000])
+    kinds = st.sampled_from([torch.float32, torch.bfloat16, torch.int8, torch.float8_e4m3fn, torch.bool])
+    extra = st.lists(st.tuples(names, parts, sizes, kinds), max_size=2)
+
+    def check(drawn: tuple[dict, list]) -> None:
+        changed, more = drawn
+        config = {key: value for key, value in {**good, **changed}.items() if value is not GONE}
+        _dump(folder / "adapter_config.json", config)
+        tensors = {f"{module}.lora_A.weight": torch.ones(2, 128), f"{module}.lora_B.weight": torch.ones(128, 2)}
+        for name, part, size, kind in more:
+            tensors[f"{name}.lora_{part}.weight"] = torch.zeros(size).to(kind)
+        save_file(tensors, folder / "adapter_model.safetensors")
+        found = confined(lambda: sfs_triton.load(GOLDEN / "models" / "llada-gqa", "cpu", adapter=folder))
+        assert found in DOCUMENTED, found
+        seen[found] += 1
+
+    fuzz(check, st.tuples(changes, extra), examples=40, share=0.03)
+    assert min(seen["done"], seen["CheckpointError"], seen["UnsupportedConfigError"]) > 0
+
+
+def test_gguf_files(fuzz, folder):
+    """Metadata of any value, tensors elsewhere or of other types, and damaged bytes."""
+    pytest.importorskip("gguf")
+    seen: Counter = Counter()
+    tensors = {"token_embd.weight": torch.randn(64, 32), "output_norm.weight": torch.ones(32)}
+    for part, size in {"attn_norm": (32,), "ffn_norm": (32,), "attn_q": (32, 32), "attn_k": (32, 32)}.items():
+        tensors[f"blk.0.{part}.weight"] = torch.randn(size)
+    for part, size in {"attn_v": (32, 32), "attn_output": (32, 32), "ffn_down": (32, 64)}.items():
+        tensors[f"blk.0.{part}.weight"] = torch.randn(size)
+    tensors |= {f"blk.0.ffn_{part}.weight": torch.randn(64, 32) for part in ("gate", "up")}
+    tensors |= {"output.weight": torch.randn(64, 32)}
+    good = {
+        **{"general.architecture": "llada", "llada.block_count": 1, "llada.context_length": 64},
+        **{"llada.embedding_length": 32, "llada.feed_forward_length": 64, "llada.attention.head_count": 2},
+        **{"llada.attention.head_count_kv": 2, "llada.vocab_size": 64, "llada.rope.freq_base": 10000.0},
+        **{"llada.attention.layer_norm_rms_epsilon": 1e-5, "tokenizer.ggml.mask_token_id": 60},
+        **{"tokenizer.ggml.eos_token_id": 61, "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "qwen2"},
+        **{"tokenizer.ggml.tokens": ["a", "b", "ab"], "tokenizer.ggml.token_type": [1, 1, 3]},
+        **{"tokenizer.ggml.merges": [], "general.alignment": 32},
+    }
+    plain = st.booleans() | NUMBERS | FLOATS | TEXTS | st.lists(st.sampled_from(["a", "a b", "ab"]), max_size=4)
+    changes = st.dictionaries(st.sampled_from(list(good)), plain | st.lists(st.integers(0, 9), max_size=4), max_size=2)
+
+    def check(drawn: tuple[dict, list]) -> None:
+        changed, how = drawn
+        data = gguf_bytes.whole({**good, **changed}, tensors)
+        end = len(data) - sum(tensor.nbytes for tensor in tensors.values())
+        (folder / "model.gguf").write_bytes(damaged(data[:end], how) + data[end:])
+        _check(folder / "model.gguf", seen)
+
+    fuzz(check, st.tuples(changes, st.just([]) | damage()), examples=60, share=0.04)
+    assert min(seen["done"], seen["CheckpointError"]) > 0
 
 
 PIECES = [

@@ -21,6 +21,7 @@ from sfs_triton.models import gguf as module  # noqa: E402
 from sfs_triton.models import load_weights  # noqa: E402
 from sfs_triton.text.codec import TextCodec  # noqa: E402
 from tests.support.dream import MERGES, SPECIAL, TEMPLATE, vocabulary, write_tokenizer  # noqa: E402
+from tests.support.gguf_bytes import header, tensor, text  # noqa: E402
 from tests.support.paths import GOLDEN  # noqa: E402
 from tests.support.rank import Rank  # noqa: E402
 
@@ -60,7 +61,7 @@ def _interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
 def write(path: Path, model: str, kind=TYPES.F32, skip: tuple[str, ...] = (), **metadata) -> dict[str, np.ndarray]:
     """Write a golden model; return the numbers that its matrices hold after quantisation, in the model's own names."""
     family, held = model.partition("-")[0], load_file(GOLDEN / "models" / model / "model.safetensors")
-    config = json.loads((GOLDEN / "models" / model / "config.json").read_text())
+    config = json.loads((GOLDEN / "models" / model / "config.json").readtext())
     get = lambda *keys: next(config[key] for key in keys if key in config)  # noqa: E731
     heads = get("n_heads", "num_attention_heads"), get("n_kv_heads", "num_key_value_heads")
     writer = gguf.GGUFWriter(path, family)
@@ -130,8 +131,8 @@ def _tokens(writer) -> None:
 def folder_of(model: str, numbers: dict[str, np.ndarray], folder: Path) -> Path:
     """A checkpoint folder with those numbers."""
     folder.mkdir(exist_ok=True)
-    config = json.loads((GOLDEN / "models" / model / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config))
+    config = json.loads((GOLDEN / "models" / model / "config.json").readtext())
+    (folder / "config.json").writetext(json.dumps(config))
     save_file({name: torch.from_numpy(value.copy()) for name, value in numbers.items()}, folder / "model.safetensors")
     return folder
 
@@ -247,8 +248,8 @@ def test_a_file_that_others_wrote():
     file = read_header(path)
     assert len(file.tensors) == 272 and file.metadata["llama.block_count"] == 30
     codec = TextCodec.from_gguf(path, file.get)
-    for text in ("Hello, world! 1234", "<|im_start|>user\nnaïve  café<|im_end|>"):
-        assert codec.tokenizer.decode(codec.encode(text), skip_special_tokens=False) == text
+    for said in ("Hello, world! 1234", "<|im_start|>user\nnaïve  café<|im_end|>"):
+        assert codec.tokenizer.decode(codec.encode(said), skip_special_tokens=False) == said
     assert codec.encode("<|im_end|>") == [2] and "<|im_start|>" in codec.template
     reader = module.GgufReader(file, {"model_type": "llama"}, torch.float32)
     theirs = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
@@ -266,19 +267,6 @@ def test_a_file_that_others_wrote():
 # ------------------------------------------------------------------------------------------------------ hostile files
 
 
-def _text(value: str) -> bytes:
-    return struct.pack("<Q", len(value)) + value.encode()
-
-
-def header(values: list[bytes] = (), tensors: list[bytes] = (), version: int = 3, counts=None) -> bytes:
-    n_tensors, n_values = counts or (len(tensors), len(values))
-    return b"GGUF" + struct.pack("<IQQ", version, n_tensors, n_values) + b"".join(values) + b"".join(tensors)
-
-
-def tensor(name: str = "x", sizes=(32,), kind: int = 0, offset: int = 0) -> bytes:
-    return _text(name) + struct.pack(f"<I{len(sizes)}QIQ", len(sizes), *sizes, kind, offset)
-
-
 @pytest.mark.parametrize(
     ("data", "match"),
     [
@@ -290,12 +278,12 @@ def tensor(name: str = "x", sizes=(32,), kind: int = 0, offset: int = 0) -> byte
         (header(counts=(2**60, 0)), "tensors, over"),
         (header(counts=(0, 2**60)), "metadata values, over"),
         (header([struct.pack("<Q", 2**63)]), "bytes in a metadata key, over"),
-        (header([_text("a")[:-1] + b"\xff" + struct.pack("<I", 4)]), "is not UTF-8"),
-        (header([_text("a") + struct.pack("<I", 99)]), "a has the unknown type 99"),
-        (header([_text("a") + struct.pack("<IIQ", 9, 8, 2**40)]), "values in a, over"),
-        (header([_text("a") + struct.pack("<IIQ", 9, 9, 1)]), "array of the unknown type 9"),
-        (header([_text("a") + struct.pack("<IIQ", 9, 10, 2**19)]), "a reaches byte"),
-        (header([_text("general.alignment") + struct.pack("<II", 4, 3)]), r"general\.alignment=3"),
+        (header([text("a")[:-1] + b"\xff" + struct.pack("<I", 4)]), "is not UTF-8"),
+        (header([text("a") + struct.pack("<I", 99)]), "a has the unknown type 99"),
+        (header([text("a") + struct.pack("<IIQ", 9, 8, 2**40)]), "values in a, over"),
+        (header([text("a") + struct.pack("<IIQ", 9, 9, 1)]), "array of the unknown type 9"),
+        (header([text("a") + struct.pack("<IIQ", 9, 10, 2**19)]), "a reaches byte"),
+        (header([text("general.alignment") + struct.pack("<II", 4, 3)]), r"general\.alignment=3"),
         (header([], [tensor(sizes=())]), "has 0 dimensions"),
         (header([], [tensor(sizes=(2,) * 5)]), "has 5 dimensions"),
         (header([], [tensor(sizes=(2**40, 2**40))]), "impossible shape"),
