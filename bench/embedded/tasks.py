@@ -1,8 +1,10 @@
 """Seeded problem generators and answer checkers for the embedded model.
 
-Four kinds, each a function of a ``random.Random`` that returns a :class:`Problem`:
+Kinds, each a function of a ``random.Random`` that returns a :class:`Problem`:
 
 * ``records``   a table given in one of four formats, to be rewritten in another one (exact match),
+* ``ledger``    named movements in one format, to be rewritten in another one with the running balance in each line,
+* ``fill``      a sudoku of 4 x 4 or 6 x 6 cells that naked singles solve, so that the order of decoding decides,
 * ``words``     grade-school word problems with worked steps and a final ``#### answer``,
 * ``countdown`` combine the first three numbers to reach the last, ``15,44,79,50`` -> ``44-15=29,79-29=50``,
 * ``drill``     sheets of single equations, ``7*8`` -> ``7*8=56``; for training only.
@@ -23,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 HELD_OUT = 2
+SEPARATOR = "\n---\n"
 COUNTDOWN_FILE = Path(__file__).with_name("countdown3.jsonl")
 
 
@@ -40,8 +43,11 @@ class Problem:
         """Return True if this problem belongs to the test split."""
         if self.kind == "drill":
             return False
-        digest = hashlib.sha256(f"{self.kind}\0{self.key}".encode()).digest()
-        return digest[0] % 64 < HELD_OUT or (self.kind == "countdown" and self.key in third_party_keys())
+        return all(self._held_out(key) for key in self.key.split(SEPARATOR))
+
+    def _held_out(self, key: str) -> bool:
+        digest = hashlib.sha256(f"{self.kind}\0{key}".encode()).digest()
+        return digest[0] % 64 < HELD_OUT or (self.kind == "countdown" and key in third_party_keys())
 
 
 # ---------------------------------------------------------------------------------------------------------- records
@@ -133,6 +139,106 @@ def records(
     goal = f"{target} into {table}" if target == "SQL" else target
     question = f"Rewrite as {goal}:\n{RENDER[source](data, table)}"
     return Problem("records", question, RENDER[target](data, table), question)
+
+
+# ----------------------------------------------------------------------------------------------------------- ledger
+
+LEDGER_NAMES = [*WORD_COLUMNS["item"], *WORD_COLUMNS["fruit"], *WORD_COLUMNS["animal"]]
+LEDGER_FORMATS = ("CSV", "JSON", "lines", "SQL")
+BALANCE, CHECK = "level", "score"  # the column's name: a running balance, or its last digit alone
+
+
+def _render_ledger(lines: list[tuple], target: str, columns: list[str]) -> str:
+    """Lines of a name, a signed movement and, in an answer, the balance after it."""
+    if target == "CSV":
+        return "\n".join(",".join(map(str, line)) for line in [columns, *lines])
+    if target == "lines":
+        return "\n".join("=".join(map(str, line)) for line in lines)
+    literals = [[f"'{v}'" if isinstance(v, str) else str(v) for v in line] for line in lines]
+    if target == "SQL":
+        values = ",\n".join(f"({','.join(line)})" for line in literals)
+        return f"INSERT INTO items ({','.join(columns)}) VALUES\n{values};"
+    return "[" + ",\n".join(f"[{','.join(line)}]".replace("'", '"') for line in literals) + "]"
+
+
+def ledger(
+    rng: random.Random, movements: tuple[int, int] = (6, 20), check: bool = False, formats: tuple = LEDGER_FORMATS
+) -> Problem:
+    """An opening balance and ``movements`` of 1 to 9, up or down, between balances of 0 and 99.
+
+    The answer adds to each line the balance after it, and a closing line. With ``check`` true the column is a check
+    digit instead: opening and movements are added up modulo 10.
+    """
+    count = rng.randint(*movements)
+    balance = rng.randrange(10 if check else 100)
+    given, solved = [("open", f"+{balance}")], [("open", f"+{balance}", balance)]
+    for name in rng.sample(LEDGER_NAMES, count):
+        move = rng.choice((-1, 1)) * rng.randint(1, 9)
+        if check:
+            balance = (balance + move) % 10
+        else:
+            move = move if 0 <= balance + move <= 99 else -move
+            balance += move
+        given.append((name, f"{move:+d}"))
+        solved.append((name, f"{move:+d}", balance))
+    solved.append(("closed", "+0", balance))
+    source, target = rng.sample(formats, 2)
+    column = CHECK if check else BALANCE
+    question = f"Rewrite as {target} with {column}:\n{_render_ledger(given, source, ['item', 'qty'])}"
+    return Problem("ledger", question, _render_ledger(solved, target, ["item", "qty", column]), question)
+
+
+# ------------------------------------------------------------------------------------------------------------- fill
+
+
+def _boxes(size: int) -> tuple[int, int]:
+    return (2, 2) if size == 4 else (2, 3)
+
+
+@functools.cache
+def peers(size: int) -> tuple[frozenset[int], ...]:
+    """Cells that share a row, a column or a box, for each cell of a grid of ``size``; boxes are 2 x 2 or 2 x 3."""
+    high, wide = _boxes(size)
+    units = [(("row", r), ("column", c), ("box", r // high, c // wide)) for r in range(size) for c in range(size)]
+    return tuple(
+        frozenset(j for j, other in enumerate(units) if j != i and set(mine) & set(other))
+        for i, mine in enumerate(units)
+    )
+
+
+def _solved_grid(rng: random.Random, size: int) -> list[int]:
+    """A random valid grid: cells are filled in order, and a dead end starts again."""
+    around = peers(size)
+    while True:
+        grid = [0] * (size * size)
+        for cell in range(size * size):
+            free = [v for v in range(1, size + 1) if all(grid[p] != v for p in around[cell])]
+            if not free:
+                break
+            grid[cell] = rng.choice(free)
+        else:
+            return grid
+
+
+def render_grid(grid: list[int], size: int) -> str:
+    """Rows of digits, 0 for an empty cell."""
+    return "\n".join("".join(map(str, grid[r * size : (r + 1) * size])) for r in range(size))
+
+
+def fill(rng: random.Random, size: int = 4, blanks: tuple[int, int] = (6, 10)) -> Problem:
+    """A sudoku of ``size`` with ``blanks`` empty cells, as far as they can be had, and its only solution.
+
+    A cell is emptied only where the cells still given leave one value for it. So filling cells in the reverse order is
+    always possible, one naked single after the other, and the solution is unique.
+    """
+    solution = _solved_grid(rng, size)
+    grid, left = list(solution), rng.randint(*blanks)
+    for cell in rng.sample(range(size * size), size * size):
+        if left and len({grid[p] for p in peers(size)[cell]} - {0}) == size - 1:
+            grid[cell] = 0
+            left -= 1
+    question = f"Solve:\n{render_grid(grid, size)}"
+    return Problem("fill", question, render_grid(solution, size), question)
 
 
 # ------------------------------------------------------------------------------------------------------ word problems
@@ -246,12 +352,16 @@ def third_party_keys() -> frozenset[str]:
 # ------------------------------------------------------------------------------------------------------------- drills
 
 
-def drill(rng: random.Random, items: tuple[int, int] = (4, 10)) -> Problem:
-    """A sheet of single equations of the kinds that the other tasks need."""
+def drill(rng: random.Random, items: tuple[int, int] = (4, 10), ledger: bool = False) -> Problem:
+    """A sheet of single equations of the kinds that the other tasks need; with ``ledger``, of its sums alone."""
     asked, solved = [], []
     for _ in range(rng.randint(*items)):
-        op = rng.choice("+-+-*/")
-        if op in "+-":
+        op = rng.choice("+-" if ledger else "+-+-*/")
+        if ledger:
+            a, b = rng.randrange(100), rng.randint(1, 9)
+            op = op if 0 <= a + (b if op == "+" else -b) <= 99 else "-+"[op == "-"]
+            value = a + b if op == "+" else a - b
+        elif op in "+-":
             a, b = sorted((rng.randint(1, 99), rng.randint(1, 99)), reverse=True)
             value = a + b if op == "+" else a - b
         else:
@@ -295,7 +405,14 @@ def correct(problem: Problem, answer: str) -> bool:
     return answer.strip() == problem.answer.strip()
 
 
-GENERATORS = {"records": records, "words": words, "countdown": countdown, "drill": drill}
+GENERATORS = {
+    "records": records,
+    "ledger": ledger,
+    "fill": fill,
+    "words": words,
+    "countdown": countdown,
+    "drill": drill,
+}
 
 
 def sample(kind: str, rng: random.Random, held_out: bool, **options) -> Problem:
@@ -306,3 +423,9 @@ def sample(kind: str, rng: random.Random, held_out: bool, **options) -> Problem:
         problem = GENERATORS[kind](rng, **options)
         if problem.held_out == held_out:
             return problem
+
+
+def several(problems: list[Problem]) -> Problem:
+    """One question of several of a kind, all of one part, answered in their order."""
+    joined = (SEPARATOR.join(getattr(p, name) for p in problems) for name in ("question", "answer", "key"))
+    return Problem(problems[0].kind, *joined)
