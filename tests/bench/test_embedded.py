@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from dataclasses import replace
 
 import pytest
@@ -15,7 +16,7 @@ from bench.embedded.model import CONSTANT_CHANNEL, CONSTANT_VALUE, LLaDA
 from sfs_triton.checkpoint import EMBEDDED
 from tests.support.margins import assert_logits_close
 
-KINDS = ("records", "words", "countdown", "drill")
+KINDS = ("records", "ledger", "fill", "words", "countdown", "drill")
 
 
 @pytest.fixture(scope="module")
@@ -64,10 +65,86 @@ def test_third_party_answers_pass_and_are_all_held_out():
         assert tasks.correct(problem, problem.answer) and problem.held_out
 
 
+def _numbers(line: str) -> list[int]:
+    return [int(n) for n in re.findall(r"[-+]?\d+", line)]
+
+
+@pytest.mark.parametrize("check", [False, True])
+def test_ledgers_add_up(check):
+    """Each line's balance is the one before plus the movement, by arithmetic on the texts alone."""
+    rng, formats = random.Random(5), set()
+    for _ in range(200):
+        problem = tasks.ledger(rng, check=check)
+        asked, _, given = problem.question.partition(":\n")
+        formats.add(asked)
+        lines = [_numbers(line) for line in problem.answer.splitlines() if re.search(r"\d", line)]
+        balance = 0
+        for move, after in lines:
+            balance = (balance + move) % 10 if check else balance + move
+            assert after == balance and 0 <= after <= 99
+        movements = [n for line in given.splitlines() for n in _numbers(line)]
+        assert [move for move, _ in lines] == [*movements, 0]
+        assert 7 <= len(movements) <= 21 and all(1 <= abs(move) <= 9 for move in movements[1:])
+        names, answered = (re.findall(r"[a-z]+(?=\W+[-+])", text) for text in (given, problem.answer))
+        assert answered == [*names, "closed"] and names[0] == "open" and len(set(names)) == len(names)
+    assert len(formats) == 4
+
+
+def test_json_ledgers_parse():
+    rng = random.Random(6)
+    for _ in range(50):
+        problem = tasks.ledger(rng, formats=("JSON", "CSV"))
+        text = problem.answer if "as JSON" in problem.question else problem.question.partition(":\n")[2]
+        assert all(isinstance(line[0], str) for line in json.loads(text))
+
+
+def _units(size: int) -> list[list[int]]:
+    wide = size // 2
+    rows = [[r * size + c for c in range(size)] for r in range(size)]
+    boxes = [
+        [(t + r) * size + left + c for r in range(2) for c in range(wide)]
+        for t in range(0, size, 2)
+        for left in range(0, size, wide)
+    ]
+    return rows + [list(column) for column in zip(*rows, strict=True)] + boxes
+
+
+def _solutions(grid: list[int], units: list[list[int]], size: int) -> list[list[int]]:
+    """All solutions, by trying every value in the first empty cell."""
+    if 0 not in grid:
+        return [grid]
+    cell = grid.index(0)
+    taken = {grid[other] for unit in units if cell in unit for other in unit}
+    filled = [[*grid[:cell], value, *grid[cell + 1 :]] for value in range(1, size + 1) if value not in taken]
+    return [solution for each in filled for solution in _solutions(each, units, size)]
+
+
+@pytest.mark.parametrize(("size", "blanks"), [(4, (6, 10)), (6, (8, 20))])
+def test_sudokus_have_one_solution_and_it_is_the_answer(size, blanks):
+    rng, units = random.Random(7), _units(size)
+    empty = []
+    for _ in range(60):
+        problem = tasks.fill(rng, size, blanks)
+        given, answer = ([int(d) for d in text if d.isdigit()] for text in (problem.question, problem.answer))
+        assert all(sorted(answer[cell] for cell in unit) == list(range(1, size + 1)) for unit in units)
+        assert _solutions(given, units, size) == [answer]
+        empty.append(given.count(0))
+    assert max(empty) <= blanks[1] and sum(empty) / len(empty) >= blanks[0]
+
+
+def test_several_questions_are_one_problem_of_the_same_part():
+    rng = random.Random(8)
+    parts = [tasks.sample("fill", rng, held_out=True) for _ in range(2)]
+    problem = tasks.several(parts)
+    assert problem.held_out and tasks.correct(problem, tasks.SEPARATOR.join(p.answer for p in parts))
+    assert not tasks.correct(problem, parts[0].answer)
+    assert not tasks.several([parts[0], tasks.sample("fill", rng, held_out=False)]).held_out
+
+
 def test_training_never_draws_a_test_problem():
     """Nothing that training samples is held out, and nothing that evaluation samples is not."""
     rng = random.Random(0)
-    for kind in ("records", "words", "countdown"):
+    for kind in ("records", "ledger", "fill", "words", "countdown"):
         trained = {tasks.sample(kind, rng, held_out=False).key for _ in range(1500)}
         tested = {tasks.sample(kind, rng, held_out=True).key for _ in range(60)}
         assert not trained & tested
@@ -76,17 +153,23 @@ def test_training_never_draws_a_test_problem():
 
 
 def test_training_batches_hold_no_test_problem(tokenizer):
-    batches = train.Batches(tokenizer, replace(train.RECIPES["cpu"], steps=100), seed=0)
-    tested = {p.question for p in problems.held_out("records", 40, _codec(tokenizer), gen_length=128)}
-    tested |= {p.question for p in tasks.third_party_countdown()}
-    for step in (0, 20, 50, 90):
+    batches = train.Batches(tokenizer, train.RECIPES["cpu"], seed=0)
+    for step in (0, 3, 2000, 9000):
         ids, prompt = batches[step]
         assert (ids[:, -1] == tokenizer.token_to_id(vocabulary.EOS)).all()
         for row, length in zip(ids.tolist(), prompt.tolist(), strict=True):
             text = tokenizer.decode(row[:length], skip_special_tokens=False)
             turns = [turn.partition("<|end_header_id|>\n\n")[2] for turn in text.split("<|eot_id|>")]
-            asked = {q for turn in turns for q in turn.split(train.SEPARATOR)}
-            assert not asked & tested
+            asked = {q for turn in turns[::2] for q in turn.split(tasks.SEPARATOR)}
+            assert asked and not any(tasks.Problem(kind, q, "", q).held_out for q in asked for kind in _kinds(q))
+
+
+def _kinds(question: str) -> list[str]:
+    """Kind of a question of the second edition, by its first line; drills have no held-out part."""
+    first, _, rest = question.partition("\n")
+    if first.startswith("Rewrite"):
+        return ["ledger" if " with " in first else "records"]
+    return ["drill" if re.search("[-+]", rest) else "fill"]
 
 
 def _codec(tokenizer):
@@ -94,8 +177,12 @@ def _codec(tokenizer):
 
 
 def test_batches_repeat(tokenizer):
-    first, again = (train.Batches(tokenizer, train.RECIPES["gpu"], seed=1)[19999] for _ in range(2))
+    """A batch is a function of seed and step alone, whatever was drawn before it: a resumed run goes on as it was."""
+    one, other = (train.Batches(tokenizer, train.RECIPES["cpu"], seed=1) for _ in range(2))
+    other[3]
+    first, again = one[19999], other[19999]
     assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
+    assert not torch.equal(one[19998][0], first[0])
 
 
 def test_held_out_problems_fit_and_differ(embedded):
@@ -106,6 +193,17 @@ def test_held_out_problems_fit_and_differ(embedded):
         assert problems.SHORTEST_ANSWER[kind] <= min(sizes) and max(sizes) < 128
     with pytest.raises(ValueError, match="gen_length=8"):
         problems.held_out("records", 1, embedded.text, gen_length=8)
+
+
+def test_problems_of_the_second_edition_fit_and_differ(embedded):
+    for name, (kind, _, gen_length) in problems.SECOND_EDITION.items():
+        chosen = problems.second_edition(name, 30, embedded.text)
+        assert len({p.key for p in chosen}) == 30 and all(p.kind == kind and p.held_out for p in chosen)
+        for problem in chosen:
+            answer, prompt = (len(embedded.text.encode(t)) for t in (problem.answer, vocabulary.chat(problem.question)))
+            assert answer < gen_length and prompt + gen_length <= problems.LENGTH
+    with pytest.raises(ValueError, match="name='words'"):
+        problems.second_edition("words", 1, embedded.text)
 
 
 # -------------------------------------------------------------------------------------------------------- tokenizer
@@ -143,8 +241,8 @@ def tiny(monkeypatch, tokenizer) -> train.Recipe:
     """A run of a few seconds: one layer, short batches, the real loop."""
     monkeypatch.setattr(train, "build_tokenizer", lambda: tokenizer)
     monkeypatch.setattr(train.Run, "evaluate", lambda self: {})
-    phase = train.Phase(1.0, ((96, 1.0),), 384, {"records": 0.5, "drill": 0.5}, rows=(1, 2), columns=(1, 1))
-    return train.Recipe((phase,), steps=6, rate=1e-3, layers=1, max_length=128)
+    phase = train.Phase(100, {"fill-4": 0.5, "sums": 0.5}, longest=96)
+    return train.Recipe((phase,), steps=6, rate=1e-3, tokens=384, layers=1, max_length=256)
 
 
 def test_an_interrupted_run_resumes_to_the_same_weights(tiny, tmp_path):
@@ -190,11 +288,60 @@ def _assert_constant_channel(tensors):
     assert tensors["model.transformer.ln_f.weight"][CONSTANT_CHANNEL] > 0
 
 
-def test_masking_spares_the_prompt():
-    ids, prompt = torch.arange(8 * 40).view(8, 40), torch.full((8,), 15)
-    noised, masked = train.mask_response(ids, prompt, -1, torch.Generator().manual_seed(0))
-    assert not masked[:, :15].any() and masked.any()
+def test_masking_spares_the_prompt_and_masks_each_row():
+    ids, prompt = torch.arange(400 * 40).view(400, 40) % 50, torch.full((400,), 15)
+    numbers = torch.arange(50) < 10
+    noised, masked = train.mask_response(ids, prompt, -1, numbers, torch.Generator().manual_seed(0))
+    assert not masked[:, :15].any() and masked.any(1).all()
     assert torch.equal(noised == -1, masked) and torch.equal(noised[~masked], ids[~masked])
+    inside = torch.arange(40) >= 15
+    among, others = (masked[inside & (numbers[ids] == kind)].float().mean() for kind in (True, False))
+    assert among > 1.2 * others
+
+
+def test_a_run_starts_from_a_checkpoint_with_added_layers_as_the_identity(tiny, tmp_path):
+    small, large = train.Run(tmp_path, tiny), train.Run(tmp_path, replace(tiny, layers=2))
+    torch.nn.init.normal_(small.model.model["transformer"]["ff_out"].weight)
+    export.export(small, tmp_path / "out")
+    small.start(tmp_path / "out")
+    large.start(tmp_path / "out")
+    ids = torch.randint(0, 800, (2, 40), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert_logits_close(large.model(ids), small.model(ids))
+
+
+def test_exact_counts_right_answers_by_one_token_per_step_and_by_one_step(tokenizer):
+    """The model here copies each answer; a broken one is right, and surer, at the first masked position alone."""
+    chosen = [tasks.sample("fill", random.Random(seed), held_out=True) for seed in range(3)]
+    eos = tokenizer.token_to_id(vocabulary.EOS)
+
+    class Copies:
+        cos = torch.zeros(1)
+        broken = False
+
+        def __call__(self, ids, masked):
+            rows = []
+            for row, part in zip(ids.tolist(), masked.tolist(), strict=True):
+                start = max(i for i, token in enumerate(row) if token == turn) + 4
+                wanted = next(a for question, a in answers if row[: len(question)] == question)
+                first = part.index(True)
+                for at in (i for i, hidden in enumerate(part) if hidden):
+                    target = wanted[at - start] if at - start < len(wanted) else eos
+                    sure = at == first or not self.broken
+                    logits = torch.zeros(900)
+                    logits[target if sure else 7] = 9.0 if sure else 5.0
+                    rows.append(logits)
+            return torch.stack(rows)
+
+    prompts = [tokenizer.encode(vocabulary.chat(p.question), add_special_tokens=False).ids for p in chosen]
+    answers = [(prompt, tokenizer.encode(p.answer).ids) for prompt, p in zip(prompts, chosen, strict=True)]
+    turn = tokenizer.token_to_id(vocabulary.HEADER)
+    model = Copies()
+    assert train.exact(model, tokenizer, chosen, one_step=False) == 1
+    assert train.exact(model, tokenizer, chosen, one_step=True) == 1
+    model.broken = True
+    assert train.exact(model, tokenizer, chosen, one_step=False) == 1
+    assert train.exact(model, tokenizer, chosen, one_step=True) == 0
 
 
 def test_exported_checkpoint_has_the_trained_models_logits(tiny, tmp_path):
