@@ -74,11 +74,11 @@ EVEN = {
     "records": 0.14,
     "records-variable": 0.14,
     "records-short": 0.04,
-    "ledger-check-short": 0.08,
-    "ledger-short": 0.08,
+    "ledger-check-short": 0.06,
+    "ledger-short": 0.06,
     "ledger-middle": 0.12,
-    "ledger": 0.12,
-    "sums": 0.04,
+    "ledger": 0.1,
+    "sums": 0.1,
     "fill-4": 0.09,
     "fill-6": 0.15,
 }
@@ -149,6 +149,7 @@ class Batches:
         longest = max(len(ids) for ids, _ in examples)
         tail = rng.randint(8, 160) if rng.random() < 0.15 else rng.randint(0, 8)
         length = min(longest + tail, max(phase.longest, longest))
+        examples = rng.sample(examples, max(1, min(len(examples), self.recipe.tokens * 5 // 4 // length)))
         ids = [ids + [self.eos] * (length - len(ids)) for ids, _ in examples]
         return torch.tensor(ids), torch.tensor([prompt for _, prompt in examples])
 
@@ -163,10 +164,11 @@ def mask_response(
 ):
     """Mask a share of each response: ``(noised ids, masked [B, L])``.
 
-    A third of the rows mask mainly the ids marked in ``numbers [vocabulary]``: the tokens that depend on others of the
-    answer are numbers, and decoding by confidence leaves them to the end. Half of the rows keep everything before a
-    random position, as a canvas decoded from left to right does. Small shares are drawn more often than large ones: a
-    number can be learnt where those that it depends on are seen.
+    A quarter of the rows mask mainly the ids marked in ``numbers [vocabulary]``: the tokens that depend on others of
+    the answer are numbers, and decoding by confidence leaves them to the end. Another quarter masks every fourth number
+    alone, which in a ledger is every other balance: the one before each is seen, so that each is a sum to be learnt.
+    Half of the other rows keep everything before a random position, as a canvas decoded from left to right does.
+    Small shares are drawn more often than large ones, for the same reason.
     """
     batch, length = ids.shape
 
@@ -177,7 +179,8 @@ def mask_response(
     inside = position >= prompt[:, None]
     share = ((draw(batch, 1) + torch.arange(batch)[:, None] / batch) % 1) ** 1.5
     share = share.clamp(min=0.02).expand(batch, length)
-    numeric, ordered = draw(batch, 1) < 1 / 3, draw(batch, 1) < 0.5
+    pattern, ordered = draw(batch, 1), draw(batch, 1) < 0.5
+    numeric, fourth = pattern < 0.25, pattern > 0.75
     rare = share**3
     share = torch.where(numeric, torch.where(numbers[ids], share.sqrt(), rare), share)
     start = prompt[:, None] + draw(batch, 1) * (length - prompt[:, None])
@@ -185,6 +188,8 @@ def mask_response(
     after = torch.where(numeric & ~numbers[ids], share, after)
     share = torch.where(ordered, torch.where(position >= start, after, 0.0), share)
     masked = (draw(batch, length) < share) & inside
+    number = numbers[ids] & inside
+    masked = torch.where(fourth, number & ((number.cumsum(1) + (draw(batch, 1) * 4).long()) % 4 == 0), masked)
     first = torch.where(inside, draw(batch, length), -1.0).argmax(1)  # at least one position of each row
     masked[torch.arange(batch), first] |= ~masked.any(1)
     return ids.masked_fill(masked, mask_id), masked
