@@ -7,7 +7,8 @@ Kinds, each a function of a ``random.Random`` that returns a :class:`Problem`:
 * ``fill``      a sudoku of 4 x 4 or 6 x 6 cells that naked singles solve, so that the order of decoding decides,
 * ``words``     grade-school word problems with worked steps and a final ``#### answer``,
 * ``countdown`` combine the first three numbers to reach the last, ``15,44,79,50`` -> ``44-15=29,79-29=50``,
-* ``drill``     sheets of single equations, ``7*8`` -> ``7*8=56``; for training only.
+* ``drill``     sheets of single equations, ``7*8`` -> ``7*8=56``; for training only,
+* ``copy``      rows of words and numbers with other separators; for training only.
 
 Training and test problems are disjoint by construction: a problem belongs to the held-out part exactly when a hash of
 its canonical key falls in one of :data:`HELD_OUT` of 64 buckets, and :func:`sample` draws from one part or the other.
@@ -41,7 +42,7 @@ class Problem:
     @property
     def held_out(self) -> bool:
         """Return True if this problem belongs to the test split."""
-        if self.kind == "drill":
+        if self.kind in ("drill", "copy"):
             return False
         return all(self._held_out(key) for key in self.key.split(SEPARATOR))
 
@@ -144,7 +145,7 @@ def records(
 # ----------------------------------------------------------------------------------------------------------- ledger
 
 LEDGER_NAMES = [*WORD_COLUMNS["item"], *WORD_COLUMNS["fruit"], *WORD_COLUMNS["animal"]]
-LEDGER_FORMATS = ("CSV", "JSON", "lines", "SQL")
+LEDGER_FORMATS = ("CSV", "JSON", "lines")
 BALANCE, CHECK = "level", "score"  # the column's name: a running balance, or its last digit alone
 
 
@@ -154,11 +155,7 @@ def _render_ledger(lines: list[tuple], target: str, columns: list[str]) -> str:
         return "\n".join(",".join(map(str, line)) for line in [columns, *lines])
     if target == "lines":
         return "\n".join("=".join(map(str, line)) for line in lines)
-    literals = [[f"'{v}'" if isinstance(v, str) else str(v) for v in line] for line in lines]
-    if target == "SQL":
-        values = ",\n".join(f"({','.join(line)})" for line in literals)
-        return f"INSERT INTO items ({','.join(columns)}) VALUES\n{values};"
-    return "[" + ",\n".join(f"[{','.join(line)}]".replace("'", '"') for line in literals) + "]"
+    return "[" + ",\n".join(json.dumps(line, separators=(",", ":")) for line in lines) + "]"
 
 
 def ledger(
@@ -373,6 +370,23 @@ def drill(rng: random.Random, items: tuple[int, int] = (4, 10), ledger: bool = F
     return Problem("drill", question, "\n".join(solved), question)
 
 
+def copy(rng: random.Random, rows: tuple[int, int] = (2, 8)) -> Problem:
+    """Rows of one to three words or numbers, to be written with other separators: where looking up is learnt."""
+    every = [word for words_ in WORD_COLUMNS.values() for word in words_]
+    width = rng.randint(1, 3)
+    lines = [
+        tuple(rng.choice(every) if rng.random() < 0.6 else rng.randrange(200) for _ in range(width))
+        for _ in range(rng.randint(*rows))
+    ]
+
+    def render(form: str) -> str:
+        return _render_ledger(lines, form, []).lstrip("\n")
+
+    source, target = rng.sample(LEDGER_FORMATS, 2)
+    question = f"Rewrite as {target}:\n{render(source)}"
+    return Problem("copy", question, render(target), question)
+
+
 # ----------------------------------------------------------------------------------------------------------- checking
 
 
@@ -412,6 +426,7 @@ GENERATORS = {
     "words": words,
     "countdown": countdown,
     "drill": drill,
+    "copy": copy,
 }
 
 

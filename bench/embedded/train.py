@@ -53,7 +53,7 @@ class Recipe:
     phases: tuple[Phase, ...]
     steps: int
     rate: float
-    tokens: int = 4096  # per batch, about
+    tokens: int  # per batch, about
     layers: int = 4
     max_length: int = 512
     warm_up: int = 100
@@ -68,11 +68,21 @@ KINDS: dict[str, tuple[str, dict]] = {
     "ledger-check-short": ("ledger", {"movements": (1, 12), "check": True}),
     "ledger-middle": ("ledger", {"movements": (6, 12)}),
     "sums": ("drill", {"ledger": True}),
+    "copy": ("copy", {}),
 }
-FIRST = {"ledger-short": 0.3, "sums": 0.2, "fill-4": 0.15, "records-short": 0.2, "ledger-check-short": 0.15}
+FIRST = {
+    "copy": 0.35,
+    "ledger-short": 0.2,
+    "ledger-check-short": 0.05,
+    "sums": 0.1,
+    "records-short": 0.15,
+    "fill-4": 0.1,
+    "ledger-middle": 0.05,
+}
 EVEN = {
-    "records": 0.14,
-    "records-variable": 0.14,
+    "copy": 0.04,
+    "records": 0.12,
+    "records-variable": 0.12,
     "records-short": 0.04,
     "ledger-check-short": 0.06,
     "ledger-short": 0.06,
@@ -86,12 +96,13 @@ EVEN = {
 RECIPES = {
     "cpu": Recipe(
         phases=(
-            Phase(1500, FIRST, longest=200),
-            Phase(8000, EVEN, longest=448),
+            Phase(4000, FIRST, longest=200),
+            Phase(12000, EVEN, longest=448),
             Phase(10**9, EVEN, longest=512, packed=0.1),
         ),
         steps=40000,
-        rate=2e-3,
+        rate=3e-3,
+        tokens=3072,
     ),
 }
 
@@ -160,13 +171,19 @@ class Batches:
 
 
 def mask_response(
-    ids: torch.Tensor, prompt: torch.Tensor, mask_id: int, numbers: torch.Tensor, generator: torch.Generator
+    ids: torch.Tensor,
+    prompt: torch.Tensor,
+    mask_id: int,
+    numbers: torch.Tensor,
+    words: torch.Tensor,
+    generator: torch.Generator,
 ):
     """Mask a share of each response: ``(noised ids, masked [B, L])``.
 
-    A quarter of the rows mask mainly the ids marked in ``numbers [vocabulary]``: the tokens that depend on others of
-    the answer are numbers, and decoding by confidence leaves them to the end. Another quarter masks every fourth number
-    alone, which in a ledger is every other balance: the one before each is seen, so that each is a sum to be learnt.
+    A quarter of the rows mask mainly the ids marked in ``numbers [vocabulary]``, and another one those and ``words``:
+    the tokens that depend on others are not punctuation, and decoding by confidence leaves them to the end. A quarter
+    masks every fourth number alone, which in a ledger is every other balance: the one before each is seen, so that each
+    is a sum to be learnt.
     Half of the other rows keep everything before a random position, as a canvas decoded from left to right does.
     Small shares are drawn more often than large ones, for the same reason.
     """
@@ -180,12 +197,13 @@ def mask_response(
     share = ((draw(batch, 1) + torch.arange(batch)[:, None] / batch) % 1) ** 1.5
     share = share.clamp(min=0.02).expand(batch, length)
     pattern, ordered = draw(batch, 1), draw(batch, 1) < 0.5
-    numeric, fourth = pattern < 0.25, pattern > 0.75
+    content, fourth = pattern < 0.5, pattern > 0.75
+    chosen = torch.where(pattern < 0.25, numbers[ids], numbers[ids] | words[ids])
     rare = share**3
-    share = torch.where(numeric, torch.where(numbers[ids], share.sqrt(), rare), share)
+    share = torch.where(content, torch.where(chosen, share.sqrt(), rare), share)
     start = prompt[:, None] + draw(batch, 1) * (length - prompt[:, None])
     after = torch.where(draw(batch, 1) < 0.5, share.clamp(min=0.9), share)  # as it is, or nearly all that follows
-    after = torch.where(numeric & ~numbers[ids], share, after)
+    after = torch.where(content & ~chosen, share, after)
     share = torch.where(ordered, torch.where(position >= start, after, 0.0), share)
     masked = (draw(batch, length) < share) & inside
     number = numbers[ids] & inside
@@ -251,6 +269,7 @@ class Run:
         self.optimisers = optimisers(self.model, recipe.rate)
         pieces = [self.tokenizer.id_to_token(i) or "" for i in range(size)]
         self.numbers = torch.tensor([piece.isdigit() for piece in pieces])
+        self.words = torch.tensor([piece.strip().isalpha() for piece in pieces])
         self.step = self.tokens = 0
         self.seconds = 0.0
 
@@ -304,7 +323,8 @@ class Run:
     def train_step(self, ids: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
         """One optimiser step; the loss, still on the device."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.step)
-        noised, masked = mask_response(ids, prompt, self.config["mask_token_id"], self.numbers, generator)
+        mask_id = self.config["mask_token_id"]
+        noised, masked = mask_response(ids, prompt, mask_id, self.numbers, self.words, generator)
         wanted = ids[masked].to(self.device)
         # between a mean over tokens, in which rows with few masks vanish, and a mean over rows, which is noisy
         weight = (masked.sum(1, keepdim=True) ** -0.5).expand_as(masked)[masked].to(self.device)

@@ -16,7 +16,7 @@ from bench.embedded.model import CONSTANT_CHANNEL, CONSTANT_VALUE, LLaDA
 from sfs_triton.checkpoint import EMBEDDED
 from tests.support.margins import assert_logits_close
 
-KINDS = ("records", "ledger", "fill", "words", "countdown", "drill")
+KINDS = ("records", "ledger", "fill", "words", "countdown", "drill", "copy")
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def test_ledgers_add_up(check):
         assert 7 <= len(movements) <= 21 and all(1 <= abs(move) <= 9 for move in movements[1:])
         names, answered = (re.findall(r"[a-z]+(?=\W+[-+])", text) for text in (given, problem.answer))
         assert answered == [*names, "closed"] and names[0] == "open" and len(set(names)) == len(names)
-    assert len(formats) == 4
+    assert len(formats) == 3
 
 
 def test_json_ledgers_parse():
@@ -165,10 +165,10 @@ def test_training_batches_hold_no_test_problem(tokenizer):
 
 
 def _kinds(question: str) -> list[str]:
-    """Kind of a question of the second edition, by its first line; drills have no held-out part."""
+    """Kind of a question of the second edition, by its first line; drills and copies have no held-out part."""
     first, _, rest = question.partition("\n")
     if first.startswith("Rewrite"):
-        return ["ledger" if " with " in first else "records"]
+        return ["ledger"] if " with " in first else ["records"] if re.search(r"\bid\b", rest) else ["copy"]
     return ["drill" if re.search("[-+]", rest) else "fill"]
 
 
@@ -290,13 +290,13 @@ def _assert_constant_channel(tensors):
 
 def test_masking_spares_the_prompt_and_masks_each_row():
     ids, prompt = torch.arange(400 * 40).view(400, 40) % 50, torch.full((400,), 15)
-    numbers = torch.arange(50) < 10
-    noised, masked = train.mask_response(ids, prompt, -1, numbers, torch.Generator().manual_seed(0))
+    numbers, words = torch.arange(50) < 10, torch.arange(50) >= 40
+    noised, masked = train.mask_response(ids, prompt, -1, numbers, words, torch.Generator().manual_seed(0))
     assert not masked[:, :15].any() and masked.any(1).all()
     assert torch.equal(noised == -1, masked) and torch.equal(noised[~masked], ids[~masked])
     inside = torch.arange(40) >= 15
-    among, others = (masked[inside & (numbers[ids] == kind)].float().mean() for kind in (True, False))
-    assert among > 1.2 * others
+    shares = [masked[inside & kind[ids]].float().mean() for kind in (numbers, words, ~(numbers | words))]
+    assert shares[0] > 1.1 * shares[1] > 1.2 * shares[2]
 
 
 def test_a_run_starts_from_a_checkpoint_with_added_layers_as_the_identity(tiny, tmp_path):
