@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from .text.codec import TextCodec
 
 TURN_ENDS = ("<|eot_id|>", "<|im_end|>")  # written by chat templates, and by models that were trained on them
 EMBEDDED = Path(__file__).parent / "embedded"
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(@.*)?")  # a name, or owner and name; a revision may hold more slashes
 FETCHED = ("*.json", "*.jinja", "*.safetensors", "merges.txt")  # of a hub repository: never code, never pickles
 
 
@@ -74,9 +76,12 @@ def find(name: str, path_or_hub_id: str | Path) -> Path:
     folder = EMBEDDED if str(path_or_hub_id) == "embedded" else Path(path_or_hub_id)
     if folder.is_dir() or folder.suffix == ".gguf" and folder.is_file():
         return folder
+    given = str(path_or_hub_id)
     if folder.is_absolute() or folder.exists():
-        raise CheckpointError(f"{str(folder)!r} is not a folder, and not a .gguf file")
-    return _download(name, str(path_or_hub_id))
+        raise CheckpointError(f"{given!r} is not a folder, and not a .gguf file")
+    if isinstance(path_or_hub_id, Path) or folder.suffix == ".gguf" or not _HUB_ID.fullmatch(given):
+        raise CheckpointError(f"{given!r} is a path, and there is no such folder")
+    return _download(name, given)
 
 
 def _check_kind(path: Path, merged: str | Path | None) -> None:

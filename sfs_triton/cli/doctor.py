@@ -13,11 +13,11 @@ import torch
 import typer
 
 from ..cards import CARDS, canvases_that_fit, step_seconds
+from ..checkpoint import open_checkpoint
 from ..decoding.caching import POLICIES
-from ..engine import DTYPES, EMBEDDED, QUANTIZATIONS
+from ..engine import DTYPES, QUANTIZATIONS
 from ..errors import CheckpointError, check_choice
-from ..files import read_json
-from ..models import ModelSpec, read_spec
+from ..models import ModelSpec
 from ..models.geometries import REAL
 from ..self_check import machine, verdict
 from ..self_check.check import Request
@@ -67,13 +67,12 @@ def doctor(
 
 
 def _spec_of(name: str) -> ModelSpec:
-    """Return the spec of a model by name, or of a folder, of which only ``config.json`` is read."""
+    """Return the spec of a model by name, or of a folder, of which no weights are read."""
     if name in REAL:
         return REAL[name]
-    folder = EMBEDDED if name == "embedded" else Path(name)
-    if not folder.is_dir():
+    if name != "embedded" and not Path(name).is_dir():
         raise CheckpointError(f"{name!r} is neither a folder nor one of embedded, {', '.join(REAL)}")
-    return read_spec(read_json(folder / "config.json"))
+    return open_checkpoint(name).spec
 
 
 def _card_facts(device: torch.device) -> dict[str, Any] | None:

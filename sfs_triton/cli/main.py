@@ -35,13 +35,15 @@ DELAY = 0.03
 LARGEST_INPUT = 16 * 2**20  # characters read from stdin: more than any context holds
 # Options of some samplers only; given for another sampler, they are refused by name.
 BELONGS_TO = {
-    "preset": ("slowfast",),
+    "preset": tuple(name for name, sampler in SAMPLERS.items() if sampler.presets),
     "tau_min": ("slowfast",),
     "tau_high": ("slowfast",),
     "k_max": ("slowfast",),
     "window": ("slowfast",),
-    "tau": ("threshold",),
-    "steps": ("threshold", "fixed"),
+    "tau": ("threshold", "local-leap", "hierarchy"),
+    "entropy": ("multi-block",),
+    "bound": ("entropy-bound",),
+    "steps": ("threshold", "fixed", "local-leap"),
     "block_length": SAMPLERS,
 }
 
@@ -83,12 +85,14 @@ class CommandOptions:
     prompt: Annotated[str, typer.Argument(help="Prompt; - reads it from stdin.", show_default=False)]
     model: Annotated[str, typer.Option(help="Model: 'embedded', a checkpoint folder, or a hub id.")] = "embedded"
     sampler: Annotated[str, typer.Option(metavar="|".join(SAMPLERS), help="vanilla: one token per step.")] = "slowfast"
-    preset: Annotated[str | None, typer.Option(metavar="|".join(PRESETS), help="Preset. Default: paper.")] = None
+    preset: Annotated[str | None, typer.Option(metavar="NAME", help=f"Of slowfast: {', '.join(PRESETS)}.")] = None
     tau_min: Annotated[float | None, typer.Option(help="slowfast: confidence of a candidate for the horizon.")] = None
     tau_high: Annotated[float | None, typer.Option(help="slowfast: confidence to commit in the fast stage.")] = None
     k_max: Annotated[int | None, typer.Option(help="slowfast: maximum number of slow steps per cycle.")] = None
     window: Annotated[int | None, typer.Option(help="slowfast: number of horizons in the stability test.")] = None
-    tau: Annotated[float | None, typer.Option(help="threshold: confidence to commit.")] = None
+    tau: Annotated[float | None, typer.Option(help="Confidence to commit, of samplers with one threshold.")] = None
+    entropy: Annotated[float | None, typer.Option(help="multi-block: highest entropy to commit.")] = None
+    bound: Annotated[float | None, typer.Option(help="entropy-bound: of the sum of entropies per step.")] = None
     steps: Annotated[int | None, typer.Option(help="fixed: total steps; threshold: sets a quota per step.")] = None
     block_length: Annotated[int | None, typer.Option(help="Decode block by block (threshold: 32).")] = None
     cache: Annotated[str, typer.Option(metavar="|".join(POLICIES), help="Cache policy.")] = "none"

@@ -133,7 +133,7 @@ def check_pair(sampler: Sampler, cache: CachePolicy) -> None:
 def parse_sampler(value: str | Mapping[str, Any] | Sampler, **options: Any) -> Sampler:
     """Return a sampler from its name, from ``{"kind": name, option: value}``, or as it is given.
 
-    ``options`` are fields of the sampler; ``slowfast`` has ``preset`` as well.
+    ``options`` are fields of the sampler, and ``preset`` where its class has presets.
 
     Raises:
         ArgumentError: names the option and its value.
@@ -143,9 +143,9 @@ def parse_sampler(value: str | Mapping[str, Any] | Sampler, **options: Any) -> S
     kind, given = named("sampler", value, SAMPLERS)
     options = given | options
     check_options(f"sampler {kind!r}", options, sampler_options(kind))
-    if kind != "slowfast":
-        return SAMPLERS[kind](**options)
-    return SlowFast.preset(options.pop("preset", "paper"), **options)
+    if SAMPLERS[kind].presets:
+        return SAMPLERS[kind].preset(options.pop("preset", None), **options)
+    return SAMPLERS[kind](**options)
 
 
 def parse_cache(value: str | Mapping[str, Any] | CachePolicy, **options: Any) -> CachePolicy:
@@ -165,7 +165,7 @@ def parse_cache(value: str | Mapping[str, Any] | CachePolicy, **options: Any) ->
 def sampler_options(kind: str) -> set[str]:
     """Return the names that may be set for a kind of sampler. ``vanilla`` has one token per step, so no ``steps``."""
     names = {f.name for f in fields(SAMPLERS[kind])} - {"name"}
-    if kind == "slowfast":
+    if SAMPLERS[kind].presets:
         return names | {"preset"}
     return names - {"steps"} if kind == "vanilla" else names
 

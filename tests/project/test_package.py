@@ -54,8 +54,8 @@ ROOMS = {
     "__init__": ("integrations", "integrations/transformers", "engine", "scheduling", "decoding", "version", "errors"),
     "cli": (
         *("integrations", "integrations/lm_eval", "integrations/ray"),
-        *("chat", "batch", "serve", "view", "engine", "self_check", "runner", "cards", "decoding", "models", "ops"),
-        *("text", "distributed", "files", "version", "errors"),
+        *("chat", "batch", "serve", "view", "engine", "checkpoint", "self_check", "runner", "cards", "decoding"),
+        *("models", "ops", "text", "distributed", "files", "version", "errors"),
     ),
 }
 BENCH_ROOMS = {
@@ -86,11 +86,15 @@ def test_exports_are_pinned():
         "DeviceFault",
         "DualCache",
         "Engine",
+        "EntropyBound",
         "FixedSteps",
         "Frame",
         "Generation",
+        "Hierarchy",
+        "LocalLeap",
         "LoopTimeout",
         "MissingDependencyError",
+        "MultiBlock",
         "NoCache",
         "NumericalFault",
         "OutOfDeviceMemory",

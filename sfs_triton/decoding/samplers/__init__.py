@@ -5,7 +5,7 @@ from .entropy_bound import EntropyBound
 from .fixed import FixedSteps
 from .hierarchy import Hierarchy
 from .local_leap import LocalLeap
-from .multi_block import MULTI_BLOCK_PRESETS, MultiBlock
+from .multi_block import MultiBlock
 from .slowfast import PRESETS, SlowFast
 from .threshold import Threshold
 
@@ -22,7 +22,6 @@ SAMPLERS: dict[str, type[Sampler]] = {
 }
 
 __all__ = [
-    "MULTI_BLOCK_PRESETS",
     "PRESETS",
     "SAMPLERS",
     "EntropyBound",

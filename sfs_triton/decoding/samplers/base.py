@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from ...errors import check_flag, check_integer, check_number, require
+from ...errors import check_choice, check_flag, check_integer, check_number, require
 from ...kernels.rules import BlockRules
 from ...ops.dispatch import Draw
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 LARGEST = 1_000_000  # of whole numbers: no canvas has so many positions
 
@@ -33,6 +37,7 @@ class Sampler:
     eos_stop: bool = False
 
     by_stage: ClassVar[bool] = False  # works in cycles of a slow and a fast stage, not block by block
+    presets: ClassVar[Mapping[str, Sampler]] = {}  # the default first
     open_blocks: ClassVar[int] = 1  # blocks in which the first step may commit
     block_length = None
 
@@ -49,6 +54,13 @@ class Sampler:
             require(0 < self.top_p <= 1, f"top_p={self.top_p!r} is not in (0, 1]")
         if self.top_k is not None:
             check_integer("top_k", self.top_k, most=LARGEST)
+
+    @classmethod
+    def preset(cls, name: str | None = None, **changes: Any) -> Self:
+        """Return one of ``presets``, by default the first, with some fields changed."""
+        name = next(iter(cls.presets), None) if name is None else name
+        check_choice("preset", name, cls.presets)
+        return cls.presets[name].replace(**changes)
 
     def replace(self, **changes: Any) -> Sampler:
         """Return a copy with some fields changed."""

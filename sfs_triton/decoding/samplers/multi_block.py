@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ...errors import check_choice, check_flag, check_number, require
+from ...errors import check_flag, check_number, require
 from ...ops.dispatch import Draw
 from .base import BlockSampler
 
@@ -38,12 +38,6 @@ class MultiBlock(BlockSampler):
         check_flag("strict", self.strict)
         check_flag("keep_best", self.keep_best)
         require(self.block_length is not None, "block_length=None leaves MultiBlock no second block")
-
-    @classmethod
-    def preset(cls, name: str = "d3llm-llada", **changes: Any) -> MultiBlock:
-        """Return the settings of a published checkpoint, with some fields changed."""
-        check_choice("preset", name, MULTI_BLOCK_PRESETS)
-        return MULTI_BLOCK_PRESETS[name].replace(**changes)
 
     def check_cache(self, policy) -> None:
         require(
@@ -78,7 +72,7 @@ class MultiBlock(BlockSampler):
         return 2 * length + 2
 
 
-MULTI_BLOCK_PRESETS = {
+MultiBlock.presets = {  # of published checkpoints
     "d3llm-llada": MultiBlock(),
     "d3llm-dream": MultiBlock(strict=True, keep_best=False),
 }

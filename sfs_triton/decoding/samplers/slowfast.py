@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
 
 from ...errors import check_choice, check_flag, check_integer, check_number, require
 from ...kernels.rules import ROUNDINGS, SLOW_ENDS, CycleRules
@@ -85,12 +84,6 @@ class SlowFast(Sampler):
             f"share_stable=True does not go with slow_end={self.slow_end!r}: only slow_end='stable' ends the slow "
             "stage with the step that becomes stable",
         )
-
-    @classmethod
-    def preset(cls, name: str = "paper", **changes: Any) -> SlowFast:
-        """Return one of :data:`PRESETS`, with some fields changed."""
-        check_choice("preset", name, PRESETS)
-        return PRESETS[name].replace(**changes)
 
     def batch_key(self) -> SlowFast:
         return replace(super().batch_key(), tau_min=1.0, tau_high=1.0, tau_slow=None, name="")
@@ -190,3 +183,4 @@ PRESETS = {
         min_parallel_slow=2,
     ),
 }
+SlowFast.presets = PRESETS

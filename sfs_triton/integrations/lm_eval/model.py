@@ -53,7 +53,7 @@ class DiffusionLM(LM):
 
     Args:
         pretrained: ``"embedded"``, a checkpoint folder, a hub id, or an :class:`Engine`.
-        sampler, cache: ``slowfast``, ``threshold``, ``fixed`` or ``vanilla``; a cache policy. Every option of
+        sampler, cache: the name of a sampler; a cache policy. Every option of
             either (``preset``, ``tau_high``, ``block_length``, ``capacity``, ...) is also an argument.
         batch_size: prompts decoded together.
         max_gen_toks: default number of response positions.
