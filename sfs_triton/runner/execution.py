@@ -225,14 +225,14 @@ class ExecutionChoice:
         Raises:
             DeviceFault: says what the device reports.
         """
-        fault = error if isinstance(error, DeviceFault) else None
+        if isinstance(error, DeviceFault):
+            self.fault = error
+            raise error
         try:
             check_device(self.model.device, error)
-        except DeviceFault as found:
-            fault = found
-        if fault is not None:
+        except DeviceFault as fault:
             self.fault = fault
-            raise fault from (None if fault is error else error)
+            raise fault from error
 
     def fall_back(self, model: Transformer, execution: Execution, error: RuntimeError) -> bool:
         """Replace a pair that has failed by the one below it, for all generations; return False if there is none."""

@@ -460,15 +460,23 @@ def test_generations_side_by_side_fall_back_together(engines, caplog):
 
 @pytest.mark.parametrize("error", [LoopTimeout("late"), KeyboardInterrupt(), RuntimeError("CUDA error")])
 def test_a_batch_that_failed_is_not_used_again(engines, error):
-    """Its device may still run, so the host memory that it writes to is not freed either."""
+    """Its device may still run, so the host memory that it writes to is not freed either; its own memory is."""
     engine = engine_with(engines["llada-mha"], Failing(2, error))
     engine._execution._eager = execution = engine._execution.current
-    rings, prepare = [], execution.prepare
-    execution.prepare = lambda planner, runner: rings.append(weakref.ref(runner.ring)) or prepare(planner, runner)
+    rings, tensors, prepare = [], [], execution.prepare
+
+    def noted(planner, runner):
+        rings.append(weakref.ref(runner.ring))
+        tensors.extend(map(weakref.ref, (runner.state.tokens, runner.state.control, runner._lists)))
+        prepare(planner, runner)
+
+    execution.prepare = noted
     with pytest.raises(type(error)):
         engine.generate(**OPTIONS)
+    error.__traceback__ = None  # its frames hold all that they have used
     gc.collect()
     assert engine.batches.spare == [] and rings[0]() is not None
+    assert [tensor() for tensor in tensors] == [None] * 3
 
 
 # ----------------------------------------------------------------------------- checkpoints that change as they are read
