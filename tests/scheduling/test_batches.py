@@ -187,11 +187,11 @@ def test_poison_has_no_effect_on_sequences_that_join_later(
     """Leftovers of a slot's previous sequence have no effect either."""
     init, slots_made = ModelRunner.__init__, []
 
-    def narrow(runner, model, key, slots, *given):
+    def narrow(runner, model, key, slots, *given, **named):
         if slots > 1:
             raise torch.OutOfMemoryError("one at a time")
         slots_made.append(slots)
-        init(runner, model, key, slots, *given)
+        init(runner, model, key, slots, *given, **named)
 
     options = {**RAGGED, "sampler": sampler.replace(cfg_scale=0.4), "cache": policy, "trace": True}
     monkeypatch.setattr(ModelRunner, "__init__", narrow)

@@ -282,10 +282,10 @@ def short_of_memory(model: str | Path, **options: Any) -> list:
     """Generate on a model for which the last rank has memory for one sequence at a time, and the others for all."""
     init, last = ModelRunner.__init__, torch.distributed.get_world_size() - 1
 
-    def refuse(self, model, key, slots, *given):
+    def refuse(self, model, key, slots, *given, **named):
         if torch.distributed.get_rank() == last and slots > 1:
             raise torch.OutOfMemoryError("no room")
-        init(self, model, key, slots, *given)
+        init(self, model, key, slots, *given, **named)
 
     ModelRunner.__init__ = refuse
     try:
