@@ -20,6 +20,7 @@ from .gguf import GgufReader, config_of
 from .names import resolve
 from .reading import TensorReader
 from .spec import ModelSpec
+from .upload import Upload
 
 AT_ONCE = 2**24  # elements quantised at a time, which bounds the unquantised copy in memory
 
@@ -63,8 +64,19 @@ class Weights:
         return self
 
 
-def _quantised(reader: TensorReader, parts: Sequence[str], axis: int, group: Group, device: torch.device) -> Quantised:
-    """Quantise matrices of one width, stacked, to float8 on ``device``; of each this rank's rows or columns.
+def _fused(tensors: Sequence[torch.Tensor], upload: Upload, dtype: torch.dtype) -> torch.Tensor:
+    """Stack tensors along their first dimension, as ``dtype``, on the device: each is copied to its place there."""
+    if len(tensors) == 1 and upload.device.type == "cpu":
+        return tensors[0].to(dtype).contiguous()  # of a file's own dtype: its pages in memory, not a copy
+    heights = [len(tensor) for tensor in tensors]
+    whole = torch.empty((sum(heights), *tensors[0].shape[1:]), dtype=dtype, device=upload.device)
+    for part, tensor in zip(whole.split(heights), tensors, strict=True):
+        upload.copy(part, tensor)
+    return whole
+
+
+def _quantised(reader: TensorReader, parts: Sequence[str], axis: int, group: Group, upload: Upload) -> Quantised:
+    """Quantise matrices of one width, stacked, to float8 on the device; of each this rank's rows or columns.
 
     The checkpoint's own values are quantised, a few rows at a time. A scale is that of the whole row, whichever columns
     a rank keeps, so that the codes do not depend on the number of ranks.
@@ -75,22 +87,30 @@ def _quantised(reader: TensorReader, parts: Sequence[str], axis: int, group: Gro
     heights, width = [reader.shape(part)[0] for part in parts], reader.shape(parts[0])[1]
     mine = [group.share(height) if axis == 0 else (0, height) for height in heights]
     columns = slice(*(group.share(width) if axis == 1 else (0, width)))
-    n_rows = sum(stop - start for start, stop in mine)
+    n_rows, device = sum(stop - start for start, stop in mine), upload.device
     codes = torch.empty(n_rows, columns.stop - columns.start, dtype=torch.float8_e4m3fn, device=device)
     scale = torch.empty(n_rows, dtype=torch.float32, device=device)
     at, most = 0, max(1, AT_ONCE // width)
     for part, (start, stop) in zip(parts, mine, strict=True):
         for first in range(start, stop, most):
-            rows = reader.rows(part, first, min(first + most, stop)).to(device=device, dtype=torch.float32)
-            bad = (~rows.isfinite()).any(1)
-            if bad.any():
-                where = first + int(bad.nonzero()[0])
-                raise CheckpointError(f"{reader.folder}: tensor {part} has NaN or infinities, the first in row {where}")
+            rows = upload.new(reader.rows(part, first, min(first + most, stop)))
             end = at + len(rows)
             whole, scale[at:end] = quantize(rows)
             codes[at:end] = whole[:, columns]
             at = end
+    _check_finite(reader, parts, mine, scale)
     return Quantised(codes, scale)
+
+
+def _check_finite(
+    reader: TensorReader, parts: Sequence[str], mine: Sequence[tuple[int, int]], scale: torch.Tensor
+) -> None:
+    """Refuse tensors with NaN or infinities, which :func:`quantize` leaves in the scales. Reads the device once."""
+    finite = scale.isfinite().cpu()
+    for part, flags, (start, _) in zip(parts, finite.split([b - a for a, b in mine]), mine, strict=True):
+        if not flags.all():
+            where = start + int(flags.int().argmin())
+            raise CheckpointError(f"{reader.folder}: tensor {part} has NaN or infinities, the first in row {where}")
 
 
 def open_reader(path: Path, stack: ExitStack, dtype: torch.dtype) -> TensorReader | GgufReader:
@@ -146,13 +166,13 @@ def assemble(
 ) -> Weights:
     """Fuse and cast the tensors of a reader on ``device``; or copy them ``into`` weights of the same form."""
 
+    upload = Upload(device)
+
     def take(*parts: str, axis: int | None = None) -> torch.Tensor:
-        tensors = [reader.read(part, axis, group) for part in parts]
-        whole = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
-        return whole.to(device=device, dtype=dtype).contiguous()
+        return _fused([reader.read(part, axis, group) for part in parts], upload, dtype)
 
     def matrix(*parts: str, axis: int) -> Matrix:
-        return _quantised(reader, parts, axis, group, device) if quantised else take(*parts, axis=axis)
+        return _quantised(reader, parts, axis, group, upload) if quantised else take(*parts, axis=axis)
 
     def layer(index: int) -> LayerWeights:
         at = names["layer"].format(layer=index)
