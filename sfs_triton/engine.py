@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,6 +28,8 @@ from .scheduling.scheduler import BatchPool, Scheduler, bounds_of
 from .scheduling.sequence import Sequence as InFlight
 from .self_check.choice import choose
 from .text.codec import TextCodec
+
+logger = logging.getLogger("sfs_triton")
 
 QUANTIZATIONS = ("fp8",)
 ASKED = "as asked for, or the default of the device"
@@ -57,7 +60,7 @@ def load(
             (``GSAI-ML/LLaDA-8B-Instruct``), optionally at a revision: a branch, tag or commit
             (``GSAI-ML/LLaDA-8B-Instruct@08b83a6``).
         device: default: a GPU if there is one.
-        dtype: default: bfloat16 on a GPU, float32 on a CPU.
+        dtype: default: bfloat16 on a GPU (float16 where it has no bfloat16), float32 on a CPU.
         backend: ``"torch"`` or ``"triton"`` for all operations.
         cuda_graphs: replay captured CUDA graphs instead of launching operations one by one. Default on a GPU, where
             neither this nor ``backend`` is given: Triton in CUDA graphs if a check on the card speaks for it
@@ -103,7 +106,7 @@ def _load(
     if backend == "triton" or cuda_graphs:
         check_kernels(device)
     if dtype is None:
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        dtype = default_dtype(device)
     if isinstance(dtype, str):
         check_choice("dtype", dtype, DTYPES)
         dtype = DTYPES[dtype]
@@ -120,6 +123,18 @@ def _load(
     loaded = load_weights(checkpoint.path, spec, device, dtype, group, **how)
     model = Transformer(spec, loaded, backend, group)
     return Engine(model, checkpoint.text, cuda_graphs, pinned=pinned, reason=reason)
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """Return the dtype that a model has on ``device`` unless another is asked for."""
+    if device.type != "cuda":
+        return torch.float32
+    with torch.cuda.device(device):
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return torch.bfloat16
+        name = torch.cuda.get_device_name()
+    logger.warning("%s has no bfloat16: the model is loaded in float16 (dtype='float16')", name)
+    return torch.float16
 
 
 def _device(device: str | torch.device | None) -> torch.device:

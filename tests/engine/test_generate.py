@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
 
 import sfs_triton
 from sfs_triton import ArgumentError, FixedSteps, NumericalFault, RefreshCache, SlowFast, Threshold
+from sfs_triton.engine import default_dtype
 from sfs_triton.ops.dispatch import Draw, operations
 
 PROMPT = [3, 14, 15, 92, 65, 35, 89, 79, 32, 38]
@@ -401,3 +403,15 @@ def test_positions_forwarded_counts_what_was_recomputed(engines):
     done = engines["llada-mha"].generate(PROMPT, gen_length=32, sampler=sampler, cache=policy, trace=True)
     assert [step.positions_forwarded for step in done.trace] == [42, 8, 32, 8, 42, 8, 32, 8]
     assert done.positions_forwarded == 180 and done.forward_lengths == [42] * 8
+
+
+@pytest.mark.parametrize(("supported", "wanted"), [(True, torch.bfloat16), (False, torch.float16)])
+def test_a_gpu_without_bfloat16_gets_float16_and_one_line_says_so(monkeypatch, caplog, supported, wanted):
+    asked = []
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: asked.append(1) or supported)
+    assert default_dtype(torch.device("cuda")) == wanted and asked
+    assert len(caplog.records) == (not supported)
+    assert supported or "Tesla T4 has no bfloat16" in caplog.text
+    assert default_dtype(torch.device("cpu")) == torch.float32
