@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from ..distributed import Vocabulary
 from ..errors import ArgumentError, BackendError, MissingDependencyError, check_choice
-from .torch import sharded
+from .torch import blocks, sharded
 from .torch.confidence import Choice, Draw, filter_logits
 from .torch.linear import Matrix, Quantised, quantize
 from .torch.rope_cache import rope_tables
@@ -94,6 +94,25 @@ class Ops:
             return Choice(*self.merge_partials(*sharded.unpack(gathered)))
         if rows is not None:
             hidden = hidden[rows.clamp(min=0)]
+        given = noise | {"top_p": top_p}
+        size = head.shape[0] if vocabulary is None else vocabulary.size  # the same on all ranks, as the blocks must be
+
+        def choose(at: slice) -> Choice:
+            return self._choose_from_logits(hidden[at], head, draw, vocabulary, **blocks.rows_of(given, at))
+
+        return Choice(*blocks.by_rows(choose, hidden.shape[0], size, blocks.SORTED if filtered else blocks.LOGITS))
+
+    def _choose_from_logits(
+        self,
+        hidden: torch.Tensor,
+        head: Matrix,
+        draw: Draw,
+        vocabulary: Vocabulary | None,
+        top_p: torch.Tensor | None,
+        **noise: torch.Tensor | None,
+    ) -> Choice:
+        """:meth:`choose` by way of logits ``[T, V]`` in memory, for all rows of ``hidden``."""
+        filtered = draw.top_k is not None or draw.nucleus
         logits = self.product(hidden, head)
         if vocabulary is not None and filtered:
             logits, vocabulary = vocabulary.gather(logits), None

@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 import math
 import re
-import weakref
 from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import sfs_triton
 from bench.baselines import PlainModel
@@ -26,6 +24,7 @@ from sfs_triton.models.weights import LayerWeights, Weights
 from sfs_triton.ops.dispatch import Quantised, operations
 from sfs_triton.ops.torch.linear import dequantise, quantize
 from tests.support.combinations import PROMPTS, SOME_PAIRS, assert_same
+from tests.support.live_bytes import LiveBytes
 from tests.support.margins import assert_logits_close
 from tests.support.paths import GOLDEN, ROOT
 from tests.support.rank import Rank
@@ -144,35 +143,12 @@ def test_ranks_have_parts_of_the_codes_of_one_process(fp8, rank):
             assert torch.equal(getattr(got, name).scale, matrix.scale)
 
 
-class Live(TorchDispatchMode):
-    """The most bytes that tensors made within held at one time."""
-
-    def __init__(self):
-        super().__init__()
-        self.most, self._held = 0, {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for x in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(x, torch.Tensor):
-                self.note(x)
-        return result
-
-    def note(self, x: torch.Tensor) -> torch.Tensor:
-        key = id(x)
-        storage = x.untyped_storage()
-        self._held[key] = storage.data_ptr(), storage.nbytes()
-        weakref.finalize(x, self._held.pop, key, None)
-        self.most = max(self.most, sum(dict(self._held.values()).values()))
-        return x
-
-
 def test_no_more_is_in_memory_than_the_result_and_one_tensor(monkeypatch, checkpoint):
     at_once = 64 * 16
     monkeypatch.setattr(module, "AT_ONCE", at_once)
     spec = read_spec(json.loads((checkpoint / "config.json").read_text()))
     reads: list[int] = []
-    with Live() as live:
+    with LiveBytes() as live:
         for name in ("rows", "read"):
             real = getattr(module.TensorReader, name)
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from .philox import gumbel
+from .philox import gumbel_max
 
 METRICS = ("confidence", "margin", "entropy")
 
@@ -83,12 +83,11 @@ def confidence(
         largest, token = logits.max(-1, keepdim=True)
         return token[:, 0].int(), logits.sub_(largest).exp_().sum(-1).reciprocal_().float()
     measured = logits if temperature is None or not tempered else logits / temperature[:, None]
-    drawn = measured
-    if temperature is not None:
-        ids = torch.arange(logits.shape[-1], device=logits.device)
-        noise = gumbel(seed[:, None], ids, position[:, None], step[:, None])
-        drawn = measured + (noise if tempered else noise * temperature[:, None])
-    token = drawn.argmax(-1)
+    if temperature is None:
+        token = measured.argmax(-1)
+    else:
+        scale = None if tempered else temperature
+        _, token = gumbel_max(measured, temperature=scale, seed=seed, position=position, step=step)
     return token.int(), _score(measured, token, metric).float()
 
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from . import blocks
+
 _LARGEST = torch.finfo(torch.float8_e4m3fn).max
 
 
@@ -55,11 +57,17 @@ def linear(
     x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, *, residual: torch.Tensor | None = None
 ) -> torch.Tensor:
     """``x @ (weight * scale[:, None])^T``, plus ``residual`` if given. Weights are converted to ``x``'s dtype first."""
-    out = F.linear(x, dequantise(weight, scale, x.dtype))
+    n_out, n_in = weight.shape
+    if n_out * n_in <= blocks.WEIGHTS:
+        out = F.linear(x, dequantise(weight, scale, x.dtype))
+    else:
+        out = x.new_empty(*x.shape[:-1], n_out)
+        for rows in blocks.blocks(n_out, n_in, blocks.WEIGHTS):
+            out[..., rows] = F.linear(x, dequantise(weight[rows], scale[rows], x.dtype))
     return out if residual is None else out + residual
 
 
 def dequantise(codes: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """``codes * scale[:, None]``, computed in float32 or wider and rounded to ``dtype`` once."""
-    wide = codes.to(torch.promote_types(dtype, torch.float32)).mul_(scale[:, None])
-    return wide.to(dtype)
+    # every code is exact in 16 bits; the product with a float32 scale is computed in float32 wherever it is stored
+    return codes.to(dtype).mul_(scale[:, None])

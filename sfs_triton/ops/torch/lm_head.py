@@ -5,30 +5,25 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from . import blocks
 from .confidence import confidence
-from .linear import dequantise
-from .philox import gumbel
+from .linear import linear
+from .philox import gumbel_max
 
 
-def _logits(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    scale: torch.Tensor | None,
-    rows: torch.Tensor | None,
-    count: torch.Tensor | None,
+def _listed(
+    hidden: torch.Tensor, rows: torch.Tensor | None, count: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits of every listed row, in the dtype of ``hidden``, and which rows count. Reads nothing on the host."""
+    """Return the listed rows of ``hidden``, and which of them count. Reads nothing on the host."""
     n_rows = hidden.shape[0] if rows is None else rows.shape[0]
     live = torch.ones(n_rows, dtype=torch.bool, device=hidden.device)
     if count is not None:
         live = torch.arange(n_rows, device=hidden.device) < count
-    if rows is not None:
-        hidden = hidden[torch.where(live, rows, 0)]
-    return _project(hidden, weight, scale), live
+    return (hidden if rows is None else hidden[torch.where(live, rows, 0)]), live
 
 
 def _project(hidden: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
-    return F.linear(hidden, weight if scale is None else dequantise(weight, scale, hidden.dtype))
+    return F.linear(hidden, weight) if scale is None else linear(hidden, weight, scale)
 
 
 def lm_head(
@@ -50,11 +45,15 @@ def lm_head(
     ``[1]``) only that many leading rows are computed; the others have token 0 and score 0.
     """
     noise = {"temperature": temperature, "seed": seed, "position": position, "step": step}
-    if rows is None and count is None:
-        return confidence(_project(hidden, weight, scale), **noise)
-    logits, live = _logits(hidden, weight, scale, rows, count)
-    token, score = confidence(logits, **noise)
-    return torch.where(live, token, 0), torch.where(live, score, 0.0)
+    everything = rows is None and count is None
+    if not everything:
+        hidden, live = _listed(hidden, rows, count)
+
+    def choose(at: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        return confidence(_project(hidden[at], weight, scale), **blocks.rows_of(noise, at))
+
+    token, score = blocks.by_rows(choose, hidden.shape[0], weight.shape[0], blocks.LOGITS)
+    return (token, score) if everything else (torch.where(live, token, 0), torch.where(live, score, 0.0))
 
 
 def lm_head_partials(
@@ -75,18 +74,22 @@ def lm_head_partials(
     Values float32 ``[4, R]``: largest logit ``m``, ``sum(exp(logits - m))``, the winner's key (its logit plus noise)
     and its logit; and the winner's id, int32 ``[R]``. Rows from ``count`` on hold zeros.
     """
-    logits, live = _logits(hidden, weight, scale, rows, count)
-    logits = logits.float()
-    keys = logits
-    if temperature is not None:
-        ids = vocab_start + torch.arange(logits.shape[-1], device=logits.device)
-        keys = logits + gumbel(seed[:, None], ids, position[:, None], step[:, None]) * temperature[:, None]
-    top = logits.max(-1).values
-    total = (logits - top.nan_to_num(neginf=0.0)[:, None]).exp().sum(-1)
-    key, winner = torch.where(keys.isnan(), float("-inf"), keys).max(-1)
-    logit = logits.gather(-1, winner[:, None])[:, 0]
-    values = torch.stack((top, total, key, logit))
-    return torch.where(live, values, 0.0), torch.where(live, vocab_start + winner, 0).int()
+    noise = {"temperature": temperature, "seed": seed, "position": position, "step": step}
+    hidden, live = _listed(hidden, rows, count)
+
+    def summarise(at: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = _project(hidden[at], weight, scale).float()
+        top = logits.max(-1).values
+        total = (logits - top.nan_to_num(neginf=0.0)[:, None]).exp_().sum(-1)
+        if temperature is None:
+            key, winner = torch.where(logits.isnan(), float("-inf"), logits).max(-1)
+        else:
+            key, winner = gumbel_max(logits, vocab_start=vocab_start, skip_nan=True, **blocks.rows_of(noise, at))
+        logit = logits.gather(-1, winner[:, None])[:, 0]
+        return torch.stack((top, total, key, logit)), vocab_start + winner
+
+    values, winner = blocks.by_rows(summarise, hidden.shape[0], weight.shape[0], blocks.LOGITS)
+    return torch.where(live, values, 0.0), torch.where(live, winner, 0).int()
 
 
 def merge_partials(values: torch.Tensor, winner: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

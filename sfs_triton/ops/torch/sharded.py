@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from .confidence import Draw
 from .lm_head import merge_partials
-from .philox import gumbel
+from .philox import gumbel_max
 
 
 def measured(logits: torch.Tensor, draw: Draw, temperature: torch.Tensor | None = None) -> torch.Tensor:
@@ -34,14 +34,13 @@ def partials(
     ``logits [R, v]`` are as scored. Largest logit, ``sum(exp(logits - largest))``, the winner's key (its logit plus
     noise), its logit, its id (int32, bit by bit), and the second largest logit, -inf of a single id.
     """
-    keys = logits
-    if draw.noise:
-        ids = vocab_start + torch.arange(logits.shape[-1], device=logits.device)
-        noise = gumbel(seed[:, None], ids, position[:, None], step[:, None])
-        keys = logits + (noise if draw.tempered else noise * temperature[:, None])
     top, second = F.pad(logits, (0, 1), value=float("-inf")).topk(2, dim=-1).values.unbind(-1)
     total = (logits - top.nan_to_num(neginf=0.0)[:, None]).exp().sum(-1)
-    key, winner = torch.where(keys.isnan(), float("-inf"), keys).max(-1)
+    if draw.noise:
+        scale, keys = None if draw.tempered else temperature, {"seed": seed, "position": position, "step": step}
+        key, winner = gumbel_max(logits, temperature=scale, vocab_start=vocab_start, skip_nan=True, **keys)
+    else:
+        key, winner = torch.where(logits.isnan(), float("-inf"), logits).max(-1)
     logit = logits.gather(-1, winner[:, None])[:, 0]
     return pack(torch.stack((top, total, key, logit)), (vocab_start + winner).int(), second[None])
 
