@@ -22,6 +22,7 @@ from .planner import StepPlanner
 from .sequence import Sequence
 
 _PATIENCE = 60.0  # seconds to wait for the final state of a sequence
+_GPU_TARGETS = 32  # targets of exact shapes on a GPU are a multiple of this
 
 
 class PersistentBatch:
@@ -126,7 +127,8 @@ class PersistentBatch:
         """Take the engine's present execution, and start a planner of the shapes that it needs."""
         self._execution = self._choice.current
         exact, bounds = self._execution.is_exact(self.slots), self.bounds._replace(length=self.length)
-        self._planner = StepPlanner(self.key.sampler, self.key.cache, self.slots, bounds, exact)
+        multiple = _GPU_TARGETS if self.model.device.type == "cuda" else 1
+        self._planner = StepPlanner(self.key.sampler, self.key.cache, self.slots, bounds, exact, multiple)
 
     @property
     def sequences(self) -> list[Sequence]:

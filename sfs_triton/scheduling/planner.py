@@ -21,9 +21,20 @@ class StepPlanner:
     Args:
         bounds: bounds of the sequences, with ``length`` the batch's canvas length.
         exact: plan exact shapes, which need the output of the previous step. Otherwise shapes are padded.
+        target_multiple: round the targets of exact shapes up to multiples of this, where the forward has as many
+            positions. Fewer different shapes suit a GPU: its libraries choose a kernel and memory per shape.
     """
 
-    def __init__(self, sampler: Sampler, policy: CachePolicy, slots: int, bounds: BatchBounds, exact: bool):
+    def __init__(
+        self,
+        sampler: Sampler,
+        policy: CachePolicy,
+        slots: int,
+        bounds: BatchBounds,
+        exact: bool,
+        target_multiple: int = 1,
+    ):
+        self._target_multiple = target_multiple
         self.sampler, self.policy, self.slots, self.bounds, self.exact = sampler, policy, slots, bounds, exact
         self.progress: list[Progress | None] = [None] * slots  # as last read; None: no sequence
         self._first = [0] * slots  # number of the first plan that can hold the slot's sequence
@@ -120,9 +131,13 @@ class StepPlanner:
     def _exact(self, group: dict[int, int]) -> _Parts:
         """Return steps, forwards and order of a plan of exact shapes for this group."""
         parts = self.policy.exact({slot: self.progress[slot] for slot in group}, self.sampler)
-        forwards = tuple(shape for shape, _ in parts)
+        forwards = tuple(self._rounded(shape) for shape, _ in parts)
         whole = [shape.canvases for shape in forwards] == [self.slots]
         return group, forwards, () if whole else tuple(slot for _, slots in parts for slot in slots)
+
+    def _rounded(self, shape: Forward) -> Forward:
+        rounded = -(-shape.targets // self._target_multiple) * self._target_multiple
+        return shape._replace(targets=max(shape.targets, min(rounded, shape.size)))
 
     def _padded(self, group: dict[int, int], running: dict[int, int]) -> _Parts:
         """Return steps, forward and order of a padded plan for this group, or for as much of it as one plan can hold.
