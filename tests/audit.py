@@ -33,6 +33,7 @@ REVIEWED: dict[str, dict[str, str]] = {
     "bench/eval/sandbox.py": {"B603": "starts the sandbox that those programs run in"},
     "bench/gpu/__main__.py": {"B603": OWN},
     "bench/gpu/environment.py": {"B603": OWN},
+    "bench/gpu/faults.py": {"B603": OWN},
     "bench/gpu/supervise.py": {"B603": OWN},
     "bench/kernels/resources.py": {"B603": OWN},
     "bench/server/loopback.py": {"B603": OWN, "B607": "git, as whoever runs the benchmark has it"},

@@ -1,6 +1,6 @@
 """Run every GPU benchmark within a time budget, in one command (for short GPU loans).
 
-    python -m bench.gpu                              nine minutes; the record goes under bench/results/
+    python -m bench.gpu                              nine minutes; the record goes under bench/results/, or to $OUT
     python -m bench.gpu --minutes 5 --only environment,warm-up,smoke,engine
     python -m bench.gpu --dry-run                    the steps, with the time limit of each
 
@@ -28,7 +28,7 @@ from pathlib import Path
 from bench import ROOT
 from bench.gpu import record, supervise
 from bench.gpu.steps import ENVIRONMENT, STEPS, Step, allotted, interpreted, missing
-from bench.gpu.targets import RESULTS, Record, target_rows
+from bench.gpu.targets import RESULTS, Record, page
 
 NO_TESTS = 5  # pytest's exit status where none is left
 RESTARTS = 6
@@ -195,8 +195,11 @@ def checked_out() -> str:
 
 
 def default_path(gpu: str | None, commit: str) -> Path:
-    """``bench/results/<gpu>/<date>-<commit>.jsonl``; without a GPU, a file outside the records."""
+    """``<date>-<commit>.jsonl`` in the folder ``$OUT`` if that is set, in ``bench/results/<gpu>``, or without a GPU in
+    a folder outside the records."""
     name = f"{time.strftime('%Y-%m-%d')}-{commit}.jsonl"
+    if os.environ.get("OUT"):
+        return Path(os.environ["OUT"]) / name
     if gpu is None:
         return Path(tempfile.mkdtemp(prefix="gpu-suite-")) / name
     return RESULTS / re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-") / name
@@ -210,20 +213,18 @@ def table(log: record.Log, steps: Sequence[Step]) -> str:
             if line["part"] is None and line["status"] != "begun":
                 what = line.get("reason") or ", ".join(f"{n} {how}" for how, n in line.get("parts", {}).items())
                 lines.append(f"{step.name:12} {line['status']:8} {line.get('seconds', 0):8.1f}  {what}")
-    return "\n".join([*lines, *_targets(log)])
+    return "\n".join([*lines, *_page(log)])
 
 
-def _targets(log: record.Log) -> list[str]:
-    """Report the design targets that were measured. A toy run measures nothing."""
+def _page(log: record.Log) -> list[str]:
+    """Return the page of targets and records with their verdicts. A toy run measures nothing."""
     measured = Record(log.path, log.lines())
     if measured.header.get("toy"):
         return []
     try:
-        rows = target_rows(measured)
+        return ["", *page(measured)]
     except Exception as error:  # a table must not cost the run
-        return [f"(no table of targets: {type(error).__name__}: {error})"]
-    told = [f"{row.quantity}: {row.value} ({row.target})" for row in rows if row.value]
-    return ["", *told] if told else []
+        return ["", f"(no page of targets: {type(error).__name__}: {error})"]
 
 
 def parse(argv: Sequence[str] | None, steps: Sequence[Step]) -> argparse.Namespace:
@@ -232,7 +233,8 @@ def parse(argv: Sequence[str] | None, steps: Sequence[Step]) -> argparse.Namespa
     )
     parser.add_argument("--minutes", type=float, default=9.0, help="for everything; default 9")
     parser.add_argument("--only", help=f"comma-separated; of {', '.join(step.name for step in steps)}")
-    parser.add_argument("--out", type=Path, metavar="PATH.jsonl", help="default bench/results/<gpu>/<date>-<commit>")
+    where = "default: <date>-<commit> in $OUT or bench/results/<gpu>"
+    parser.add_argument("--out", type=Path, metavar="PATH.jsonl", help=where)
     parser.add_argument("--commit", help="what to call the checkout where git cannot tell")
     parser.add_argument("--dry-run", action="store_true", help="show the steps, start none")
     parser.add_argument("--toy", action="store_true", help="on a CPU, at toy sizes: shows that steps run")

@@ -32,6 +32,7 @@ POLICIES = ("region", "none", "dual", "prefix", "refresh")  # what matters most 
 PROFILED = ("region", "none")
 DECISIONS = 10  # in a graph, since one takes microseconds
 GEN_LENGTH = 32
+NEW_PROMPTS = (203, 388, 611, 997)
 PREDICTED = CEILINGS["h200"]
 
 
@@ -166,6 +167,25 @@ class Bench:
             raise parts.Incomplete({**about, **part.values}, part.__cause__) from part
         return {**about, **found}
 
+    def first_answers(self, backend: str, execution: str) -> dict[str, Any]:
+        """Time the first answer to prompts of new lengths, and a second to each: what is made per shape shows here."""
+        self._rig = None
+        engine = generation.with_execution(Engine(self.model(backend)), execution)
+        lengths = (20, 33, 41) if self.toy else NEW_PROMPTS
+        first, again = [], []
+        for length in lengths:
+            prompt = prompt_ids(self.spec, length, seed=length)
+            for taken in (first, again):
+                began = time.perf_counter()
+                done = engine.generate(prompt, gen_length=8 if self.toy else GEN_LENGTH)
+                taken.append(1e3 * (time.perf_counter() - began) / done.nfe)
+        # the first prompt also loads libraries and kernels
+        return {
+            **{"backend": backend, "execution": execution, "prompts": lengths},
+            **{"first_ms_per_step": first, "again_ms_per_step": again},
+            "first_over_again": max(a / b for a, b in list(zip(first, again, strict=True))[1:]),
+        }
+
 
 def _launched(rig: Rig, shape: Forward) -> dict[str, Any]:
     """Time a step of eager execution by the host's clock, from its launch to its output."""
@@ -200,6 +220,10 @@ def every_part() -> dict[str, parts.Part]:
                 for execution in generation.EXECUTIONS:
                     name = f"generation, {backend}, {policy}, {execution}"
                     found[name] = functools.partial(bench.generate, backend, policy, execution)
+        for backend, execution in (("torch", "eager"), ("triton", "cuda_graphs")):
+            if backend in backends:
+                name = f"first answers, {backend}, {execution}"
+                found[name] = functools.partial(bench.first_answers, backend, execution)
         found["clocks" if "clocks" not in found else "clocks at the end"] = smi
     return found
 

@@ -73,7 +73,10 @@ def describe() -> dict[str, Any]:
             "l2_bytes": about.L2_cache_size,
             "memory_bytes": about.total_memory,
             "host_atomics": host_atomics(),
+            "bfloat16": torch.cuda.is_bf16_supported(including_emulation=False),
         }
+    kernels = ("flash", "mem_efficient", "cudnn", "math")  # of attention, where torch may choose
+    values |= {f"{name}_sdp": getattr(torch.backends.cuda, f"{name}_sdp_enabled")() for name in kernels}
     return values
 
 

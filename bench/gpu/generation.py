@@ -1,8 +1,14 @@
-"""Whole generations: their host cost, their launches, and their waits."""
+"""Whole generations: their host cost, their launches, and their waits.
+
+As a step it counts a generation's host calls and copies, between its first step and its last and in total: by the
+embedded model in float32, by every execution, with a sampler for each cache policy.
+"""
 
 from __future__ import annotations
 
+import functools
 import logging
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,15 +16,26 @@ from typing import Any
 
 import torch
 
-from sfs_triton import Engine, Generation
+import sfs_triton
+from sfs_triton import Engine, Generation, RefreshCache, SlowFast, Threshold
+from sfs_triton.models import Transformer
+from sfs_triton.ops.dispatch import BACKENDS
 from sfs_triton.runner import CudaGraphs, Execution, ModelRunner, Outputs
 from sfs_triton.runner.execution import Planner
 
-from . import trace
+from . import parts, trace
 from .model import stand_in
-from .parts import Incomplete
 
 EXECUTIONS = ("cuda_graphs", "eager")
+QUESTIONS = ["15,44,79,50", "3,1,2", "99,98,97,12,7"]
+LENGTH = 32
+SETTINGS = {
+    "none": {"sampler": SlowFast(), "cache": "none"},
+    "region": {"sampler": SlowFast(), "cache": "region"},
+    "refresh": {"sampler": SlowFast(), "cache": RefreshCache(6, 3, 0.0)},
+    "prefix": {"sampler": Threshold(block_length=16), "cache": "prefix"},
+    "dual": {"sampler": Threshold(block_length=16), "cache": "dual"},
+}
 
 
 class Marked:
@@ -88,11 +105,42 @@ def profile(engine: Engine, prompts: list, **options: Any) -> dict[str, Any]:
         "kernels_per_step": round(decode["kernels"] / steps, 1),
     }
     if told:
-        raise Incomplete(values, RuntimeError(f"the execution failed: {'; '.join(told)}"))
+        raise parts.Incomplete(values, RuntimeError(f"the execution failed: {'; '.join(told)}"))
     if not _same(first, again):
-        raise Incomplete(values, AssertionError("the second generation gave other tokens than the first"))
+        raise parts.Incomplete(values, AssertionError("the second generation gave other tokens than the first"))
     return values
 
 
 def _same(mine: list[Generation], others: list[Generation]) -> bool:
     return [each.canvas for each in mine] == [each.canvas for each in others]
+
+
+@functools.cache
+def embedded() -> Engine:
+    return sfs_triton.load("embedded", parts.device(), "float32", "torch")
+
+
+def count_waits(backend: str, execution: str, policy: str) -> dict[str, Any]:
+    """Count the waits: none is allowed between the steps, and one in all, for the result."""
+    model = embedded().model
+    engine = with_execution(Engine(Transformer(model.spec, model.weights, backend), embedded().text), execution)
+    values = profile(engine, QUESTIONS, gen_length=LENGTH, **SETTINGS[policy])
+    values = {"backend": backend, "execution": execution, "policy": policy, **values}
+    if values["decode"]["waits"]:
+        raise parts.Incomplete(values, AssertionError(f"waits between steps: {values['decode']['waits']}"))
+    return values
+
+
+def every_part() -> dict[str, parts.Part]:
+    toy = parts.is_toy()
+    backends = ("torch",) if toy else BACKENDS
+    return {
+        f"{policy}, {backend}, {execution}": functools.partial(count_waits, backend, execution, policy)
+        for backend in backends
+        for policy in list(SETTINGS)[: 2 if toy else None]
+        for execution in EXECUTIONS
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(parts.run(every_part()))

@@ -25,7 +25,7 @@ from sfs_triton.ops.dispatch import BACKENDS
 from sfs_triton.runner.host_ring import HostRing
 
 from . import clock, parts
-from .generation import EXECUTIONS, warnings, with_execution
+from .generation import EXECUTIONS, embedded, warnings, with_execution
 
 QUESTION, LENGTH = "15,44,79,50", 32
 PUBLISHED = 20
@@ -85,11 +85,6 @@ def wanted(name: str) -> tuple[list[int], int]:
     engine = sfs_triton.load("embedded", "cpu", "float32")
     done = engine.generate(QUESTION, gen_length=LENGTH, **SETTINGS[name])
     return done.canvas, done.nfe
-
-
-@functools.cache
-def embedded() -> sfs_triton.Engine:
-    return sfs_triton.load("embedded", parts.device(), "float32", "torch")
 
 
 def generate(backend: str, execution: str, name: str) -> dict[str, Any]:

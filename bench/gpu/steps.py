@@ -69,14 +69,16 @@ def _steps() -> tuple[Step, ...]:
     return (
         Step("install", "the checkout, as it is, into this Python", (install,), 10, 60, resumes=False, toy=False),
         Step(ENVIRONMENT, "GPU, driver, versions, clocks", _module("environment"), 15, 45),
-        Step("warm-up", "compile and load every kernel, many at a time", _module("warm_up"), 40, 120),
+        Step("warm-up", "compile and load every kernel, many at a time", _module("warm_up"), 40, 120, stall=120),
         Step("smoke", "one shape of every kernel; the embedded model by every execution", _module("smoke"), 35, 90),
-        Step("baseline", "cuBLAS and SDPA under plain graphs at 8B; ceilings", _module("baseline"), 35, 75),
+        Step("sync", "calls, copies and waits of a generation", _module("generation"), 20, 60),
         Step("engine", "the engine's steps and generations at 8B, beside the prediction", _module("engine"), 90, 170),
-        Step("tests", "pytest -m gpu", (tests,), 50, 120, stall=75, needs=pytest, toy=False),
+        Step("baseline", "cuBLAS and SDPA under plain graphs at 8B; ceilings", _module("baseline"), 35, 75),
+        Step("faults", "faults, threads, modes, memory, a card of 24 GB", _module("faults"), 25, 75, stall=100),
+        # six workers may compile inside a test that has many examples, without a line for so long
+        Step("tests", "pytest -m gpu", (tests,), 50, 120, stall=150, needs=pytest, toy=False),
         Step("conformance", "recorded cases through the kernels", _module("conformance"), 20, 60),
         Step("throughput", "generations at 8B by every sampler, policy and execution", _module("throughput"), 40, 90),
-        Step("sync", "calls, copies and waits of a generation", _module("sync"), 20, 60),
         Step("kernels", "every kernel, checked and timed", (kernels,), 50, 240, needs=("pytest_benchmark",), toy=False),
     )
 

@@ -95,13 +95,16 @@ def summary(events: Iterable[Event], top: int = 12) -> dict[str, Any]:
 
 
 def waits(events: Iterable[Event]) -> dict[str, int]:
-    """Calls in which the host waits for the device, and copies between the two that may: those of pageable memory."""
+    """Count calls in which the host waits for the device, and copies of pageable memory, for which it waits as well.
+
+    A copy of pinned memory is queued like a kernel; where the host waits for its end, it makes a call that counts.
+    """
     found: Counter[str] = Counter()
     for event in events:
         category, name = event.get("cat"), event.get("name", "")
         if category in CALLS and (name == "cudaMemcpy" or "Synchronize" in name):
             found[name] += 1
-        elif category == "gpu_memcpy" and "Pageable" in name:
+        elif category == "gpu_memcpy" and ("DtoH" in name or "HtoD" in name) and "Pageable" in name:
             found[name.split(" (")[0]] += 1
     return dict(found)
 

@@ -1,5 +1,6 @@
 """Compile and load every kernel before measurement, in parallel: the variants that the benchmarks' cases and the
-engine's steps launch at the sizes of 8B models, as recorded from the launchers on tensors without data.
+engine's steps launch at the sizes of 8B models, and in float32 at those of the embedded and the golden models, as
+recorded from the launchers on tensors without data.
 
 Triton keeps what it compiles on disk, where all later processes find it. On a GPU each variant is loaded as well: one
 that does not fit there fails here, by name.
@@ -22,17 +23,23 @@ from unittest import mock
 
 import torch
 
+from bench import ROOT
 from bench.cost import step_count
 from bench.cost.step_count import NAMES, Setting, kinds
 from bench.kernels.resources import CompilingDriver, operations
 from bench.kernels.resources import launches as launches_of
+from sfs_triton.checkpoint import EMBEDDED
+from sfs_triton.files import read_json
 from sfs_triton.kernels.launch import Launch, recording, shared_memory
+from sfs_triton.models import read_spec
 
 from . import parts
 from .record import DEADLINE
 
-ENGINE = "engine"
-SLOWEST = ("attention", "lm_head", "linear", "confidence", "cycle", "select", ENGINE)  # to compile, so they come first
+ENGINE, SMALL = "engine", "small models"
+# to compile, so they come first; the small models' are needed soonest
+SLOWEST = (SMALL, "attention", "lm_head", "linear", "confidence", "cycle", "select", ENGINE)
+SMALL_SETTING = {"prompt": 12, "response": 32, "capacity": 24, "span_cap": 16, "block_length": 16, "span": 8}
 LATER = ("illada-8b", "dream-7b")  # geometries that only the kernel benchmarks have
 MOST_PROCESSES = 16
 
@@ -62,9 +69,22 @@ class Launches(step_count.Meter):
         return run
 
 
-def engine_launches() -> Iterator[tuple[str, Launch]]:
+def small_launches() -> Iterator[tuple[str, Launch]]:
+    """Record the launches, in float32, of the models that smoke, tests and conformance decode with."""
+    for folder in (EMBEDDED, *sorted((ROOT / "tests" / "golden" / "models").iterdir())):
+        spec = read_spec(read_json(folder / "config.json"))
+        with (
+            mock.patch.dict(step_count.REAL, {folder.name: spec}),
+            mock.patch.object(step_count, "DTYPE", torch.float32),
+        ):
+            for batch in (1, 3):
+                setting = Setting(folder.name, batch=batch, **SMALL_SETTING)
+                for name, launch in engine_launches(setting):
+                    yield f"{name}, {folder.name}", launch
+
+
+def engine_launches(setting: Setting) -> Iterator[tuple[str, Launch]]:
     """Record the launches of the engine's steps, by policy."""
-    setting = Setting()
     for name in NAMES:
         with mock.patch.object(step_count, "Meter", Launches):
             steps = step_count.Steps(setting, "triton", name)
@@ -78,7 +98,9 @@ def engine_launches() -> Iterator[tuple[str, Launch]]:
 def launches(source: str, toy: bool) -> list[tuple[str, Launch]]:
     """Record the launches of an operation's cases, or of the engine's steps, each with a name."""
     if source == ENGINE:
-        return list(engine_launches())
+        return list(engine_launches(Setting()))
+    if source == SMALL:
+        return list(small_launches())
     cases = importlib.import_module(f"bench.kernels.test_{source}").cases(toy=toy)
     return list(launches_of(cases, shared_memory(torch.device("cuda" if torch.cuda.is_available() else "meta"))))
 
@@ -150,7 +172,7 @@ def main() -> int:
     os.environ.pop("TRITON_INTERPRET", None)  # read when triton is imported, in the processes below
     toy, log = parts.is_toy(), parts.here()
     deadline = min(float(os.environ[DEADLINE]) - parts.SPARE, time.time() + 3600)
-    sources = ["norm"] if toy else [*operations(), ENGINE]
+    sources = ["norm"] if toy else [SMALL, *operations(), ENGINE]
     processes = max(1, min(MOST_PROCESSES, len(os.sched_getaffinity(0))))
     failed, running = 0, {}
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=_start) as pool:

@@ -14,16 +14,15 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import median
-from typing import NamedTuple
 
 from bench import ROOT
 from bench.baselines import AUTOREGRESSIVE, BASELINES
 from bench.common.figures import wilson_interval
 from bench.common.pages import marked, replace_file, table
-from bench.gpu import charts as gpu_charts
 from bench.gpu.record import BAD
-from bench.gpu.targets import RESULTS, Line, Record, best_step, gaps, records, target_rows
+from bench.gpu.targets import PUBLISHED, RESULTS, Line, Record, best_step, gaps, records, target_rows
 
+from . import gpu_charts
 from .cpu_pages import CpuRun, cpu_section, newest, readme_part
 
 DOC, README = ROOT / "docs" / "benchmarks.md", ROOT / "README.md"
@@ -281,33 +280,6 @@ def checks_section(new: Record, old: Record | None) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------- published figures
-
-
-class Published(NamedTuple):
-    """A published figure, with milliseconds per forward where they follow from it."""
-
-    what: str
-    figure: str
-    conditions: str
-    hardware: str
-    ms: float | None = None
-
-
-PUBLISHED = (
-    Published(
-        "SlowFast Sampling (arXiv 2506.10848), LLaDA-8B",
-        "1.60 tokens/s vanilla, 25.00 with SlowFast, 54.75 with dLLM-Cache as well",
-        "GPQA 8-shot, response 1,024",
-        "RTX 4090",
-        1e3 / 1.60,
-    ),
-    Published("Fast-dLLM, LLaDA-8B", "114 tokens/s", "HumanEval 0-shot", "A100"),
-    Published(
-        "Fast-dLLM, LLaDA-8B, rerun", "114 tokens/s at 2.77 tokens per forward", "HumanEval 0-shot", "H100", 2770 / 114
-    ),
-    Published("d3LLM-LLaDA in SGLang", "545 tokens/s at 9.91 tokens per forward", "as published", "H100", 9910 / 545),
-    Published("DiffusionGemma 26B-A4B, FP8, in vLLM", "1,288 tokens/s", "as published; another model", "H200"),
-)
 
 
 def published_section(record: Record | None) -> str:

@@ -7,7 +7,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +21,20 @@ import torch
 pytest.importorskip("triton")
 from bench.cost import step_count  # noqa: E402
 from bench.gpu import __main__ as gpu_suite  # noqa: E402
-from bench.gpu import clock, engine, generation, model, parts, record, smoke, supervise, trace, warm_up  # noqa: E402
+from bench.gpu import (  # noqa: E402
+    clock,
+    engine,
+    faults,
+    generation,
+    model,
+    parts,
+    record,
+    smoke,
+    supervise,
+    targets,
+    trace,
+    warm_up,
+)
 from bench.gpu.steps import STEPS, Step, allotted, interpreted, missing  # noqa: E402
 from tests.support.paths import ROOT  # noqa: E402
 
@@ -315,8 +330,11 @@ def test_a_dry_run_starts_nothing(capsys, monkeypatch):
     assert [line.split()[0] for line in told.splitlines()[1:-1]] == [step.name for step in STEPS]
 
 
-def test_where_records_go(monkeypatch):
+def test_where_records_go(monkeypatch, tmp_path):
     monkeypatch.setattr(time, "strftime", lambda form: "2027-01-02")
+    monkeypatch.setenv("OUT", str(tmp_path))
+    assert gpu_suite.default_path("NVIDIA H200", "abc1234") == tmp_path / "2027-01-02-abc1234.jsonl"
+    monkeypatch.delenv("OUT")
     path = gpu_suite.default_path("NVIDIA H200 NVL", "abc1234")
     assert path.relative_to(ROOT).as_posix() == "bench/results/nvidia-h200-nvl/2027-01-02-abc1234.jsonl"
     assert ROOT not in gpu_suite.default_path(None, "abc1234").parents
@@ -344,7 +362,10 @@ def test_time_that_is_left_over_goes_to_later_steps():
 
 def test_steps_are_those_that_were_asked_for():
     names = [step.name for step in STEPS]
-    assert names[:3] == ["install", "environment", "warm-up"] and names[-1] == "kernels"
+    assert names == [
+        *("install", "environment", "warm-up", "smoke", "sync", "engine", "baseline", "faults", "tests"),
+        *("conformance", "throughput", "kernels"),
+    ]
     install, *_ = STEPS
     command = " ".join(interpreted(install.commands[0], Path("x.jsonl")))
     assert command.startswith(sys.executable) and "pip install --no-build-isolation --no-deps" in command
@@ -469,6 +490,31 @@ def test_jobs_come_in_order():
     assert [each.name for each in ordered] == ["lm_head:1", "publish:1", "attention:dream-7b"]
 
 
+SMALL_MODELS = """
+from collections import Counter
+
+import torch
+
+from bench.gpu import warm_up
+
+found = warm_up.launches(warm_up.SMALL, False)
+models = Counter(name.rpartition(", ")[2] for name, _ in found)
+assert len(models) == 5 and "embedded" in models, models
+kernels = {launch.kernel.__name__ for _, launch in found}
+assert {"_attention_kernel", "_lm_head_kernel", "_rms_norm_kernel"} <= kernels, kernels
+dtypes = {launch.arguments["q_ptr"].dtype for _, launch in found if launch.kernel.__name__ == "_attention_kernel"}
+assert dtypes == {torch.float32}, dtypes
+assert not set(warm_up.jobs_of(warm_up.SMALL, False)) & set(warm_up.jobs_of("attention", False))
+"""
+
+
+def test_the_small_models_are_warmed_up_in_their_own_dtype():
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", SMALL_MODELS]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 # ------------------------------------------------------------------------------------------------------- CUDA queries
 
 
@@ -523,8 +569,9 @@ EVENTS = [
     _event("_rms_norm_kernel", "kernel", 14, 500),
     _event("_publish_kernel", "kernel", 15, 250),
     _event("Memcpy DtoD (Device -> Device)", "gpu_memcpy", 16),
-    _event("Memcpy HtoD (Pinned -> Device)", "gpu_memcpy", 17),
-    _event("Memcpy DtoH (Device -> Pageable)", "gpu_memcpy", 200),
+    _event("Memcpy DtoH (Device -> Pinned)", "gpu_memcpy", 200),
+    _event("Memcpy HtoD (Pinned -> Device)", "gpu_memcpy", 201),
+    _event("Memcpy HtoD (Pageable -> Device)", "gpu_memcpy", 202),
 ]
 
 
@@ -533,8 +580,8 @@ def test_a_trace_is_counted_within_its_span():
     assert decode["calls"] == {"cudaGraphLaunch": 2} and decode["waits"] == {} and decode["kernels"] == 3
     assert decode["family_ms"] == {"products": 2.0, "elementwise": 0.5, "machine": 0.25} and decode["gpu_ms"] == 2.75
     assert decode["top"][0] == {"kernel": "nvjet_tst_128x8", "count": 1, "ms": 2.0}
-    assert whole["waits"] == {"cudaStreamSynchronize": 1, "Memcpy DtoH": 1}
-    assert whole["copies"] == {"Memcpy DtoD": 1, "Memcpy DtoH": 1, "Memcpy HtoD": 1}
+    assert whole["waits"] == {"cudaStreamSynchronize": 1, "Memcpy HtoD": 1}, "a copy of pinned memory is no wait"
+    assert whole["copies"] == {"Memcpy DtoD": 1, "Memcpy DtoH": 1, "Memcpy HtoD": 2}
     assert decode["span_ms"] == pytest.approx(2.0), "from the first begin to the last end"
     with pytest.raises(ValueError, match="0 spans 'other'"):
         trace.within(EVENTS, "other")
@@ -623,12 +670,119 @@ def test_an_execution_that_falls_back_is_reported(embedded, monkeypatch):
 
 
 def test_a_wait_between_steps_is_a_failure(inside, monkeypatch):
-    from bench.gpu import sync
-
     found = {"decode": {"waits": {"cudaStreamSynchronize": 3}}}
     monkeypatch.setattr(generation, "profile", lambda *_, **__: found)
     with pytest.raises(parts.Incomplete, match="waits between steps: {'cudaStreamSynchronize': 3}"):
-        sync.count("torch", "eager", "none")
+        generation.count_waits("torch", "eager", "none")
+
+
+# ------------------------------------------------------------------------------------------- faults, and the last page
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ("", "ended with status -6 and found nothing: Aborted"),
+        ('found: {"wrong": "noticed after 61.0 s", "seconds": 61.0}', "noticed after 61.0 s"),
+        ('found: {"seconds": 0.4}\n', None),
+    ],
+)
+def test_a_child_that_dies_or_finds_a_failure(output, message):
+    if message is None:
+        assert faults.verdict("device-fault", output, "", 0) == {"seconds": 0.4}
+        return
+    with pytest.raises((AssertionError, parts.Incomplete), match=message):
+        faults.verdict("device-fault", output, "Aborted", -6)
+
+
+@pytest.mark.parametrize("slow", [False, True])
+def test_a_device_fault_must_be_noticed_soon(inside, monkeypatch, slow):
+    ticks = iter([10.0, 10.0 + (61 if slow else 0.5)])
+    monkeypatch.setattr(faults.time, "perf_counter", lambda: next(ticks))
+
+    class Broken:
+        def generate(self, prompts, on_step=None, **options):
+            if on_step is None:
+                return [SimpleNamespace(canvas=[])]
+            on_step(None)
+
+    def assert_async(condition):
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    monkeypatch.setattr(faults, "engine_of", lambda execution: Broken())
+    monkeypatch.setattr(torch, "_assert_async", assert_async)
+    found = faults.device_fault("eager")
+    assert "device-side assert" in found["error"] and ("wrong" in found) == slow
+
+
+def test_a_device_fault_that_nobody_notices(inside, monkeypatch):
+    monkeypatch.setattr(faults, "engine_of", lambda execution: SimpleNamespace(generate=lambda *_, **__: []))
+    assert faults.device_fault("eager") == {"wrong": "the generation ended as if nothing had happened"}
+
+
+def test_a_mode_that_changes_results_is_reported(inside, monkeypatch):
+    active = []
+
+    @contextmanager
+    def mode():
+        active.append(1)
+        yield
+        active.clear()
+
+    monkeypatch.setattr(faults, "engine_of", lambda execution: None)
+    monkeypatch.setattr(faults, "_generate", lambda *_: [len(active)])
+    with pytest.raises(parts.Incomplete, match="'inside': False, 'outside': True"):
+        faults.modes("eager", mode)
+
+
+def test_two_threads_of_which_one_gets_other_tokens(inside, monkeypatch):
+    main = threading.current_thread()
+    alone, together = {"region": [1], "none": [2]}, {"region": [1], "none": [3]}
+
+    def generate(engine, cache):
+        return (alone if threading.current_thread() is main else together)[cache]
+
+    monkeypatch.setattr(faults, "engine_of", lambda execution: SimpleNamespace(execution=execution))
+    monkeypatch.setattr(faults, "_generate", generate)
+    with pytest.raises(parts.Incomplete, match="'none': False"):
+        faults.two_captures()
+
+
+def _recorded(path: Path, gpu: str) -> targets.Record:
+    log = record.Log(path, "this")
+    log.write("suite", "begun", gpu=gpu, toy=False)
+    log.write("baseline", "ok", "ceilings", copy_gb_per_s=950.0)
+    step = {"policy": "region", "kind": "list", "ms": 18.0, "backend": "triton", "positions": 128}
+    log.write("engine", "ok", "triton, region, list", **step, machine_share=0.05)
+    log.write("engine", "ok", "first answers", first_over_again=9.0, backend="torch", execution="eager")
+    log.write("tests", "failed", "tests/a.py::b")
+    return targets.Record(path, log.lines())
+
+
+def test_the_last_page_has_a_verdict_for_every_target_and_record(tmp_path):
+    told = targets.page(_recorded(tmp_path / "a.jsonl", "NVIDIA GeForce RTX 4090"))
+    text = "\n".join(told)
+    assert "step of 128 positions at 2,124 keys, bf16: 18.00 ms (triton, replayed) (<= 21.2 ms) met" in text
+    assert "(<= 2% of it) MISSED by 2.50 x" in text and "(<= 1.5 x its time) MISSED by 6.00 x" in text
+    assert "fused head, 16 rows: - (<= 1.15 x the time to stream its weights) not measured" in text
+    assert "d3LLM-LLaDA in SGLang, H100: 545 tokens/s at 9.91 tokens per forward; 18.2 ms" in text
+    assert text.count("ahead") == 3 and text.count("BEHIND") == 4 and "tests: tests/a.py::b" in text
+    nothing = targets.page(targets.Record(tmp_path / "none.jsonl", []))
+    assert len(nothing) > 20 and not any(line.endswith((" met", "ahead")) for line in nothing)
+
+
+@pytest.mark.parametrize(("gpu", "most"), [("NVIDIA H200", 4.7), ("NVIDIA GeForce RTX 4090", 21.2)])
+def test_the_target_of_a_step_is_that_of_the_card(tmp_path, gpu, most):
+    assert targets.step_target(_recorded(tmp_path / "a.jsonl", gpu)) == most
+
+
+def test_first_answers_are_timed_beside_second_ones(toy, monkeypatch):
+    taken = iter([0.0, 8.0, 10.0, 11.0, 20.0, 26.0, 30.0, 32.0, 40.0, 41.0, 50.0, 51.0])
+    monkeypatch.setattr(engine.time, "perf_counter", lambda: next(taken))
+    fake = SimpleNamespace(generate=lambda prompt, gen_length: SimpleNamespace(nfe=1))
+    monkeypatch.setattr(generation, "with_execution", lambda *_: fake)
+    found = toy.first_answers("torch", "eager")
+    assert found["first_over_again"] == 3.0, "the first prompt of all does not count"
 
 
 def test_a_host_ring_with_wrong_copies_is_reported(inside):
