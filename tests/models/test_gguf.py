@@ -61,7 +61,7 @@ def _interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
 def write(path: Path, model: str, kind=TYPES.F32, skip: tuple[str, ...] = (), **metadata) -> dict[str, np.ndarray]:
     """Write a golden model; return the numbers that its matrices hold after quantisation, in the model's own names."""
     family, held = model.partition("-")[0], load_file(GOLDEN / "models" / model / "model.safetensors")
-    config = json.loads((GOLDEN / "models" / model / "config.json").readtext())
+    config = json.loads((GOLDEN / "models" / model / "config.json").read_text())
     get = lambda *keys: next(config[key] for key in keys if key in config)  # noqa: E731
     heads = get("n_heads", "num_attention_heads"), get("n_kv_heads", "num_key_value_heads")
     writer = gguf.GGUFWriter(path, family)
@@ -131,8 +131,8 @@ def _tokens(writer) -> None:
 def folder_of(model: str, numbers: dict[str, np.ndarray], folder: Path) -> Path:
     """A checkpoint folder with those numbers."""
     folder.mkdir(exist_ok=True)
-    config = json.loads((GOLDEN / "models" / model / "config.json").readtext())
-    (folder / "config.json").writetext(json.dumps(config))
+    config = json.loads((GOLDEN / "models" / model / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config))
     save_file({name: torch.from_numpy(value.copy()) for name, value in numbers.items()}, folder / "model.safetensors")
     return folder
 
