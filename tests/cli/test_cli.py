@@ -207,6 +207,26 @@ def test_a_prompt_that_begins_with_a_dash(model):
     assert sfs("generate", *options, "--", "-5 apples").exit_code == 0
 
 
+def test_options_of_a_checkpoint(model, monkeypatch, tmp_path):
+    """Every command hands them to ``load``."""
+    import sfs_triton.serve.command as serving
+
+    seen, stop = [], RuntimeError("loaded")
+
+    def load(*_, **options):
+        seen.append({name: options[name] for name in ("mask_token_id", "max_length", "adapter")})
+        raise stop
+
+    for module in (cli, serving, sfs_triton.batch.run):
+        monkeypatch.setattr(module, "load", load)
+    (tmp_path / "in.jsonl").write_text('{"prompt": "a"}\n')
+    given = ("--model", str(model), "--mask-token-id", "7", "--max-length", "64", "--adapter", "my-lora")
+    for command in (["generate", "a"], ["chat"], ["batch", str(tmp_path / "in.jsonl"), str(tmp_path / "out.jsonl")]):
+        assert sfs(*command, *given).exception is stop
+    assert sfs("serve", "--port", "0", *given).exception is stop
+    assert seen == [{"mask_token_id": 7, "max_length": 64, "adapter": "my-lora"}] * 4
+
+
 def test_a_prompt_far_over_the_context_is_not_encoded(model, monkeypatch):
     monkeypatch.setattr(sfs_triton.text.TextCodec, "encode", lambda *_: pytest.fail("encoded"))
     refused(generate(model, prompt="-", stdin="a" * 100_000), "100,000 characters, over 32,768", "512 positions")

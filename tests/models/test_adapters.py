@@ -199,6 +199,19 @@ def test_an_adapter_of_another_base(tmp_path):
         sfs_triton.load(GOLDEN / "models" / "dream-gqa", "cpu", adapter=tmp_path / "adapter")
 
 
+def test_an_adapter_from_the_hub(checkpoint, tmp_path, monkeypatch):
+    asked = []
+
+    def snapshot_download(name: str, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.append((name, revision))
+        return str(tmp_path / "adapter")
+
+    write(tmp_path / "adapter")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    assert sfs_triton.load(checkpoint, "cpu", adapter="some/lora@v2").spec.n_layers > 0
+    assert asked == [("some/lora", "v2")]
+
+
 def test_what_is_no_adapter(checkpoint, tmp_path):
     for value in ("", 3):
         with pytest.raises(ArgumentError, match=f"adapter={value!r}"):

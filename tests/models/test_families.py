@@ -199,6 +199,20 @@ def test_the_tokenizer_names_the_mask(tmp_path, mask, named):
     assert sfs_triton.load(tmp_path, "cpu", mask_token_id=7).spec.mask_id == 7
 
 
+def test_transformers_classes_take_illada_as_it_is(tmp_path):
+    pytest.importorskip("transformers")
+    from transformers import AutoModelForMaskedLM
+
+    import sfs_triton.integrations.transformers  # noqa: F401  registers the classes
+
+    model = AutoModelForMaskedLM.from_pretrained(write(tmp_path, ILLADA), dtype=torch.float32)
+    model.generation_config.eos_token_id = [2, 9]
+    engine = sfs_triton.accelerate(model)
+    assert (engine.spec.mask_id, engine.spec.end_ids) == (5, (2, 9))
+    ids = torch.arange(40)[None]
+    assert_logits_close(engine.model.logits(ids), forward(ILLADA, tmp_path, ids).float())
+
+
 @pytest.mark.parametrize("value", [-1, 128, 2, True, "5"])
 def test_a_mask_that_cannot_be_one(tmp_path, value):
     write(tmp_path, ILLADA)

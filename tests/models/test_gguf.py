@@ -184,6 +184,21 @@ def test_types_that_can_only_be_read(tmp_path, name):
         torch.testing.assert_close(got, wanted[slice(*rows)], atol=0, rtol=0, equal_nan=True)
 
 
+def test_no_more_than_a_piece_is_decoded_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "AT_ONCE", 64 * 10)
+    sizes, real = [], module.GgufReader._decoded
+
+    def noted(self, name, rows):
+        found = real(self, name, rows)
+        sizes.append(found.numel())
+        return found
+
+    monkeypatch.setattr(module.GgufReader, "_decoded", noted)
+    write(tmp_path / "model.gguf", "llada-mha", TYPES.Q8_0)
+    sfs_triton.load(tmp_path / "model.gguf", "cpu", "bfloat16")
+    assert max(sizes) <= 64 * 10 and len(sizes) > 512 / 10
+
+
 @pytest.mark.parametrize("quantised", [False, True])
 @pytest.mark.parametrize("rank", [0, 1])
 def test_ranks_read_their_parts(tmp_path, engines, rank, quantised):

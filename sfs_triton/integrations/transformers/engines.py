@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from reprlib import repr  # values may be as long as a vocabulary
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from ...engine import ASKED, DTYPES, Engine
 from ...errors import ArgumentError, CheckpointError, require
 from ...models import ModelSpec, Transformer, Weights, read_spec
 from ...models.names import LLADA_NAMES, LLAMA_NAMES, expected_shapes
+from ...models.spec import token_ids
 from ...models.weights import LayerWeights
 from ...ops.dispatch import check_kernels, operations
 from ...runner import check_cuda_graphs
@@ -131,8 +133,12 @@ def _spec(model: nn.Module, codec: TextCodec | None) -> ModelSpec:
     config = model.config.to_dict()
     if config.get("mask_token_id") is None and codec is not None:
         config["mask_token_id"] = codec.mask_id()
+    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     try:
-        return read_spec(config)
+        spec = read_spec(config)
+        ends = token_ids("generation_config: eos_token_id", ends)
+        others = dict.fromkeys((*spec.other_ends, *ends))
+        return replace(spec, other_ends=tuple(token for token in others if token != spec.eos_id))
     except CheckpointError as error:
         text = str(error).removeprefix("config.json: ").removeprefix("config.json ")
         raise type(error)(f"the config of {type(model).__name__}: {text}") from None
