@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from sfs_triton.decoding.samplers import FixedSteps, Sampler
@@ -10,7 +12,14 @@ from sfs_triton.runner.state import DecodeState
 
 
 def decode_state(
-    sampler: Sampler, *, batch: int, prompt: int, response: int, device: torch.device, trace: bool = False
+    sampler: Sampler,
+    *,
+    batch: int,
+    prompt: int,
+    response: int,
+    device: torch.device,
+    trace: bool = False,
+    other_ends: Sequence[int] = (),
 ) -> DecodeState:
     """Make a state whose sequences have half of their response decided, at random positions, and scores everywhere."""
     generator = torch.Generator().manual_seed(0)
@@ -27,6 +36,7 @@ def decode_state(
         sampling=sampler.sampling_values(),
         device=torch.device("cpu"),
         trace=trace,
+        other_ends=other_ends,
     )
     shape = state.masked.shape
     decided = state.masked & (torch.rand(shape, generator=generator) < 0.5)

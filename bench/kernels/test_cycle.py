@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -19,6 +20,7 @@ SHARED = SlowFast(share_stable=True, eos_horizon=False, eos_stop=True)
 SAMPLERS = {  # settings, and what a cache policy adds to them
     "paper": (SlowFast(), {}),
     "paper-eos": (SlowFast(eos_stop=True), {}),
+    "paper-ends": (SlowFast(eos_stop=True), {}),
     "llada-blocks": (SlowFast.preset("llada-reference", block_length=32, max_cycles=256), {}),
     "dream": (SlowFast.preset("dream-reference", eos_stop=True), {}),
     "shared": (SHARED, {}),
@@ -26,8 +28,11 @@ SAMPLERS = {  # settings, and what a cache policy adds to them
 }
 
 
-def _build(device: torch.device, *, sampler: SlowFast, options: dict, trace: bool, **sizes: int) -> dict:
-    return {"state": decode_state(sampler, device=device, trace=trace, **sizes), "rules": sampler.rules(**options)}
+OTHER_ENDS = (3, 4)  # besides the end-of-text
+
+
+def _build(device: torch.device, *, sampler: SlowFast, options: dict, **state: Any) -> dict:
+    return {"state": decode_state(sampler, device=device, **state), "rules": sampler.rules(**options)}
 
 
 def cases(toy: bool = False) -> list[Case]:
@@ -39,8 +44,15 @@ def cases(toy: bool = False) -> list[Case]:
             kernel=triton_impl.decide_cycle,
             twin=torch_impl.decide_cycle,
             build=partial(
-                _build, sampler=sampler, options=options, trace=trace, batch=batch, prompt=prompt, response=response
-            ),
+                _build,
+                sampler=sampler,
+                options=options,
+                trace=trace,
+                batch=batch,
+                prompt=prompt,
+                response=response,
+                other_ends=OTHER_ENDS if name == "paper-ends" else (),
+            ),  # fmt: skip
             cost=decide_cycle_cost(batch, prompt + response),
         )
         for name, (sampler, options) in SAMPLERS.items()

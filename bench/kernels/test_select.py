@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -17,6 +18,7 @@ from .states import decode_state
 
 SAMPLERS = {  # settings, and what a cache policy adds to them
     "threshold": (Threshold(block_length=32, eos_stop=True), {}),
+    "threshold-ends": (Threshold(block_length=32, eos_stop=True), {}),
     "threshold-dual": (Threshold(block_length=32), {"opening": "repeat"}),
     "threshold-region": (Threshold(block_length=32), {"partial": True}),
     "threshold-least": (Threshold(block_length=32, least=2), {}),
@@ -34,8 +36,11 @@ SAMPLERS = {  # settings, and what a cache policy adds to them
 }
 
 
-def _build(device: torch.device, *, sampler, options: dict, **sizes: int) -> dict:
-    return {"state": decode_state(sampler, device=device, **sizes), "rules": sampler.rules(**options)}
+OTHER_ENDS = (3, 4)  # besides the end-of-text
+
+
+def _build(device: torch.device, *, sampler, options: dict, **state: Any) -> dict:
+    return {"state": decode_state(sampler, device=device, **state), "rules": sampler.rules(**options)}
 
 
 def cases(toy: bool = False) -> list[Case]:
@@ -46,7 +51,15 @@ def cases(toy: bool = False) -> list[Case]:
             name=f"{prefix}{name}-{batch}x{prompt + response}",
             kernel=triton_impl.decide_block,
             twin=torch_impl.decide_block,
-            build=partial(_build, sampler=sampler, options=options, batch=batch, prompt=prompt, response=response),
+            build=partial(
+                _build,
+                sampler=sampler,
+                options=options,
+                batch=batch,
+                prompt=prompt,
+                response=response,
+                other_ends=OTHER_ENDS if name == "threshold-ends" else (),
+            ),  # fmt: skip
             cost=decide_block_cost(batch, prompt + response),
         )
         for name, (sampler, options) in SAMPLERS.items()
