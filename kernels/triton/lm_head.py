@@ -8,11 +8,10 @@ from functools import lru_cache
 import torch
 import triton
 import triton.language as tl
-from triton.language.target_info import cuda_capability_geq
 
 from .check import FLOATS, INTEGERS, check_index, check_tensor, checked_once, refuse_unless
 from .cost import Cost
-from .float8 import UNDECODED, dot_over
+from .dot import dot_over, row_scale
 from .launch import H200_SHARED_MEMORY, cdiv, launch, multiprocessors, shared_memory
 from .partials import SCALE, Partials, live_rows, merge, shares, store_partials
 from .philox import gumbel, noise_arguments
@@ -124,7 +123,6 @@ def _lm_head_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    native: tl.constexpr = cuda_capability_geq(8, 9) if NATIVE_FP8 is None else NATIVE_FP8
     n_live = live_rows(count_ptr, n_rows, HAS_COUNT)
     n_tiles, n_shares = shares(n_live, tl.num_programs(0), BLOCK_T)
     share = tl.program_id(0) // n_tiles
@@ -159,16 +157,14 @@ def _lm_head_kernel(
                 stride_hidden_row,
                 0,
                 tl.cdiv(n_features, BLOCK_K),
-                native,
+                "fp8",
+                NATIVE_FP8,
                 EVEN_K,
                 BLOCK_T,
                 BLOCK_V,
                 BLOCK_K,
             )
-            scale = tl.load(scale_ptr + column, mask=column < end, other=0.0)
-            if not native:
-                scale *= UNDECODED
-            acc = tl.trans(acc * scale[:, None])
+            acc = tl.trans(acc * row_scale(scale_ptr, column, column < end, "fp8", NATIVE_FP8)[:, None])
         else:
             acc = _dot(
                 hidden_ptr,

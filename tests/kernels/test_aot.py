@@ -1,4 +1,4 @@
-"""Kernel variants are compiled for generations of GPUs, in a process without the interpreter.
+"""Kernel variants are compiled for every kind of GPU, in a process without the interpreter.
 
 ``make test`` compiles representative variants, ``make test-slow`` every one that ships.
 """

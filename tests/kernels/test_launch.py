@@ -23,6 +23,7 @@ from sfs_triton.kernels import mark_candidates as candidates
 from sfs_triton.kernels.attention import attention, attention_config
 from sfs_triton.kernels.errors import KernelError
 from sfs_triton.kernels.launch import Launch, recording
+from sfs_triton.kernels.linear import linear, linear_silu_mul
 from sfs_triton.kernels.lm_head import lm_head_config
 from sfs_triton.kernels.mlp import silu_mul
 from tests.support.paths import ROOT
@@ -179,6 +180,8 @@ CALLS = {
         *[x.view(1, 3, 2, 16)] * 3, *[torch.ones(8, 16)] * 2, torch.arange(3)[None], k_cache=cache, v_cache=cache
     ),
     "attention": lambda x, cache: attention(x.view(1, 3, 2, 16), cache, cache),
+    "linear": lambda x, cache: linear(x[0], cache[0, :, 0].repeat(1, 2), residual=x[0, :, :7], out=x[0, :, :7].clone()),
+    "linear_silu_mul": lambda x, cache: linear_silu_mul(x[0], x[0, :2]),
 }
 
 
