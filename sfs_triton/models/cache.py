@@ -38,8 +38,8 @@ class Scope:
         rows: int32 ``[b, n]``, a list of rows, -1 idle; their keys and values are stored.
         count: int32 ``[b]``, number of rows that are not idle; results of idle rows are undefined.
         key_range: int32 ``[b, 4]``, two ranges of keys of each canvas; None: ``[0, keys)``.
-        counters: int32 zeros for attention's counts of finished parts, ``b * n_kv_heads * ceil(n * group / 16)`` of
-            them, left zero; concurrent forwards must not share them.
+        counters: int32 zeros for counts of finished parts, left zero; concurrent forwards must not share them.
+            Attention needs ``b * n_kv_heads * ceil(n * group / 16)`` of them, products of few rows one per 128 columns.
         batch: int64 ``[b]``, the canvases' rows in the cache; None: all of it.
         store: put the rows' keys and values into the cache, from which those of all other positions are read.
         features: recompute from a :class:`FeatureCache` instead.

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from ..distributed import ALONE, Group, Vocabulary
 from ..ops.dispatch import Choice, Draw, Matrix, Ops, operations, rope_tables
+from ..ops.torch.fused_linear import Heads, rotated_heads
 from ..ops.torch.norm import rms_norm
 from .cache import FeatureCache, Features, KVCache, Scope
 from .spec import ModelSpec
@@ -89,18 +91,37 @@ class Transformer:
             if select is not None:
                 x = x.gather(1, _wide(select, x))
             return self.ops.rms_norm(x, self.weights.norm, self.spec.norm_eps)
-        added = None  # output of the last MLP, added to x by the next norm
-        last = len(self.weights.layers) - 1
-        for index, layer in enumerate(self.weights.layers):
-            residual = None if added is None else x  # the norm makes it x + added
-            h = self.ops.rms_norm(x if added is None else added, layer.attn_norm, self.spec.norm_eps, residual=residual)
+        layers, counters = self.weights.layers, scope.counters
+        last = len(layers) - 1
+        gains = [*(layer.attn_norm for layer in layers[1:]), self.weights.norm]
+        h = self.ops.rms_norm(x, layers[0].attn_norm, self.spec.norm_eps)
+        for index, layer in enumerate(layers):
             chosen = select if index == last else None
             attended = self._attend(h, index, layer, scope, cache, chosen)
             if chosen is not None:
                 x = x.gather(1, _wide(chosen, x))
-            h = self.ops.rms_norm(attended, layer.mlp_norm, self.spec.norm_eps, residual=x)  # x is now x + attended
-            added = self._mlp(h, layer)
-        return self.ops.rms_norm(added, self.weights.norm, self.spec.norm_eps, residual=x)
+            h = self._add(attended, layer.out, x, layer.mlp_norm, counters, to_product=True)
+            gated = self.ops.linear_silu_mul(h, layer.gate_up, counters=counters)
+            # the rest is for the caller, or gathered from, or goes to plain products
+            to_product = index < last - (select is not None) and layer.q_norm is None
+            h = self._add(gated, layer.down, x, gains[index], counters, to_product=to_product)
+        return h
+
+    def _add(
+        self,
+        x: torch.Tensor,
+        matrix: Matrix,
+        residual: torch.Tensor,
+        gain: torch.Tensor,
+        counters: torch.Tensor | None,
+        *,
+        to_product: bool,
+    ) -> Any:
+        """``residual += x @ matrix^T`` in place, and its norm: ``linear_normed`` of the operations."""
+        if self.group.size > 1:  # the sum over ranks comes before the residual
+            return self.ops.rms_norm(self._sum(x, matrix), gain, self.spec.norm_eps, residual=residual)
+        options = {"to_product": to_product, "counters": counters}
+        return self.ops.linear_normed(x, matrix, residual, gain, self.spec.norm_eps, **options)
 
     def _embed(self, tokens: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
         if self._vocabulary is None:
@@ -118,31 +139,44 @@ class Transformer:
         cache: KVCache | None,
         select: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Return the residual of attention for the rows of ``h [b, n, d]``, or for those selected."""
-        spec, rotate = self.local, self.ops.rope_cache
+        """Return the attention of all heads for the rows of ``h [b, n, d]``, or for those selected: ``[b, n, H D]``."""
+        spec, project = self.local, functools.partial(self._rotated_heads, layer)
         tables, position, store = self._places(scope, cache, index)
+        store["counters"] = scope.counters
         if select is not None:
-            q = self._heads(self._project(h.gather(1, _wide(select, h)), layer, slice(0, spec.q_width)))
-            self._norm_heads(layer, q, None)
+            (q_matrix, q_bias), (kv_matrix, kv_bias) = _split(layer, spec.q_width)
             at = scope.first + select if scope.rows is None else scope.rows.gather(1, select)
-            q = rotate(q, None, None, self._cos, self._sin, at)[0]
-            k, v = self._heads(self._project(h, layer, slice(spec.q_width, None))).chunk(2, 2)
-            self._norm_heads(layer, None, k)
-            _, k, v = rotate(None, k, v, *tables, position, **store)
-        elif store:
-            heads = self._heads(self._project(h, layer)).split((spec.n_heads, spec.n_kv_heads, spec.n_kv_heads), 2)
-            self._norm_heads(layer, *heads[:2])
-            q, k, v = rotate(*heads, *tables, position, **store)
+            some = h.gather(1, _wide(select, h))
+            counts = {"n_heads": spec.n_heads, "n_kv_heads": 0, "counters": scope.counters}
+            q = project(some, q_matrix, q_bias, self._cos, self._sin, at, **counts)[0]
+            counts = {"n_heads": 0, "n_kv_heads": spec.n_kv_heads}
+            _, k, v = project(h, kv_matrix, kv_bias, *tables, position, **counts, **store)
         else:
-            qk, v = self._heads(self._project(h, layer)).split((spec.n_heads + spec.n_kv_heads, spec.n_kv_heads), 2)
-            self._norm_heads(layer, qk[:, :, : spec.n_heads], qk[:, :, spec.n_heads :])
-            qk = rotate(qk, None, None, *tables, position)[0]  # queries and keys in one call
-            q, k = qk.split((spec.n_heads, spec.n_kv_heads), 2)
+            counts = {"n_heads": spec.n_heads, "n_kv_heads": spec.n_kv_heads}
+            q, k, v = project(h, layer.qkv, layer.qkv_bias, *tables, position, **counts, **store)
         ranges = {"key_range": scope.key_range, "counters": scope.counters}
         ranges["count"] = None if select is not None else scope.count
-        if store:
+        if scope.store:
             k, v, ranges["cache_row"] = k[:, : scope.keys], v[:, : scope.keys], scope.batch
-        return self._sum(self.ops.attention(q, k, v, **ranges).flatten(2), layer.out)
+        return self.ops.attention(q, k, v, **ranges).flatten(2)
+
+    def _rotated_heads(
+        self,
+        layer: LayerWeights,
+        x: torch.Tensor,
+        matrix: Matrix,
+        bias: torch.Tensor | None,
+        *places: torch.Tensor | None,
+        counters: torch.Tensor | None,
+        **counts: Any,
+    ) -> Heads:
+        """``linear_heads`` of the operations; models that normalise each head (Qwen3) do so before the rotation."""
+        if layer.q_norm is None:
+            return self.ops.linear_heads(x, matrix, bias, *places, counters=counters, **counts)
+        projected, n_heads, n_kv_heads = self._product(x, matrix, bias), counts["n_heads"], counts["n_kv_heads"]
+        heads = self._heads(projected)
+        self._norm_heads(layer, heads[:, :, :n_heads], heads[:, :, n_heads : n_heads + n_kv_heads])
+        return rotated_heads(projected, self.ops.rope_cache, *places, **counts)
 
     def _places(self, scope: Scope, cache: KVCache | None, index: int) -> tuple[tuple, torch.Tensor | None, dict]:
         """Rotary tables, the rows' positions in them (None: row by row), and where keys and values are stored."""
@@ -170,8 +204,7 @@ class Transformer:
         return self._product(h, layer.qkv, layer.qkv_bias, part)
 
     def _mlp(self, h: torch.Tensor, layer: LayerWeights) -> torch.Tensor:
-        activated = self.ops.silu_mul(self._product(h, layer.gate_up))
-        return self._sum(activated, layer.down)
+        return self._sum(self.ops.linear_silu_mul(h, layer.gate_up), layer.down)
 
     def _product(
         self, x: torch.Tensor, matrix: Matrix, bias: torch.Tensor | None = None, rows: slice | None = None
@@ -187,10 +220,10 @@ class Transformer:
         """``[b, n, H D]`` to ``[b, n, H, D]``."""
         return x.unflatten(-1, (-1, self.spec.head_dim))
 
-    def _norm_heads(self, layer: LayerWeights, q: torch.Tensor | None, k: torch.Tensor | None) -> None:
+    def _norm_heads(self, layer: LayerWeights, q: torch.Tensor, k: torch.Tensor) -> None:
         """Normalise each head of fresh ``q`` and ``k [b, n, H, D]`` in place, in models that do (Qwen3)."""
         for heads, weight in ((q, layer.q_norm), (k, layer.k_norm)):
-            if heads is not None and weight is not None:
+            if weight is not None:
                 heads.copy_(rms_norm(heads, weight, self.spec.norm_eps))
 
     # ---------------------------------------------------------------------------------------- dLLM-Cache features
@@ -284,6 +317,12 @@ class Transformer:
         _put(mixed, rows, out)
         h = self.ops.rms_norm(out, layer.mlp_norm, spec.norm_eps, residual=_taken(x, rows))
         _put(mlp, rows, self._mlp(h, layer))
+
+
+def _split(layer: LayerWeights, width: int) -> list[tuple[Matrix, torch.Tensor | None]]:
+    """Matrix and bias of the queries, and of keys and values."""
+    parts = slice(0, width), slice(width, None)
+    return [(layer.qkv[part], None if layer.qkv_bias is None else layer.qkv_bias[part]) for part in parts]
 
 
 class _Listed(NamedTuple):

@@ -9,14 +9,15 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from ..distributed import Vocabulary
 from ..errors import ArgumentError, BackendError, MissingDependencyError, check_choice
 from .torch import blocks, sharded
 from .torch.confidence import Choice, Draw, filter_logits
+from .torch.fused_linear import product
 from .torch.linear import Matrix, Quantised, quantize
 from .torch.rope_cache import rope_tables
 
@@ -34,6 +35,9 @@ class Ops:
     decide_cycle: Callable[..., None]
     embedding: Callable[..., torch.Tensor]
     linear: Callable[..., torch.Tensor]
+    linear_heads: Callable[..., tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]]
+    linear_normed: Callable[..., Any]
+    linear_silu_mul: Callable[..., torch.Tensor]
     list_positions: Callable[..., None]
     lm_head: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     lm_head_partials: Callable[..., tuple[torch.Tensor, torch.Tensor]]
@@ -55,12 +59,7 @@ class Ops:
         """
         if rows is not None:
             matrix, bias = matrix[rows], None if bias is None else bias[rows]
-        if isinstance(matrix, torch.Tensor):
-            return F.linear(x, matrix, bias)
-        flat = x.reshape(-1, x.shape[-1])
-        added = None if bias is None else bias.expand(flat.shape[0], -1)
-        out = self.linear(flat, matrix.codes, matrix.scale, residual=added)
-        return out.view(*x.shape[:-1], out.shape[-1])
+        return product(x, matrix, bias, quantised=self.linear)
 
     def choose(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from .torch.attention import attention
 from .torch.confidence import confidence
 from .torch.cycle import decide_cycle
+from .torch.fused_linear import linear_heads, linear_normed, linear_silu_mul
 from .torch.gather import compact, embedding
 from .torch.linear import linear
 from .torch.list_positions import list_positions
@@ -26,6 +27,9 @@ __all__ = [
     "decide_cycle",
     "embedding",
     "linear",
+    "linear_heads",
+    "linear_normed",
+    "linear_silu_mul",
     "list_positions",
     "lm_head",
     "lm_head_partials",

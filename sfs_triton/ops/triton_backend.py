@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from ..kernels import linear as _linear
 from ..kernels import list_positions as _list_positions
 from ..kernels import mark_candidates as _mark_candidates
 from ..kernels import position_ranges as _position_ranges
@@ -16,7 +17,7 @@ from ..kernels.attention import attention
 from ..kernels.confidence import confidence
 from ..kernels.cycle import decide_cycle
 from ..kernels.gather import compact, embedding
-from ..kernels.linear import linear
+from ..kernels.linear import Normed, linear
 from ..kernels.lm_head import lm_head, lm_head_partials
 from ..kernels.mlp import silu_mul
 from ..kernels.norm import rms_norm
@@ -24,6 +25,8 @@ from ..kernels.partials import merge_partials
 from ..kernels.publish import publish
 from ..kernels.rope_cache import rope_cache
 from ..kernels.select import decide_block
+from .torch.fused_linear import Heads, product, rotated_heads
+from .torch.linear import Matrix, Quantised
 
 __all__ = [
     "attention",
@@ -33,6 +36,9 @@ __all__ = [
     "decide_cycle",
     "embedding",
     "linear",
+    "linear_heads",
+    "linear_normed",
+    "linear_silu_mul",
     "list_positions",
     "lm_head",
     "lm_head_partials",
@@ -45,6 +51,84 @@ __all__ = [
     "scatter_choices",
     "silu_mul",
 ]
+
+
+# Rows up to which plain weights are multiplied by the kernel: those of one row tile, which reads the weights once.
+# Their stream is then the bound: a weight of 16 bits is two bytes, and two operations per row, so 128 rows do 128
+# operations per byte, where GPUs do 170 (RTX 4090: 165 TFLOP/s, 0.95 TB/s) to 270 (H100: 800, 3.0) in the same time.
+# With more rows arithmetic is the bound, at which cuBLAS is better.
+FEW_ROWS = 128
+
+
+def _fused(x: torch.Tensor | Normed, matrix: Matrix) -> bool:
+    """Decide whether a product and what is next to it are one launch."""
+    return isinstance(x, Normed) or isinstance(matrix, Quantised) or x.shape[:-1].numel() <= FEW_ROWS
+
+
+def _flat(x: torch.Tensor | Normed) -> torch.Tensor | Normed:
+    if isinstance(x, Normed):
+        return x._replace(values=x.values.flatten(0, -2))
+    return x.reshape(-1, x.shape[-1])
+
+
+def _parts(matrix: Matrix) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return weights as they are in memory, and the scale per row; a further format has its own here."""
+    return (matrix.codes, matrix.scale) if isinstance(matrix, Quantised) else (matrix, None)
+
+
+def linear_heads(
+    x: torch.Tensor | Normed,
+    matrix: Matrix,
+    bias: torch.Tensor | None,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    position: torch.Tensor | None,
+    *,
+    n_heads: int,
+    n_kv_heads: int,
+    counters: torch.Tensor | None = None,
+    **store: torch.Tensor | None,
+) -> Heads:
+    if not _fused(x, matrix):
+        out = product(x, matrix, bias)
+        return rotated_heads(out, rope_cache, cos, sin, position, n_heads, n_kv_heads, **store)
+    batch, n = (x.values if isinstance(x, Normed) else x).shape[:2]
+    counts = {"n_heads": n_heads, "n_kv_heads": n_kv_heads, "n_positions": n}
+    out = _linear.linear_heads(
+        _flat(x), *_parts(matrix), bias, cos, sin, position, **counts, **store, counters=counters
+    )
+    heads = None if out is None else out.view(batch, n, -1, cos.shape[1])
+    if store:
+        return heads, store["k_cache"], store["v_cache"]
+    q, k, v = heads.split((n_heads, n_kv_heads, n_kv_heads), 2)
+    return q if n_heads else None, *((k, v) if n_kv_heads else (None, None))
+
+
+def linear_normed(
+    x: torch.Tensor,
+    matrix: Matrix,
+    residual: torch.Tensor,
+    gain: torch.Tensor,
+    eps: float,
+    *,
+    to_product: bool = False,
+    counters: torch.Tensor | None = None,
+) -> torch.Tensor | Normed:
+    if not _fused(x, matrix):
+        return rms_norm(product(x, matrix), gain, eps, residual=residual)
+    place = residual.view(-1, residual.shape[-1])
+    if to_product and x.dtype != torch.float16:  # whose range is too small for values that are not normalised yet
+        normed = _linear.linear_normed(_flat(x), *_parts(matrix), gain, eps, residual=place, counters=counters)
+        return normed._replace(values=normed.values.view(residual.shape))
+    linear(_flat(x), *_parts(matrix), residual=place, out=place, counters=counters)
+    return rms_norm(residual, gain, eps)
+
+
+def linear_silu_mul(x: torch.Tensor | Normed, matrix: Matrix, *, counters: torch.Tensor | None = None) -> torch.Tensor:
+    if not _fused(x, matrix):
+        return silu_mul(product(x, matrix))
+    shape = (x.values if isinstance(x, Normed) else x).shape[:-1]
+    return _linear.linear_silu_mul(_flat(x), *_parts(matrix), counters=counters).view(*shape, -1)
 
 
 def mark_candidates(state, *, by_stage: bool, span_cap: int | None = None) -> torch.Tensor:

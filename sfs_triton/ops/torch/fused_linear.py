@@ -1,0 +1,110 @@
+"""Products with the weights of a layer and the operations next to them, in plain torch: one operation after another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from .linear import Matrix, linear
+from .mlp import silu_mul
+from .norm import rms_norm
+from .rope_cache import rope_cache
+
+Heads = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
+
+
+def product(
+    x: torch.Tensor,
+    matrix: Matrix,
+    bias: torch.Tensor | None = None,
+    *,
+    quantised: Callable[..., torch.Tensor] = linear,
+) -> torch.Tensor:
+    """``x @ matrix^T``, plus ``bias``: ``[..., K]`` to ``[..., N]``.
+
+    A plain matrix is multiplied by torch's libraries, a quantised one by the function ``quantised``.
+    """
+    if isinstance(matrix, torch.Tensor):
+        return F.linear(x, matrix, bias)
+    flat = x.reshape(-1, x.shape[-1])
+    added = None if bias is None else bias.expand(flat.shape[0], -1)
+    out = quantised(flat, matrix.codes, matrix.scale, residual=added)
+    return out.view(*x.shape[:-1], out.shape[-1])
+
+
+def linear_heads(
+    x: torch.Tensor,
+    matrix: Matrix,
+    bias: torch.Tensor | None,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    position: torch.Tensor | None,
+    *,
+    n_heads: int,
+    n_kv_heads: int,
+    counters: torch.Tensor | None = None,
+    **store: torch.Tensor | None,
+) -> Heads:
+    """Queries, keys and values of ``x [b, n, d]``, rotated, and stored in caches if there are any.
+
+    Args:
+        x: ``[b, n, d]``, or what :func:`linear_normed` returns.
+        matrix, bias: of ``(n_heads + 2 n_kv_heads) D`` rows: queries, keys, values. Either number may be 0.
+        cos, sin, position, store: as for :func:`~sfs_triton.ops.torch.rope_cache.rope_cache`.
+        counters: of no use here.
+
+    Returns:
+        As ``rope_cache`` does.
+    """
+    return rotated_heads(product(x, matrix, bias), rope_cache, cos, sin, position, n_heads, n_kv_heads, **store)
+
+
+def rotated_heads(
+    x: torch.Tensor,
+    rotate: Callable[..., Heads],
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    position: torch.Tensor | None,
+    n_heads: int,
+    n_kv_heads: int,
+    **store: torch.Tensor | None,
+) -> Heads:
+    """Split ``x [b, n, heads D]`` into heads; ``rotate`` those of queries and keys, and store keys and values."""
+    x = x.unflatten(-1, (n_heads + 2 * n_kv_heads, -1))
+    if n_kv_heads == 0:
+        return rotate(x, None, None, cos, sin, position)
+    if n_heads and not store:  # queries and keys in one call
+        qk, v = x.split((n_heads + n_kv_heads, n_kv_heads), 2)
+        q, k = rotate(qk, None, None, cos, sin, position)[0].split((n_heads, n_kv_heads), 2)
+        return q, k, v
+    q, k, v = x.split((n_heads, n_kv_heads, n_kv_heads), 2)
+    return rotate(q if n_heads else None, k, v, cos, sin, position, **store)
+
+
+def linear_normed(
+    x: torch.Tensor,
+    matrix: Matrix,
+    residual: torch.Tensor,
+    gain: torch.Tensor,
+    eps: float,
+    *,
+    to_product: bool = False,
+    counters: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """``residual += x @ matrix^T``; return ``rms_norm(residual, gain, eps)``.
+
+    Args:
+        x: ``[..., K]``.
+        residual: ``[..., N]``, dense; changed in place.
+        to_product: the result goes to :func:`linear_heads` or :func:`linear_silu_mul` alone, so the norm may be left
+            to them to finish. Here it is finished.
+        counters: of no use here.
+    """
+    return rms_norm(product(x, matrix), gain, eps, residual=residual)
+
+
+def linear_silu_mul(x: torch.Tensor, matrix: Matrix, *, counters: torch.Tensor | None = None) -> torch.Tensor:
+    """``silu(gate) * up`` for ``gate, up = (x @ matrix^T).chunk(2, -1)``; ``x`` as for :func:`linear_heads`."""
+    return silu_mul(product(x, matrix))
