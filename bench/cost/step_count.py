@@ -65,6 +65,7 @@ PARTS = {
 }
 _PART_OF = {
     **{"attention": "attention", "confidence": "head", "lm_head": "head", "linear": "products"},
+    **dict.fromkeys(("linear_heads", "linear_normed", "linear_silu_mul"), "forward"),  # by what they launch
     **dict.fromkeys(("embedding", "rms_norm", "rope_cache", "silu_mul"), "elementwise"),
 }
 
@@ -149,7 +150,9 @@ class Meter(TorchDispatchMode):
             with self.part(part), recording() as launches:
                 result = function(*args, **kwargs)
             for launch in launches:
-                self._kernels.append(Kernel(part, launch_name(launch), *launch_cost(launch)))
+                name = launch_name(launch)
+                of = _PART_OF[name.partition(".")[2]] if part == "forward" else part
+                self._kernels.append(Kernel(of, name, *launch_cost(launch)))
             return result
 
         return run
@@ -232,7 +235,12 @@ COSTS: dict[str, Callable[[dict[str, Any], tuple[int, ...]], Cost]] = {
     "gather.compact": lambda a, grid: compact_cost(grid[0], a["n"], a["capacity"]),
     "gather.embedding": lambda a, grid: embedding_cost(a["n_rows"], a["n_columns"], a["table_ptr"].itemsize),
     "linear.linear": lambda a, grid: linear_cost(
-        a["n_rows"], a["n_out"], a["n_in"], a["x_ptr"].itemsize, a["HAS_RESIDUAL"]
+        a["n_rows"],
+        a["n_out"],
+        a["n_in"],
+        a["x_ptr"].itemsize,
+        weight_itemsize=a["weight_ptr"].itemsize,
+        ending={"plain": "sum" if a["HAS_RESIDUAL"] else "product"}.get(a["ENDING"], a["ENDING"]),
     ),
     "lm_head.lm_head": lambda a, grid: lm_head_cost(
         a["n_rows"], a["n_columns"], a["n_features"], a["hidden_ptr"].itemsize, a["HAS_SCALE"]
