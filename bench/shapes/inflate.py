@@ -28,7 +28,7 @@ from sfs_triton import ArgumentError, CheckpointError, Engine, OutOfDeviceMemory
 from sfs_triton.checkpoint import EMBEDDED
 from sfs_triton.engine import DTYPES
 from sfs_triton.models import ModelSpec, Transformer
-from sfs_triton.models.weights import INDEX_FILE
+from sfs_triton.models.reading import INDEX_FILE
 from sfs_triton.ops.dispatch import operations
 from sfs_triton.runner import check_cuda_graphs
 

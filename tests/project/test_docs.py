@@ -20,7 +20,7 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, redirect_stdout
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -439,9 +439,9 @@ def test_table_of_presets():
     names = [cell.strip("`") for cell in head[1:]]
     assert names == list(PRESETS)
     differ = {
-        field
-        for field in PRESETS["paper"].__dataclass_fields__
-        if field != "name" and len({getattr(preset, field) for preset in PRESETS.values()}) > 1
+        field.name
+        for field in fields(PRESETS["paper"])
+        if field.name != "name" and len({getattr(preset, field.name) for preset in PRESETS.values()}) > 1
     }
     assert {row[0].strip("`") for row in rows} == differ
     for setting, *cells in rows:
