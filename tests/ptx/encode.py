@@ -144,7 +144,7 @@ class Encoder:
     # -- arithmetic
 
     def _arithmetic(self, words: list[str]) -> Instruction:
-        """What operations.def has by the name that PTX gives it."""
+        """An operation of operations.def, by the name that PTX gives it."""
         head, *modifiers, kind = words
         if head in NO_EFFECT:
             return Instruction("nop")

@@ -59,12 +59,12 @@ void Machine::execute(Cta& c, Warp& w, const Instruction& i, u32 lanes, int pc) 
     if (!ftz) return apply<float, float>(m, w, i, lanes, f); \
     return apply<float, float>(m, w, i, lanes, [f](float a) { return flushed(f(flushed(a))); }); \
   }
-#define F2(name, value)                                                                                      \
-  case op_##name: {                                                                                          \
-    auto f = [](float a, float b) -> float { return value; };                                                \
-    if (!ftz) return apply<float, float, float>(m, w, i, lanes, f);                                          \
-    return apply<float, float, float>(m, w, i, lanes,                                                        \
-                                      [f](float a, float b) { return flushed(f(flushed(a), flushed(b))); }); \
+#define F2(name, value) \
+  case op_##name: { \
+    auto f = [](float a, float b) -> float { return value; }; \
+    if (!ftz) return apply<float, float, float>(m, w, i, lanes, f); \
+    auto flushing = [f](float a, float b) { return flushed(f(flushed(a), flushed(b))); }; \
+    return apply<float, float, float>(m, w, i, lanes, flushing); \
   }
 #define F3(name, value) \
   case op_##name: { \
@@ -468,7 +468,7 @@ void Machine::start(Cta& c, u32 linear) {
     w.priority = random.next();
   }
 }
-void Machine::check_barrier(Cta& c) {  // Does it open?
+void Machine::check_barrier(Cta& c) {  // open it if all warps are there
   Warp* last = nullptr;
   for (auto& w : c.warps) {
     if (w.done) continue;

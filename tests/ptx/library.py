@@ -74,7 +74,7 @@ def library() -> ctypes.CDLL:
 
 
 def _processor() -> bytes:
-    """What ``-march=native`` depends on."""
+    """The instruction sets, which ``-march=native`` depends on."""
     info = Path("/proc/cpuinfo")
     flags = [line for line in info.read_bytes().splitlines() if line.startswith(b"flags")] if info.exists() else []
     return flags[0] if flags else b""

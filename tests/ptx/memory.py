@@ -143,7 +143,7 @@ def _mask(shape: tuple[int, ...], strides: tuple[int, ...], extent: int, itemsiz
 
 
 def _valid(low: int, high: int, spans: list[tuple[int, int, torch.Tensor]]) -> numpy.ndarray | None:
-    """Which bytes belong to a tensor; None: all."""
+    """Bytes that belong to a tensor, 1 each; None: all do."""
     valid = numpy.zeros(high - low, numpy.uint8)
     for base, extent, part in spans:
         dense = part.numel() * part.element_size() == extent
@@ -155,7 +155,7 @@ def _valid(low: int, high: int, spans: list[tuple[int, int, torch.Tensor]]) -> n
 
 
 def _written(raw: numpy.ndarray) -> numpy.ndarray:
-    """Which bytes are no longer what torch.empty held: by words of four, since one byte may well be FILL."""
+    """Bytes that are no longer what torch.empty held, 1 each: by words of four, since one byte may well be FILL."""
     other = (raw != FILL).astype(numpy.uint8)
     whole = raw.size // 4 * 4
     other[:whole] = numpy.repeat(other[:whole].reshape(-1, 4).any(1), 4)

@@ -16,7 +16,7 @@ from tests.ptx.program import assemble
 
 
 def mutants(ptx: str) -> Iterator[tuple[str, str]]:
-    """What is taken away, and the text without it."""
+    """The kind of each fault, and the text with it."""
     for found in re.finditer(r"\.acq_rel\b|bar\.sync\s+0;|(?:cp\.async|wgmma)\.wait_group\D*(\d+);", ptx):
         old = found[0]
         if old == ".acq_rel":
