@@ -44,4 +44,6 @@ class LiveBytes(TorchDispatchMode):
 
 
 def _storage(x: torch.Tensor) -> int:
-    return x.untyped_storage()._cdata
+    """Identify the memory of ``x``: pages of a file may have several storages, and meta tensors have no address."""
+    storage = x.untyped_storage()
+    return storage._cdata if x.is_meta else storage.data_ptr()
