@@ -154,13 +154,13 @@ def _verdict_of(records: list[dict[str, Any]], end: str | None, rest: dict[str, 
             what = f"whole steps with cache {record['cache']!r}: {record['fault']}"
             return Verdict.torch(f"the check found a fault: {what}", fault=True, **rest)
         if record["record"] == "error":
-            text = f"the check ended at {doing}: {record['error']}"
+            text = f"the check ended during {doing}: {record['error']}"
             return Verdict.torch(text, fault=True, lasting=not record["memory"], **rest)
     if end == _LATE:
         text = f"the check took more than {LONGEST:g} s; the next is faster, since compiled kernels are kept"
         return Verdict.torch(text, fault=True, lasting=False, **rest)
     if end is not None or not any(record["record"] == "end" for record in records):
-        return Verdict.torch(f"the check {end or 'ended early'}, at {doing}", fault=True, **rest)
+        return Verdict.torch(f"the check {end or 'ended early'}, during {doing}", fault=True, **rest)
     times = [record for record in records if record["record"] == "times"]
     eager, graphs = (sum(record[backend] for record in times) for backend in ("torch", "triton"))
     stable = all(record["spread"] <= NOISE for record in times)

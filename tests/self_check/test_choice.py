@@ -67,11 +67,11 @@ END = {"record": "end"}
 @pytest.mark.parametrize(
     ("command", "said", "lasting"),
     [
-        (child("os._exit(3)"), "ended with status 3: no message, at attention", True),
+        (child("os._exit(3)"), "ended with status 3: no message, during attention", True),
         (child("os.kill(os.getpid(), signal.SIGSEGV)"), "died of SIGSEGV", True),
         (child("sys.stdout.write('{'); sys.stdout.flush(); os._exit(1)"), "ended with status 1", True),
         (child("sys.exit('CUDA error: an illegal memory access')"), "CUDA error: an illegal memory access", True),
-        (child("pass"), "ended early, at attention", True),
+        (child("pass"), "ended early, during attention", True),
         (records({"record": "error", "error": "OutOfMemoryError: full", "memory": True}), "OutOfMemoryError", False),
         (records({"record": "error", "error": "CUDA error", "memory": False}), "CUDA error", True),
         (("/nowhere/python",), "could not be started", False),
