@@ -15,28 +15,28 @@ from sfs_triton.models import Transformer, weights
 from sfs_triton.runner import CudaGraphs, ModelRunner, Pair, faults
 from tests.support.combinations import EXECUTIONS, PROMPTS, RAGGED, Failing, assert_same, engine_with, stand_in
 
-FAILURE = "kernel mlp.silu_mul does not run on device 'cuda': OutOfResources: shared memory; shapes x=[3, 8]"
+FAILURE = "kernel attention.attention does not run on device 'cuda': OutOfResources: shared memory; shapes x=[3, 8]"
 
 
 def kernels(engine: Engine, at: int, execution: str = "exact", pinned: bool = False, spoil: bool = False) -> Engine:
-    """An engine whose back end is called triton, and whose ``silu_mul`` does not run at the call of that number.
+    """An engine whose back end is called triton, and whose ``attention`` does not run at the call of that number.
 
     ``spoil``: it decides otherwise than plain torch.
     """
     model, calls = Transformer(engine.spec, engine.model.weights), 0
     by_torch = model.ops
 
-    def silu_mul(x):
+    def attention(*given, **named):
         nonlocal calls
         calls += 1
         if calls > at:
             raise KernelError(FAILURE)
-        return by_torch.silu_mul(x)
+        return by_torch.attention(*given, **named)
 
     def scatter_choices(state, token, *given, **named):
         by_torch.scatter_choices(state, (token + 1) % 100 if spoil else token, *given, **named)
 
-    model.backend, model.ops = "triton", replace(by_torch, silu_mul=silu_mul, scatter_choices=scatter_choices)
+    model.backend, model.ops = "triton", replace(by_torch, attention=attention, scatter_choices=scatter_choices)
     mine = Engine(model, engine.text, pinned=pinned)
     if execution != "exact":
         mine._execution.current = EXECUTIONS[execution]()
@@ -70,7 +70,7 @@ def test_a_kernel_that_fails_gives_way_to_plain_torch(engines, caplog, execution
 def test_a_kernel_that_was_asked_for_is_not_replaced(engines, caplog, execution):
     engine = kernels(engines["llada-mha"], 3, execution, pinned=True)
     for _ in range(2):
-        with pytest.raises(BackendError, match="kernel mlp.silu_mul does not run") as caught:
+        with pytest.raises(BackendError, match="kernel attention.attention does not run") as caught:
             engine.generate(PROMPTS[0], gen_length=16)
         assert isinstance(caught.value, SfsError) and isinstance(caught.value.__cause__, KernelError)
     assert engine.describe()["backend"] == "triton" and not warnings(caplog)

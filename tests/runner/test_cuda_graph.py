@@ -69,8 +69,13 @@ def test_a_callers_autocast_is_in_no_step_and_no_graph(engines, execution, polic
     options = {**RAGGED, "cache": POLICIES[policy]}
     wanted = engine_with(engines["llada-mha"]).generate(**options)
     model, seen = Transformer(engines["llada-mha"].spec, engines["llada-mha"].model.weights), []
-    silu_mul = model.ops.silu_mul
-    model.ops = replace(model.ops, silu_mul=lambda x: seen.append(torch.is_autocast_enabled("cpu")) or silu_mul(x))
+    attention = model.ops.attention
+
+    def watched(*given, **named):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return attention(*given, **named)
+
+    model.ops = replace(model.ops, attention=watched)
     engine = engine_with(Engine(model), execution)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert_same(engine.generate(**options), wanted)

@@ -195,8 +195,8 @@ def test_a_read_in_a_step_is_seen(engines, monkeypatch):
     """At any depth."""
     _watch(monkeypatch)
     model = Transformer(engines["llada-mha"].spec, engines["llada-mha"].model.weights)
-    silu_mul = model.ops.silu_mul
-    model.ops = replace(model.ops, silu_mul=lambda x: silu_mul(x) * float(x.norm() > 0))
+    attention = model.ops.attention
+    model.ops = replace(model.ops, attention=lambda q, *a, **n: attention(q, *a, **n) * float(q.norm() > 0))
     with pytest.raises(AssertionError, match="__float__"):
         Engine(model).generate(PROMPTS[0], gen_length=8)
 
@@ -264,8 +264,8 @@ def test_steps_run_without_values(on_meta, sampler, policy):
 )
 def test_steps_without_values_can_fail(on_meta, spoil, error):
     runner, shapes = on_meta(SlowFast(), NoCache())
-    silu_mul = runner.model.ops.silu_mul
-    runner.model.ops = replace(runner.model.ops, silu_mul=lambda x: spoil(silu_mul(x)))
+    attention = runner.model.ops.attention
+    runner.model.ops = replace(runner.model.ops, attention=lambda *a, **n: spoil(attention(*a, **n)))
     with Nowhere(), pytest.raises((RuntimeError, AssertionError), match=error):
         runner.run_padded(shapes[0])
 

@@ -173,14 +173,19 @@ def engine_with(engine: Engine, execution: Execution | str = "exact") -> Engine:
 
 
 def assert_same(mine: Sequence[Generation] | Generation, wanted: Sequence[Generation] | Generation) -> None:
-    """Compare all but the time taken; confidences to the tolerance of another order of summation."""
+    """Compare all but the time taken; confidences and probabilities to the tolerance of another order of summation."""
     if isinstance(wanted, Generation):
         mine, wanted = [mine], [wanted]
     for index, (one, other) in enumerate(zip(mine, wanted, strict=True)):
-        for name in (field.name for field in fields(Generation) if field.name not in ("seconds", "trace")):
+        for name in {field.name for field in fields(Generation)} - {"seconds", "trace", "probabilities"}:
             assert getattr(one, name) == getattr(other, name), f"sequence {index}: {name}"
+        _assert_close(one.probabilities or [], other.probabilities or [])
         assert (one.trace is None) == (other.trace is None)
         for step, same in zip(one.trace or [], other.trace or [], strict=True):
             assert replace(step, confidence=[]) == replace(same, confidence=[]), f"sequence {index}: step {same.step}"
-            found, there = ([float("nan") if c is None else c for c in s.confidence] for s in (step, same))
-            torch.testing.assert_close(found, there, rtol=0, atol=1e-4, equal_nan=True)
+            _assert_close(step.confidence, same.confidence)
+
+
+def _assert_close(mine: Sequence[float | None], wanted: Sequence[float | None]) -> None:
+    found, there = ([float("nan") if c is None else c for c in values] for values in (mine, wanted))
+    torch.testing.assert_close(found, there, rtol=0, atol=1e-4, equal_nan=True)
