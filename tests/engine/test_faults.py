@@ -34,7 +34,7 @@ from sfs_triton import (
     Threshold,
 )
 from sfs_triton.decoding.params import BatchKey
-from sfs_triton.models import Transformer, weights
+from sfs_triton.models import Transformer, reading, weights
 from sfs_triton.models.cache import FeatureCache, KVCache
 from sfs_triton.runner import CudaGraphs, Eager, ModelRunner
 from sfs_triton.scheduling.persistent_batch import PersistentBatch
@@ -498,14 +498,14 @@ def _sharded(folder: Path) -> list[Path]:
 def test_a_shard_that_vanishes_is_named(checkpoint, monkeypatch):
     """After the index and the first shard were read."""
     _, second = _sharded(checkpoint)
-    opened = weights.safe_open
+    opened = reading.safe_open
 
     def vanish(path, **how):
         second.unlink(missing_ok=True)
         return opened(path, **how)
 
     sfs_triton.load(checkpoint, "cpu")
-    monkeypatch.setattr(weights, "safe_open", vanish)
+    monkeypatch.setattr(reading, "safe_open", vanish)
     with pytest.raises(CheckpointError, match=re.escape(str(second))):
         sfs_triton.load(checkpoint, "cpu")
 
@@ -520,13 +520,14 @@ def test_a_file_that_is_gone_before_it_is_read_is_named(checkpoint, name):
 @pytest.mark.parametrize("how", [Path.unlink, lambda path: os.replace(_garbage(path), path)], ids=["gone", "replaced"])
 def test_a_file_that_is_open_is_read_to_its_end(checkpoint, engines, monkeypatch, how):
     """Deleting or replacing the file does not affect the open one."""
-    check = weights._check
+    open_reader = weights.open_reader
 
     def change(*given):
-        check(*given)
+        reader = open_reader(*given)
         how(checkpoint / "model.safetensors")
+        return reader
 
-    monkeypatch.setattr(weights, "_check", change)
+    monkeypatch.setattr(weights, "open_reader", change)
     engine = sfs_triton.load(checkpoint, "cpu")
     assert_same(engine.generate(**OPTIONS), engines["llada-mha"].generate(**OPTIONS))
 
@@ -542,13 +543,14 @@ import os, sys
 import sfs_triton
 from sfs_triton.models import weights
 
-check = weights._check
+open_reader = weights.open_reader
 
 def cut(*given):
-    check(*given)
+    reader = open_reader(*given)
     os.truncate(sys.argv[1] + "/model.safetensors", int(sys.argv[2]))
+    return reader
 
-weights._check = cut
+weights.open_reader = cut
 try:
     sfs_triton.load(sys.argv[1], "cpu")
 except sfs_triton.CheckpointError as error:
