@@ -26,7 +26,7 @@ from . import generation, parts
 from .model import prompt_ids, random_weights, sizes
 
 QUESTIONS = ["15,44,79,50", "3,1,2", "99,98,97,12,7"]
-LENGTH, CACHES = 32, ("region", "none")
+LENGTH, TOY_LENGTH, CACHES = 32, 8, ("region", "none")
 BATCHES = 10
 LEAKED = 64 * 2**20  # bytes; less is what allocators keep
 NOTICED = 5.0  # seconds
@@ -44,7 +44,8 @@ def engine_of(execution: str) -> Engine:
 
 
 def _generate(engine: Engine, cache: str, questions: list[str] | None = None) -> list[list[int]]:
-    return [done.canvas for done in engine.generate(questions or QUESTIONS, gen_length=LENGTH, cache=cache)]
+    length = TOY_LENGTH if parts.is_toy() else LENGTH
+    return [done.canvas for done in engine.generate(questions or QUESTIONS, gen_length=length, cache=cache)]
 
 
 def modes(execution: str, mode: Callable[[], Any]) -> dict[str, Any]:
