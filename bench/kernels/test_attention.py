@@ -55,19 +55,24 @@ if importlib.util.find_spec("flashinfer"):
 def cases(toy: bool = False) -> list[Case]:
     shapes = ((2, 5, 70),) if toy else ((1, 128, 2124), (1, 16, 2124), (4, 128, 2124), (1, 256, 8192))
     dtype = torch.float32 if toy else torch.bfloat16
+    rows = [(name, *shape, dtype) for name in geometries(toy) for shape in shapes]
+    if not toy:  # tiles and dtypes that are left
+        rows += [(name, 1, n, 2124, dtype) for name in geometries(toy) for n in (32, 64)]
+        rows += [("llada-8b", 1, 128, 2124, torch.float16)]
+        rows += [(name, 1, n, 2124, torch.float32) for name in ("llada-8b", "illada-8b") for n in (16, 128)]
     return [
         Case(
-            name=f"{name}-{batch}x{n_queries}-{n_keys}",
+            name=f"{name}-{batch}x{n_queries}-{n_keys}{'' if kind == dtype else f'-{kind}'.replace('torch.', '')}",
             kernel=attention,
             twin=twin.attention,
-            build=partial(_build, geometry=geometry, batch=batch, n_queries=n_queries, n_keys=n_keys, dtype=dtype),
+            build=partial(_build, geometry=geometry, batch=batch, n_queries=n_queries, n_keys=n_keys, dtype=kind),
             cost=attention_cost(
-                batch, n_queries, geometry.n_heads, geometry.n_kv_heads, n_keys, geometry.head_dim, dtype.itemsize
+                batch, n_queries, geometry.n_heads, geometry.n_kv_heads, n_keys, geometry.head_dim, kind.itemsize
             ),
             libraries=LIBRARIES,
         )
-        for name, geometry in geometries(toy).items()
-        for batch, n_queries, n_keys in shapes
+        for name, batch, n_queries, n_keys, kind in rows
+        for geometry in (geometries(toy)[name],)
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -91,6 +92,9 @@ def cases(toy: bool = False) -> list[Case]:
     name, geometry = next(iter(geometries(toy).items()))
     if not toy:  # the tiles that are left
         found += [_case(name, geometry, *at) for at in ((32, dtype, False), (16, dtype, True), (32, dtype, True))]
+        found += [_case(f"{name}-float16", geometry, 128, torch.float16)]
+        odd = replace(geometry, d_model=4100)  # no multiple of a block
+        found += [_case(f"{name}-odd", odd, n, dtype, noise) for n, noise in ((16, True), (64, True), (128, False))]
     with_codes = sizes if toy else [*sizes, (32, False), (16, True), (32, True)]
     found += [_case(name, geometry, n_rows, dtype, noise, float8=True) for n_rows, noise in with_codes]
     n_rows = sizes[1][0]

@@ -237,12 +237,13 @@ def attention_config(
         block_m, block_n = (min(256, max(16, triton.next_power_of_2(size))) for size in (n_rows, n_keys))
         return AttentionConfig(block_m, block_n, n_splits=1, num_warps=8, num_stages=1)
     heads = batch * n_kv_heads
-    largest = max(16, min(128 if itemsize == 2 else 32, triton.next_power_of_2(n_rows)))
+    most = 128 if itemsize == 2 else 32 if n_heads == n_kv_heads else 16
+    largest = max(16, min(most, triton.next_power_of_2(n_rows)))
     blocks = [block for block in (128, 64, 32, 16) if block <= largest]
     fits = (block for block in blocks if 5 * heads * cdiv(n_rows, block) >= n_multiprocessors)
     block_m = next(fits, blocks[-1])
     block_n, num_stages = 64 if itemsize == 2 else 32, 3
-    if block_m == 128 and n_heads > n_kv_heads:  # a group's addresses take registers too; as many keys are in flight
+    if block_m >= 64 and n_heads > n_kv_heads:  # a group's addresses take registers too; as many keys are in flight
         block_n, num_stages = 32, 5
     tile, stage = MARGIN + block_m * head_dim * itemsize, 2 * block_n * head_dim * itemsize
     num_stages = max(2, min(num_stages, 1 + (shared - tile) // stage))

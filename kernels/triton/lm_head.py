@@ -224,7 +224,7 @@ def lm_head_config(
     Four waves of programs where the row tiles do not divide one. One processor (the interpreter) takes all in one tile.
 
     Codes of float8 are half the bytes, so there are more stages, and 32 KB or more of codes under way. A K that is no
-    multiple of 128 (not ``even``) gets the small tiles of float32.
+    multiple of 64, or with float8 128 (not ``even``), whose loads are narrow, gets the small tiles of float32.
 
     ``shared`` is what a block may have of shared memory: stages are as many as fit, and where two programs do not fit
     there is one per multiprocessor.
@@ -234,10 +234,10 @@ def lm_head_config(
         block_v = min(2048, max(16, triton.next_power_of_2(n_columns)))
         return LmHeadConfig(block_t, block_v, 128, block_v, 4, 1, max(1, cdiv(n_rows, block_t)))
     # BLOCK_T, BLOCK_V, BLOCK_K, BLOCK_S, num_warps, num_stages
-    if float8:
-        tile = _float8_tile(n_rows, noise, small=itemsize == 4 or not even)
-    elif itemsize == 4:
+    if itemsize == 4 or not even:
         tile = (16 if n_rows <= 16 else 32, 32, 32, 32, 4, 3)
+    elif float8:
+        tile = _float8_tile(n_rows, noise)
     elif n_rows <= 32:
         tile = (16 if n_rows <= 16 else 32, 128, 64, 32 if noise else 128, 4, 4)
     elif noise:
@@ -257,9 +257,7 @@ def lm_head_config(
     return LmHeadConfig(*tile, programs)
 
 
-def _float8_tile(n_rows: int, noise: bool, small: bool) -> tuple[int, ...]:
-    if small:
-        return (16 if n_rows <= 16 else 32, 32, 32, 32, 4, 3)
+def _float8_tile(n_rows: int, noise: bool) -> tuple[int, ...]:
     if noise:
         return (16 if n_rows <= 16 else 32, 64, 64, 16, 4, 9) if n_rows <= 32 else (64, 64, 64, 16, 4, 6)
     if n_rows <= 32:
@@ -309,7 +307,7 @@ def _project(
         temperature is not None,
         multiprocessors(hidden.device),
         float8=scale is not None,
-        even=n_features % 128 == 0,
+        even=n_features % (64 if scale is None else 128) == 0,
         shared=shared_memory(hidden.device),
     )
     n_tiles = cdiv(n_rows, config.BLOCK_T)
