@@ -40,7 +40,8 @@ class Request:
     def from_json(cls, text: str) -> Request:
         given = json.loads(text)
         given["sizes"] = Sizes(**given["sizes"] | {"rows": tuple(given["sizes"]["rows"])})
-        return cls(**given | {"spec": ModelSpec(**given["spec"])})
+        spec = {name: tuple(value) if isinstance(value, list) else value for name, value in given["spec"].items()}
+        return cls(**given | {"spec": ModelSpec(**spec)})
 
 
 def check(request: Request, emit: Emit) -> None:

@@ -67,8 +67,8 @@ def random_model(
     def stored(weight: torch.Tensor) -> Matrix:
         return Quantised(*quantize(weight)) if quantization == "fp8" else weight
 
-    def gain() -> torch.Tensor:
-        return torch.empty(spec.d_model, device=device, dtype=dtype).uniform_(0.5, 1.5, generator=generator)
+    def gain(size: int = spec.d_model) -> torch.Tensor:
+        return torch.empty(size, device=device, dtype=dtype).uniform_(0.5, 1.5, generator=generator)
 
     qkv = spec.q_width + 2 * spec.kv_width
     layer = LayerWeights(
@@ -79,6 +79,8 @@ def random_model(
         mlp_norm=gain(),
         gate_up=stored(matrix(2 * spec.mlp, spec.d_model, spec.d_model**-0.5)),
         down=stored(matrix(spec.d_model, spec.mlp, spec.mlp**-0.5 / layers)),
+        q_norm=gain(spec.head_dim) if spec.qk_norm else None,
+        k_norm=gain(spec.head_dim) if spec.qk_norm else None,
     )
     embedding = matrix(spec.vocab_size, spec.d_model, 1.0)
     # a hidden state points along its token's embedding by about 0.8 of its length, and along others' by 1 / sqrt(d)

@@ -52,12 +52,13 @@ class Verdict:
 def key_of(request: Request) -> dict[str, Any]:
     """Return all that a verdict depends on."""
     spec = asdict(request.spec)
+    sizes = {name: value for name, value in spec.items() if not name.endswith(("_id", "_ends"))}
     return {
         "card": machine.card(torch.device(request.device)),
         "versions": machine.versions(),
         "compiler": machine.compiler(),  # a verdict without one must not outlast its installation
         "environment": machine.environment(),
-        "geometry": spec,
+        "geometry": sizes,
         "dtype": request.dtype,
         "quantization": request.quantization,
     }

@@ -62,8 +62,8 @@ def test_right_kernels_pass():
 
 @pytest.mark.parametrize(
     "spec",
-    [replace(SPEC, family="dream", qkv_bias=True, shifted=True), replace(SPEC, tied_head=True)],
-    ids=["shifted", "tied"],
+    [replace(SPEC, family="dream", qkv_bias=True, shifted=True), replace(SPEC, qk_norm=True, head_size=32)],
+    ids=["shifted", "normed heads"],
 )
 def test_operations_of_other_families_pass(monkeypatch, spec):
     _only(monkeypatch, 1)
