@@ -374,7 +374,7 @@ def test_load_chooses_before_it_reads_weights(monkeypatch, asked, made):
     monkeypatch.setattr(engines, "choose", choose)
     monkeypatch.setattr(engines, "load_weights", read)
     with pytest.raises(Loaded):
-        sfs_triton.load("embedded", "cuda", **asked)
+        sfs_triton.load("embedded", "cuda", "bfloat16", **asked)
     assert bool(chosen) == made
     if made:
         ((spec, device, dtype, quantization, group),) = chosen
@@ -388,7 +388,7 @@ def test_the_choice_reaches_the_engine(monkeypatch):
     monkeypatch.setattr(engines, "Transformer", lambda spec, weights, backend, group: (weights, backend))
     monkeypatch.setattr(engines, "Engine", lambda model, text, cuda_graphs, **rest: (model, cuda_graphs, rest))
     group = type(ALONE)()
-    found = engines._load("embedded", None, None, None, None, None, group)
+    found = engines._load("embedded", None, "bfloat16", None, None, None, group)
     assert found == (("weights", "triton"), True, {"pinned": False, "reason": "because"})
 
 
