@@ -15,7 +15,7 @@ import typer
 from ..cards import CARDS, canvases_that_fit, step_seconds
 from ..checkpoint import open_checkpoint
 from ..decoding.caching import POLICIES
-from ..engine import DTYPES, QUANTIZATIONS
+from ..engine import DTYPES, QUANTIZATIONS, default_dtype
 from ..errors import CheckpointError, check_choice
 from ..models import ModelSpec
 from ..models.geometries import REAL
@@ -88,7 +88,7 @@ def _check(spec: ModelSpec, device: torch.device, dtype: str | None, quantizatio
         return {"skipped": "the package triton is not installed: plain torch runs"}
     if device.type != "cuda" and not interpreted:
         return {"skipped": "no GPU: plain torch runs, and there is no kernel to check"}
-    dtype = dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    dtype = dtype or str(default_dtype(device)).removeprefix("torch.")
     sizes = Sizes() if device.type == "cuda" else INTERPRETED
     request = Request(spec, str(device), dtype, quantization, sizes, thorough=True)
     found = verdict.obtain(request, run_check, force=True)
