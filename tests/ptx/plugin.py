@@ -30,6 +30,7 @@ from .machine import Machine  # noqa: E402
 from .memory import watched_empty  # noqa: E402
 from .record import Record  # noqa: E402
 
+ENOUGH = 12  # launches of a kernel in the slice, which takes its time to compile
 MULTIPROCESSORS = 6  # that launchers see: few, so that programs share work and meet at counters
 
 
@@ -88,6 +89,8 @@ class Execution:
                 return real(kernel, grid, **arguments)
             if arguments.get("NATIVE_FP8") and self.capability < 89:
                 pytest.skip(f"sm_{self.capability} does not convert float8")
+            if self.config.getoption("--ptx-slice") and self._record.kernels[kernel.__name__] >= ENOUGH:
+                pytest.skip("its kernel was executed in other cases")
             self._record.add_launch(kernel.__name__, arguments)
             self.machine.launch(kernel, grid, {**arguments, "enable_fp_fusion": True})
 

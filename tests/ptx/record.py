@@ -22,7 +22,7 @@ class Record:
 
     def __init__(self) -> None:
         self.failed: list[str] = []
-        self._kernels: Counter[str] = Counter()
+        self.kernels: Counter[str] = Counter()
         self._rows: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
         self._started = time.time()
         self._start_case()
@@ -31,7 +31,7 @@ class Record:
         self._launches, self._dtypes, self._error = 0, set(), 0.0
 
     def add_launch(self, kernel: str, arguments: dict[str, Any]) -> None:
-        self._kernels[kernel] += 1
+        self.kernels[kernel] += 1
         self._launches += 1
         self._dtypes |= {value.dtype for value in arguments.values() if isinstance(value, torch.Tensor)}
 
@@ -71,6 +71,6 @@ class Record:
             "versions": {"triton": triton.__version__, "numpy": numpy.__version__},
             "seconds": round(time.time() - self._started, 1),
             "failed": self.failed,
-            "kernels": dict(sorted(self._kernels.items())),
+            "kernels": dict(sorted(self.kernels.items())),
             "rows": rows,
         }
