@@ -95,6 +95,8 @@ def resolve(reader: TensorReader, spec: ModelSpec) -> Mapping[str, str]:
     stored = [name for name in reader if not name.endswith("rotary_emb.inv_freq")]
     _refuse_quantised(reader, stored)
     tables = (LLADA_NAMES, LLAMA_NAMES) if spec.family == "llada" else (LLAMA_NAMES, LLADA_NAMES)
+    if spec.qk_norm:  # which LLaDA's names have no place for
+        tables = (LLAMA_NAMES,)
     found = [_matched(reader, stored, expected_shapes(spec, names)) for names in tables]
     best = max(range(len(tables)), key=lambda n: len(found[n]))  # the family's own if equal
     names, matched = tables[best], found[best]
