@@ -52,8 +52,8 @@ void Machine::on_read(Cell& cell, const At& at, u64 address, int space, bool str
       if (x.thread && !before(x, at)) conflict(RACE_WRITE_READ, x, at, address, space);
   keep(cell.reads, 3, mine, at);
 }
-// Not reported: a value that was there already; and a read of this warp, undivided then and now, by an instruction with
-// which the writing lane read the place itself: lanes that hold copies of an element, which no compiler can reorder.
+// Not reported: a value that was there already; and a read of this warp, undivided then and now, which is issued before
+// the write. Triton's lanes store elements in place that others of the warp have loaded.
 void Machine::on_write(Cell& cell, const At& at, u64 address, int space, bool strong, bool same_value) {
   Access mine{u32(at.c.linear * threads + at.thread() + 1), at.c.clock[at.thread()], (u32)at.pc, strong, false, false};
   bool together = at.w.groups.size() == 1, reports_it = strong || !same_value;
@@ -61,11 +61,8 @@ void Machine::on_write(Cell& cell, const At& at, u64 address, int space, bool st
     if (cell.write.thread && !before(cell.write, at)) conflict(RACE_WRITE_WRITE, cell.write, at, address, space);
     for (auto& x : cell.reads) {
       if (!x.thread || (strong && x.strong) || before(x, at)) continue;
-      bool copies = false;
-      for (auto& own : cell.reads)
-        copies |= together && own.thread == mine.thread && own.pc == x.pc && x.together &&
-                  (x.thread - 1) / 32 == (mine.thread - 1) / 32;
-      if (!copies) conflict(RACE_READ_WRITE, x, at, address, space);
+      bool in_step = together && x.together && (x.thread - 1) / 32 == (mine.thread - 1) / 32;
+      if (!in_step) conflict(RACE_READ_WRITE, x, at, address, space);
     }
   }
   for (auto& x : cell.atomics) {
