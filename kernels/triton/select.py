@@ -338,6 +338,8 @@ def decide_block(state, rules: BlockRules, *, slow: bool = True, config: ScanCon
     row's schedule, read with that and with ``select="shares"``. A state with a trace records its event: control
     numbers and history before the step.
 
+    With ``select="bound"`` it takes ``state.entropy``, float32 ``[B, L]``.
+
     Of equal scores the lowest position is best; 0.0 and -0.0 are equal. A NaN score ends its row with a fault and
     commits nothing. ``slow`` matches the signature of the cycle machine; blocks have no stages.
     """
@@ -346,6 +348,9 @@ def decide_block(state, rules: BlockRules, *, slow: bool = True, config: ScanCon
         shape, device = [batch, None], state.control.device
         check_tensor(name, getattr(state, name), dtype=torch.float32, shape=shape, device=device, dense=True)
     n_uniform, n_shares = state.uniform.shape[1], state.shares.shape[1]
+    if rules.select == "bound":
+        device = state.control.device
+        check_tensor("entropy", state.entropy, dtype=torch.float32, shape=[batch, length], device=device, dense=True)
     at_random = rules.select == "random"
     refuse_unless(not rules.shared or n_shares > 0, f"shares is empty and select={rules.select!r}")
     refuse_unless(not at_random or n_uniform > 0, "uniform is empty and select='random'")

@@ -105,6 +105,7 @@ class DecodeState:
         device: torch.device,
         trace: bool,
         other_ends: Sequence[int] = (),
+        entropy: bool = False,
     ) -> DecodeState:
         """Return a state of canvases ``rows`` (token ids; undecided ones are ``mask_id``), decoded from ``starts`` on.
 
@@ -113,7 +114,7 @@ class DecodeState:
         """
         shape = {"batch": len(rows), "length": max(map(len, rows)), "window": window}
         how = {"mask_id": mask_id, "eos_id": eos_id, "other_ends": other_ends, "device": device, "trace": trace}
-        state = cls.blank(**shape, **how)
+        state = cls.blank(**shape, **how, entropy=entropy)
         for slot, (row, start, seed, cap) in enumerate(zip(rows, starts, seeds, caps, strict=True)):
             state.put(slot, row, start, block_length=block_length, seed=seed, cap=cap, sampling=sampling)
         return state

@@ -561,7 +561,7 @@ def test_nan_ends_its_own_row_only(ops, rules, op):
     state = DecodeState.allocate(
         [[1] + [MASK] * 15] * 3, [1] * 3, mask_id=MASK, eos_id=EOS, window=getattr(rules, "window", 1),
         block_length=rules.block_length, seeds=[0] * 3, caps=[100] * 3, sampling=PAPER.sampling_values(),
-        device=DEVICE, trace=True,
+        device=DEVICE, trace=True, entropy=getattr(rules, "select", None) == "bound",
     )  # fmt: skip
     state.control[:, COLUMN["step"]] = 5
     state.control[:, COLUMN["block_steps"]] = 3
@@ -653,6 +653,8 @@ def test_block_rules_are_checked(rules, named):
 
 def test_empty_schedules_and_streams_are_refused():
     state = _state()
+    with pytest.raises(ValueError, match="entropy has shape"):
+        triton_impl.decide_block(state, BLOCKS["bound"])
     state.shares = state.shares[:, :0].contiguous()
     with pytest.raises(ValueError, match="shares is empty"):
         triton_impl.decide_block(state, BLOCKS["timesteps"])
