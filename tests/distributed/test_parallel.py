@@ -22,7 +22,7 @@ from sfs_triton import ArgumentError, FixedSteps, NoCache, RefreshCache, RegionC
 from sfs_triton import distributed as parallel
 from sfs_triton.distributed import Vocabulary, share
 from sfs_triton.models import Transformer
-from sfs_triton.ops.dispatch import Draw, operations
+from sfs_triton.ops.dispatch import Choice, Draw, operations
 from sfs_triton.ops.torch import sharded
 from tests.support import ranks
 from tests.support.combinations import PAIRS, POLICIES, SAMPLERS, assert_same
@@ -177,12 +177,12 @@ class Threads(parallel.Group):
         return out
 
 
-def _choose_by_shards(logits: torch.Tensor, draw: Draw, size: int, **keys) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def _choose_by_shards(logits: torch.Tensor, draw: Draw, size: int, **keys) -> list[Choice]:
     """``Ops.choose`` of every rank. The head is the identity, so that hidden states are logits."""
     ops, vocab = operations("torch", torch.device("cpu")), logits.shape[1]
     barrier, slots = threading.Barrier(size), [None] * size
 
-    def choose(rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def choose(rank: int) -> Choice:
         group = Threads(rank, size, barrier, slots)
         head = torch.eye(vocab)[slice(*group.share(vocab))]
         return ops.choose(logits, head, draw, vocabulary=Vocabulary(group, vocab), **keys)
@@ -191,8 +191,8 @@ def _choose_by_shards(logits: torch.Tensor, draw: Draw, size: int, **keys) -> li
         return list(pool.map(choose, range(size)))
 
 
-METRICS = [("confidence", False), ("confidence", True), ("margin", True), ("entropy", True)]
-FILTERS = [{}, {"top_k": 3}, {"nucleus": True}]
+METRICS = [("confidence", False), ("confidence", True), ("margin", False), ("margin", True), ("entropy", True)]
+FILTERS = [{}, {"top_k": 3}, {"nucleus": True}, {"entropy": True}]
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
@@ -210,10 +210,13 @@ def test_scores_from_shards(size, noise, metric, tempered):
         draw = Draw(metric, noise=noise, tempered=tempered, **filters)
         if draw.nucleus:
             keys["top_p"] = torch.linspace(0.5, 0.9, 7)
-        token, score = operations("torch", logits.device).choose(logits, torch.eye(23), draw, **keys)
-        for mine, value in _choose_by_shards(logits, draw, size, **keys):
+        token, score, entropy = operations("torch", logits.device).choose(logits, torch.eye(23), draw, **keys)
+        for mine, value, mean in _choose_by_shards(logits, draw, size, **keys):
             assert mine.tolist() == token.tolist() and mine.dtype == torch.int32
             torch.testing.assert_close(value, score, rtol=1e-5, atol=1e-5)
+            assert (mean is None) == (entropy is None) == (not draw.entropy)
+            if draw.entropy:
+                torch.testing.assert_close(mean, entropy, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("metric, tempered", METRICS)

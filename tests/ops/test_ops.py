@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from types import SimpleNamespace
 
 import pytest
@@ -108,7 +108,8 @@ def test_nucleus_keeps_the_smallest_set_that_reaches_top_p():
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
 @pytest.mark.parametrize(("top_k", "top_p"), [(None, None), (4, None), (None, 0.8), (5, 0.7)])
 @pytest.mark.parametrize(
-    ("metric", "tempered"), [("confidence", False), ("confidence", True), ("margin", True), ("entropy", True)]
+    ("metric", "tempered"),
+    [("confidence", False), ("confidence", True), ("margin", False), ("margin", True), ("entropy", True)],
 )
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 def test_choices_are_the_oracles(impl, metric, tempered, top_k, top_p, temperature):
@@ -123,9 +124,14 @@ def test_choices_are_the_oracles(impl, metric, tempered, top_k, top_p, temperatu
                    keys["position"][:, None], keys["step"][:, None])  # fmt: skip
     wanted = look(hidden @ head.T, metric, temperature, top_k, top_p, tempered, noise)
     ops = operations(impl, torch.device("cpu"))
-    token, score = ops.choose(hidden, head, draw, **numbers)
+    token, score, _ = ops.choose(hidden, head, draw, **numbers)
     assert token.tolist() == wanted.tokens
     torch.testing.assert_close(score, torch.tensor(wanted.scores), atol=1e-6, rtol=1e-5)
+    both = ops.choose(hidden, head, replace(draw, entropy=True), **numbers)
+    assert both.token.tolist() == wanted.tokens
+    torch.testing.assert_close(both.score, score, atol=1e-6, rtol=1e-5)
+    entropies = torch.tensor(look(hidden @ head.T, "entropy").scores)
+    torch.testing.assert_close(both.entropy, -entropies, atol=1e-6, rtol=1e-5)
 
 
 def test_default_implementation():
