@@ -105,8 +105,11 @@ class CudaGraphs:
         return False
 
     def canvas_length(self, longest: int, most: int) -> int:
-        """Round up by an eighth of the next power of two at most, so that many prompts share few batches' graphs."""
-        step = max(_LENGTHS, (1 << (longest - 1).bit_length()) // 8)
+        """Round up to sixteenths of the next power of two, so that many prompts share few batches' graphs.
+
+        A forward of the whole canvas pays for the rest, an eighth at most.
+        """
+        step = max(_LENGTHS, (1 << (longest - 1).bit_length()) // 16)
         return min(-(-longest // step) * step, max(longest, most))
 
     def prepare(self, planner: Planner, runner: ModelRunner) -> None:

@@ -171,9 +171,9 @@ def test_replays_have_canvases_of_round_lengths():
     graphs = CudaGraphs(capture=stand_in)
     assert [graphs.canvas_length(n, 512) for n in (1, 64, 65, 500, 512)] == [64, 64, 128, 512, 512]
     assert [graphs.canvas_length(n, 4096) for n in (513, 1024, 1025, 2047, 2049, 4000)] == [
-        *(640, 1024, 1280, 2048, 2560, 4096)
+        *(576, 1024, 1152, 2048, 2304, 4096)
     ]
-    assert len({graphs.canvas_length(n, 1 << 17) for n in range(1, 1 << 17)}) == 8 + 4 * 8
+    assert len({graphs.canvas_length(n, 1 << 17) for n in range(1, 1 << 17)}) == 16 + 8 * 7
     assert [graphs.canvas_length(n, 100) for n in (65, 99, 100)] == [100, 100, 100]
 
 
