@@ -8,7 +8,7 @@ A correct result, by kind of record (``golden/README.md`` has the reasons):
 
 * a stable record: its tokens, NFE and trace;
 * a batch: ``batch1_rows``, the rows run one by one, since the references mix up the rows of a batch;
-* a record with ``unmask_call``: its tokens, the step that committed each, and the number of forwards; with an early
+* a record of a newer sampler: its tokens, the step that committed each, and the number of forwards; with an early
   stop only up to the step that commits the first end-of-text, since here nothing after it is computed;
 * an ``error`` record, which the reference cannot take: a finished canvas, or an error that names the argument;
 * dLLM-Cache with a refresh ratio above 0 is numerically ill-posed (which rows are refreshed is decided by rounding):
@@ -162,7 +162,9 @@ def _d2cache_confidence(s: dict) -> Setup | None:
         block_length=s["block_length"],
         eos_stop=stop,
     )
-    return Setup("d2cache-confidence", sampler, s["gen_length"], eos_id=s["eos_token_id"] if stop else None)
+    return Setup(
+        "d2cache-confidence", sampler, s["gen_length"], eos_id=s["eos_token_id"] if stop else None, by_step=True
+    )
 
 
 def _d2cache_entropy(s: dict) -> Setup | None:
@@ -196,14 +198,18 @@ def _hierarchy(s: dict) -> Setup | None:
         return None
     tau = 1e9 if s["threshold"] is None else s["threshold"]
     sampler = Hierarchy(tau=tau, tau_low=s["low_threshold"], block_length=s["block_length"])
-    return Setup("hierarchy", sampler.replace(eos_stop="eos_id" in s), s["gen_length"], eos_id=s.get("eos_id"))
+    return Setup(
+        "hierarchy", sampler.replace(eos_stop="eos_id" in s), s["gen_length"], eos_id=s.get("eos_id"), by_step=True
+    )
 
 
 def _generate_hierarchy(s: dict) -> Setup | None:
     if s["decoding"] != "hierarchy_fast_v2":  # these raise
         return None
     if s["threshold"] is None:
-        return Setup("hierarchy", FixedSteps(steps=s["steps"], block_length=s["block_length"]), s["gen_length"])
+        return Setup(
+            "hierarchy", FixedSteps(steps=s["steps"], block_length=s["block_length"]), s["gen_length"], by_step=True
+        )
     return _hierarchy({**s, "maximum_unroll": 1})
 
 
@@ -231,7 +237,18 @@ def _single_block(s: dict) -> Setup:
 
 
 # None for settings that this package does not have
+NEWER: dict[str, Callable[[dict], Setup | None]] = {
+    **dict.fromkeys(("d2confidence_llada", "d2confidence_dream"), _d2cache_confidence),
+    **dict.fromkeys(("ebsampler_llada", "ebsampler_dream"), _d2cache_entropy),
+    "localleap_dlmserve": _localleap,
+    **dict.fromkeys(("dinfer_hierarchy_llada", "dinfer_hierarchy_dream"), _hierarchy),
+    "dinfer_generate_hierarchy": _generate_hierarchy,
+    "d3llm_llada": _multi_block("d3llm-llada"),
+    "d3llm_dream": _multi_block("d3llm-dream"),
+    **dict.fromkeys(("d3llm_llada_single", "d3llm_dream_single"), _single_block),
+}
 METHODS: dict[str, Callable[[dict], Setup | None]] = {
+    **NEWER,
     "slowfast_llada": _llada_slowfast,
     "slowfast_dream": _dream_slowfast,
     "vanilla_llada": _llada_vanilla,
@@ -244,14 +261,6 @@ METHODS: dict[str, Callable[[dict], Setup | None]] = {
     "slowfast_dream+dllm_cache(patched set_cache)": _with_refresh(_dream_slowfast),
     "vanilla_llada+dllm_cache": _with_refresh(_llada_vanilla),
     "vanilla_dream+dllm_cache": _with_refresh(_dream_vanilla),
-    **dict.fromkeys(("d2confidence_llada", "d2confidence_dream"), _d2cache_confidence),
-    **dict.fromkeys(("ebsampler_llada", "ebsampler_dream"), _d2cache_entropy),
-    "localleap_dlmserve": _localleap,
-    **dict.fromkeys(("dinfer_hierarchy_llada", "dinfer_hierarchy_dream"), _hierarchy),
-    "dinfer_generate_hierarchy": _generate_hierarchy,
-    "d3llm_llada": _multi_block("d3llm-llada"),
-    "d3llm_dream": _multi_block("d3llm-dream"),
-    **dict.fromkeys(("d3llm_llada_single", "d3llm_dream_single"), _single_block),
 }
 
 
@@ -364,7 +373,7 @@ def check(engine: sfs_triton.Engine, case: dict, setup: Setup) -> str | None:
         return _check_batch(engine, case, setup)
     if "error" in case or ill_posed or case.get("ill_posed") or not case.get("stable", False):
         return _check_finished(engine, case, setup)
-    wrong = (_check_steps if "unmask_call" in case else _check_single)(engine, case, setup)
+    wrong = (_check_steps if case["method"] in NEWER else _check_single)(engine, case, setup)
     if wrong and recorded_margin(case) < MARGIN:
         return _check_finished(engine, case, setup)
     return wrong

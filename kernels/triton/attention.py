@@ -300,6 +300,7 @@ def attention(
     NaN in a query stays in that query; NaN in a key or value reaches every query that attends to it. Infinite inputs
     may give NaN.
     """
+    refuse_unless(isinstance(q, torch.Tensor), f"q is a {type(q).__name__}, not a tensor")
     machine = multiprocessors(q.device), shared_memory(q.device)
     grid, places, partial_size, fixed = _plan(q, k, v, cache_row, key_range, count, scale, out, config, machine)
     if out is None:

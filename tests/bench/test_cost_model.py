@@ -23,6 +23,7 @@ from bench.cost.step_count import (  # noqa: E402
 from bench.shapes.geometry import REAL  # noqa: E402
 from sfs_triton.decoding.step_plan import Positions  # noqa: E402
 from sfs_triton.ops.dispatch import BACKENDS  # noqa: E402
+from sfs_triton.runner import CudaGraphs  # noqa: E402
 
 SETTING, H200 = Setting(), CEILINGS["h200"]
 STEPS = [(backend, name, kind) for backend in BACKENDS for name in NAMES for kind in kinds(SETTING, name)]
@@ -84,7 +85,8 @@ def test_products_of_a_region_step_by_hand():
         assert parts["products"].flops == flops
         assert 2 * 32 * each < parts["products"].bytes < 1.05 * 2 * 32 * each
         assert parts["head"].flops == pytest.approx(2 * targets * spec.vocab_size * d, rel=1e-3)
-        assert parts["attention"].flops == 4 * (31 * positions + targets) * 2176 * d
+        keys = CudaGraphs().canvas_length(SETTING.prompt + SETTING.response, spec.max_length)
+        assert parts["attention"].flops == 4 * (31 * positions + targets) * keys * d
 
 
 @pytest.mark.parametrize(("backend", "name", "kind"), [step for step in STEPS if step[0] == "triton"], ids=_id)

