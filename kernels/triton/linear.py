@@ -402,10 +402,10 @@ def linear_config(
     units for 132 multiprocessors. 256 rows take half of all registers for sums, so they need an ending that does with
     the rest (``wide``), and shared memory for three blocks of K. Other endings have shorter blocks of K at 128 rows.
 
-    Stages fill 150 KiB, or what a block may have (``shared``) less 16, or come to six. Blocks of K are halved where two
-    stages would be all. float32, whose products take no tensor core here, and a K that is no multiple of 128, whose
-    loads may be as narrow as a byte, take more registers and get small tiles. On one processor (the interpreter) the
-    work is in as few pieces as possible.
+    Stages fill 150 KiB, or what a block may have (``shared``) less 16, or come to six, or to seven of 32. Blocks of K
+    are halved where two stages would be all. float32, whose products take no tensor core here, and a K that is no
+    multiple of 128, whose loads may be as narrow as a byte, take more registers and get small tiles. On one processor
+    (the interpreter) the work is in as few pieces as possible.
     """
     block_m = min(128, max(16, triton.next_power_of_2(n_rows)))
     if n_multiprocessors == 1:
@@ -436,7 +436,8 @@ def linear_config(
     splits = range(1, min(8, cdiv(n_in, 128)) + 1)
     block_n, n_splits = min(((width, n) for width in widths for n in splits), key=busiest)
     block_k, stage = blocks(block_n)
-    return LinearConfig(block_m, block_n, block_k, n_splits, min(6, 1 + room // stage), num_warps=8)
+    most = 7 if block_k == 32 else 6
+    return LinearConfig(block_m, block_n, block_k, n_splits, min(most, 1 + room // stage), num_warps=8)
 
 
 class Normed(NamedTuple):
