@@ -82,7 +82,7 @@ test-ptx: install
 
 test-ptx-%:
 	$(BIN)/python -m pytest -q -p tests.ptx.plugin -n 0 --ptx $* $(if $(PTX_RECORDS),--ptx-records $(PTX_RECORDS)) \
-	  tests/kernels tests/ptx $(ARGS)
+	  tests/kernels tests/ptx --ignore=tests/kernels/test_launch.py $(ARGS)
 
 fuzz: install
 	FUZZ_CASES=$(FUZZ_CASES) FUZZ_SEED=$(FUZZ_SEED) FUZZ_REPORT=$(FUZZ_REPORT) \
