@@ -8,11 +8,14 @@ uses it as a bias.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 CONSTANT_CHANNEL, CONSTANT_VALUE = 0, 1.0
+POINTER_LAYER, POINTER_HEADS = 2, 2  # whose attention training may guide
 
 
 def config_dict(
@@ -90,7 +93,11 @@ class Block(nn.Module):
         self.ff_proj, self.up_proj = (nn.Linear(d, mlp, bias=False) for _ in range(2))
         self.ff_out = nn.Linear(mlp, d, bias=False)
 
-    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, source: torch.Tensor | None = None):
+        """Hidden states ``[B, L, D]``; with ``source [B, L]`` also the log of the attention that its positions get.
+
+        That attention is the mean of the first :data:`POINTER_HEADS` heads.
+        """
         batch, length, d = x.shape
         h = self.attn_norm(x)
         q, k, v = (
@@ -102,7 +109,12 @@ class Block(nn.Module):
         mixed = torch.softmax(scores, -1, dtype=scores.dtype) @ v
         x = x + self.attn_out(mixed.transpose(1, 2).reshape(batch, length, d))
         h = self.ff_norm(x)
-        return x + self.ff_out(F.silu(self.ff_proj(h)) * self.up_proj(h))
+        x = x + self.ff_out(F.silu(self.ff_proj(h)) * self.up_proj(h))
+        if source is None:
+            return x
+        logs = scores[:, :POINTER_HEADS].float().log_softmax(-1)
+        at = source[:, None, :, None].expand(-1, POINTER_HEADS, -1, -1)
+        return x, logs.gather(-1, at)[..., 0].logsumexp(1) - math.log(POINTER_HEADS)
 
 
 class LLaDA(nn.Module):
@@ -148,11 +160,16 @@ class LLaDA(nn.Module):
             block.ff_out.weight[CONSTANT_CHANNEL] = 0
         transformer["ln_f"].weight[CONSTANT_CHANNEL].clamp_(min=0.1)
 
-    def forward(self, ids: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, ids: torch.Tensor, rows: torch.Tensor | None = None, source: torch.Tensor | None = None):
+        """Logits; with ``source [B, L]`` also the log of the attention to those positions in :data:`POINTER_LAYER`."""
         transformer = self.model["transformer"]
         x = transformer["wte"](ids)
         cos, sin = self.cos[: ids.shape[1]], self.sin[: ids.shape[1]]
-        for block in transformer["blocks"]:
-            x = block(x, cos, sin)
+        for index, block in enumerate(transformer["blocks"]):
+            if source is None or index != POINTER_LAYER:
+                x = block(x, cos, sin)
+            else:
+                x, pointed = block(x, cos, sin, source)
         x = transformer["ln_f"](x if rows is None else x[rows])
-        return transformer["ff_out"](x)
+        logits = transformer["ff_out"](x)
+        return logits if source is None else (logits, pointed)

@@ -11,6 +11,7 @@ longer by a larger ``--steps``.
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import math
 import os
@@ -57,6 +58,7 @@ class Recipe:
     layers: int = 4
     max_length: int = 512
     warm_up: int = 100
+    guide: float = 0.3  # weight of the guided attention's loss
     decay: int = 3000  # steps over which the rate falls to zero at the end
 
 
@@ -108,18 +110,42 @@ RECIPES = {
 
 
 class Batches:
-    """Training batches by step: token ids ``[B, L]`` and prompt lengths ``[B]``, a pure function of (seed, step)."""
+    """Training batches by step, a pure function of (seed, step).
+
+    Token ids ``[B, L]``, prompt lengths ``[B]`` and, for each response token that is copied from the prompt, its
+    source's position, -1 elsewhere ``[B, L]``.
+    """
 
     def __init__(self, tokenizer, recipe: Recipe, seed: int):
         self.tokenizer, self.recipe, self.seed = tokenizer, recipe, seed
         self.eos = tokenizer.token_to_id(EOS)
+        pieces = (tokenizer.id_to_token(i) for i in range(tokenizer.get_vocab_size()))
+        values = {word for words in tasks.WORD_COLUMNS.values() for word in words}
+        self.value = [piece.isdigit() or piece in values for piece in pieces]
+        self.tail = len(tokenizer.encode(chat("").partition(TURN_END)[1] + chat("").partition(TURN_END)[2]).ids)
         self._group: tuple[int, list] = (-1, [])
 
     def __len__(self) -> int:
         return self.recipe.steps
 
-    def _example(self, rng: random.Random, phase: Phase) -> tuple[list[int], int]:
-        """Token ids of one example with one end-of-text, and the length of its prompt."""
+    def _sources(self, kind: str, prompt: list[int], response: list[int]) -> list[int]:
+        """The prompt's position that each response token is copied from, -1 for none.
+
+        Values have the same order on both sides, so they are aligned; a grid's cells have the same places.
+        """
+        if kind == "fill":
+            start = len(prompt) - len(response) - self.tail
+            return [start + at for at in range(len(response))]
+        ours, theirs = ([at for at, i in enumerate(ids) if self.value[i]] for ids in (prompt, response))
+        matcher = difflib.SequenceMatcher(None, [prompt[at] for at in ours], [response[at] for at in theirs], False)
+        sources = [-1] * len(response)
+        for block in matcher.get_matching_blocks():
+            for step in range(block.size):
+                sources[theirs[block.b + step]] = ours[block.a + step]
+        return sources
+
+    def _example(self, rng: random.Random, phase: Phase) -> tuple[list[int], int, list[int]]:
+        """Token ids of one example with one end-of-text, the length of its prompt, and the response's sources."""
         while True:
             kind, options = KINDS[rng.choices(list(phase.mix), weights=phase.mix.values())[0]]
             parts = [tasks.sample(kind, rng, held_out=False, **options)]
@@ -135,9 +161,11 @@ class Batches:
             prompt = self.tokenizer.encode(text, add_special_tokens=False).ids
             response = self.tokenizer.encode(problem.answer, add_special_tokens=False).ids
             if len(prompt) + len(response) < phase.longest:
-                return prompt + response + [self.eos], len(prompt)
+                alone = len(parts) == 1 and not shots
+                sources = self._sources(kind, prompt, response) if alone else [-1] * len(response)
+                return prompt + response + [self.eos], len(prompt), sources
 
-    def _draw(self, group: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def _draw(self, group: int) -> list[tuple[torch.Tensor, ...]]:
         """The batches of one group: equally many tokens each, sorted by length, in random order."""
         rng = random.Random(f"{self.seed}-{group}")
         phase = next(p for p in self.recipe.phases if group * GROUP < p.until)
@@ -155,16 +183,17 @@ class Batches:
         rng.shuffle(batches)
         return batches
 
-    def _padded(self, rng: random.Random, examples: list, phase: Phase) -> tuple[torch.Tensor, torch.Tensor]:
+    def _padded(self, rng: random.Random, examples: list, phase: Phase) -> tuple[torch.Tensor, ...]:
         """Pad with end-of-text, now and then by far more than is needed: that is what a canvas looks like."""
-        longest = max(len(ids) for ids, _ in examples)
+        longest = max(len(ids) for ids, _, _ in examples)
         tail = rng.randint(8, 160) if rng.random() < 0.15 else rng.randint(0, 8)
         length = min(longest + tail, max(phase.longest, longest))
         examples = rng.sample(examples, max(1, min(len(examples), self.recipe.tokens * 5 // 4 // length)))
-        ids = [ids + [self.eos] * (length - len(ids)) for ids, _ in examples]
-        return torch.tensor(ids), torch.tensor([prompt for _, prompt in examples])
+        rows = [ids + [self.eos] * (length - len(ids)) for ids, _, _ in examples]
+        sources = [[-1] * prompt + found + [-1] * (length - prompt - len(found)) for _, prompt, found in examples]
+        return torch.tensor(rows), torch.tensor([prompt for _, prompt, _ in examples]), torch.tensor(sources)
 
-    def __getitem__(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def __getitem__(self, step: int) -> tuple[torch.Tensor, ...]:
         if self._group[0] != step // GROUP:
             self._group = (step // GROUP, self._draw(step // GROUP))
         return self._group[1][step % GROUP]
@@ -320,8 +349,8 @@ class Run:
             file.write(json.dumps(entry) + "\n")
         print(entry, flush=True)
 
-    def train_step(self, ids: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
-        """One optimiser step; the loss, still on the device."""
+    def train_step(self, ids: torch.Tensor, prompt: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+        """One optimiser step; its loss and that of the guided attention, still on the device."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.step)
         mask_id = self.config["mask_token_id"]
         noised, masked = mask_response(ids, prompt, mask_id, self.numbers, self.words, generator)
@@ -329,9 +358,13 @@ class Run:
         # between a mean over tokens, in which rows with few masks vanish, and a mean over rows, which is noisy
         weight = (masked.sum(1, keepdim=True) ** -0.5).expand_as(masked)[masked].to(self.device)
         with torch.autocast(self.device.type, torch.bfloat16):
-            logits = self.model(noised.to(self.device), masked.to(self.device))
+            source = source.to(self.device)
+            logits, pointed = self.model(noised.to(self.device), masked.to(self.device), source.clamp(min=0))
         loss = (F.cross_entropy(logits.float(), wanted, reduction="none") * weight).sum() / weight.sum()
-        loss.backward()
+        # looking up is learnt much sooner when the attention is told where to look
+        copied = (source[masked] >= 0) * weight
+        guide = -(pointed[masked] * copied).sum() / copied.sum().clamp(min=1e-6)
+        (loss + self.recipe.guide * guide).backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimiser in self.optimisers:
             for group in optimiser.param_groups:
@@ -341,7 +374,7 @@ class Run:
         self.model.pin_constant_channel()
         self.step += 1
         self.tokens += ids.numel()
-        return loss.detach()
+        return torch.stack((loss.detach(), guide.detach()))
 
     def evaluate(self, n: int = 12) -> dict[str, list[float]]:
         """Share of held-out problems answered exactly by one token per step and by one step, for each set.
@@ -364,13 +397,13 @@ class Run:
         batches = Batches(self.tokenizer, self.recipe, self.seed)
         loader = DataLoader(batches, batch_size=None, sampler=range(self.step, len(batches)), num_workers=workers)
         losses, began = [], time.monotonic()
-        for ids, prompt in loader:
-            losses.append(self.train_step(ids, prompt))
+        for batch in loader:
+            losses.append(self.train_step(*batch))
             if self.step % log_every == 0:
-                mean = round(torch.stack(losses).mean().item(), 4)
+                loss, guide = (round(mean, 4) for mean in torch.stack(losses).mean(0).tolist())
                 self.seconds += time.monotonic() - began
                 began = time.monotonic()
-                self.log(loss=mean, length=ids.shape[1])
+                self.log(loss=loss, guide=guide)
                 losses = []
             if self.step % save_every == 0 or self.step == len(batches):
                 self.save()
