@@ -26,7 +26,7 @@ def decode(raw, FORMAT: tl.constexpr, NATIVE_FP8: tl.constexpr, DTYPE: tl.conste
 
 @triton.jit
 def row_scale(scale_ptr, row, inside, FORMAT: tl.constexpr, NATIVE_FP8: tl.constexpr):
-    """What decoded weights of these rows still have to be multiplied by; not for plain ones."""
+    """Load the factors that decoded weights of these rows still need; plain ones have none."""
     scale = tl.load(scale_ptr + row, mask=inside, other=0.0)
     if not (cuda_capability_geq(8, 9) if NATIVE_FP8 is None else NATIVE_FP8):
         scale *= UNDECODED
@@ -55,9 +55,9 @@ def dot_over(
     The weights are the left operand: that one may come from registers, where they are decoded, and its side of a
     tensor core's instruction is the long one, while there may be only 16 rows of x.
     """
-    lane = tl.arange(0, BLOCK_K)
-    x_at = x_ptr + x_row.to(tl.int64)[:, None] * stride_x_row + lane[None, :]
-    weight_at = weight_ptr + weight_row.to(tl.int64)[:, None] * n_in + lane[None, :]
+    column = tl.arange(0, BLOCK_K)
+    x_at = x_ptr + x_row.to(tl.int64)[:, None] * stride_x_row + column[None, :]
+    weight_at = weight_ptr + weight_row.to(tl.int64)[:, None] * n_in + column[None, :]
     dtype = x_ptr.dtype.element_ty
     acc = tl.full([BLOCK_N, BLOCK_M], 0.0, tl.float32)
     for block in range(first_block, last_block):
@@ -66,7 +66,7 @@ def dot_over(
             x = tl.load(x_at + start)
             raw = tl.load(weight_at + start)
         else:
-            inside = (start + lane < n_in)[None, :]
+            inside = (start + column < n_in)[None, :]
             x = tl.load(x_at + start, mask=inside, other=0.0)
             raw = tl.load(weight_at + start, mask=inside, other=0.0)
         acc = tl.dot(decode(raw, FORMAT, NATIVE_FP8, dtype), tl.trans(x), acc, input_precision="ieee")

@@ -85,7 +85,7 @@ def _halves(acc):
 
 @triton.jit
 def _norm_factor(squares_ptr, row, rows, n_rows, n_parts, n_in, eps, BLOCK_P: tl.constexpr):
-    """What is left to do of a norm, per row."""
+    """Compute the factor per row that finishes a norm."""
     part = tl.arange(0, BLOCK_P)[:, None]
     at = squares_ptr + part.to(tl.int64) * n_rows + row[None, :]
     squares = tl.load(at, mask=(part < n_parts) & (row < rows)[None, :], other=0.0)
@@ -452,7 +452,7 @@ class Normed(NamedTuple):
 
 
 class _Work(NamedTuple):
-    """What follows from the layouts of a launch's tensors."""
+    """Sizes and arguments that follow from the layouts of a launch's tensors."""
 
     programs: int  # 0: nothing to do
     tiles: int

@@ -24,7 +24,7 @@ Emit = Callable[[dict[str, Any]], None]
 
 @dataclass(frozen=True)
 class Request:
-    """What to check: a geometry on a device. ``thorough``: go on after a fault, so that all of them are found."""
+    """Request of a check: a geometry on a device. ``thorough``: go on after a fault, so that all of them are found."""
 
     spec: ModelSpec
     device: str
@@ -45,7 +45,7 @@ class Request:
 
 
 def check(request: Request, emit: Emit) -> None:
-    """Run the check and emit its findings one by one: records ``begin``, ``finding``, ``step``, ``times``, ``end``."""
+    """Run the check and emit its findings one by one: records ``start``, ``finding``, ``step``, ``times``, ``end``."""
     torch.manual_seed(0)
     device = torch.device(request.device)
     if device.index is not None:
@@ -70,8 +70,8 @@ def _check_operations(request: Request, device: torch.device, emit: Emit) -> int
         if finding.fault is not None and device.type == "cuda":
             torch.cuda.synchronize(device)  # raises if the fault has ended the context: nothing more can be found
 
-    def begin(operation: str, shape: str) -> None:
-        emit({"record": "begin", "doing": f"{operation} at {shape}"})
+    def start(operation: str, shape: str) -> None:
+        emit({"record": "start", "doing": f"{operation} at {shape}"})
 
     for spec in (request.spec, steps.odd(request.spec)):
         model = _model(request, spec, device, steps.SHARED_LAYERS)
@@ -82,7 +82,7 @@ def _check_operations(request: Request, device: torch.device, emit: Emit) -> int
         for each in steps.compared_steps(spec, sizes):
             # one set of findings per kind of step: what a step does is new even where shapes are not
             model.ops = Twins(
-                kernels, twins, shared, begin, found, timed=request.thorough and sizes is request.sizes
+                kernels, twins, shared, start, found, timed=request.thorough and sizes is request.sizes
             ).ops()
             for _ in steps.run(model, each, Eager(exact=False, step_limit=steps.STEP_LIMIT)):  # shapes of graphs
                 if faults and not request.thorough:
@@ -96,7 +96,7 @@ def _check_steps(request: Request, device: torch.device, emit: Emit) -> int:
         fault = None
         try:
             steps.check_whole_steps(
-                model, cache, request.sizes, lambda doing: emit({"record": "begin", "doing": doing})
+                model, cache, request.sizes, lambda doing: emit({"record": "start", "doing": doing})
             )
         except Exception as error:  # of the comparison, of compilers, of drivers
             if is_lack_of_memory(error):
@@ -110,7 +110,7 @@ def _check_steps(request: Request, device: torch.device, emit: Emit) -> int:
 def _time_steps(request: Request, device: torch.device, emit: Emit) -> None:
     model = _model(request, request.spec, device, request.spec.n_layers)
     for cache in CACHES:
-        emit({"record": "begin", "doing": f"timing of steps, cache {cache.name}"})
+        emit({"record": "start", "doing": f"timing of steps, cache {cache.name}"})
         emit({"record": "times", **asdict(steps.time_steps(model, cache, request.sizes))})
 
 

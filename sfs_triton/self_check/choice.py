@@ -145,7 +145,7 @@ def _read_lines(pipe: IO[bytes], lines: queue.SimpleQueue[str | None]) -> None:
 
 def _verdict_of(records: list[dict[str, Any]], end: str | None, rest: dict[str, Any]) -> Verdict:
     """Draw the conclusion from the records of a check."""
-    doing = next((record["doing"] for record in reversed(records) if record["record"] == "begin"), "its start")
+    doing = next((record["doing"] for record in reversed(records) if record["record"] == "start"), "its start")
     for record in records:
         if record["record"] == "finding" and record["fault"] is not None:
             what = f"{record['operation']} at {record['shape']}: {record['fault']}"

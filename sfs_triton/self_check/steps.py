@@ -31,7 +31,7 @@ SHARED_LAYERS = 2  # of the model whose operations and steps are compared; the t
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much the check runs. The default is for a card; a CPU's interpreter needs less."""
+    """Sizes of the steps that the check runs. The default is for a card; a CPU's interpreter needs less."""
 
     rows: tuple[int, ...] = (16, 64, 128)  # positions per step of ``region``
     canvas: int = 1024  # of the step that covers a whole one

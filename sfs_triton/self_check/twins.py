@@ -50,7 +50,7 @@ class Twins:
 
     Args:
         shared: addresses of the weights' memory. They are not copied.
-        begin: called with the operation's name and shape before it runs, since a kernel can end the process.
+        start: called with the operation's name and shape before it runs, since a kernel can end the process.
         found: called with each finding.
         timed: time both sides after they agreed.
     """
@@ -60,12 +60,12 @@ class Twins:
         kernels: Ops,
         twins: Ops,
         shared: set[int],
-        begin: Callable[[str, str], None],
+        start: Callable[[str, str], None],
         found: Callable[[Finding], None],
         timed: bool,
     ):
         self._kernels, self._twins, self._shared = kernels, twins, shared
-        self._begin, self._found, self._timed = begin, found, timed
+        self._start, self._found, self._timed = start, found, timed
         self._seen: set[tuple] = set()
         self._unfinished: tuple[Any, Any] = (None, None)  # the last such result of a kernel, with the twin's
 
@@ -84,7 +84,7 @@ class Twins:
             return twin(*args, **kwargs)
         self._seen.add(key)
         shape = _shape_of(arguments)
-        self._begin(name, shape)
+        self._start(name, shape)
         finding, result = self._compare(name, shape, twin, arguments)
         self._found(finding)
         expected = twin(*args, **kwargs)

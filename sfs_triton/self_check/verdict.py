@@ -29,7 +29,7 @@ _THIS_PROCESS: dict[str, Verdict] = {}  # verdicts that are in no file
 
 @dataclass(frozen=True)
 class Verdict:
-    """What to run on a card, and why.
+    """Back end and execution for a card, and the reason.
 
     ``fault``: the check found something wrong, or could not end. ``lasting`` is False where another check may say
     something else: not stored. ``findings`` are the records of the check, for ``sfs doctor``.

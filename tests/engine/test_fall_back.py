@@ -1,4 +1,4 @@
-"""What replaces a back end, an execution or a device that fails, and what is reported then."""
+"""Fall-backs of a back end, an execution or a device that fails, and reports of them."""
 
 from __future__ import annotations
 

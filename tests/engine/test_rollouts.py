@@ -1,4 +1,4 @@
-"""What a trainer needs of a generator: new weights in place, and the probability of each committed token."""
+"""Use by trainers: new weights in place, and the probability of each committed token."""
 
 from __future__ import annotations
 

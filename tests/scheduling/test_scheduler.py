@@ -208,7 +208,7 @@ def test_every_other_setting_is_part_of_the_batch_key():
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_nothing_is_captured_while_sequences_come_and_go(engines, policy):
+def test_no_shape_is_captured_twice_while_sequences_come_and_go(engines, policy):
     captured = []
 
     def capture(runner, shape):

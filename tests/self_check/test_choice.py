@@ -93,7 +93,7 @@ def test_a_check_that_takes_long_may_be_made_again(monkeypatch):
     """Compiling takes its time on a loaded machine; the next check finds the compiled kernels."""
     monkeypatch.setattr(choice, "LONGEST", 2.0)
     alive = "[(print('{}', flush=True), time.sleep(0.1)) for _ in range(600)]"
-    found = run_check(REQUEST, child(alive.replace("{}", json.dumps({"record": "begin", "doing": "linear"}))))
+    found = run_check(REQUEST, child(alive.replace("{}", json.dumps({"record": "start", "doing": "linear"}))))
     assert (found.backend, found.fault, found.lasting) == ("torch", True, False) and "more than 2 s" in found.reason
 
 
