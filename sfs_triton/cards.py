@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 from .decoding.caching import CachePolicy
 from .models import ModelSpec
+from .runner.model_runner import CANVAS_BYTES
 
 # bytes per weight of a matrix; the rest of a model stays in 16 bits
 WEIGHT_BYTES = {None: 2.0, "fp8": 1.0}
 RESERVED = 2 * 2**30  # of a card, for the driver's context, workspaces and captured graphs
-_CANVAS = 130  # bytes per position of a canvas: decode state and published copies
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Card:
 
 _GB = 10**9
 _SHEET = "memory and arithmetic from the data sheet, bandwidth at 90% of it"
-# h100: 3.0 TB/s and 798 TFLOP/s were seen on one. h200: products are taken to be bound by memory up to 184 rows, since
+# h200: products are taken to be bound by memory up to 184 rows, since
 # n rows with W weights read 2 W bytes and do 2 W n operations; 791 TFLOP/s follow.
 CARDS = {
     "rtx3090": Card(24 * _GB, 0.84e12, 71e12, _SHEET),
@@ -39,7 +39,7 @@ CARDS = {
     "l40s": Card(48 * _GB, 0.78e12, 362e12, _SHEET),
     "a100-40gb": Card(40 * _GB, 1.4e12, 312e12, _SHEET),
     "a100": Card(80 * _GB, 1.8e12, 312e12, _SHEET),
-    "h100": Card(80 * _GB, 3.0e12, 798e12, "3.0 TB/s and 798 TFLOP/s as seen on one"),
+    "h100": Card(80 * _GB, 3.0e12, 798e12, "3.0 TB/s and 798 TFLOP/s, assumed: 90% and 81% of the data sheet"),
     "h200": Card(
         141 * _GB,
         4.3e12,
@@ -81,4 +81,4 @@ def canvases_that_fit(memory: float, spec: ModelSpec, quantization: str | None, 
     values = 0 if cache.store is None else cache.store.values(spec, length)
     # the first step of every policy forwards whole canvases: what is alive of a layer, with its MLP
     alive = length * (2 * spec.d_model + spec.q_width + 2 * spec.kv_width + 3 * spec.mlp)
-    return max(0, int(left / (2 * values + 2 * alive + _CANVAS * length)))
+    return max(0, int(left / (2 * values + 2 * alive + CANVAS_BYTES * length)))

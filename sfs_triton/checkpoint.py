@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .errors import CheckpointError, check_integer, require
+from .errors import CheckpointError, check_integer, first_line, require
 from .files import read_json
 from .gguf_file import read_header
 from .models import ModelSpec, read_spec
@@ -108,9 +108,9 @@ def _download(argument: str, hub_id: str) -> Path:
     try:
         return Path(snapshot_download(name, revision=revision or None, allow_patterns=list(FETCHED)))
     except Exception as error:  # the hub client raises many kinds, network errors included
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        why = first_line(error)
         raise CheckpointError(
-            f"{hub_id!r} is not a local folder, and could not be fetched as a hub id: {reason}"
+            f"{hub_id!r} is not a local folder, and could not be fetched as a hub id: {why}"
         ) from None
 
 

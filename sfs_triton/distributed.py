@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import distributed
 
-from .errors import ArgumentError, RankFailure, SequenceFault, check_integer, require
+from .errors import ArgumentError, RankFailure, SequenceFault, check_integer, first_line, require
 
 PATIENCE = "SFS_TRITON_PATIENCE"  # environment: seconds that a rank waits for the others; loading takes part of them
 _DEFAULT_PATIENCE = 600.0
@@ -193,7 +193,7 @@ class ProcessGroup(Group):
         try:
             collective(*arguments, group=group)
         except RuntimeError as error:
-            why = str(error).strip().splitlines()[0]
+            why = first_line(error)
             self.leave(why)
             raise RankFailure(
                 f"rank {self.rank} of {self.size} waited for the others in vain: one has failed, or has not come to "
@@ -307,7 +307,7 @@ def join(
             if rank in ranks:
                 mine = made
     except (RuntimeError, ValueError) as error:
-        why = str(error).strip().splitlines()[0]
+        why = first_line(error)
         raise RankFailure(f"rank {rank} of {there} could not meet the others: {why}") from error
     return ProcessGroup(*mine)
 

@@ -16,9 +16,9 @@ import torch
 
 from .checkpoint import find, open_checkpoint
 from .decoding.params import DecodingParams, parse_sampler, refuse_unknown
-from .distributed import Group, join, own_device
-from .errors import ArgumentError, check_choice, check_flag, require
-from .models import Transformer, load_weights, update_weights
+from .distributed import ALONE, Group, join, own_device
+from .errors import ArgumentError, check_choice, check_flag, first_line, require
+from .models import ModelSpec, Transformer, load_weights, update_weights
 from .ops.dispatch import check_kernels, operations
 from .runner import ExecutionChoice, check_cuda_graphs
 from .scheduling.handles import Pending, Stream
@@ -26,7 +26,7 @@ from .scheduling.outputs import Frame, Generation
 from .scheduling.run import Run
 from .scheduling.scheduler import BatchPool, Scheduler, bounds_of
 from .scheduling.sequence import Sequence as InFlight
-from .self_check.choice import choose
+from .self_check.choice import Choice, choose
 from .text.codec import TextCodec
 
 logger = logging.getLogger("sfs_triton")
@@ -101,10 +101,7 @@ def _load(
     **source: Any,
 ) -> Engine:
     device = _device(device if group.size == 1 else own_device(device))
-    operations(backend, device)  # fail before gigabytes are read
-    check_cuda_graphs(cuda_graphs, device)
-    if backend == "triton" or cuda_graphs:
-        check_kernels(device)
+    check_runs(backend, cuda_graphs, device)  # fail before gigabytes are read
     if dtype is None:
         dtype = default_dtype(device)
     if isinstance(dtype, str):
@@ -116,13 +113,34 @@ def _load(
     checkpoint = open_checkpoint(path_or_hub_id, **source)
     spec = checkpoint.spec
     spec.shard(group.size)  # fail before anything is read
-    reason, pinned = ASKED, backend is not None
-    if device.type == "cuda" and backend is None and cuda_graphs is None:
-        backend, cuda_graphs, reason = choose(spec, device, dtype, quantization, group)
+    runs = choice_for(backend, cuda_graphs, spec, device, dtype, quantization, group)
     how = {"quantised": quantization == "fp8", "adapter": checkpoint.adapter}
     loaded = load_weights(checkpoint.path, spec, device, dtype, group, **how)
-    model = Transformer(spec, loaded, backend, group)
-    return Engine(model, checkpoint.text, cuda_graphs, pinned=pinned, reason=reason)
+    model, pinned = Transformer(spec, loaded, runs.backend, group), backend is not None
+    return Engine(model, checkpoint.text, runs.cuda_graphs, pinned=pinned, reason=runs.reason)
+
+
+def check_runs(backend: str | None, cuda_graphs: bool | None, device: torch.device) -> None:
+    """Raise unless the back end and the execution that were asked for can run on ``device``."""
+    operations(backend, device)
+    check_cuda_graphs(cuda_graphs, device)
+    if backend == "triton" or cuda_graphs:
+        check_kernels(device)
+
+
+def choice_for(
+    backend: str | None,
+    cuda_graphs: bool | None,
+    spec: ModelSpec,
+    device: torch.device,
+    dtype: torch.dtype,
+    quantization: str | None,
+    group: Group = ALONE,
+) -> Choice:
+    """Return the back end and the execution that were asked for; on a GPU, where neither was, what a check chooses."""
+    if device.type == "cuda" and backend is None and cuda_graphs is None:
+        return choose(spec, device, dtype, quantization, group)
+    return Choice(backend, cuda_graphs, ASKED)
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
@@ -142,7 +160,7 @@ def _device(device: str | torch.device | None) -> torch.device:
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.zeros(1, device=device)  # a well-formed name may mean an absent device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ArgumentError(f"device={str(device)!r} cannot be used: {str(error).splitlines()[0]}") from None
+        raise ArgumentError(f"device={str(device)!r} cannot be used: {first_line(error)}") from None
     require(device.type != "meta", f"device={str(device)!r} cannot be used: it computes nothing")
     return device
 

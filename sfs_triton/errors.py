@@ -62,6 +62,11 @@ class MissingDependencyError(SfsError, ImportError):
     """An optional dependency is missing; names the extra that installs it."""
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text, or its class if it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def require(condition: bool, message: str) -> None:
     """Raise :class:`ArgumentError` with ``message`` unless ``condition`` holds."""
     if not condition:

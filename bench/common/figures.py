@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from sfs_triton.self_check.machine import cpu_name
+
 
 def wilson_interval(correct: int, n: int, z: float = 1.96) -> tuple[float, float]:
     """Wilson's score interval of a proportion, 95% by default."""
@@ -28,16 +30,6 @@ def percentile(samples: list[float], share: float) -> float:
     low = math.floor(place)
     high = min(low + 1, len(ordered) - 1)
     return ordered[low] + (place - low) * (ordered[high] - ordered[low])
-
-
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def _commit() -> str | None:
@@ -59,7 +51,7 @@ def machine(device: torch.device) -> dict:
     """Describe the machine of a benchmark: processor, cores, GPU if used, versions and commit."""
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
         "gpu": gpu,

@@ -20,7 +20,7 @@ from ..batch import run as batch
 from ..batch.files import Row
 from ..batch.run import BatchError, BatchSettings, Finished, Summary
 from ..engine import load
-from ..errors import MissingDependencyError, SfsError, check_integer, require
+from ..errors import MissingDependencyError, SfsError, check_integer, first_line, require
 from ..serve.settings import ServeSettings
 
 try:
@@ -148,8 +148,9 @@ def _answers(todo: list[list[Row]], settings: BatchSettings, workers: int, gpus:
                     raise BatchError(came["refusal"])
                 yield [(key, row) for key, row in came["finished"]]
         except ray.exceptions.RayError as error:
-            reason = str(error).strip().splitlines()[0]
-            raise BatchError(f"the workers could not go on ({reason}); run it again to go on from here") from error
+            raise BatchError(
+                f"the workers could not go on ({first_line(error)}); run it again to go on from here"
+            ) from error
 
 
 @contextmanager
@@ -190,7 +191,7 @@ def start(cpus: int, *, address: str | None = None, **options: Any) -> None:
         try:
             ray.init(address=address, **quiet | options)
         except (ConnectionError, ValueError) as error:
-            require(False, f"address={address!r}: {str(error).strip().splitlines()[0]}")
+            require(False, f"address={address!r}: {first_line(error)}")
     else:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         with _on_loopback():

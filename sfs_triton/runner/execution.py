@@ -12,12 +12,12 @@ from typing import NamedTuple, Protocol
 import torch
 
 from ..decoding.step_plan import Forward, StepOutput, StepPlan
-from ..errors import DeviceFault, MissingDependencyError, OutOfDeviceMemory, SfsError, check_flag, require
+from ..errors import DeviceFault, MissingDependencyError, OutOfDeviceMemory, SfsError, check_flag, first_line, require
 from ..kernels.control import Progress
 from ..kernels.errors import KernelError
 from ..models import Transformer
 from .cuda_graph import capture_graph, capturing
-from .faults import check_device, first_line, is_lack_of_memory
+from .faults import check_device, is_lack_of_memory
 from .model_runner import ModelRunner
 
 logger = logging.getLogger("sfs_triton")

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from ..errors import DeviceFault, OutOfDeviceMemory, SfsError
+from ..errors import DeviceFault, OutOfDeviceMemory, SfsError, first_line
 
 # texts of torch's allocators, of the CUDA runtime and driver (through torch or Triton), of cuBLAS and of cuDNN
 _LACK = re.compile(r"out of memory|allocate memory|cudaErrorMemoryAllocation|_ALLOC(ATION)?_FAILED", re.I)
@@ -45,8 +45,3 @@ def check_device(device: torch.device, error: BaseException) -> None:
     """Raise DeviceFault if ``error``, which is none of the package's, has left a GPU that does no more work."""
     if not isinstance(error, SfsError):
         is_idle(device)
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's text, or its class if it has none."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

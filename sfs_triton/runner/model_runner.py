@@ -19,7 +19,7 @@ from .cuda_graph import LAUNCHING
 from .host_ring import HostRing
 from .state import DecodeState, send
 
-_CANVAS = 130  # bytes per position of a canvas: decode state and published copies
+CANVAS_BYTES = 130  # bytes per position of a canvas: decode state and published copies
 _SLEPT, _LONGEST_SLEEP = 0.8, 0.05  # part of a step's last duration that the next wait for one sleeps; seconds
 _ABANDONED: list[HostRing] = []  # a device that still runs may write there, so the memory is never freed
 
@@ -124,7 +124,7 @@ class ModelRunner:
         store, branches = key.cache.store, 2 if key.sampler.cfg_scale else 1
         cache = 0 if store is None else branches * store.values(model.local, length) * model.dtype.itemsize
         schedule = 4 * sum(key.sampler.schedule_sizes(length).values())  # float32
-        return slots * (cache + _CANVAS * length + schedule)
+        return slots * (cache + CANVAS_BYTES * length + schedule)
 
     # ------------------------------------------------------------------------------------------------------ sequences
 

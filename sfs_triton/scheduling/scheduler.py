@@ -22,10 +22,10 @@ import torch
 
 from ..decoding.caching import BatchBounds
 from ..decoding.params import BatchKey
-from ..errors import OutOfDeviceMemory, SfsError
+from ..errors import OutOfDeviceMemory, SfsError, first_line
 from ..models import Transformer
 from ..runner import ExecutionChoice, ModelRunner
-from ..runner.faults import first_line, is_lack_of_memory
+from ..runner.faults import is_lack_of_memory
 from .persistent_batch import PersistentBatch
 from .sequence import Sequence, Status
 

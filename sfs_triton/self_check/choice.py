@@ -39,10 +39,10 @@ NOISE = 0.10  # spread of times beyond which a verdict is for this process only
 
 
 class Choice(NamedTuple):
-    """Back end and execution of an engine, and the reason for them."""
+    """Back end and execution of an engine, None where nothing was asked for, and the reason for them."""
 
-    backend: str
-    cuda_graphs: bool
+    backend: str | None
+    cuda_graphs: bool | None
     reason: str
 
 

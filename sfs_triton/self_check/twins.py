@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..errors import first_line
 from ..kernels.control import COLUMN
 from ..ops.dispatch import Ops, Quantised
 from ..ops.torch.philox import gumbel
@@ -105,7 +106,7 @@ class Twins:
         except Exception as error:  # compilers and drivers raise many kinds
             if is_lack_of_memory(error):
                 raise  # it says nothing of the kernel
-            return Finding(name, shape, fault=f"{type(error).__name__}: {_first_line(error)}"), None
+            return Finding(name, shape, fault=f"{type(error).__name__}: {first_line(error)[:300]}"), None
         expected = _apply(twin, twin, same_in)
         try:
             mine.check_bands()
@@ -326,11 +327,6 @@ def _describe(x: torch.Tensor) -> str:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:300] if lines else ""
 
 
 def _synchronise(arguments: dict[str, Any]) -> None:

@@ -28,8 +28,8 @@ ROOMS = {
     "ops": ("kernels", "distributed", "errors"),
     "models": ("ops", "distributed", "gguf_file", "files", "errors"),
     "decoding": ("models", "ops", "kernels", "errors"),
-    "cards": ("decoding", "models"),
     "runner": ("decoding", "models", "kernels", "errors"),
+    "cards": ("runner", "decoding", "models"),
     "scheduling": ("runner", "decoding", "models", "text", "kernels", "errors"),
     "self_check": (
         *("scheduling", "runner", "decoding", "models", "ops", "kernels", "distributed", "files", "version", "errors"),

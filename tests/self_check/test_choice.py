@@ -50,10 +50,10 @@ class Runs:
 
 def child(code: str) -> tuple[str, ...]:
     """Return a command that says what it does and then runs ``code``; it starts faster than one with torch."""
-    begin = (
-        "import json, os, signal, sys, time; print(json.dumps({'record': 'begin', 'doing': 'attention'}), flush=True)"
+    start = (
+        "import json, os, signal, sys, time; print(json.dumps({'record': 'start', 'doing': 'attention'}), flush=True)"
     )
-    return (sys.executable, "-c", f"{begin}; {code}")
+    return (sys.executable, "-c", f"{start}; {code}")
 
 
 def records(*found: dict) -> tuple[str, ...]:

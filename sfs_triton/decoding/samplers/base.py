@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -119,7 +120,7 @@ class Sampler:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BlockSampler(Sampler):
+class BlockSampler(Sampler, ABC):
     """Base of samplers that decode block by block.
 
     Args:
@@ -133,9 +134,17 @@ class BlockSampler(Sampler):
         if self.block_length is not None:
             check_integer("block_length", self.block_length, most=LARGEST)
 
+    @abstractmethod
     def selection(self) -> dict[str, Any]:
         """Return the fields of ``BlockRules`` that say which positions a step commits."""
-        raise NotImplementedError
+
+    def step_cap(self, length: int) -> int:
+        """Return a step limit for ``length`` positions: a step that decides commits one, and a block may open twice."""
+        return 2 * length + 2
+
+    def share_of_steps(self, steps: int, length: int) -> int:
+        """Return the steps of a schedule per block of ``length`` response positions: rounded down, at least 1."""
+        return max(1, steps // -(-length // (self.block_length or length)))
 
     def rules(
         self, opening: str = "normal", *, look_ahead: int = 0, partial: bool = False, span_cap: int | None = None

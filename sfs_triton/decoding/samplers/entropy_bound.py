@@ -45,6 +45,3 @@ class EntropyBound(BlockSampler):
 
     def selection(self) -> dict[str, Any]:
         return {"select": "bound", "least": self.least}
-
-    def step_cap(self, length: int) -> int:
-        return 2 * length + 2

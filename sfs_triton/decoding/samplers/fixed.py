@@ -69,8 +69,7 @@ class FixedSteps(BlockSampler):
 
     def block_steps(self, length: int) -> int:
         """Return the steps per block for ``length`` response positions: part of ``steps``, rounded down, at least 1."""
-        blocks = -(-length // (self.block_length or length))
-        return max(1, (self.steps or length) // blocks)
+        return self.share_of_steps(self.steps or length, length)
 
     def shares(self, length: int) -> list[float]:
         """Return the share of undecided positions that Dream's time schedule commits per step of a block (float32)."""

@@ -41,6 +41,3 @@ class Hierarchy(BlockSampler):
 
     def selection(self) -> dict[str, Any]:
         return {"select": "runs", "strict": True}
-
-    def step_cap(self, length: int) -> int:
-        return 2 * length + 2

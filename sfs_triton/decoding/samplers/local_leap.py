@@ -54,7 +54,4 @@ class LocalLeap(BlockSampler):
 
     def block_steps(self, length: int) -> int:
         """Return the steps of the schedule per block, rounded down, at least 1; 0 without a schedule."""
-        return 0 if self.steps is None else max(1, self.steps // -(-length // (self.block_length or length)))
-
-    def step_cap(self, length: int) -> int:
-        return 2 * length + 2
+        return 0 if self.steps is None else self.share_of_steps(self.steps, length)

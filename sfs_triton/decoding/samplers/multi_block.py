@@ -68,9 +68,6 @@ class MultiBlock(BlockSampler):
         least = int(self.keep_best)
         return {"select": "open", "least": least, "strict": self.strict, "open_masks": next(fits)}
 
-    def step_cap(self, length: int) -> int:
-        return 2 * length + 2
-
 
 MultiBlock.presets = {  # of published checkpoints
     "d3llm-llada": MultiBlock(),

@@ -55,4 +55,4 @@ class Threshold(BlockSampler):
         return {"select": "threshold", "least": self.least, "paced_steps": self.steps}
 
     def step_cap(self, length: int) -> int:
-        return 2 * length + (self.steps or 0) + 2
+        return super().step_cap(length) + (self.steps or 0)

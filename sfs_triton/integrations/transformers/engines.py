@@ -14,16 +14,12 @@ from torch import nn
 from torch.utils.dlpack import from_dlpack, to_dlpack
 
 from ...decoding.params import refuse_unknown
-from ...distributed import ALONE
-from ...engine import ASKED, DTYPES, Engine
+from ...engine import DTYPES, Engine, check_runs, choice_for
 from ...errors import ArgumentError, CheckpointError, require
 from ...models import ModelSpec, Transformer, Weights, read_spec
 from ...models.names import LLADA_NAMES, LLAMA_NAMES, expected_shapes
 from ...models.spec import token_ids
 from ...models.weights import LayerWeights
-from ...ops.dispatch import check_kernels, operations
-from ...runner import check_cuda_graphs
-from ...self_check.choice import Choice, choose
 from ...text.codec import TextCodec, check_unicode
 
 
@@ -73,10 +69,7 @@ def accelerate(
         names = LLADA_NAMES if llada else LLAMA_NAMES
         parameters = _parameters(hf_model, spec, names)
         device = parameters[names["embedding"]].device
-        operations(backend, device)  # refuse before any weight is copied
-        check_cuda_graphs(cuda_graphs, device)
-        if backend == "triton" or cuda_graphs:
-            check_kernels(device)
+        check_runs(backend, cuda_graphs, device)  # before any weight is copied
         known = _ENGINES.get(hf_model)
         if known is not None and known.addresses == _addresses(hf_model):
             weights = known.engine.model.weights
@@ -84,9 +77,7 @@ def accelerate(
             weights = _shared_weights(parameters, spec, names)
             if device.type == "cuda":
                 torch.cuda.empty_cache()  # memory of the unfused weights: no other tensor has these sizes
-        runs = Choice(backend, cuda_graphs, ASKED)
-        if device.type == "cuda" and backend is None and cuda_graphs is None:
-            runs = choose(spec, device, parameters[names["embedding"]].dtype, None, ALONE)
+        runs = choice_for(backend, cuda_graphs, spec, device, parameters[names["embedding"]].dtype, None)
         model, pinned = Transformer(spec, weights, runs.backend), backend is not None
         engine = Engine(model, codec, runs.cuda_graphs, pinned=pinned, reason=runs.reason)
         _ENGINES[hf_model] = _SharedEngine(engine, _addresses(hf_model), backend, cuda_graphs)
