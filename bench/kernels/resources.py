@@ -2,8 +2,8 @@
 
 Launchers are called on meta tensors at the shapes of :mod:`bench.kernels`, their launches are recorded, and each
 distinct variant is compiled by triton's own path for every target. Registers, stack (a spill) and shared
-memory of the sm_90 variants are kept in ``kernels/resources.json``, with the triton that made them. The exit status is
-1 if a variant cannot ship: it spills, or asks for more memory on the chip than there is.
+memory of the sm_90 variants are kept in ``kernels/resources.json``, with the largest of each target and the triton that
+made them. The exit status is 1 if a variant cannot ship: it spills, or asks for more memory on the chip than there is.
 """
 
 from __future__ import annotations
@@ -118,6 +118,12 @@ def faults(usage: dict[str, int], target: int) -> list[str]:
     return found
 
 
+def largest(variants: dict[str, dict[str, int]]) -> dict[str, int]:
+    """Return the number of a target's variants and the most that one of them uses."""
+    most = {key: max(usage[key] for usage in variants.values()) for key in ("registers", "stack", "shared")}
+    return {"variants": len(variants)} | most
+
+
 def differences(table: dict[str, dict], compiled: dict[str, dict]) -> list[str]:
     """List the differences between a table of variants and their compilation, one line each."""
     lines = [f"{name} is not in the table" for name in sorted(compiled.keys() - table.keys())]
@@ -200,7 +206,7 @@ def main() -> int:
         import triton
 
         document = {"triton": triton.__version__, "target": TABLE_TARGET, "variants": table[TABLE_TARGET]}
-        document["sources"] = sources()
+        document |= {"sources": sources(), "targets": {target: largest(table[target]) for target in TARGETS}}
         TABLE.write_text(json.dumps(document, indent=1, sort_keys=True) + "\n")
     return int(wrong > 0)
 

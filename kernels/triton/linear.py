@@ -395,12 +395,13 @@ def linear_config(
     """Tiles of 128 or 256 weight rows, for two groups of four warps, by all rows of x up to 128.
 
     Every tile reads its rows of x anew, from L2. Narrower weight tiles would fill the GPU more evenly but multiply
-    that: at 128 rows of x, tiles of 32 read eight bytes of x for each of fp8 weights, tiles of 256 one. So tiles stay
+    that: at 128 rows of x, tiles of 32 read eight bytes of x for each of fp8 weights, tiles of 128 two. So tiles stay
     wide and K is split instead, into as many parts as give the busiest program the fewest bytes: weights and x, the
     parts that are written and merged, and for each unit 32 KiB, which its share of memory bandwidth moves in the
     microsecond or so that its pipeline takes to fill and drain. A 4,096-wide output has 32 tiles of 128 and becomes 128
-    units for 132 multiprocessors. 256 rows take half of all registers for sums, so they need an ending that does with
-    the rest (``wide``), and shared memory for three blocks of K. Other endings have shorter blocks of K at 128 rows.
+    units for 132 multiprocessors. 256 rows take half of all registers for sums, so they need weights that are not
+    decoded, an ending that does with the rest (``wide``), and shared memory for three blocks of K. Other endings have
+    shorter blocks of K at 128 rows.
 
     Stages fill 150 KiB, or what a block may have (``shared``) less 16, or come to six, or to seven of 32. Blocks of K
     are halved where two stages would be all. float32, whose products take no tensor core here, and a K that is no
@@ -432,7 +433,7 @@ def linear_config(
         merged = 2 * 4 * block_m * block_n if n_splits > 1 else 0
         return cdiv(tiles * n_splits, n_multiprocessors) * (streamed + merged + 32 * 1024)
 
-    widths = [128, 256] if wide and block_m == 128 and room >= 3 * blocks(256)[1] else [128]
+    widths = [128, 256] if wide and weight_itemsize > 1 and block_m == 128 and room >= 3 * blocks(256)[1] else [128]
     splits = range(1, min(8, cdiv(n_in, 128)) + 1)
     block_n, n_splits = min(((width, n) for width in widths for n in splits), key=busiest)
     block_k, stage = blocks(block_n)
@@ -483,7 +484,7 @@ def _work(x, weight, scale, squares, bias, count, ending, wide, half, config, ma
     sizes = {"itemsize": x.element_size(), "weight_itemsize": weight.element_size(), "shared": shared, "wide": wide}
     config = config or linear_config(max(1, n_rows), n_out, n_in, n_multiprocessors, **sizes)
     tiles = cdiv(n_rows, config.BLOCK_M) * cdiv(n_out, config.BLOCK_N)
-    block_s = 64 if config.BLOCK_N == 256 else config.BLOCK_N
+    block_s = 32 if config.BLOCK_N == 256 else config.BLOCK_N  # slices of 64 spill on sm_100
     splits, n_parts = config.n_splits > 1, 0 if squares is None else squares.shape[0]
     fixed = {
         "n_rows": n_rows,

@@ -16,7 +16,6 @@ from .commit import (
     DONE,
     LIMIT,
     MAX_LENGTH,
-    MAX_REGISTERS,
     N_CONTROL,
     STEP,
     ScanConfig,
@@ -243,7 +242,7 @@ def list_positions(
         BLOCK_C=256,
         BLOCK_L=config.BLOCK_L,
         num_warps=config.num_warps,
-        maxnreg=MAX_REGISTERS,
+        maxnreg=255,
     )
 
 
