@@ -211,7 +211,9 @@ def test_config_fills_the_gpu_and_fits_its_memory(n_rows, target, n_multiprocess
 def test_config_splits_k_where_tiles_are_few():
     assert linear_config(128, 4096, 4096, 132) == LinearConfig(128, 128, 128, n_splits=4, num_stages=4, num_warps=8)
     assert linear_config(16, 28672, 4096, 132) == LinearConfig(16, 128, 128, n_splits=1, num_stages=6, num_warps=8)
-    assert linear_config(128, 24576, 4096, 132) == LinearConfig(128, 256, 64, n_splits=1, num_stages=5, num_warps=8)
+    assert linear_config(128, 24576, 4096, 132).BLOCK_N == 128  # decoding takes registers, 256 rows of sums take half
+    bf16 = linear_config(128, 24576, 4096, 132, weight_itemsize=2)
+    assert bf16 == LinearConfig(128, 256, 64, n_splits=1, num_stages=4, num_warps=8)
     assert linear_config(64, 64, 128, 132).n_splits == 1  # there is one block of K
 
 
