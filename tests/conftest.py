@@ -44,8 +44,6 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 # They start first, so that no worker is left with one of them when the others have finished.
 LONGEST = (
     "test_representative_variants_fit_their_gpu[attention]",
-    "test_a_worker_is_killed",
-    "test_two_ranks_share_the_work",
     "test_a_share_of_the_recorded_cases",
     "test_every_kernel_executes",
 )

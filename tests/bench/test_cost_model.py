@@ -41,6 +41,7 @@ def _metered(run, *shape: int, dtype: torch.dtype = torch.float32) -> step_count
     return meter.take()
 
 
+@pytest.mark.slow
 def test_the_document_has_the_tables_that_the_code_now_gives():
     text = cost_model.DOC.read_text()
     if f"Counted with torch {cost_model.minor(torch.__version__)}." not in text:

@@ -289,6 +289,7 @@ def _folder(path):
     return path
 
 
+@pytest.mark.slow
 def test_training_learns_and_keeps_the_constant_channel(tiny, tmp_path):
     run = train.Run(tmp_path, replace(tiny, steps=60, rate=1e-2, warm_up=5))
     batches = train.Batches(run.tokenizer, run.recipe, 0)

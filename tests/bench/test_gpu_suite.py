@@ -382,7 +382,7 @@ def test_steps_are_those_that_were_asked_for():
 # -------------------------------------------------------------------------------------------------- pytest, by lines
 
 
-@pytest.mark.parametrize("workers", [[], ["-n", "2"]], ids=["alone", "xdist"])
+@pytest.mark.parametrize("workers", [[], pytest.param(["-n", "2"], marks=pytest.mark.slow)], ids=["alone", "xdist"])
 def test_tests_are_lines(tmp_path, workers):
     if workers:
         pytest.importorskip("xdist")
@@ -475,6 +475,7 @@ for name, value, alike in (
 """
 
 
+@pytest.mark.slow
 def test_every_launch_of_the_engine_is_warmed_up():
     """Every launch has a job that finds it again; launches that compile to different code are different jobs."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
@@ -508,6 +509,7 @@ assert not set(warm_up.jobs_of(warm_up.SMALL, False)) & set(warm_up.jobs_of("att
 """
 
 
+@pytest.mark.slow
 def test_the_small_models_are_warmed_up_in_their_own_dtype():
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     command = [sys.executable, "-c", SMALL_MODELS]

@@ -44,14 +44,15 @@ def engine_of(name: str, eos_id: int | None = None, backend: str = "torch") -> s
     )
 
 
-def half_of(*sets: Sequence) -> list:
-    """List all combinations, every other one marked slow; each element of each set is in some unmarked one.
+def few_of(*sets: Sequence) -> list:
+    """List all combinations, marked slow but for as few as hold each element of each set.
 
     For cases run by Triton's interpreter, which is a hundred times slower than torch.
     """
+    few = {tuple(i % len(one) for one in sets) for i in range(max(map(len, sets)))}
     found = []
     for at in itertools.product(*(range(len(one)) for one in sets)):
-        marks = pytest.mark.slow if sum(at) % 2 else ()
+        marks = () if at in few else pytest.mark.slow
         found.append(pytest.param(*(one[i] for one, i in zip(sets, at, strict=True)), marks=marks))
     return found
 
@@ -145,7 +146,7 @@ def token_at_the_horizon(engine: sfs_triton.Engine, canvas: list[int], start: in
 
 OPTION_CASES = [
     *itertools.product(OPTIONS, (False, True), ["torch"], NAMES),
-    *half_of(list(OPTIONS), [True], ["triton"], NAMES),
+    *few_of(list(OPTIONS), [True], ["triton"], NAMES),
 ]
 
 
@@ -155,7 +156,7 @@ def test_options_of_the_cycle(option: str, eos_stop: bool, name: str, backend: s
     rng, changed, length = random.Random(f"options/{option}/{name}"), False, 16 if backend == "triton" else LENGTH
     sampler = SlowFast(tau_high=0.6, eos_stop=eos_stop).replace(**OPTIONS[option])
     without = sampler.replace(share_stable=False, eos_horizon=True)
-    for _ in range(2 if backend == "triton" else 4):
+    for _ in range(4):
         prompt = random_prompt(rng)
         canvas = prompt + [engine_of(name).spec.mask_id] * length
         eos_id = token_at_the_horizon(engine_of(name), canvas, len(prompt), without)
@@ -164,6 +165,8 @@ def test_options_of_the_cycle(option: str, eos_stop: bool, name: str, backend: s
             check(engine_of(name, eos_id, backend), prompt, length, sampler, oracle=oracle)
         traces = [reference(oracle, canvas, len(prompt), which).trace for which in (sampler, without)]
         changed |= traces[0] != traces[1]
+        if changed and backend == "triton":
+            break  # an interpreter is slow
     assert changed
 
 
@@ -261,7 +264,7 @@ def test_noise(changes: dict, name: str):
 
 
 @pytest.mark.parametrize(
-    ("make", "seed", "name"), half_of([random_slowfast, random_threshold, random_fixed, *PARALLEL], range(3), NAMES)
+    ("make", "seed", "name"), few_of([random_slowfast, random_threshold, random_fixed, *PARALLEL], range(3), NAMES)
 )
 def test_kernels(make, seed: int, name: str):
     """Decide through the Triton kernels: with an early end, with noise, with guidance."""
@@ -270,7 +273,7 @@ def test_kernels(make, seed: int, name: str):
     changes = [{"eos_stop": True}, {"temperature": 0.8}, {"cfg_scale": 0.5}][seed]
     kernels, oracle = engine_of(name, eos_id, "triton"), engine_of(name, eos_id)
     with brisk_interpreter():
-        check(kernels, random_prompt(rng), LENGTH, make(rng).replace(**changes), seed, oracle)
+        check(kernels, random_prompt(rng), LENGTH // 2, make(rng).replace(**changes), seed, oracle)
 
 
 @pytest.mark.parametrize("metric", ["maskgit_plus", "entropy"])

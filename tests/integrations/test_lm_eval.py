@@ -467,7 +467,8 @@ LAUNCHERS = {
 }
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", pytest.param("accelerate", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_two_ranks_share_the_work(tmp_path, model, manager, launcher):
     if launcher == "accelerate":
         pytest.importorskip("accelerate")

@@ -104,6 +104,7 @@ def whole(source, embedded) -> bytes:
     return out.read_bytes()
 
 
+@pytest.mark.slow
 def test_a_worker_is_killed_and_no_prompt_is_lost_or_doubled(cluster, source, whole, tmp_path, embedded):
     killed, told = [], []
 
@@ -243,6 +244,7 @@ def chat(**more) -> dict:
     return {"messages": [{"role": "user", "content": SUMS}], "max_tokens": 32, **more}
 
 
+@pytest.mark.slow
 def test_two_replicas_answer(server, embedded):
     assert server.startswith("http://127.0.0.1:")
     wanted = embedded.generate(SUMS, gen_length=32)
@@ -264,6 +266,7 @@ def test_two_replicas_answer(server, embedded):
     assert other.status_code == 421
 
 
+@pytest.mark.slow
 def test_replicas_stream(server, embedded):
     wanted = embedded.generate(SUMS, gen_length=64, sampler=FixedSteps())
     body, arrived, text = chat(max_tokens=64, stream=True, sampler="vanilla", frames=True), [], ""

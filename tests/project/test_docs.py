@@ -350,7 +350,7 @@ class Reader:
         self.address = found[1]
 
 
-HEAVY = {"evaluation.md", "cost-model.md"}  # sfs-eval twice, and every prediction anew
+HEAVY = {"evaluation.md", "cost-model.md", "faq.md", "quantised.md"}  # sfs-eval twice, predictions anew, whole models
 
 
 @pytest.mark.parametrize(

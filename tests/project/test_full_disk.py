@@ -119,6 +119,7 @@ main()
 """
 
 
+@pytest.mark.slow
 def test_scores_that_cannot_be_written_are_an_error(tmp_path):
     """lm-eval itself logs that it could not save them, and leaves the partial file."""
     pytest.importorskip("lm_eval")
