@@ -132,8 +132,10 @@ class MaskedDiffusionLayer(GradientCheckpointingLayer):
             for part in ("q", "k", "v")
         )
         q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
-        grouped = self.spec.n_kv_heads != self.spec.n_heads
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
+        groups = self.spec.n_heads // self.spec.n_kv_heads
+        if groups > 1 and mask is not None:  # kernels that take a mask know no groups
+            k, v = (each.repeat_interleave(groups, dim=1) for each in (k, v))
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=k.shape[1] != q.shape[1])
         x = x + self._apply_part("o", mixed.transpose(1, 2).flatten(2))
         h = self._apply_part("mlp_norm", x)
         return x + self._apply_part("down", F.silu(self._apply_part("gate", h)) * self._apply_part("up", h))
