@@ -183,8 +183,9 @@ def _refusals(*statuses: int) -> dict[int, dict[str, Any]]:
 def _described(kind: type[Common]) -> dict[str, Any]:
     """Return the route keywords that describe a body parsed by :func:`parse` to OpenAPI."""
     body = {"required": True, "content": {"application/json": {"schema": {"$ref": _SCHEMAS + kind.__name__}}}}
-    stream = {"schema": {"type": "string", "description": "Chunks, if stream is true."}}
-    done = {"model": Answer, "description": "The answer.", "content": {"text/event-stream": stream}}
+    # no schema of the stream: readers of the document differ on whether it is of an event or of the whole body
+    said = "The answer; if stream is true, its chunks as server-sent events."
+    done = {"model": Answer, "description": said, "content": {"text/event-stream": {}}}
     return {"openapi_extra": {"requestBody": body}, "responses": {200: done, **_refusals(*_REFUSALS)}}
 
 

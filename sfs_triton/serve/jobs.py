@@ -118,7 +118,8 @@ class OutputProcessor:
         trace = sequence.take_trace()
         self._nfe = sequence.steps
         canvas, settled = sequence.tokens, min(sequence.settled, stop)
-        filled = not sequence.running and not self._open(canvas)
+        cut = self.job.request.cut and settled == stop  # what follows in the block is not part of the answer
+        filled = cut or not sequence.running and not self._open(canvas)
         grown, self._emitted = settled > self._emitted, max(settled, self._emitted)
         new, watched = "", job.stream or job.stops
         if watched and (grown or filled):
@@ -165,7 +166,7 @@ class OutputProcessor:
             "type": "start",
             "prompt_length": request.first,
             "response_length": request.stop - request.first,
-            "suffix_length": len(request.sequence.canvas) - request.stop,
+            "suffix_length": request.suffix,
             "mask_id": self._spec.mask_id,
             "eos_id": self._spec.eos_id,
             "end_ids": list(self._spec.end_ids),
@@ -181,7 +182,7 @@ class OutputProcessor:
         start, sampler = sequence.start, sequence.params.sampler
         block = start - first + trace.block * (sampler.block_length or 0)
         committed = []
-        for place in trace.committed:
+        for place in (n for n in trace.committed if start + n < request.stop):
             score = trace.confidence[place]
             token, fine = canvas[start + place], score is not None and math.isfinite(score)
             committed.append(

@@ -26,16 +26,25 @@ _INTERVAL, _NUMBER = 256, 1e4  # largest refresh interval, and largest number th
 
 @dataclass(frozen=True)
 class PreparedRequest:
-    """A checked request for the engine: one sequence, of whose canvas ``[first, stop)`` is the answer."""
+    """A checked request for the engine: one sequence, of whose canvas ``[first, stop)`` is the answer.
+
+    ``suffix`` is the number of tokens given after it. Without one, the last block may reach beyond the answer.
+    """
 
     sequence: InFlight
     first: int
     stop: int
+    suffix: int
 
     @property
     def given(self) -> int:
         """Number of tokens given by the prompt and the suffix."""
-        return len(self.sequence.canvas) - (self.stop - self.first)
+        return self.first + self.suffix
+
+    @property
+    def cut(self) -> bool:
+        """True if positions after the answer are decoded as well."""
+        return self.stop + self.suffix < len(self.sequence.canvas)
 
 
 def prepare(engine: Engine, settings: ServeSettings, body: Common) -> PreparedRequest:
@@ -52,18 +61,18 @@ def prepare(engine: Engine, settings: ServeSettings, body: Common) -> PreparedRe
     prompt, suffix = _given(engine, body)
     with _blamed("cache", when=body.cache is not None):
         sampler.check_cache(cache)
-    length = _length(engine, settings, body, (len(prompt), len(suffix)), sampler)
+    length, positions = _length(engine, settings, body, (len(prompt), len(suffix)), sampler)
     seed = secrets.randbelow(2**31) if body.seed is None else body.seed
     # with a suffix, blocks count from the canvas' first position, and any length goes
-    gen_length = sampler.least_length if suffix else length
+    gen_length = sampler.least_length if suffix else positions
     with _blamed("cache" if body.sampler is None else "sampler"):  # the remaining check: their compatibility
         params = DecodingParams(sampler=sampler, cache=cache, gen_length=gen_length, seed=seed)
     if suffix:
         _check_infilling(engine.spec, prompt, cache)
     first, mask = len(prompt), engine.spec.mask_id
-    start, canvas = 0 if suffix else first, prompt + [mask] * length + suffix
+    start, canvas = 0 if suffix else first, prompt + [mask] * positions + suffix
     sequence = InFlight(params, canvas, start, mask, trace=bool(body.frames), frames=True)
-    return PreparedRequest(sequence, first, first + length)
+    return PreparedRequest(sequence, first, first + length, len(suffix))
 
 
 def sampler_for(body: Common, default: Sampler, spec: ModelSpec) -> Sampler:
@@ -114,12 +123,12 @@ def _given(engine: Engine, body: Common) -> tuple[list[int], list[int]]:
         messages = [message.plain() for message in body.messages]
         _check_size("messages", sum(len(message["content"]) for message in messages), engine, CHARACTERS)
         return _ids(engine, "messages", messages), []
-    suffix = body.suffix or ""
-    _check_size("prompt", len(body.prompt), engine, CHARACTERS if isinstance(body.prompt, str) else 1)
+    given, suffix = body.only_prompt, body.suffix or ""
+    _check_size("prompt", len(given), engine, CHARACTERS if isinstance(given, str) else 1)
     _check_size("suffix", len(suffix), engine, CHARACTERS)
-    if not body.prompt and not suffix:
+    if not given and not suffix:
         raise ApiError(400, "'prompt' is empty; only with a 'suffix' it may be", param="prompt")
-    before = _ids(engine, "prompt", body.prompt) if body.prompt else []
+    before = _ids(engine, "prompt", given) if given else []
     return before, _ids(engine, "suffix", suffix) if suffix else []
 
 
@@ -154,11 +163,13 @@ def _check_infilling(spec: ModelSpec, prompt: list[int], cache: CachePolicy) -> 
         raise ApiError(400, message, param="prompt")
 
 
-def _length(engine: Engine, settings: ServeSettings, body: Common, given: tuple[int, int], sampler: Sampler) -> int:
-    """Return the number of response positions: as requested, or the default limited by the model's context.
+def _length(
+    engine: Engine, settings: ServeSettings, body: Common, given: tuple[int, int], sampler: Sampler
+) -> tuple[int, int]:
+    """Return the length of the answer, as requested or the default, and the number of positions to decode for it.
 
-    ``given``: token counts before and after the response. Blocks count from the response's first position, and the
-    length must be a multiple of a block; with a suffix they count from the canvas' first, and the last may be partial.
+    ``given``: token counts before and after the response. Blocks count from the response's first position, and a
+    length within a block is rounded up; with a suffix they count from the canvas' first, and the last may be partial.
     """
     context, (field, wanted) = engine.spec.max_length, body.tokens_wanted
     before, after = given
@@ -173,16 +184,19 @@ def _length(engine: Engine, settings: ServeSettings, body: Common, given: tuple[
     if wanted is None:
         wanted = min(most, settings.default_tokens)
         if block is None:
-            return wanted
+            return wanted, wanted
         wanted = max(block, wanted // block * block)
         if wanted > most:
             message = f"no block of block_length={block} fits into {most} positions: {what}, the context is {context}"
             raise ApiError(400, message, param="sampler" if body.sampler else first)
-        return wanted
+        return wanted, wanted
     if wanted > room:
         message = f"{what}, and with {field}={wanted} that makes {before + after + wanted}: the context is {context}"
         raise too_long(message, field)
+    positions = -(-wanted // (block or 1)) * (block or 1)
     with _blamed(field):
         require(wanted <= most, f"{field}={wanted} is over the server's limit of {most}")
-        require(block is None or wanted % block == 0, f"{field}={wanted} is not a multiple of block_length={block}")
-    return wanted
+        limit = f"the context of {context} leaves" if most == room else "the server allows"
+        message = f"{field}={wanted} takes {positions} positions in blocks of block_length={block}, and {limit} {most}"
+        require(positions <= most, message)
+    return wanted, positions

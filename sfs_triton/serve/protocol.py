@@ -8,10 +8,11 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
 from .errors import ApiError
 
+_NULLS = {"additionalProperties": {"type": "null"}}  # in the JSON schema: fields that are not declared
 _STOPS, _STOP_LENGTH, _MESSAGES = 4, 256, 1024
 # The escape of a lone surrogate.
 _HALF = re.compile(
@@ -20,6 +21,7 @@ _HALF = re.compile(
 )
 _ONE = "this server returns one choice per request"
 _CALLS = "this server calls no tools"
+_TEXT = "this server takes and gives text only"
 # Fields that are accepted only with neutral values, and the error text for others.
 UNSUPPORTED = {
     "n": _ONE,
@@ -35,13 +37,18 @@ UNSUPPORTED = {
     "frequency_penalty": "this server has no penalties; only 0 is accepted",
     "presence_penalty": "this server has no penalties; only 0 is accepted",
     "echo": "this server does not repeat prompts",
-    "modalities": "this server answers with text only",
+    "modalities": _TEXT,
+    # of messages
+    "tool_calls": _CALLS,
+    "refusal": _TEXT,
+    "annotations": _TEXT,
+    "audio": _TEXT,
 }
 # Error texts of fields that accept one of several shapes.
 SHAPES = {
     "stop": f"must be a string, or a list of at most {_STOPS}, of 1 to {_STOP_LENGTH} characters each",
     "content": "must be a text, or a list of parts {'type': 'text', 'text': ...}",
-    "prompt": "must be one text, or one list of token ids; several prompts take several requests",
+    "prompt": "must be one text or one list of token ids, alone or as a list of one; several take several requests",
     "sampler": "must be a name, or an object with a 'kind' and options",
     "cache": "must be a name, or an object with a 'kind' and options",
 }
@@ -60,18 +67,40 @@ class StreamOptions(Strict):
     include_obfuscation: Literal[False] | None = None
 
 
-class TextPart(Strict):
+class Lenient(Strict):
+    """Base of messages and their parts: a null field is an absent one, since clients send answers back with nulls."""
+
+    model_config = ConfigDict(json_schema_extra=_NULLS)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, given: Any) -> Any:
+        return {k: value for k, value in given.items() if value is not None} if isinstance(given, dict) else given
+
+
+class TextPart(Lenient):
     type: Literal["text"]
     text: str
 
 
-class Message(Strict):
+class Message(Lenient):
+    # an answer may lack its content, but no other message: the schema describes those
+    model_config = ConfigDict(json_schema_extra={**_NULLS, "required": ["role", "content"]})
+
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: Annotated[str | list[TextPart] | None, Field(json_schema_extra={"pattern": r"\S", "minItems": 1})] = ""
+    # without effect
+    name: str | None = None
+    refusal: None = None
+    annotations: Annotated[list[JsonValue], Field(max_length=0)] | None = None
+    audio: None = None
+    tool_calls: Annotated[list[JsonValue], Field(max_length=0)] | None = None
+    function_call: None = None
 
     def plain(self) -> dict[str, str]:
         """Return the message in the format of chat templates."""
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        parts = self.content or ""
+        text = parts if isinstance(parts, str) else "".join(part.text for part in parts)
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
@@ -140,14 +169,25 @@ class ChatRequest(Common):
         return "max_completion_tokens", self.max_completion_tokens
 
 
+TokenIds = Annotated[list[int], Field(max_length=1 << 20)]
+OneText = Annotated[list[str], Field(min_length=1, max_length=1)]
+OneList = Annotated[list[TokenIds], Field(min_length=1, max_length=1)]
+
+
 class CompletionRequest(Common):
     """``POST /v1/completions``. With ``suffix``, the text between prompt and suffix is filled in."""
 
-    prompt: str | Annotated[list[int], Field(max_length=1 << 20)]
+    prompt: str | OneText | TokenIds | OneList
     suffix: str | None = None
     best_of: Literal[1] | None = None
     echo: Literal[False] | None = None
     logprobs: None = None
+
+    @property
+    def only_prompt(self) -> str | list[int]:
+        """Return the prompt: a list of one is what it holds."""
+        listed = isinstance(self.prompt, list) and self.prompt and not isinstance(self.prompt[0], int)
+        return self.prompt[0] if listed else self.prompt
 
 
 def parse(kind: type[Common], body: bytes) -> Common:
@@ -192,10 +232,10 @@ def _explain(error: ValidationError, body: bytes) -> ApiError:
         return ApiError(400, f"the body is not a JSON object: {first['msg']}")
     if first["type"] == "missing":
         return ApiError(400, f"{'.'.join(path)!r} is missing", param=name)
-    if name in UNSUPPORTED:
-        return ApiError(
-            400, f"{name!r} is not supported: {UNSUPPORTED[name]}", param=name, code="unsupported_parameter"
-        )
+    field = ".".join(path[:3]) if name == "messages" else name  # its name stands in a message
+    why = UNSUPPORTED.get(field.rpartition(".")[2])
+    if why is not None:
+        return ApiError(400, f"{field!r} is not supported: {why}", param=name, code="unsupported_parameter")
     if first["type"] == "extra_forbidden" and len(path) == 1:
         instead = f": {INSTEAD[name]}" if name in INSTEAD else ""
         return ApiError(400, f"{name!r} is not known here{instead}", param=name, code="unknown_parameter")

@@ -63,7 +63,11 @@ CHATS = {
         "'top_p' is a field of the request itself",
     ),
     "huge": ({"sampler": {"kind": "threshold", "tau": 1e5}}, "sampler", "tau=100000.0 is over 10000"),
-    "block": ({"sampler": {"kind": "threshold", "block_length": 5}}, "max_tokens", "not a multiple of block_length=5"),
+    "block": (
+        {"sampler": {"kind": "threshold", "block_length": 300}, "max_tokens": 310},
+        "max_tokens",
+        "max_tokens=310 takes 600 positions in blocks of block_length=300, and the context of 512 leaves 495",
+    ),
     "cache-option": ({"cache": {"kind": "none", "capacity": 4}}, "cache", "has no option 'capacity'; it has none"),
     "cache-flag": ({"cache": {"kind": "region", "rotate": "x"}}, "cache", "rotate='x' is neither True nor False"),
     "cache-pair": ({"cache": "prefix"}, "cache", "does not go with SlowFast"),
@@ -108,7 +112,11 @@ def test_chats(server, name):
         ({"prompt": [9] * 513}, "prompt", "'prompt' has 513 token ids, over 512"),
         ({"suffix": "x", "max_tokens": 511}, "max_tokens", "with max_tokens=511 that makes 514"),
         ({"messages": [USER]}, "messages", "'messages' is not known here: give a 'prompt'"),
-        ({"sampler": "threshold"}, "max_tokens", "max_tokens=4 is not a multiple of block_length=32"),
+        ({"sampler": {"kind": "fixed", "block_length": 511}}, "max_tokens", "max_tokens=4 takes 511 positions"),
+        ({"prompt": [["a"]]}, "prompt", "'prompt' must be one text or one list of token ids, alone or as a list of"),
+        ({"prompt": [[9], [9]]}, "prompt", "several take several requests"),
+        ({"prompt": [[9, 5]]}, "prompt", "holds the mask token (id 5, at position 1"),
+        ({"prompt": [True]}, "prompt", "'prompt' must be one text"),
     ],
 )
 def test_completions(server, changes, param, words):
@@ -116,6 +124,27 @@ def test_completions(server, changes, param, words):
     error = error_of(answer)
     assert (answer.status_code, error["param"]) == (400, param) and words in error["message"], error
     assert "Engine." not in error["message"] and "prompt 0" not in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("message", "words"),
+    [
+        ({"tool_calls": [{"id": "1"}]}, "'messages.1.tool_calls' is not supported: this server calls no tools"),
+        ({"function_call": {"name": "f"}}, "'messages.1.function_call' is not supported: this server calls no tools"),
+        ({"refusal": "No."}, "'messages.1.refusal' is not supported: this server takes and gives text only"),
+        ({"annotations": [{}]}, "'messages.1.annotations' is not supported"),
+        ({"audio": {"id": "1"}}, "'messages.1.audio' is not supported"),
+        ({"name": 5}, "'messages.1.name'"),
+        ({"reasoning": "so"}, "'messages.1.reasoning' is not known here"),
+        ({"content": [{"type": "text", "text": "a", "hidden": "b"}]}, "'messages.1.content' must be a text, or a list"),
+        ({"content": [{"type": "refusal", "refusal": "No."}]}, "'messages.1.content' must be a text, or a list"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_an_answer_of_this_server_never_holds(server, message, words):
+    answer = server.post({"messages": [USER, {"role": "assistant", "content": "a", **message}, USER]})
+    error = error_of(answer)
+    assert (answer.status_code, error["param"]) == (400, "messages") and words in error["message"], error
 
 
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])

@@ -50,6 +50,7 @@ from tests.support.server import (  # noqa: E402
     error_of,
     gauge,
     serving,
+    text_of,
     wait_for,
 )
 
@@ -91,9 +92,28 @@ def test_a_conversation_goes_through_the_template(server, embedded):
     assert answer.choices[0].message.content == wanted.text and answer.usage.prompt_tokens == wanted.prompt_length
 
 
-@pytest.mark.parametrize("prompt", ["id,name\n1,", [629, 538, 465]])
+def test_a_message_comes_back_in_every_form_that_clients_give_it(server, embedded):
+    """Nulls, names and empty lists change nothing; null content is an empty answer."""
+    nulls = dict.fromkeys(("refusal", "annotations", "audio", "function_call", "tool_calls", "name", "reasoning"))
+    empty = {"annotations": [], "tool_calls": [], "name": "sfs"}
+    parts = [{"type": "text", "text": "79-", "cache_control": None}, {"type": "text", "text": "44=35"}]
+    forms = [nulls | {"content": "79-44=35"}, empty | {"content": "79-44=35"}, {"content": parts}]
+    ask, again = {"role": "user", "content": SUMS}, {"role": "user", "content": "15,44", "name": "Ann"}
+
+    def said(answer: dict) -> str:
+        body = {"messages": [ask, {"role": "assistant", **answer}, again], "max_tokens": 8}
+        return text_of(server.post(body))
+
+    for content, given in (("79-44=35", forms), ("", [nulls | {"content": None}, {}])):
+        messages = [ask, {"role": "assistant", "content": content}, {"role": "user", "content": "15,44"}]
+        wanted = embedded.generate(messages, gen_length=8).text
+        assert [said(answer) for answer in given] == [wanted] * len(given)
+
+
+@pytest.mark.parametrize("prompt", ["id,name\n1,", [629, 538, 465], ["id,name\n1,"], [[629, 538, 465]]])
 def test_completions_take_the_prompt_as_it_is(server, embedded, prompt):
-    wanted = embedded.generate(prompt, gen_length=16, apply_chat_template=False)
+    only = prompt[0] if isinstance(prompt, list) and not isinstance(prompt[0], int) else prompt
+    wanted = embedded.generate(only, gen_length=16, apply_chat_template=False)
     answer = server.client().completions.create(model="embedded", prompt=prompt, max_tokens=16)
     assert answer.choices[0].text == wanted.text and answer.usage.nfe == wanted.nfe
 
@@ -207,6 +227,25 @@ def test_stop_strings_cut_and_end_the_row(server, embedded):
     text, _, last = streamed(server, **request)
     assert text == before and last.usage.nfe == whole.usage.nfe
     assert last.usage.completion_tokens == whole.usage.completion_tokens
+
+
+@pytest.mark.parametrize("kind", [kind for kind in SAMPLERS if kind != "slowfast"])
+@pytest.mark.parametrize("length", [5, 20])
+def test_a_length_within_a_block_is_rounded_up_and_cut(server, embedded, kind, length):
+    sampler, size = SAMPLERS[kind](block_length=16), -(-length // 16) * 16
+    wanted = embedded.generate(TABLE, gen_length=size, sampler=sampler, trace=True)
+    tokens = wanted.response[:length]
+    assert embedded.spec.eos_id not in tokens
+    asked = chat(TABLE, max_tokens=length, sampler={"kind": kind, "block_length": 16})
+    whole = server.post(asked).json()
+    assert whole["choices"][0]["message"]["content"] == embedded.text.decode(tokens)
+    assert whole["choices"][0]["finish_reason"] == "length"
+    assert whole["usage"]["completion_tokens"] == length and whole["usage"]["nfe"] <= wanted.nfe
+    text, frames, _ = streamed(server, **asked, frames=True)
+    assert text == embedded.text.decode(tokens) and frames[0]["suffix_length"] == 0
+    assert frames[0]["response_length"] == length and frames[-2]["masks_left"] == 0
+    committed = {c["position"]: c["token"] for frame in frames[1:-1] for c in frame["committed"]}
+    assert committed == dict(enumerate(tokens))
 
 
 def test_length_is_the_reason_where_nothing_ended(server):
@@ -513,7 +552,7 @@ BAD_CHATS = {
     "no-messages": ({"messages": []}, 400, "messages"),
     "a-string-of-messages": ({"messages": "hi"}, 400, "messages"),
     "unknown-role": ({"messages": [{"role": "tool", "content": "x"}]}, 400, "messages.0.role"),
-    "null-content": ({"messages": [{"role": "user", "content": None}]}, 400, "messages.0.content"),
+    "null-content": ({"messages": [{"role": "user", "content": None}]}, 400, "'messages.0' is empty"),
     "image": ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "must be a text"),
     "mask-in-prompt": ({"messages": [{"role": "user", "content": "a <|mdm_mask|>"}]}, 400, "mask token"),
     "n": ({"n": 2}, 400, "one choice"),
@@ -546,7 +585,6 @@ BAD_CHATS = {
     "sampler-type": ({"sampler": {"kind": "threshold", "tau": "high"}}, 400, "tau='high'"),
     "sampler-huge": ({"sampler": {"kind": "slowfast", "window": 600}}, 400, "window=600 is over 512"),
     "sampler-number": ({"sampler": {"kind": "slowfast", "tau_min": 10**400}}, 400, "tau_min=1000"),
-    "sampler-block": ({"sampler": {"kind": "threshold", "block_length": 5}}, 400, "max_tokens=32"),
     "preset": ({"sampler": {"kind": "slowfast", "preset": "draft"}}, 400, "draft"),
     "cache": ({"cache": "disk"}, 400, "disk"),
     "cache-pair": ({"cache": "prefix"}, 400, "SlowFast"),
@@ -566,7 +604,7 @@ def test_bad_chats_are_refused_by_name(server, name):
     [
         ({"prompt": ""}, "empty"),
         ({"prompt": []}, "empty"),
-        ({"prompt": ["a", "b"]}, "several prompts take several requests"),
+        ({"prompt": ["a", "b"]}, "several take several requests"),
         ({"prompt": [1, 896]}, "no token id below 896"),
         ({"prompt": [5]}, "mask token"),
         ({"prompt": [-1]}, "no token id"),
