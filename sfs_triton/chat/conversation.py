@@ -83,8 +83,7 @@ class Conversation:
         exchange = [{"role": "user", "content": text}, {"role": "assistant", "content": made.text}]
         self.messages = [*self.messages, *exchange]
         self.params = replace(self.params, seed=(self.params.seed + 1) % SEEDS)
-        shown = settled.text  # an invalid byte sequence may decode differently once it is complete
-        yield made.text[len(shown) :] if made.text.startswith(shown) else "\n" + made.text, None
+        yield settled.take(made.tokens, final=True), None
 
     def _encode(self, name: str, new: str, question: str) -> list[int]:
         """Return the checked token ids of the messages and a question; errors about ``new`` call it ``name``."""

@@ -121,35 +121,28 @@ class OutputProcessor:
         cut = self.job.request.cut and settled == stop  # what follows in the block is not part of the answer
         filled = cut or not sequence.running and not self._open(canvas)
         grown, self._emitted = settled > self._emitted, max(settled, self._emitted)
-        new, watched = "", job.stream or job.stops
-        if watched and (grown or filled):
+        new = ""
+        if filled or grown and (job.stream or job.stops):
             new = self._text.take(self._answer(canvas[first:settled]), filled)
         shown = self._frame(sequence, trace) if job.frames and trace is not None else None
         if job.stream and (new or shown):
             job.emit(Stepped(new, shown))
-        if self._text.stopped_at is not None:
-            self._finish(self._text.stopped_at, "stop")
-        elif filled:
-            self._complete(canvas[first:stop])
+        if filled or self._text.stopped_at is not None:
+            self._finish(canvas[first:stop])
 
     def end(self, result: Generation) -> None:
         """Finish a sequence that its sampler's own limits left with undecided positions."""
         self._nfe = result.nfe
         response = result.canvas[self.job.request.first : self.job.request.stop]
-        if self.job.stream and (new := self._text.take(self._answer(response), True)):
+        new = self._text.take(self._answer(response), True)
+        if self.job.stream and new:
             self.job.emit(Stepped(new, None))
-        if self._text.stopped_at is None:
-            self._complete(response)
-        else:
-            self._finish(self._text.stopped_at, "stop")
+        self._finish(response)
 
-    def _complete(self, response: list[int]) -> None:
-        if not self.job.stream and not self.job.stops:
-            self._text.take(self._answer(response), True)
-        end = self._spec.end_of(response)
-        self._finish(*((len(response), "length") if end is None else (end + 1, "stop")))
-
-    def _finish(self, tokens: int, reason: str) -> None:
+    def _finish(self, response: list[int]) -> None:
+        stopped, end = self._text.stopped_at, self._spec.end_of(response)
+        tokens = stopped or (len(response) if end is None else end + 1)
+        reason = "length" if stopped is None and end is None else "stop"
         seconds = time.monotonic() - self._start_time
         self.job.emit(Finished(self._text.text, tokens, self._nfe, reason, seconds))
 

@@ -56,6 +56,7 @@ def prepare(engine: Engine, settings: ServeSettings, body: Common) -> PreparedRe
     if body.model is not None and body.model != settings.model:
         message = f"there is no model {body.model!r} here, only {settings.model!r}"
         raise ApiError(404, message, param="model", code="model_not_found")
+    _check_stops(engine, body.stops)
     sampler = sampler_for(body, settings.sampler, engine.spec)
     cache = cache_for(body, settings.cache, engine.spec)
     prompt, suffix = _given(engine, body)
@@ -130,6 +131,18 @@ def _given(engine: Engine, body: Common) -> tuple[list[int], list[int]]:
         raise ApiError(400, "'prompt' is empty; only with a 'suffix' it may be", param="prompt")
     before = _ids(engine, "prompt", given) if given else []
     return before, _ids(engine, "suffix", suffix) if suffix else []
+
+
+def _check_stops(engine: Engine, stops: Sequence[str]) -> None:
+    """Refuse stop strings that no answer can hold: special tokens beside other text, and the mask token."""
+    special = engine.text.special_ids()
+    for stop in stops:
+        inside = next((token for token in special if token in stop and stop not in special), None)
+        if inside is not None:
+            message = f"'stop': {stop!r} holds the special token {inside!r} beside other text, which no answer can hold"
+            raise ApiError(400, message, param="stop")
+        if special.get(stop) == engine.spec.mask_id:
+            raise ApiError(400, f"'stop': {stop!r} is the mask token, which no answer can hold", param="stop")
 
 
 def _check_size(field: str, size: int, engine: Engine, most: int) -> None:

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from .byte_level import MOST_TOKENS, check_size_of, read_gguf, read_qwen2
 from .chat_template import TemplateError, render
 
 MASK_TOKENS = ("<[MASK]>", "<|mdm_mask|>", "[MDM_MASK]", "<|mask|>")  # where the tokenizer names none
+BYTE_TOKENS = [f"<0x{value:02X}>" for value in range(256)]  # of byte-fallback tokenizers
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # decoded from a character with missing bytes
 GROWTH = 64  # of a text in its tokenizer: Unicode's own normal forms make a character 18 at most
 CHARACTERS = 64  # of text per position of a context; encoding far more than fits takes long
@@ -119,6 +121,12 @@ class TextCodec:
     def token_id(self, token: str) -> int | None:
         """Return the id of a token by its exact text."""
         return self.tokenizer.token_to_id(token)
+
+    @cached_property
+    def byte_ids(self) -> frozenset[int]:
+        """Ids of byte tokens, of which a byte-fallback decoder makes text when their run has ended."""
+        vocabulary = self.tokenizer.get_vocab()
+        return frozenset(vocabulary[token] for token in BYTE_TOKENS if token in vocabulary)
 
     def mask_id(self) -> int | None:
         """Return the id of the mask token: the one that the tokenizer names, else an added token of a usual name."""

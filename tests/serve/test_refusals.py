@@ -76,6 +76,8 @@ CHATS = {
         "sampler",
         "look_ahead=2 does not go with zero_history=True",
     ),
+    "stop-mixed": ({"stop": ["x", "a<|eot_id|>"]}, "stop", "'a<|eot_id|>' holds the special token '<|eot_id|>' beside"),
+    "stop-mask": ({"stop": "<|mdm_mask|>"}, "stop", "'<|mdm_mask|>' is the mask token, which no answer can hold"),
     "trace": ({"trace": "x"}, "trace", "'trace' is not known here"),
 }
 for name in ("strict", "eos_stop", "share_stable", "inclusive", "zero_history", "eos_horizon"):

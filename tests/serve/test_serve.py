@@ -26,6 +26,7 @@ import torch  # noqa: E402
 from prometheus_client.parser import text_string_to_metric_families  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
+import sfs_triton  # noqa: E402
 from sfs_triton import ArgumentError, Engine, FixedSteps, OutOfDeviceMemory, SlowFast, Threshold  # noqa: E402
 from sfs_triton.cli import main as cli  # noqa: E402
 from sfs_triton.decoding.samplers import SAMPLERS  # noqa: E402
@@ -37,6 +38,7 @@ from sfs_triton.serve import sse  # noqa: E402
 from sfs_triton.serve.errors import ApiError  # noqa: E402
 from sfs_triton.serve.jobs import Failed, Started  # noqa: E402
 from sfs_triton.serve.settings import ServeSettings  # noqa: E402
+from tests.support.dream import vocabulary, write_checkpoint  # noqa: E402
 from tests.support.paths import ROOT  # noqa: E402
 from tests.support.server import (  # noqa: E402
     KEY,
@@ -227,6 +229,36 @@ def test_stop_strings_cut_and_end_the_row(server, embedded):
     text, _, last = streamed(server, **request)
     assert text == before and last.usage.nfe == whole.usage.nfe
     assert last.usage.completion_tokens == whole.usage.completion_tokens
+
+
+def test_a_text_is_whole_where_a_sampler_leaves_masks(server):
+    """Stop strings, streams and neither give the same text of a sequence that ends with undecided positions."""
+    sampler = {"kind": "slowfast", "block_length": 16, "max_cycles": 1, "tau_high": 0.999, "k_max": 1}
+    asked = chat(STORY, max_tokens=64, sampler=sampler)
+    text = text_of(server.post(asked))
+    assert text_of(server.post({**asked, "stop": ["never said"]})) == text
+    assert streamed(server, **asked)[0] == streamed(server, **asked, stop="never said")[0] == text
+    assert streamed(server, **asked, frames=True)[1][-2]["masks_left"] > 0
+    assert text_of(server.post({**asked, "stop": ["never said", text[-3:]]})) == text[: text.index(text[-3:])]
+
+
+def test_a_special_token_is_a_stop(tmp_path):
+    """Special tokens are no part of a text; as a stop they end it."""
+    folder, sampler = write_checkpoint(tmp_path / "checkpoint"), FixedSteps(steps=2)
+    first = sfs_triton.load(folder, "cpu", "float32").generate("hello", gen_length=16, sampler=sampler)
+    token = next(t for t in first.tokens[1:] if t != first.tokens[0])
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    stop = next(name for name, index in vocabulary().items() if index == token)
+    settings["added_tokens_decoder"][str(token)] = {"content": stop, "special": True}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    engine = sfs_triton.load(folder, "cpu", "float32")
+    at = engine.generate("hello", gen_length=16, sampler=sampler).tokens.index(token)
+    with serving(engine) as server:
+        asked = chat("hello", max_tokens=16, sampler={"kind": "fixed", "steps": 2}, stop=[stop])
+        answer = server.post(asked).json()
+        assert answer["choices"][0]["message"]["content"] == engine.text.decode(first.tokens[:at])
+        assert (answer["choices"][0]["finish_reason"], answer["usage"]["completion_tokens"]) == ("stop", at + 1)
+        assert streamed(server, **asked)[0] == engine.text.decode(first.tokens[:at])
 
 
 @pytest.mark.parametrize("kind", [kind for kind in SAMPLERS if kind != "slowfast"])
