@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ from .guard import RequestLimits, refuse
 from .jobs import Job
 from .metrics import Metrics
 from .options import prepare
-from .protocol import Answer, ChatRequest, Common, CompletionRequest, ErrorBody, ModelCard, ModelList, parse
+from .protocol import ChatRequest, Common, CompletionRequest, parse
+from .schemas import Answer, ErrorBody, ModelCard, ModelList
 from .settings import ServeSettings
 from .sse import Answering, EventQueue
 from .worker import Worker
@@ -90,11 +92,12 @@ def _add_completions(app: FastAPI) -> None:
         except ArgumentError as error:
             raise from_argument(error) from None
         events, deadline = EventQueue(), began + state.settings.time_limit
-        stream, frames = bool(body.stream), bool(body.frames)
-        job = Job(prepared, events.put, stops=body.stops, stream=stream, frames=frames, deadline=deadline)
+        how = {"stops": body.stops, "stream": bool(body.stream), "frames": bool(body.frames), "scored": body.scored}
+        puts = (partial(events.put, choice) for choice in range(len(prepared)))
+        jobs = [Job(one, put, **how, deadline=deadline) for one, put in zip(prepared, puts, strict=True)]
         formatter = ResponseFormatter(state.settings.model, prepared, body, chat=kind is ChatRequest)
-        state.worker.submit(job)
-        return Answering(job, events, formatter, state.worker)
+        state.worker.submit(*jobs)
+        return Answering(jobs, events, formatter, state.worker)
 
     @app.post("/v1/chat/completions", **_described(ChatRequest))
     async def chat_completions(request: Request) -> Response:

@@ -15,6 +15,7 @@ from ..scheduling.trace import StepTrace
 from ..text.codec import TextCodec
 from ..text.settled import SettledText
 from .errors import ApiError, restarted
+from .logprobs import TokenScore, TokenScores
 from .options import PreparedRequest
 
 
@@ -27,10 +28,11 @@ class Started:
 
 @dataclass(frozen=True, slots=True)
 class Stepped:
-    """New text in order, which may be empty, and the step's frame if frames were requested."""
+    """New text in order, which may be empty, with its tokens' scores and the step's frame if these were requested."""
 
     text: str
     frame: dict[str, Any] | None
+    scores: tuple[TokenScore, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,10 +42,7 @@ class Finished:
     nfe: int
     reason: str  # "stop": an end-of-text or a stop string; "length": every position holds text
     seconds: float
-
-    @property
-    def tokens_per_forward(self) -> float:
-        return self.tokens / max(1, self.nfe)
+    scores: tuple[TokenScore, ...] = ()  # of all tokens, unless they were streamed
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +64,11 @@ class Job:
         stops: Sequence[str] = (),
         stream: bool = False,
         frames: bool = False,
+        scored: bool = False,
         deadline: float = math.inf,
     ):
         self.request, self.stops, self.stream, self.frames, self.deadline = request, stops, stream, frames, deadline
+        self.scored = scored
         self.left = False  # True once its client has disconnected
         self.outcome: Finished | Failed | None = None
         self._emit = emit
@@ -93,6 +94,7 @@ class OutputProcessor:
         self.job, self._spec, self._piece = job, spec, piece
         self._text, self._start_time = SettledText(codec, job.stops), 0.0
         self._nfe = self._emitted = 0
+        self._scores = TokenScores(codec, piece) if job.scored else None
 
     @property
     def started(self) -> bool:
@@ -115,36 +117,51 @@ class OutputProcessor:
         if sequence.changed and (self.job.stream or self.job.stops):
             raise restarted()
         job, first, stop = self.job, self.job.request.first, self.job.request.stop
+        if self._scores is not None:
+            self._scores.note(sequence.trace, sequence.start - first)
         trace = sequence.take_trace()
+        sequence.trace.clear()  # of steps that a restart has repeated
         self._nfe = sequence.steps
         canvas, settled = sequence.tokens, min(sequence.settled, stop)
         cut = self.job.request.cut and settled == stop  # what follows in the block is not part of the answer
         filled = cut or not sequence.running and not self._open(canvas)
         grown, self._emitted = settled > self._emitted, max(settled, self._emitted)
-        new = ""
+        new, answer = "", self._answer(canvas[first:settled])
         if filled or grown and (job.stream or job.stops):
-            new = self._text.take(self._answer(canvas[first:settled]), filled)
+            new = self._text.take(answer, filled)
+        done = filled or self._text.stopped_at is not None
         shown = self._frame(sequence, trace) if job.frames and trace is not None else None
-        if job.stream and (new or shown):
-            job.emit(Stepped(new, shown))
-        if filled or self._text.stopped_at is not None:
+        self._emit(new, shown, answer, done)
+        if done:
             self._finish(canvas[first:stop])
 
     def end(self, result: Generation) -> None:
         """Finish a sequence that its sampler's own limits left with undecided positions."""
         self._nfe = result.nfe
         response = result.canvas[self.job.request.first : self.job.request.stop]
-        new = self._text.take(self._answer(response), True)
-        if self.job.stream and new:
-            self.job.emit(Stepped(new, None))
+        answer = self._answer(response)
+        self._emit(self._text.take(answer, True), None, answer, True)
         self._finish(response)
+
+    def _emit(self, new: str, frame: dict[str, Any] | None, answer: list[int], done: bool) -> None:
+        """Emit new text, if the job streams."""
+        if self.job.stream:
+            scores = self._take_scores(answer, done)
+            if new or frame or scores:
+                self.job.emit(Stepped(new, frame, scores))
+
+    def _take_scores(self, answer: list[int], done: bool) -> tuple[TokenScore, ...]:
+        if self._scores is None:
+            return ()
+        return self._scores.take(answer, self._text.covered(answer, done))
 
     def _finish(self, response: list[int]) -> None:
         stopped, end = self._text.stopped_at, self._spec.end_of(response)
         tokens = stopped or (len(response) if end is None else end + 1)
         reason = "length" if stopped is None and end is None else "stop"
         seconds = time.monotonic() - self._start_time
-        self.job.emit(Finished(self._text.text, tokens, self._nfe, reason, seconds))
+        scores = () if self.job.stream else self._take_scores(self._answer(response), True)
+        self.job.emit(Finished(self._text.text, tokens, self._nfe, reason, seconds, scores))
 
     def _answer(self, tokens: list[int]) -> list[int]:
         return tokens[: self._spec.end_of(tokens)]

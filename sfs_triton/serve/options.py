@@ -5,11 +5,11 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..decoding.caching import CachePolicy
-from ..decoding.params import DecodingParams, parse_cache, parse_sampler
+from ..decoding.params import SEEDS, DecodingParams, parse_cache, parse_sampler
 from ..decoding.samplers import Sampler
 from ..engine import Engine
 from ..errors import ArgumentError, require
@@ -47,8 +47,8 @@ class PreparedRequest:
         return self.stop + self.suffix < len(self.sequence.canvas)
 
 
-def prepare(engine: Engine, settings: ServeSettings, body: Common) -> PreparedRequest:
-    """Encode the prompt and run all of the engine's checks.
+def prepare(engine: Engine, settings: ServeSettings, body: Common) -> list[PreparedRequest]:
+    """Encode the prompt and run all of the engine's checks; return one sequence per choice, with seeds in a row.
 
     Raises:
         ApiError, ArgumentError: name the field.
@@ -58,12 +58,18 @@ def prepare(engine: Engine, settings: ServeSettings, body: Common) -> PreparedRe
         raise ApiError(404, message, param="model", code="model_not_found")
     _check_stops(engine, body.stops)
     sampler = sampler_for(body, settings.sampler, engine.spec)
+    metric = sampler.draw().metric
+    if body.scored and metric != "confidence":
+        message = f"'logprobs' needs probabilities, and the scores of {type(sampler).__name__} are of metric={metric!r}"
+        raise ApiError(400, message, param="logprobs")
     cache = cache_for(body, settings.cache, engine.spec)
     prompt, suffix = _given(engine, body)
     with _blamed("cache", when=body.cache is not None):
         sampler.check_cache(cache)
     length, positions = _length(engine, settings, body, (len(prompt), len(suffix)), sampler)
-    seed = secrets.randbelow(2**31) if body.seed is None else body.seed
+    seed, choices = secrets.randbelow(2**31) if body.seed is None else body.seed, body.n or 1
+    if seed > SEEDS - choices:
+        raise ApiError(400, f"seed={seed} and n={choices}: the last choice has a seed over {SEEDS - 1}", param="seed")
     # with a suffix, blocks count from the canvas' first position, and any length goes
     gen_length = sampler.least_length if suffix else positions
     with _blamed("cache" if body.sampler is None else "sampler"):  # the remaining check: their compatibility
@@ -72,8 +78,10 @@ def prepare(engine: Engine, settings: ServeSettings, body: Common) -> PreparedRe
         _check_infilling(engine.spec, prompt, cache)
     first, mask = len(prompt), engine.spec.mask_id
     start, canvas = 0 if suffix else first, prompt + [mask] * positions + suffix
-    sequence = InFlight(params, canvas, start, mask, trace=bool(body.frames), frames=True)
-    return PreparedRequest(sequence, first, first + length, len(suffix))
+    how = {"trace": bool(body.frames) or body.scored, "frames": True}
+    each = (replace(params, seed=seed + choice) for choice in range(choices))
+    sequences = [InFlight(one, list(canvas), start, mask, **how) for one in each]
+    return [PreparedRequest(sequence, first, first + length, len(suffix)) for sequence in sequences]
 
 
 def sampler_for(body: Common, default: Sampler, spec: ModelSpec) -> Sampler:

@@ -1,4 +1,4 @@
-"""Requests and answers of OpenAI's interface, with the extension fields of this server.
+"""Requests of OpenAI's interface, with the extension fields of this server.
 
 Unsupported values are refused with the field's name; ``docs/serving-api.md`` lists the fields without effect.
 """
@@ -19,20 +19,21 @@ _HALF = re.compile(
     rb"(?<!\\u[dD][89abAB][0-9a-fA-F]{2})\\u[dD][c-fC-F][0-9a-fA-F]{2}"
     rb"|\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])"
 )
-_ONE = "this server returns one choice per request"
+_MOST_CHOICES = 8
+_CHOSEN = "this server returns the log probabilities of chosen tokens only: logprobs=true in chat, 0 for completions"
 _CALLS = "this server calls no tools"
 _TEXT = "this server takes and gives text only"
 # Fields that are accepted only with neutral values, and the error text for others.
 UNSUPPORTED = {
-    "n": _ONE,
-    "best_of": _ONE,
+    "n": f"this server returns 1 to {_MOST_CHOICES} choices per request",
+    "best_of": "this server returns all choices",
     "tools": _CALLS,
     "tool_choice": _CALLS,
     "functions": _CALLS,
     "function_call": _CALLS,
     "response_format": "this server constrains no formats; only {'type': 'text'} is accepted",
-    "logprobs": "this server returns no log probabilities; stream with frames=true for confidences",
-    "top_logprobs": "this server returns no log probabilities; stream with frames=true for confidences",
+    "logprobs": _CHOSEN,
+    "top_logprobs": _CHOSEN,
     "logit_bias": "this server biases no tokens",
     "frequency_penalty": "this server has no penalties; only 0 is accepted",
     "presence_penalty": "this server has no penalties; only 0 is accepted",
@@ -123,13 +124,13 @@ class Common(Strict):
     stop: Stop | Annotated[list[Stop], Field(max_length=_STOPS)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    n: Annotated[int, Field(ge=1, le=_MOST_CHOICES)] | None = None
     # extensions of this server
     sampler: Setting | None = None
     cache: Setting | None = None
     frames: bool | None = None
     # without effect
     user: str | None = None
-    n: Literal[1] | None = None
     logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
     frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
     presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
@@ -137,6 +138,11 @@ class Common(Strict):
     @property
     def stops(self) -> tuple[str, ...]:
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    @property
+    def scored(self) -> bool:
+        """True if log probabilities are requested."""
+        return self.logprobs is not None and self.logprobs is not False
 
     @property
     def tokens_wanted(self) -> tuple[str, int | None]:
@@ -158,8 +164,8 @@ class ChatRequest(Common):
     functions: Annotated[list[JsonValue], Field(max_length=0)] | None = None
     function_call: Literal["none"] | None = None
     response_format: TextFormat | None = None
-    logprobs: Literal[False] | None = None
-    top_logprobs: None = None
+    logprobs: bool | None = None
+    top_logprobs: Literal[0] | None = None
     modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = None
 
     @property
@@ -181,7 +187,7 @@ class CompletionRequest(Common):
     suffix: str | None = None
     best_of: Literal[1] | None = None
     echo: Literal[False] | None = None
-    logprobs: None = None
+    logprobs: Literal[0] | None = None
 
     @property
     def only_prompt(self) -> str | list[int]:
@@ -200,6 +206,8 @@ def parse(kind: type[Common], body: bytes) -> Common:
         request = kind.model_validate_json(body)
     except ValidationError as error:
         raise _explain(error, body) from None
+    if request.frames and (request.n or 1) > 1:
+        raise ApiError(400, f"'frames' shows one choice, and n={request.n}", param="frames")
     for given, needed in (("frames", "stream"), ("stream_options", "stream")):
         if getattr(request, given) and not getattr(request, needed):
             raise ApiError(400, f"{given!r} needs {needed!r}: true", param=given)
@@ -221,7 +229,7 @@ def _check_messages(messages: list[Message]) -> None:
 
 def _explain(error: ValidationError, body: bytes) -> ApiError:
     """Describe the first error of a body in one sentence."""
-    problems = error.errors(include_url=False, include_input=False, include_context=False)
+    problems = error.errors(include_url=False, include_context=False)
     elsewhere = (p for p in problems if p["type"] == "extra_forbidden" and p["loc"][0] in INSTEAD)
     first = next(elsewhere, problems[0])
     path = [str(part) for part in first["loc"]]
@@ -246,7 +254,14 @@ def _explain(error: ValidationError, body: bytes) -> ApiError:
         return ApiError(400, f"{'.'.join(path[: shaped + 1])!r} {SHAPES[path[shaped]]}", param=name)
     if first["type"] == "extra_forbidden":
         return ApiError(400, f"{'.'.join(path)[:200]!r} is not known here", param=name, code="unknown_parameter")
-    return ApiError(400, f"{'.'.join(path)[:200]!r}: {first['msg']}", param=name)
+    given = first["input"]
+    shown = f", not {given!r:.80}" if isinstance(given, (bool, float, str)) or _short(given) else ""
+    return ApiError(400, f"{'.'.join(path)[:200]!r}: {first['msg']}{shown}", param=name)
+
+
+def _short(given: Any) -> bool:
+    """Return whether it is an integer that is short enough to be written out."""
+    return isinstance(given, int) and abs(given) < 10**80
 
 
 def _not_json(reason: str, body: bytes) -> str:
@@ -255,51 +270,3 @@ def _not_json(reason: str, body: bytes) -> str:
         escape = half[0].decode()
         return f"the body is not valid JSON: {escape} is half of a surrogate pair, and stands alone ({reason})"
     return f"the body is not valid JSON: {reason}"
-
-
-class Usage(BaseModel):
-    """Token counts, up to and including the end-of-text or the stop string, and their cost."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-    nfe: int
-    tokens_per_forward: float
-    seconds: float
-
-
-class ErrorDetail(BaseModel):
-    message: str
-    type: str
-    param: str | None
-    code: str | None
-
-
-class ErrorBody(BaseModel):
-    error: ErrorDetail
-
-
-class ModelCard(BaseModel):
-    id: str
-    object: Literal["model"] = "model"
-    created: int
-    owned_by: str = "sfs_triton"
-    context_length: int
-
-
-class ModelList(BaseModel):
-    object: Literal["list"] = "list"
-    data: list[ModelCard]
-
-
-class Answer(BaseModel):
-    """A completion, or one chunk of it."""
-
-    id: str
-    object: Literal["chat.completion", "chat.completion.chunk", "text_completion"]
-    created: int
-    model: str
-    choices: list[dict[str, Any]]
-    usage: Usage | None = None
-    seed: int | None = None
-    diffusion: dict[str, Any] | None = None

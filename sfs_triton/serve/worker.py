@@ -108,11 +108,11 @@ class Worker:
         if waiting >= self._settings.max_queue:
             raise busy(waiting, self._mean * (1 + waiting / self._settings.max_batch))
 
-    def submit(self, job: Job) -> None:
-        """Queue a job; its events start to be emitted. Raises as :meth:`check_room`."""
+    def submit(self, *jobs: Job) -> None:
+        """Queue the jobs of a request; their events start to be emitted. Raises as :meth:`check_room`."""
         with self._change:
             self.check_room()
-            self._arrived.append(job)
+            self._arrived.extend(jobs)
             self._change.notify()
 
     def leave(self, job: Job) -> None:

@@ -37,6 +37,12 @@ class SettledText:
         new, self.text, self._given = text[self._given :], text, max(self._given, len(text))
         return new
 
+    def covered(self, tokens: Sequence[int], final: bool) -> int:
+        """Count the leading tokens whose text :meth:`take` has returned."""
+        if final and self.stopped_at is None:
+            return len(tokens)
+        return self._tokens_until(tokens, len(self.text)) if self.text else 0
+
     def _decode(self, tokens: Sequence[int], final: bool) -> str:
         """Decode tokens, without what later ones could change unless they are ``final``."""
         if final:

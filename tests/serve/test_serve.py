@@ -442,7 +442,7 @@ def sent_by(monkeypatch, stalls: bool) -> tuple[list[bytes], list]:
     monkeypatch.setattr(sse, "_QUIET", 0.02)
     sent, given_up = [], []
     job = SimpleNamespace(finished=False)
-    style = SimpleNamespace(chunks=lambda event: ["x"])
+    style = SimpleNamespace(chunks=lambda choice, event: ["x"])
 
     async def receive():
         await asyncio.sleep(30)
@@ -451,14 +451,14 @@ def sent_by(monkeypatch, stalls: bool) -> tuple[list[bytes], list]:
         sent.append(message.get("body"))
         await asyncio.sleep(30 if stalls and len(sent) > 1 else 0)
         if len(sent) == 4:
-            queue.put(Failed(ApiError(500, "enough")))
+            queue.put(0, Failed(ApiError(500, "enough")))
 
     async def run():
         nonlocal queue
         queue = sse.EventQueue()
-        queue.put(Started(None))
+        queue.put(0, Started(None))
         await asyncio.wait_for(
-            sse.Answering(job, queue, style, SimpleNamespace(leave=given_up.append))({}, receive, send), 20
+            sse.Answering([job], queue, style, SimpleNamespace(leave=given_up.append))({}, receive, send), 20
         )
 
     queue = None
@@ -587,11 +587,21 @@ BAD_CHATS = {
     "null-content": ({"messages": [{"role": "user", "content": None}]}, 400, "'messages.0' is empty"),
     "image": ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "must be a text"),
     "mask-in-prompt": ({"messages": [{"role": "user", "content": "a <|mdm_mask|>"}]}, 400, "mask token"),
-    "n": ({"n": 2}, 400, "one choice"),
+    "n": ({"n": 9}, 400, "1 to 8 choices"),
+    "n-0": ({"n": 0}, 400, "1 to 8 choices"),
+    "n-seed": ({"n": 2, "seed": 2**63 - 1}, 400, f"seed={2**63 - 1} and n=2: the last choice has a seed over"),
+    "n-frames": ({"n": 2, "stream": True, "frames": True}, 400, "'frames' shows one choice, and n=2"),
     "tools": ({"tools": [{"type": "function", "function": {"name": "f"}}]}, 400, "calls no tools"),
     "tool-choice": ({"tool_choice": "auto"}, 400, "calls no tools"),
     "json-mode": ({"response_format": {"type": "json_object"}}, 400, "constrains no formats"),
-    "logprobs": ({"logprobs": True}, 400, "no log probabilities"),
+    "json-schema": ({"response_format": {"type": "json_schema", "json_schema": {}}}, 400, "constrains no formats"),
+    "logprobs": ({"logprobs": 1}, 400, "of chosen tokens only"),
+    "top-logprobs": ({"logprobs": True, "top_logprobs": 2}, 400, "'top_logprobs' is not supported"),
+    "logprobs-margin": (
+        {"logprobs": True, "sampler": {"kind": "threshold", "metric": "margin"}},
+        400,
+        "'logprobs' needs probabilities, and the scores of Threshold are of metric='margin'",
+    ),
     "penalty": ({"frequency_penalty": 0.5}, 400, "no penalties"),
     "bias": ({"logit_bias": {"5": 1}}, 400, "biases no tokens"),
     "tokens-0": ({"max_tokens": 0}, 400, "max_tokens"),
@@ -645,8 +655,10 @@ def test_bad_chats_are_refused_by_name(server, name):
         ({"suffix": "a<|mdm_mask|>"}, "mask token"),
         ({"suffix": "Ann " * 600}, "the context is 512"),
         ({"echo": True}, "does not repeat"),
-        ({"best_of": 2}, "one choice"),
-        ({"logprobs": 0}, "no log probabilities"),
+        ({"best_of": 2}, "'best_of' is not supported"),
+        ({"logprobs": 1}, "of chosen tokens only"),
+        ({"logprobs": True}, "of chosen tokens only"),
+        ({"logprobs": 0, "sampler": "multi-block"}, "the scores of MultiBlock are of metric='entropy'"),
         ({"messages": [USER]}, "'messages'"),
     ],
 )
