@@ -12,9 +12,11 @@ from numbers import Integral
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 
 from .checkpoint import find, open_checkpoint
+from .decoding.caching import CachePolicy
 from .decoding.params import DecodingParams, parse_sampler, refuse_unknown
 from .distributed import ALONE, Group, join, own_device
 from .errors import ArgumentError, check_choice, check_flag, first_line, require
@@ -35,7 +37,8 @@ QUANTIZATIONS = ("fp8",)
 ASKED = "as asked for, or the default of the device"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-Prompt = str | Sequence[int] | torch.Tensor | Sequence[Mapping[str, Any]]
+Prompt = str | Sequence[int] | torch.Tensor | numpy.ndarray | Sequence[Mapping[str, Any]]
+_PROMPTS = (str, Sequence, torch.Tensor, numpy.ndarray)
 Params = DecodingParams | Sequence[DecodingParams] | None
 
 
@@ -237,7 +240,8 @@ class Engine:
         """Generate for one prompt (returns a :class:`Generation`) or a list of prompts (returns a list of them).
 
         Args:
-            prompts: text, token ids (a list or a tensor), or chat messages; or a list of those.
+            prompts: text, token ids (a list, an array or a tensor), or chat messages; or a list of those. Without any
+                token ids, or with empty text outside of a chat template, the response has no prompt.
             params: a :class:`DecodingParams`, or a list with one per prompt.
             apply_chat_template: make text a user turn in the checkpoint's chat template, if it has one.
             trace: keep a :class:`StepTrace` for every step.
@@ -287,14 +291,12 @@ class Engine:
             fields["gen_length"] = sampler.least_length
         listed = DecodingParams.per_prompt(len(every), params, **fields)
         for index, (ids, each) in enumerate(zip(every, listed, strict=True)):
-            require(
-                not (ids[0] == self.spec.mask_id and self.spec.shifted and each.cache.name == "region"),
-                f"cache='region': canvas {index} starts with a mask, which this model predicts from no listed position;"
-                " use 'none'",
-            )
+            if ids[0] == self.spec.mask_id:
+                self.check_first(f"canvas {index} starts with a mask", each.cache)
         mask, frames = self.spec.mask_id, _frames_for(on_step)
         pairs = zip(listed, every, strict=True)
-        return self._finish([InFlight(each, ids, 0, mask, trace, frames) for each, ids in pairs], single, on_step)
+        sequences = [InFlight(each, ids, 0, mask, trace, frames, infilled=True) for each, ids in pairs]
+        return self._finish(sequences, single, on_step)
 
     def stream(
         self,
@@ -375,6 +377,8 @@ class Engine:
         for index, (ids, each) in enumerate(zip(every, listed, strict=True)):
             self.check_length(index, len(ids), each.gen_length)
             self.check_no_mask(f"prompt {index}", ids, "; use Engine.infill to fill in masks")
+            if not ids:
+                self.check_first(f"prompt {index} is empty", each.cache)
             sequences.append(InFlight(each, ids + [mask] * each.gen_length, len(ids), mask, trace, frames))
         return sequences, single
 
@@ -385,6 +389,14 @@ class Engine:
             f"prompt {index} has {given} + {length} = {given + length} positions, the model allows "
             f"{self.spec.max_length}",
         )
+
+    def check_first(self, why: str, cache: CachePolicy) -> None:
+        """Raise ArgumentError, which says ``why``, if this cache cannot decide a canvas' first position.
+
+        Models with shifted logits predict it from no position that a list could hold.
+        """
+        fine = not self.spec.shifted or cache.name != "region"
+        require(fine, f"cache='region': {why}, and this model predicts the first position from none; use 'none'")
 
     def codec(self, purpose: str) -> TextCodec:
         """Return the text codec; raise ArgumentError if there is none, naming the ``purpose`` that needs it."""
@@ -401,21 +413,23 @@ class Engine:
 
     def encode(self, prompt: Prompt, apply_chat_template: bool = True, index: int = 0) -> list[int]:
         """Return the checked token ids of a prompt; errors name it by ``index``."""
-        if isinstance(prompt, torch.Tensor):
+        if isinstance(prompt, (torch.Tensor, numpy.ndarray)):
             prompt = prompt.tolist()
         fine = isinstance(prompt, (str, Sequence)) and not isinstance(prompt, (bytes, bytearray))
         require(fine, f"prompt {index} is {prompt!r}, neither text nor a sequence of token ids")
         if isinstance(prompt, str) or (prompt and isinstance(prompt[0], Mapping)):
             codec = self.codec(f"prompt {index} is text, not token ids: it")
-            require(bool(prompt), f"prompt {index} is empty: {prompt!r}")
             if isinstance(prompt, str) and apply_chat_template and codec.template is not None:
+                hint = "apply_chat_template=False, or no token ids, generates without a prompt"
+                require(bool(prompt), f"prompt {index} is empty: {prompt!r}; {hint}")
                 prompt = [{"role": "user", "content": prompt}]
             ids = codec.encode(prompt if isinstance(prompt, str) else codec.render(prompt))
+            require(bool(ids) or not prompt, f"prompt {index} has no tokens: {prompt!r}")
         else:
-            ids = [int(token) if isinstance(token, Integral) else token for token in prompt]
-        require(bool(ids), f"prompt {index} is empty: {prompt!r}")
+            whole = [isinstance(token, Integral) and not isinstance(token, bool) for token in prompt]
+            ids = [int(token) if fine else token for token, fine in zip(prompt, whole, strict=True)]
         for position, token in enumerate(ids):
-            if not (isinstance(token, int) and 0 <= token < self.spec.vocab_size):
+            if type(token) is not int or not 0 <= token < self.spec.vocab_size:
                 raise ArgumentError(
                     f"prompt {index}: {token!r} at position {position} is no token id below {self.spec.vocab_size}"
                 )
@@ -462,9 +476,9 @@ def _frames_for(on_step: Callable[[Frame], None] | None) -> bool:
 
 def _is_single(name: str, given: Any) -> bool:
     """Return whether ``given``, the argument ``name``, is one prompt and not a list of them."""
-    if isinstance(given, torch.Tensor):
-        require(given.dim() in (1, 2), f"{name} is a tensor of {given.dim()} dimensions, not of 1 or 2")
-        return given.dim() == 1
+    if isinstance(given, (torch.Tensor, numpy.ndarray)):
+        require(given.ndim in (1, 2), f"{name} has {given.ndim} dimensions, not 1 or 2")
+        return given.ndim == 1
     fine = isinstance(given, (str, Sequence)) and not isinstance(given, (bytes, bytearray))
     require(fine, f"{name}={given!r} is neither text nor a sequence")
-    return isinstance(given, str) or bool(given) and not isinstance(given[0], (str, Sequence, torch.Tensor))
+    return isinstance(given, str) or bool(given) and not isinstance(given[0], _PROMPTS)

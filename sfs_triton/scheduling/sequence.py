@@ -32,6 +32,7 @@ class Sequence:
     Args:
         start: first position that may be decided; those before it are the prompt.
         trace, frames: publish the inputs of each decision, and the canvas after each step.
+        infilled: the canvas is its own response, which is not cut at an end-of-text.
     """
 
     def __init__(
@@ -42,10 +43,12 @@ class Sequence:
         mask_id: int,
         trace: bool = False,
         frames: bool = False,
+        infilled: bool = False,
     ):
         self.params, self.canvas, self.start, self._mask_id = params, canvas, start, mask_id
         self.batch_key: BatchKey = params.batch_key(trace, frames)
         self.status = Status.WAITING
+        self._infilled = infilled
         self.masks = canvas.count(mask_id)
         self.tokens, self.commit_step = canvas, [-1] * len(canvas)  # as last read
         self.progress: Progress | None = None  # likewise; None before the first step
@@ -150,7 +153,7 @@ class Sequence:
         """Return the result from its final state."""
         canvas, progress = self.tokens, self.progress
         response = canvas[self.start :]
-        end = spec.end_of(response) if self.start > 0 else None  # an infilled canvas is not cut at end-of-text
+        end = None if self._infilled else spec.end_of(response)
         tokens = response if end is None else response[: end + 1]
         branches = 2 if self.params.sampler.cfg_scale else 1
         return Generation(

@@ -74,13 +74,14 @@ def prepare(engine: Engine, settings: ServeSettings, body: Common) -> list[Prepa
     gen_length = sampler.least_length if suffix else positions
     with _blamed("cache" if body.sampler is None else "sampler"):  # the remaining check: their compatibility
         params = DecodingParams(sampler=sampler, cache=cache, gen_length=gen_length, seed=seed)
-    if suffix:
-        _check_infilling(engine.spec, prompt, cache)
+    if not prompt:
+        with _blamed("prompt"):
+            engine.check_first("'prompt' is empty", cache)
     first, mask = len(prompt), engine.spec.mask_id
     start, canvas = 0 if suffix else first, prompt + [mask] * positions + suffix
     how = {"trace": bool(body.frames) or body.scored, "frames": True}
     each = (replace(params, seed=seed + choice) for choice in range(choices))
-    sequences = [InFlight(one, list(canvas), start, mask, **how) for one in each]
+    sequences = [InFlight(one, list(canvas), start, mask, infilled=bool(suffix), **how) for one in each]
     return [PreparedRequest(sequence, first, first + length, len(suffix)) for sequence in sequences]
 
 
@@ -135,8 +136,6 @@ def _given(engine: Engine, body: Common) -> tuple[list[int], list[int]]:
     given, suffix = body.only_prompt, body.suffix or ""
     _check_size("prompt", len(given), engine, CHARACTERS if isinstance(given, str) else 1)
     _check_size("suffix", len(suffix), engine, CHARACTERS)
-    if not given and not suffix:
-        raise ApiError(400, "'prompt' is empty; only with a 'suffix' it may be", param="prompt")
     before = _ids(engine, "prompt", given) if given else []
     return before, _ids(engine, "suffix", suffix) if suffix else []
 
@@ -175,13 +174,6 @@ def _ids(engine: Engine, field: str, given: str | Sequence[int] | Sequence[dict[
         hint = "; to fill in a gap, send the text after it as 'suffix' of /v1/completions"
         engine.check_no_mask(repr(field), ids, hint)
     return ids
-
-
-def _check_infilling(spec: ModelSpec, prompt: list[int], cache: CachePolicy) -> None:
-    """Refuse an empty prompt for a shifted model with cache "region": no forwarded position predicts position 0."""
-    if spec.shifted and not prompt and cache.name == "region":
-        message = "'prompt' is empty, and this model predicts a first position from no row of a list: use cache 'none'"
-        raise ApiError(400, message, param="prompt")
 
 
 def _length(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from contextlib import nullcontext
 
+import numpy
 import pytest
 import torch
 
@@ -99,14 +100,19 @@ def test_unknown_preset_and_setting():
     ("prompt", "named"),
     [
         ([], "prompts"),
-        ([[]], "empty"),
-        ([[1, 2], []], "prompt 1 is empty"),
         ([1, 512], "512 at position 1"),
         ([-1], "-1 at position 0"),
         ([1, 500, 2], "mask token .id 500, at position 1"),
         (7, "prompts=7"),
         ([1.5], "1.5"),
+        (numpy.array([1.0]), "1.0 at position 0"),
+        (torch.tensor([True, False]), "True at position 0"),
+        (numpy.array(3), "prompts has 0 dimensions, not 1 or 2"),
+        (numpy.zeros((1, 2, 3), int), "prompts has 3 dimensions, not 1 or 2"),
+        (torch.zeros(1, 2, 3, dtype=torch.long), "prompts has 3 dimensions, not 1 or 2"),
+        ([numpy.array([[1, 2]])], r"\[1, 2\] at position 0"),
     ],
+    ids=repr,
 )
 def test_bad_prompts(engines, prompt, named):
     with pytest.raises(ArgumentError, match=named):
@@ -118,10 +124,57 @@ def test_text_without_a_tokenizer(engines):
         engines["llada-mha"].generate("hello")
 
 
-@pytest.mark.parametrize("prompt", ["", []])
-def test_empty_text(embedded, prompt):
-    with pytest.raises(ArgumentError, match="empty|no prompt"):
+@pytest.mark.parametrize("as_array", [numpy.array, torch.tensor, lambda ids: torch.tensor(ids, dtype=torch.int32)])
+def test_prompts_as_arrays(engines, as_array):
+    engine, ids = engines["dream-gqa"], [[3, 4, 5], [6, 7, 8]]
+    one, both = engine.generate(ids[0], gen_length=8), engine.generate(ids, gen_length=8)
+    assert engine.generate(as_array(ids[0]), gen_length=8).canvas == one.canvas
+    for prompts in (as_array(ids), [as_array(ids[0]), ids[1]], [ids[0], as_array(ids[1])]):
+        assert [made.canvas for made in engine.generate(prompts, gen_length=8)] == [made.canvas for made in both]
+    canvas = as_array([*ids[0], engine.spec.mask_id])
+    assert engine.infill(canvas).canvas == engine.infill(canvas.tolist()).canvas
+
+
+@pytest.mark.parametrize(("prompt", "match"), [("", "apply_chat_template=False.*generates without"), ([], "no prompt")])
+def test_empty_text(embedded, prompt, match):
+    with pytest.raises(ArgumentError, match=match):
         embedded.generate(prompt)
+
+
+UNPROMPTED = [
+    (SlowFast(), "none"),
+    (SlowFast(), "region"),
+    (SlowFast(), "refresh"),
+    (Threshold(block_length=8), "dual"),
+]
+UNPROMPTED += [(FixedSteps(block_length=4), "prefix"), (Threshold(block_length=8, eos_stop=True), "none")]
+
+
+@pytest.mark.parametrize("model", ["llada-gqa", "dream-gqa"])
+@pytest.mark.parametrize(("sampler", "cache"), UNPROMPTED)
+def test_generation_without_a_prompt(engines, model, sampler, cache):
+    """The canvas is masks alone, as for infill; the response is cut at its end-of-text, and batches mix."""
+    engine = engines[model]
+    how = {"sampler": sampler, "cache": cache}
+    if model == "dream-gqa" and cache == "region":
+        with pytest.raises(ArgumentError, match="cache='region': prompt 0 is empty"):
+            engine.generate([[]], gen_length=16, **how)
+        return
+    filled = engine.infill([engine.spec.mask_id] * 16, **how)
+    (alone,) = engine.generate([[]], gen_length=16, **how)
+    assert (alone.canvas, alone.nfe, alone.prompt_length) == (filled.canvas, filled.nfe, 0)
+    end = engine.spec.end_of(alone.canvas)
+    assert alone.tokens == alone.canvas[: None if end is None else end + 1]
+    mixed = engine.generate([[3, 4, 5], torch.tensor([])], gen_length=16, **how)
+    assert (
+        mixed[1].canvas == alone.canvas and mixed[0].canvas == engine.generate([3, 4, 5], gen_length=16, **how).canvas
+    )
+
+
+def test_empty_text_without_a_template_is_no_prompt(embedded):
+    made = embedded.generate("", gen_length=16, apply_chat_template=False)
+    assert made.canvas == embedded.infill([embedded.spec.mask_id] * 16).canvas and made.prompt_length == 0
+    assert made.text == embedded.text.decode(made.tokens) and embedded.spec.eos_id not in made.tokens[:-1]
 
 
 @pytest.mark.parametrize(
@@ -389,9 +442,7 @@ def test_seeds_and_samplers_are_checked_by_both_ways_in(engines, options, named)
         engines["llada-mha"].infill([*PROMPT, 500], **options)
 
 
-@pytest.mark.parametrize(
-    "prompt", [torch.tensor(3), torch.ones(2, 2, 2), torch.tensor([]), [[1, 2], 5], [1.0, 2.0], b"12"]
-)
+@pytest.mark.parametrize("prompt", [torch.tensor(3), torch.ones(2, 2, 2), [[1, 2], 5], [1.0, 2.0], b"12"])
 def test_odd_prompts(engines, prompt):
     with pytest.raises(ArgumentError, match="prompt"):
         engines["llada-mha"].generate(prompt, gen_length=8)

@@ -90,7 +90,7 @@ class Case:
             # infilling has no response length: one that goes with the sampler
             length = self.sampler.block_length or 1 if self.lengths is None else self.lengths[index]
             params = DecodingParams(sampler=self.sampler, cache=self.policy, gen_length=length, seed=seed)
-            found.append(Sequence(params, canvas, start, self.model.spec.mask_id, trace=True))
+            found.append(Sequence(params, canvas, start, self.model.spec.mask_id, trace=True, infilled=start == 0))
         return found
 
     def run(self, engine: Engine, order: list[int] | None = None, **options: Any) -> list[Generation | str]:

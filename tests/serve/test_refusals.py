@@ -13,13 +13,14 @@ pytest.importorskip("typer")
 
 import httpx  # noqa: E402
 
+import sfs_triton  # noqa: E402
 from sfs_triton import FixedSteps, SlowFast, Threshold  # noqa: E402
-from sfs_triton.decoding.params import parse_cache  # noqa: E402
-from sfs_triton.serve import options  # noqa: E402
 from sfs_triton.serve.errors import ApiError  # noqa: E402
+from sfs_triton.serve.options import PreparedRequest, prepare  # noqa: E402
 from sfs_triton.serve.protocol import ChatRequest, CompletionRequest, parse  # noqa: E402
 from sfs_triton.serve.settings import ServeSettings  # noqa: E402
 from tests.support.combinations import by_pairs  # noqa: E402
+from tests.support.dream import write_checkpoint  # noqa: E402
 from tests.support.server import SUMS, chat, error_of, serving  # noqa: E402
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -101,8 +102,6 @@ def test_chats(server, name):
 @pytest.mark.parametrize(
     ("changes", "param", "words"),
     [
-        ({"prompt": ""}, "prompt", "'prompt' is empty; only with a 'suffix' it may be"),
-        ({"prompt": []}, "prompt", "'prompt' is empty"),
         ({"prompt": [1, 896]}, "prompt", "'prompt': 896 at position 1 is no token id below 896"),
         ({"prompt": "a <|mdm_mask|>"}, "prompt", "send the text after it as 'suffix'"),
         ({"prompt": [9, 5]}, "prompt", "holds the mask token (id 5, at position 1"),
@@ -254,18 +253,20 @@ def test_token_ids_leave_room_for_the_text_of_a_suffix(server):
     assert server.post(body, COMPLETIONS).status_code == 200
 
 
-def test_shifted_models_fill_no_first_position_from_a_list(engines, embedded):
-    dream = next(engine for engine in engines.values() if engine.spec.shifted)
-    for cache, refused in (("region", True), ("none", False)):
-        policy = parse_cache(cache)
-        assert not refused or policy.name == "region"
-        options._check_infilling(dream.spec, [3], policy)
-        options._check_infilling(embedded.spec, [], policy)
-        if refused:
-            with pytest.raises(ApiError, match="'prompt' is empty, and this model predicts a first position"):
-                options._check_infilling(dream.spec, [], policy)
-        else:
-            options._check_infilling(dream.spec, [], policy)
+def test_shifted_models_predict_no_first_position_from_a_list(tmp_path, embedded):
+    dream = sfs_triton.load(write_checkpoint(tmp_path / "dream"), "cpu", "float32")
+
+    def asked(engine, **more) -> PreparedRequest:
+        body = json.dumps({"prompt": "", "max_tokens": 8, "cache": "region", **more}).encode()
+        return prepare(engine, ServeSettings(), parse(CompletionRequest, body))[0]
+
+    for suffix in ("", "hello"):
+        with pytest.raises(ApiError, match="'prompt' is empty, and this model predicts the first position") as refused:
+            asked(dream, suffix=suffix)
+        assert (refused.value.status, refused.value.param) == (400, "prompt")
+        for request in (asked(dream, suffix=suffix, cache="none"), asked(embedded, suffix=suffix)):
+            assert request.first == 0 and request.suffix == len(request.sequence.canvas) - 8
+    assert asked(dream, prompt="x").first == 1
 
 
 def test_default_lengths_are_blocks(embedded):

@@ -261,6 +261,14 @@ def test_a_special_token_is_a_stop(tmp_path):
         assert streamed(server, **asked)[0] == engine.text.decode(first.tokens[:at])
 
 
+@pytest.mark.parametrize("prompt", ["", [], [""], [[]]])
+def test_completions_without_a_prompt(server, embedded, prompt):
+    wanted = embedded.generate("", gen_length=16, apply_chat_template=False)
+    answer = server.post({"prompt": prompt, "max_tokens": 16}, "/v1/completions").json()
+    assert answer["choices"][0]["text"] == wanted.text and answer["usage"]["prompt_tokens"] == 0
+    assert answer["usage"]["nfe"] == wanted.nfe
+
+
 @pytest.mark.parametrize("kind", [kind for kind in SAMPLERS if kind != "slowfast"])
 @pytest.mark.parametrize("length", [5, 20])
 def test_a_length_within_a_block_is_rounded_up_and_cut(server, embedded, kind, length):
@@ -644,8 +652,6 @@ def test_bad_chats_are_refused_by_name(server, name):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"prompt": ""}, "empty"),
-        ({"prompt": []}, "empty"),
         ({"prompt": ["a", "b"]}, "several take several requests"),
         ({"prompt": [1, 896]}, "no token id below 896"),
         ({"prompt": [5]}, "mask token"),

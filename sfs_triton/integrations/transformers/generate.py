@@ -213,6 +213,7 @@ def _prompts(input_ids: torch.Tensor, model_kwargs: Mapping[str, Any]) -> list[l
     require(same, f"attention_mask is {list(mask.shape)}, input_ids {list(input_ids.shape)}")
     real = mask.bool()
     for index, given in enumerate(real.tolist()):
+        require(any(given), f"attention_mask: prompt {index} is empty")
         require(given == sorted(given), f"attention_mask: prompt {index} is padded elsewhere than on the left")
     positions = model_kwargs.get("position_ids")
     if positions is not None:
