@@ -118,6 +118,7 @@ def _load(
     spec.shard(group.size)  # fail before anything is read
     runs = choice_for(backend, cuda_graphs, spec, device, dtype, quantization, group)
     how = {"quantised": quantization == "fp8", "adapter": checkpoint.adapter}
+    how["by_column"] = device.type == "cpu" and dtype == torch.float32 and runs.backend != "triton"
     loaded = load_weights(checkpoint.path, spec, device, dtype, group, **how)
     model, pinned = Transformer(spec, loaded, runs.backend, group), backend is not None
     return Engine(model, checkpoint.text, runs.cuda_graphs, pinned=pinned, reason=runs.reason)

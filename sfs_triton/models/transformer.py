@@ -29,7 +29,7 @@ class Transformer:
     """
 
     def __init__(self, spec: ModelSpec, weights: Weights, backend: str | None = None, group: Group = ALONE):
-        self.spec, self.weights = spec, weights
+        self.spec, self.weights = spec, weights.by_row() if backend == "triton" else weights
         self.group, self.local = group, spec.shard(group.size)
         self._vocabulary = Vocabulary(group, spec.vocab_size) if group.size > 1 else None
         self.backend = backend or "torch"

@@ -61,7 +61,18 @@ class Weights:
         require(
             isinstance(self.head, torch.Tensor), f"{what} takes no quantised weights: load without quantization='fp8'"
         )
-        return self
+        return self.by_row()
+
+    def by_row(self) -> Weights:
+        """Return these weights with plain matrices row by row in memory, as kernels and checkpoints have them."""
+
+        def each(x: Any) -> Any:
+            return x.contiguous() if isinstance(x, torch.Tensor) else x
+
+        def layer(x: LayerWeights) -> LayerWeights:
+            return LayerWeights(*(each(getattr(x, field.name)) for field in fields(x)))
+
+        return Weights(each(self.embedding), tuple(map(layer, self.layers)), each(self.norm), each(self.head))
 
 
 def _fused(tensors: Sequence[torch.Tensor], upload: Upload, dtype: torch.dtype) -> torch.Tensor:
@@ -73,6 +84,14 @@ def _fused(tensors: Sequence[torch.Tensor], upload: Upload, dtype: torch.dtype) 
     for part, tensor in zip(whole.split(heights), tensors, strict=True):
         upload.copy(part, tensor)
     return whole
+
+
+def _by_column(matrix: torch.Tensor) -> torch.Tensor:
+    """Return a matrix with its columns dense in memory: its products on a CPU take 10 to 30% less time than by rows.
+
+    Measured with MKL in float32, for 32 to 232 rows of ``x``, on an Intel Xeon: it need not transpose what it packs.
+    """
+    return matrix.t().contiguous().t()
 
 
 def _quantised(reader: TensorReader, parts: Sequence[str], axis: int, group: Group, upload: Upload) -> Quantised:
@@ -129,6 +148,7 @@ def load_weights(
     group: Group = ALONE,
     *,
     quantised: bool = False,
+    by_column: bool = False,
     adapter: Path | None = None,
 ) -> Weights:
     """Read and check every tensor of a folder or GGUF file, fused and cast, on ``device``.
@@ -136,6 +156,9 @@ def load_weights(
     With ``quantised``, matrices become float8 codes with a scale per row as they are read, so that memory holds the
     result and one tensor at most. The embedding, of which a step reads few rows, and vectors keep ``dtype``. A tied
     head becomes a separate matrix, since every step reads all of it.
+
+    With ``by_column``, plain matrices are stored by columns, which torch's products on a CPU are faster with; a tied
+    head is not. Kernels do not take them.
 
     An ``adapter`` is a folder with a LoRA adapter of PEFT; its matrices are added to those of the checkpoint.
 
@@ -150,7 +173,7 @@ def load_weights(
         names = resolve(reader, spec)
         if adapter is not None:
             reader = AdaptedReader(reader, adapter, stack)
-        return assemble(reader, names, spec, device, dtype, group, quantised=quantised)
+        return assemble(reader, names, spec, device, dtype, group, quantised=quantised, by_column=by_column)
 
 
 def assemble(
@@ -162,6 +185,7 @@ def assemble(
     group: Group = ALONE,
     *,
     quantised: bool = False,
+    by_column: bool = False,
     into: Weights | None = None,
 ) -> Weights:
     """Fuse and cast the tensors of a reader on ``device``; or copy them ``into`` weights of the same form."""
@@ -172,7 +196,9 @@ def assemble(
         return _fused([reader.read(part, axis, group) for part in parts], upload, dtype)
 
     def matrix(*parts: str, axis: int) -> Matrix:
-        return _quantised(reader, parts, axis, group, upload) if quantised else take(*parts, axis=axis)
+        if quantised:
+            return _quantised(reader, parts, axis, group, upload)
+        return _by_column(take(*parts, axis=axis)) if by_column else take(*parts, axis=axis)
 
     def layer(index: int) -> LayerWeights:
         at = names["layer"].format(layer=index)
