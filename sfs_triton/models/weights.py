@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,13 +66,12 @@ class Weights:
     def by_row(self) -> Weights:
         """Return these weights with plain matrices row by row in memory, as kernels and checkpoints have them."""
 
-        def each(x: Any) -> Any:
+        def dense(x: Any) -> Any:
             return x.contiguous() if isinstance(x, torch.Tensor) else x
 
-        def layer(x: LayerWeights) -> LayerWeights:
-            return LayerWeights(*(each(getattr(x, field.name)) for field in fields(x)))
-
-        return Weights(each(self.embedding), tuple(map(layer, self.layers)), each(self.norm), each(self.head))
+        names = ("qkv", "out", "gate_up", "down")
+        layers = tuple(replace(x, **{name: dense(getattr(x, name)) for name in names}) for x in self.layers)
+        return replace(self, layers=layers, head=dense(self.head))
 
 
 def _fused(tensors: Sequence[torch.Tensor], upload: Upload, dtype: torch.dtype) -> torch.Tensor:
