@@ -18,6 +18,7 @@ from .byte_level import MOST_TOKENS, check_size_of, read_gguf, read_qwen2
 from .chat_template import TemplateError, render
 
 MASK_TOKENS = ("<[MASK]>", "<|mdm_mask|>", "[MDM_MASK]", "<|mask|>")  # where the tokenizer names none
+SPECIAL = [f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]  # names in a template
 BYTE_TOKENS = [f"<0x{value:02X}>" for value in range(256)]  # of byte-fallback tokenizers
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # decoded from a character with missing bytes
 GROWTH = 64  # of a text in its tokenizer: Unicode's own normal forms make a character 18 at most
@@ -76,7 +77,7 @@ class TextCodec:
             except (OSError, UnicodeError) as error:
                 raise CheckpointError(f"{jinja} cannot be read: {error}") from None
         special = {}
-        for name in ("bos_token", "eos_token", "pad_token", "mask_token"):
+        for name in SPECIAL:
             token = config.get(name)
             token = token.get("content") if isinstance(token, Mapping) else token
             if isinstance(token, str):
@@ -161,9 +162,10 @@ class TextCodec:
         for message in messages:
             fine = isinstance(message, Mapping) and all(isinstance(message.get(k), str) for k in ("role", "content"))
             require(fine, f"message {message!r} is not a mapping with a text 'role' and a text 'content'")
-        variables = {**self.special, "messages": [dict(m) for m in messages], "add_generation_prompt": True}
+        # transformers defines all of these, and templates ask whether some are none
+        variables = {"tools": None, "documents": None, "add_generation_prompt": True, **self.special}
         try:
-            return render(self.template, variables)
+            return render(self.template, {**variables, "messages": [dict(message) for message in messages]})
         except TemplateError as error:
             raise ArgumentError(f"the checkpoint's chat template refused messages={messages!r}: {error}") from None
 

@@ -9,9 +9,12 @@ import functools
 import json
 import signal
 import sys
+from datetime import datetime
 from typing import Any
 
-from jinja2 import Template
+from jinja2 import Template, nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 
@@ -27,14 +30,47 @@ def limit_memory(allowed: int) -> None:
         resource.setrlimit(kind, (most, most))
 
 
+class GenerationTag(Extension):
+    """Block ``{% generation %}``, which marks an assistant's text for training: its content alone."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("_content"), [], [], body, lineno=line)
+
+    def _content(self, caller: Any) -> str:
+        return caller()
+
+
 def raise_exception(message: str) -> None:
     raise ValueError(message)
 
 
+def strftime_now(format: str) -> str:
+    return datetime.now().strftime(format)
+
+
+def tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | str | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Write JSON as it is; jinja's own filter escapes HTML, and sorts keys."""
+    how = {"ensure_ascii": ensure_ascii, "indent": indent, "separators": separators, "sort_keys": sort_keys}
+    return json.dumps(value, **how)
+
+
 @functools.lru_cache(maxsize=8)
 def compiled(source: str) -> Template:
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    environment.globals["raise_exception"] = raise_exception
+    """Compile a template with what transformers adds to jinja's language."""
+    extensions = [GenerationTag, "jinja2.ext.loopcontrols"]
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
+    environment.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
+    environment.filters["tojson"] = tojson
     return environment.from_string(source)
 
 
