@@ -230,7 +230,7 @@ def _check_messages(messages: list[Message]) -> None:
 def _explain(error: ValidationError, body: bytes) -> ApiError:
     """Describe the first error of a body in one sentence."""
     problems = error.errors(include_url=False, include_context=False)
-    elsewhere = (p for p in problems if p["type"] == "extra_forbidden" and p["loc"][0] in INSTEAD)
+    elsewhere = (p for p in problems if p["type"] == "extra_forbidden" and p["loc"][0] in INSTEAD and not p["loc"][1:])
     first = next(elsewhere, problems[0])
     path = [str(part) for part in first["loc"]]
     name = path[0][:100] if path else None
