@@ -32,6 +32,7 @@ class Published(NamedTuple):
     ms: float | None = None
 
 
+_D3LLM = "GSM8K-CoT 0-shot"
 PUBLISHED = (
     Published(
         "SlowFast Sampling (arXiv 2506.10848), LLaDA-8B",
@@ -40,14 +41,26 @@ PUBLISHED = (
         "RTX 4090",
         1e3 / 1.60,
     ),
-    Published("Fast-dLLM, LLaDA-8B", "114 tokens/s", "HumanEval 0-shot", "A100"),
     Published(
-        "Fast-dLLM, LLaDA-8B, rerun", "114 tokens/s at 2.77 tokens per forward", "HumanEval 0-shot", "H100", 2770 / 114
+        "Fast-dLLM, LLaDA-8B",
+        "114 tokens/s, which its users dispute: the count seems to include the prompt (NVlabs/Fast-dLLM#15), and one "
+        "of them measured 82 on an A800 (#49)",
+        "HumanEval 0-shot",
+        "A100",
+    ),
+    Published(
+        "Fast-dLLM, LLaDA-8B, rerun by the authors of d3LLM",
+        "114 tokens/s at 2.77 tokens per forward (2.56 on HumanEval)",
+        "GSM8K-CoT 0-shot",
+        "H100",
+        2770 / 114,
     ),
     Published("ES-dLLM, training-free", "227 tokens/s (LLaDA), 309 (Dream)", "as published", "H200"),
-    Published("d3LLM-LLaDA in SGLang", "545 tokens/s at 9.91 tokens per forward", "as published", "H100", 9910 / 545),
-    Published("d3LLM-LLaDA in SGLang", "1,241 tokens/s, as many per forward", "as published", "B200", 9910 / 1241),
-    Published("d3LLM-Dream in SGLang", "280 tokens/s", "as published", "H100", 17.4),
+    Published("d3LLM-LLaDA in SGLang", "545 tokens/s at 9.91 tokens per forward", _D3LLM, "H100", 9910 / 545),
+    Published("d3LLM-LLaDA in SGLang", "1,241 tokens/s, as many per forward", _D3LLM, "B200", 9910 / 1241),
+    Published("d3LLM-LLaDA in SGLang, batch 4", "1,310 tokens/s at 8.56 tokens per forward", _D3LLM, "B200"),
+    Published("d3LLM-Dream in SGLang", "280 tokens/s at 4.89 tokens per forward", _D3LLM, "H100", 4890 / 280),
+    Published("d3LLM-Dream in SGLang", "587 tokens/s, as many per forward", _D3LLM, "B200", 4890 / 587),
     Published("Qwen2.5-7B, autoregressive, in SGLang", "109 tokens/s", "batch 1", "H100", 1e3 / 109),
     Published("Qwen2.5-7B, autoregressive, in SGLang", "275 tokens/s", "batch 1", "B200", 1e3 / 275),
     Published("DiffusionGemma 26B-A4B, FP8, in vLLM", "1,288 tokens/s", "as published; another model", "H200"),
