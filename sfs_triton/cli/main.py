@@ -9,8 +9,8 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import MISSING, dataclass, fields
+from contextlib import ExitStack, contextmanager
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, TextIO, get_type_hints
 
@@ -18,7 +18,7 @@ from ..decoding.caching import POLICIES
 from ..decoding.params import DecodingParams, parse_cache, parse_sampler
 from ..decoding.samplers import PRESETS, SAMPLERS, Sampler
 from ..distributed import Group, check_started, join, joined, world
-from ..engine import DTYPES, QUANTIZATIONS, Engine, Generation, load
+from ..engine import DTYPES, QUANTIZATIONS, Engine, Frame, Generation, load
 from ..errors import MissingDependencyError, SfsError, require
 from ..ops.dispatch import BACKENDS
 from ..text.codec import check_size, check_unicode
@@ -141,6 +141,10 @@ class CommandOptions:
         given |= {"temperature": self.temperature, "cfg_scale": self.cfg_scale, "eos_stop": self.eos_stop}
         return parse_sampler(self.sampler, **given)
 
+    def with_sampler(self, name: str) -> CommandOptions:
+        """Return the same options for another sampler, with its own defaults."""
+        return replace(self, sampler=name, **dict.fromkeys(BELONGS_TO))
+
     def params(self) -> DecodingParams:
         """Return decoding parameters, checked as far as possible without a checkpoint."""
         sampler, policy = self.make_sampler(), parse_cache(self.cache)
@@ -202,27 +206,59 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the text.")] = False,
     watch: Annotated[bool, typer.Option("--watch", help="Show the canvas live, on stderr.")] = False,
     delay: Annotated[float | None, typer.Option(help=f"Seconds per frame of --watch. Default: {DELAY}.")] = None,
+    record: Annotated[Path | None, typer.Option(help="Animated picture (.gif) of the canvas.")] = None,
+    beside: Annotated[str | None, typer.Option(help="Other samplers in --record, comma-separated.")] = None,
 ) -> None:
     """Answer a prompt. The text goes to stdout, a one-line summary to stderr."""
     require(watch or delay is None, "--delay applies only with --watch")
+    require(record is not None or beside is None, "--beside applies only with --record")
     delay = DELAY if delay is None else delay
     require(math.isfinite(delay) and delay >= 0, f"--delay {delay} is not a number of seconds")
+    others = [options.with_sampler(name.strip()) for name in beside.split(",")] if beside is not None else []
+    for other in others:
+        other.params()
     if watch:
         from ..view.canvas import Watcher
+    if record is not None:
+        from ..view import record as recorder
+        from ..view.pictures import check_path
+
+        check_path("record", record, recorder.SUFFIXES)
     command = PreparedCommand.prepare(options)
-    if watch and command.engine.model.group.rank > 0:
-        result = command.run(on_step=lambda frame: None)  # ranks make the same calls
-    elif watch:
-        title = f"sfs: {options.label()}"
-        with Watcher(command.engine, command.params.sampler, options.gen_length, delay=delay, title=title) as show:
-            result = command.run(on_step=show)
-    else:
-        result = command.run()
-    if command.engine.model.group.rank > 0:
+    rank = command.engine.model.group.rank
+    with ExitStack() as stack:
+        callbacks = []
+        if watch and rank == 0:
+            title = f"sfs: {options.label()}"
+            watcher = Watcher(command.engine, command.params.sampler, options.gen_length, delay=delay, title=title)
+            callbacks.append(stack.enter_context(watcher))
+        if record is not None:
+            titles = [each.label().removesuffix(", cache none") for each in (options, *others)]
+            recordings = [recorder.Recording(title, options.gen_length) for title in titles]
+            callbacks.append(recordings[0])
+        # ranks make the same calls
+        result = command.run(on_step=_each(callbacks)) if watch or callbacks else command.run()
+    if record is not None:
+        for other, recording in zip(others, recordings[1:], strict=True):
+            replace(command, options=other, params=other.params()).run(on_step=recording)
+    if rank > 0:
         return
     text = printable(result.text) if sys.stdout.isatty() else result.text  # a file gets the text unescaped
     typer.echo(_as_json(command, result) if as_json else text)
     typer.echo(_summary(result, options.label()), err=True)
+    if record is not None:
+        recorder.Animation(command.engine, recordings).save(record)
+        typer.echo(f"wrote {record}", err=True)
+
+
+def _each(callbacks: list[Callable[[Frame], None]]) -> Callable[[Frame], None]:
+    """Return a callback that calls all of them."""
+
+    def call(frame: Frame) -> None:
+        for callback in callbacks:
+            callback(frame)
+
+    return call
 
 
 def plot(
@@ -230,9 +266,9 @@ def plot(
     out: Annotated[Path, typer.Argument(help="Picture to write: .png, .svg or .pdf.", show_default=False)],
 ) -> None:
     """Draw the confidence map of a generation: position by step, with stages, cycles and spans."""
-    from ..view.plot import check_path, confidence_map, save
+    from ..view.plot import SUFFIXES, check_path, confidence_map, save
 
-    check_path(out)
+    check_path("out", out, SUFFIXES)
     command = PreparedCommand.prepare(options)
     result = command.run(trace=True)
     save(confidence_map(result, command.params.sampler, title=options.label()), out)

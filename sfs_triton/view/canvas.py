@@ -6,13 +6,12 @@ Stages differ in more than hue (slow underlined, fast bold, new tokens in revers
 from __future__ import annotations
 
 import time
-import unicodedata
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from ..decoding.samplers import Sampler, SlowFast
 from ..engine import Engine, Frame
 from ..errors import MissingDependencyError
+from .printable import ASCII, Glyphs, readable
 
 try:
     from rich.cells import cell_len, set_cell_size
@@ -26,36 +25,6 @@ except ImportError as error:
 STYLES = {"slow": "magenta underline", "fast": "cyan bold", "block": "cyan bold"}
 EDGE, NEW, MASKED, AHEAD, ENDED = "yellow bold", "reverse", "bold", "dim", "dim"
 PLAIN_FRAMES = 4  # frames printed if the output cannot be redrawn
-
-
-class Glyphs(NamedTuple):
-    """Symbols for positions without text."""
-
-    inside: str = "•"
-    outside: str = "·"
-    newline: str = "↵"
-    ended: str = "∎"
-    unknown: str = "\N{REPLACEMENT CHARACTER}"
-    opening: str = "⟦"
-    closing: str = "⟧"
-
-
-ASCII = Glyphs("o", ".", "$", "#", "?", "[", ")")
-
-
-def readable(text: str, glyphs: Glyphs) -> str:
-    """Return ``text`` on one line, with newline, control and direction characters replaced."""
-    shown = []
-    for character in text:
-        if character == "\n":
-            shown.append(glyphs.newline)
-        elif unicodedata.category(character) in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"):
-            shown.append(" " if character == "\t" else glyphs.unknown)
-        elif glyphs is ASCII and not character.isascii():
-            shown.append(glyphs.unknown)
-        else:
-            shown.append(character)
-    return "".join(shown) or glyphs.unknown
 
 
 @dataclass(slots=True)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from ..decoding.samplers import Sampler, SlowFast
 from ..engine import Generation
-from ..errors import ArgumentError, MissingDependencyError, require
-from ..files import whole_file
+from ..errors import MissingDependencyError, require
 from ..scheduling.trace import StepTrace
+from .pictures import check_path, whole_picture
 
 try:
     import numpy as np
@@ -34,22 +33,11 @@ STAGES = {
 }
 
 
-def check_path(out: Path) -> None:
-    """Refuse an output path that cannot be written, before anything is computed."""
-    require(out.suffix.lower() in SUFFIXES, f"out={str(out)!r}: {out.suffix or 'no suffix'!r} is not one of {SUFFIXES}")
-    require(not out.is_dir(), f"out={str(out)!r} is a folder")
-    require(out.parent.is_dir(), f"out={str(out)!r}: the folder {str(out.parent)!r} does not exist")
-    require(os.access(out.parent, os.W_OK), f"out={str(out)!r}: the folder {str(out.parent)!r} is not writable")
-
-
 def save(figure: Figure, out: Path) -> None:
-    """Write ``figure`` to ``out`` atomically: a failure leaves an older file unchanged and no partial one."""
-    check_path(out)
-    try:
-        with whole_file(out) as file:
-            figure.savefig(file, format=out.suffix.lower()[1:])
-    except OSError as error:
-        raise ArgumentError(f"out={str(out)!r} cannot be written: {error.strerror or error}") from None
+    """Write ``figure`` to ``out``, whole or not at all."""
+    check_path("out", out, SUFFIXES)
+    with whole_picture("out", out) as file:
+        figure.savefig(file, format=out.suffix.lower()[1:])
 
 
 def confidence_map(result: Generation, sampler: Sampler, *, title: str) -> Figure:

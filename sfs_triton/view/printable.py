@@ -1,13 +1,43 @@
-"""Make text of models, files and errors safe for terminals."""
+"""Make text of models, files and errors safe for terminals and pictures."""
 
 from __future__ import annotations
 
 import json
 import unicodedata
-from typing import Any
+from typing import Any, NamedTuple
 
 UNSAFE = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
 HARMLESS = "\n\t\u200c\u200d"  # the last two join and separate characters, as Persian and emoji need
+
+
+class Glyphs(NamedTuple):
+    """Symbols for positions without text."""
+
+    inside: str = "•"
+    outside: str = "·"
+    newline: str = "↵"
+    ended: str = "∎"
+    unknown: str = "\N{REPLACEMENT CHARACTER}"
+    opening: str = "⟦"
+    closing: str = "⟧"
+
+
+ASCII = Glyphs("o", ".", "$", "#", "?", "[", ")")
+
+
+def readable(text: str, glyphs: Glyphs) -> str:
+    """Return ``text`` on one line, with newline, control and direction characters replaced."""
+    shown = []
+    for character in text:
+        if character == "\n":
+            shown.append(glyphs.newline)
+        elif unicodedata.category(character) in UNSAFE:
+            shown.append(" " if character == "\t" else glyphs.unknown)
+        elif glyphs is ASCII and not character.isascii():
+            shown.append(glyphs.unknown)
+        else:
+            shown.append(character)
+    return "".join(shown) or glyphs.unknown
 
 
 def printable(text: str) -> str:

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -15,6 +16,7 @@ pytest.importorskip("typer")
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 
+from PIL import Image, ImageChops  # noqa: E402
 from rich.console import Console  # noqa: E402
 from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
@@ -24,7 +26,7 @@ from sfs_triton.cli import main as cli  # noqa: E402
 from sfs_triton.decoding.samplers import FixedSteps, SlowFast, Threshold  # noqa: E402
 from sfs_triton.errors import ArgumentError  # noqa: E402
 from sfs_triton.view import canvas as render
-from sfs_triton.view import plot  # noqa: E402
+from sfs_triton.view import plot, record  # noqa: E402
 from tests.support.paths import GOLDEN, ROOT  # noqa: E402
 
 UNREADABLE = GOLDEN / "models" / "llada-mha"
@@ -238,6 +240,7 @@ def test_missing_extras_are_named(model, monkeypatch, tmp_path):
     for module, package, command in (
         ("canvas", "rich.cells", ("generate", PROMPT, "--watch")),
         ("plot", "matplotlib", ("plot", PROMPT, str(tmp_path / "map.png"))),
+        ("record", "PIL", ("generate", PROMPT, "--record", str(tmp_path / "canvas.gif"))),
     ):
         with monkeypatch.context() as patch:
             patch.delitem(sys.modules, f"sfs_triton.view.{module}")
@@ -397,6 +400,73 @@ def test_failed_write_leaves_the_old_picture(engine, tmp_path, monkeypatch):
     with pytest.raises(ArgumentError, match="map.png.*No space left"):
         plot.save(figure, out)
     assert out.read_bytes() == b"old" and list(tmp_path.iterdir()) == [out]
+
+
+# The animated picture
+
+
+def test_record_writes_a_picture_of_several_samplers(model, tmp_path):
+    out, how = tmp_path / "canvas.gif", ("--model", str(model), "--gen-length", "8")
+    plain = sfs("generate", PROMPT, "--sampler", "vanilla", *how)
+    result = sfs("generate", PROMPT, "--sampler", "vanilla", "--beside", "fixed, slowfast", "--record", str(out), *how)
+    assert result.exit_code == 0 and result.stdout == plain.stdout and f"wrote {out}" in result.stderr
+    assert list(tmp_path.iterdir()) == [out]
+    with Image.open(out) as picture:
+        assert picture.n_frames == 9 and picture.info["loop"] == 0, "the empty canvas, and a token per step"
+
+
+def test_recorded_positions_are_filled_in_their_steps(engine, tmp_path):
+    recordings = [record.Recording(name, 12) for name in ("vanilla", "slowfast")]
+    results = [engine.generate(PROMPT, gen_length=12, sampler=each.title, on_step=each) for each in recordings]
+    animation = record.Animation(engine, recordings)
+    for panel, result in enumerate(results):
+        left, top = animation._corners[panel]
+        for boxes, committed in zip(animation.boxes[panel], result.commit_step[result.prompt_length :], strict=True):
+            corner = (left + boxes[0].x, top + record.HEADER + boxes[0].y)
+            looks = [animation.frame(step).getpixel(corner) // record.SHADES for step in range(14)]
+            wanted = [record.MASKED] * (committed + 1) + [0, 1, 1, 2, 2, 2, 2] + [3] * 14
+            assert looks == wanted[:14]
+    animation.save(tmp_path / "canvas.gif")
+    steps = [step for step, _ in record.shown_steps([result.nfe for result in results])]
+    with Image.open(tmp_path / "canvas.gif") as picture:
+        for place, step in enumerate(steps):
+            picture.seek(place)
+            assert ImageChops.difference(picture.convert("RGB"), animation.frame(step).convert("RGB")).getbbox() is None
+
+
+def test_text_of_recorded_tokens_that_change():
+    """A piece has the place that the finished text gives it; newlines end lines, other controls are replaced."""
+    pieces = {1: "ab", 2: "},\n{", 3: "\x1b[2J", 4: "w" * 99}
+    spec, text = SimpleNamespace(end_ids=(9,), mask_id=0), SimpleNamespace(piece=pieces.get)
+    recording = record.Recording("t", 4, [[2, 0, 0, 0], [1, 2, 3, 4]], [[0, -1, -1, -1], [1, 1, 1, 1]])
+    animation = record.Animation(SimpleNamespace(text=text, spec=spec), [recording])
+    (first,), (second, third), (fourth,), (long,) = animation.boxes[0]
+    assert first.y == second.y == 0 and third.y == fourth.y == record.LINE and third.x == 0
+    assert long.width == record.PANEL and long.y == 2 * record.LINE
+    assert animation._pieces(2) == ["},\u21b5", "{"] and "\x1b" not in animation._pieces(3)[0]
+    assert animation.frame(1).size == animation.frame(2).size
+
+
+@pytest.mark.parametrize("counts", [(1,), (64,), (3, 64), (5, 5), (2, 9, 700), (1024, 2000)])
+def test_shown_steps(counts):
+    """Few enough, with the last of each panel, and slow enough to follow."""
+    steps, milliseconds = zip(*record.shown_steps(counts), strict=True)
+    assert list(steps) == sorted(set(steps)) and {0, *counts} <= set(steps) and steps[-1] == max(counts)
+    assert len(steps) <= 2 * record.MOST_FRAMES + len(counts) + 1
+    assert milliseconds[0] == record.FIRST or len(steps) == 1
+    assert milliseconds[-1] == record.LAST and all(ms >= record.FASTEST and ms % 10 == 0 for ms in milliseconds)
+
+
+def test_record_refuses_what_it_cannot_write_or_draw(model, engine, tmp_path):
+    out, how = str(tmp_path / "canvas.gif"), ("--model", str(model), "--gen-length", "8")
+    for path, word in ((tmp_path / "canvas.png", "'.png'"), (tmp_path / "missing" / "canvas.gif", "does not exist")):
+        refused(sfs("generate", PROMPT, "--record", str(path), *how), f"record={str(path)!r}", word)
+    refused(sfs("generate", PROMPT, "--beside", "vanilla", *how), "--beside applies only with --record")
+    refused(sfs("generate", PROMPT, "--record", out, "--beside", "beam", *how), "--sampler beam")
+    refused(sfs("generate", PROMPT, "--record", out, "--beside", "vanilla", "--cache", "dual", *how), "cache='dual'")
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(ArgumentError, match="beam: nothing was decoded"):
+        record.Animation(engine, [record.Recording("beam", 8)])
 
 
 HOSTILE = "a\x1b]0;owned\x07\u202eb"

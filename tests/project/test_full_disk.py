@@ -26,7 +26,7 @@ from bench.quality import measured  # noqa: E402
 from bench.server import soak  # noqa: E402
 from sfs_triton import ArgumentError  # noqa: E402
 from sfs_triton.chat.commands import save  # noqa: E402
-from sfs_triton.view import plot  # noqa: E402
+from sfs_triton.view import plot, record  # noqa: E402
 from tests.support.paths import ROOT  # noqa: E402
 
 LARGE = 5000  # bytes of what is written, at least
@@ -50,6 +50,11 @@ def _figure() -> Figure:
     return figure
 
 
+def _animation() -> record.Animation:
+    engine = SimpleNamespace(text=SimpleNamespace(piece=str), spec=SimpleNamespace(end_ids=(), mask_id=0))
+    return record.Animation(engine, [record.Recording("t", 99, [list(range(1, 100))], [[0] * 99])])
+
+
 def _condensed(path: Path) -> None:
     """Write the condensed results of a job, as ``make bench-all`` does; the raw file is complete."""
     raw = path.with_name("raw.json")
@@ -66,6 +71,7 @@ WRITERS: dict[str, Callable[[Path], None]] = {
     "what bench-all keeps": _condensed,
     "a chart": lambda path: chart.save(_figure(), path),
     "a picture (sfs plot)": lambda path: plot.save(_figure(), path),
+    "an animated picture (--record)": lambda path: _animation().save(path),
     "a conversation (/save)": lambda path: save(SimpleNamespace(messages=[{"content": "a" * LARGE}]), str(path)),
 }
 
