@@ -32,7 +32,7 @@ from rich.progress import Progress  # noqa: E402
 from rich.table import Table  # noqa: E402
 
 import sfs_triton  # noqa: E402
-from bench.common import chart, rows  # noqa: E402
+from bench.common import chart, rows, summary  # noqa: E402
 from bench.common.figures import machine  # noqa: E402
 from bench.common.tally import Tally  # noqa: E402
 from bench.cost.visits import Bench  # noqa: E402
@@ -142,6 +142,19 @@ def _cells(row: dict) -> list[str]:
         "" if memory is None else f"{memory / 2**30:.1f}",
         "" if accuracy is None else f"{accuracy:.1%} ({row['accuracy_low']:.0%}-{row['accuracy_high']:.0%})",
     ]
+
+
+def show_summary(record: dict, console: Console) -> None:
+    """Print the table in five rows that the README has, and what it means."""
+    if not (chosen := summary.chosen(record["rows"])):
+        return
+    table = Table()
+    for name, justify in zip(summary.HEAD, ("left", "left", "right", "right", "right"), strict=True):
+        table.add_column(name, justify=justify)
+    for row in chosen:
+        table.add_row(*summary.cells(row))
+    console.print(table)
+    console.print(summary.meaning(chosen), highlight=False)
 
 
 def check_writable(path: Path) -> None:
@@ -287,7 +300,8 @@ def main(argv: list[str] | None = None) -> int:
     write_json(record, path)
     picture = chart.draw_throughput(record, path.with_suffix(".png"))
     show(record, console)
-    console.print(f"wrote {path} and {picture}", highlight=False)
+    show_summary(record, console)
+    console.print(f"record {path}\npicture {picture}", highlight=False, soft_wrap=True)
     return 0
 
 

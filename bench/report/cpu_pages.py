@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from bench.common import summary
 from bench.common.pages import table
 
 Line = dict[str, Any]
@@ -85,10 +86,11 @@ def speed_table(lines: Sequence[Line]) -> str:
 
 
 def readme_part(run: CpuRun, root: Path) -> str:
-    """The main table, where it is from and its picture."""
+    """The main table in five rows, what it means and where it is from."""
     record, place = run.read("table"), run.folder.relative_to(root)
+    rows = summary.chosen(record["rows"])
     told = f"{about_rows(record)}; {where(run.about)} (`{place}/table.json`, commit {run.about['machine']['commit']})."
-    return f"{rows_table(record)}\n\n{told}\n\n![tokens per second and accuracy]({place}/table.png)\n"
+    return f"{table(summary.HEAD, map(summary.cells, rows))}\n\n{summary.meaning(rows)} {told}\n"
 
 
 def cpu_section(run: CpuRun, root: Path) -> list[str]:

@@ -252,20 +252,22 @@ def test_a_run_without_a_gpu_is_on_the_page_and_in_the_readme(tmp_path, capsys):
     where = ["--results", str(tmp_path / "bench" / "results"), "--out", str(out), "--readme", str(readme)]
     assert report.main([*where, "--check"]) == 1 and not out.exists()
     assert report.main(where) == 0 and report.main([*where, "--check"]) == 0
-    for text in (out.read_text(), readme.read_text()):
-        assert _row(text, "sfs_triton | slowfast") == [
-            *("sfs_triton", "slowfast (paper)", "region", "2,300", "2.0x", "4.0", "23.00", "10.0", "1", "500", "1 of 1")
-        ]
-        assert (
-            _row(text, "plain torch | slowfast")[3:5] == ["~1,150", ""]
-            and _row(text, "plain torch | slowfast")[-1] == ""
-        )
-        assert new.name in text and old.name not in text
-        assert "3 problems (records), prompts of 79 to 104 tokens, 128 response positions, float32" in text
+    page, text = out.read_text(), readme.read_text()
+    assert _row(page, "sfs_triton | slowfast") == [
+        *("sfs_triton", "slowfast (paper)", "region", "2,300", "2.0x", "4.0", "23.00", "10.0", "1", "500", "1 of 1")
+    ]
+    assert (
+        _row(page, "plain torch | slowfast")[3:5] == ["~1,150", ""] and _row(page, "plain torch | slowfast")[-1] == ""
+    )
+    assert _row(text, "SlowFast, region") == ["SlowFast, region cache", "sfs_triton", "4", "2,300 (2x)", "1 of 1"]
+    assert _row(text, "SlowFast |") == ["SlowFast", "plain torch", "4", "~1,150", ""]
+    assert "The fastest row here: SlowFast, region cache, by sfs_triton." in text
+    for shown in (page, text):
+        assert new.name in shown and old.name not in shown
+        assert "3 problems (records), prompts of 79 to 104 tokens, 128 response positions, float32" in shown
     assert _row(out.read_text(), "embedded-vanilla")[1] == "1.12" and "1.5 minutes: table 90 s" in out.read_text()
-    text = readme.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "\nold\n" not in text
-    assert f"![tokens per second and accuracy](bench/results/amd-epyc-2-cores/{new.name}/table.png)" in text
+    assert f"![tokens per second and accuracy](../bench/results/amd-epyc-2-cores/{new.name}/table.png)" in page
     readme.write_text(text.replace("2,300", "9,999"))
     assert report.main([*where, "--check"]) == 1
     assert f"{readme} is not current" in capsys.readouterr().out

@@ -13,7 +13,7 @@ import pytest
 
 import sfs_triton
 from bench import throughput
-from bench.common import rows
+from bench.common import rows, summary
 from bench.common.figures import wilson_interval
 from bench.common.tally import Done, Tally, Visit
 from bench.cost.visits import BASELINE_OF, Bench
@@ -81,7 +81,16 @@ def test_records_and_picture(tmp_path, capsys):
         assert not row["extrapolated"] and row["accuracy"] == 1.0
     assert (tmp_path / "run.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["run.json", "run.png"]
-    assert "slowfast (paper)" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "slowfast (paper)" in shown
+    *_, last = shown.split("right")  # the head of the short table
+    assert [line.split("│")[1].strip() for line in last.splitlines() if "│" in line] == [
+        "one token per forward",
+        *(summary.name(row) for row in summary.chosen(record["rows"])[1:3]),
+        "Fast-dLLM's threshold, region cache",
+        "SlowFast, region cache",
+    ]
+    assert "for an answer instead of 64." in last and last.endswith(f"picture {tmp_path / 'run.png'}\n")
 
 
 def test_other_sizes_prompts_and_batches(tmp_path, capsys):
@@ -185,6 +194,17 @@ def test_a_summary_is_of_medians_and_means():
     assert (summary["nfe"], summary["full_forwards"], summary["positions_forwarded"]) == (5.0, 1.5, 50.0)
     assert (summary["correct"], summary["checked"], summary["generations"], summary["tpf"]) == (3, 3, 6, 4.0)
     assert summary["peak_memory_bytes"] is None and summary["seconds"] == 12.0
+
+
+def test_the_short_table_names_the_fastest_whoever_it_is_by():
+    line = {"nfe": 4.0, "batch": 1, "extrapolated": False, "speedup": None, "correct": 1, "checked": 2}
+    given = [(PLAIN, "slowfast", "none", 5.0), (PLAIN, "slowfast", "refresh", 9.0), (OURS, "slowfast", "region", 7.0)]
+    every = [{**line, **dict(zip(("by", "sampler", "cache", "tokens_per_second"), row, strict=True))} for row in given]
+    found = summary.chosen([*every, {**every[0], "batch": 4, "tokens_per_second": 99.0}])
+    assert found == every[1:]
+    assert summary.cells(found[0]) == ["SlowFast, refresh cache", PLAIN, "4", "9", "1 of 2"]
+    assert summary.meaning(found).endswith("The fastest row here: SlowFast, refresh cache, by plain torch.")
+    assert summary.chosen([]) == []
 
 
 def test_every_way_of_ours_once_and_others_as_they_are():
