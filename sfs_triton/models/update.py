@@ -67,14 +67,14 @@ def update_weights(weights: Weights, source: Mapping[str, Any] | Path, spec: Mod
     Raises:
         CheckpointError: names each missing, extra or misshapen tensor, or one with NaN; nothing has changed then.
     """
-    quantised = not isinstance(weights.head, torch.Tensor)
     dtype = weights.embedding.dtype
     with ExitStack() as stack:
         reader = StateReader(source) if isinstance(source, Mapping) else open_reader(source, stack, dtype)
         names = resolve(reader, spec)
         for name, shape in expected_shapes(spec, names).items():
             _check_finite(reader, name, shape)
-        assemble(reader, names, spec, weights.embedding.device, dtype, group, quantised=quantised, into=weights)
+        how = {"quantization": weights.quantization, "into": weights}
+        assemble(reader, names, spec, weights.embedding.device, dtype, group, **how)
 
 
 def _check_finite(reader: TensorReader | StateReader, name: str, shape: tuple[int, ...]) -> None:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from ..distributed import ALONE, Group
 from ..errors import CheckpointError, require
 from ..gguf_file import read_header
-from ..ops.dispatch import Matrix, Quantised, quantize
+from ..ops.dispatch import FORMATS, Matrix, Quantised, quantize
 from .adapters import AdaptedReader
 from .gguf import GgufReader, config_of
 from .names import resolve
@@ -52,15 +52,22 @@ class Weights:
     norm: torch.Tensor  # [d]
     head: Matrix  # [V, d]
 
+    @property
+    def quantization(self) -> str | None:
+        """Name of the matrices' format; None: plain."""
+        matrix = self.layers[0].qkv
+        if isinstance(matrix, torch.Tensor):
+            return None
+        return next(name for name, dtype in FORMATS.items() if dtype == matrix.codes.dtype)
+
     def plain(self, what: str) -> Weights:
         """Return these weights for code that needs plain tensors; errors call that code ``what``.
 
         Raises:
             ArgumentError: they are quantised.
         """
-        require(
-            isinstance(self.head, torch.Tensor), f"{what} takes no quantised weights: load without quantization='fp8'"
-        )
+        form = self.quantization
+        require(form is None, f"{what} takes no quantised weights: load without quantization={form!r}")
         return self.by_row()
 
     def by_row(self) -> Weights:
@@ -93,8 +100,10 @@ def _by_column(matrix: torch.Tensor) -> torch.Tensor:
     return matrix.t().contiguous().t()
 
 
-def _quantised(reader: TensorReader, parts: Sequence[str], axis: int, group: Group, upload: Upload) -> Quantised:
-    """Quantise matrices of one width, stacked, to float8 on the device; of each this rank's rows or columns.
+def _quantised(
+    reader: TensorReader, parts: Sequence[str], axis: int, group: Group, upload: Upload, form: str
+) -> Quantised:
+    """Quantise matrices of one width, stacked, on the device; of each this rank's rows or columns.
 
     The checkpoint's own values are quantised, a few rows at a time. A scale is that of the whole row, whichever columns
     a rank keeps, so that the codes do not depend on the number of ranks.
@@ -106,14 +115,14 @@ def _quantised(reader: TensorReader, parts: Sequence[str], axis: int, group: Gro
     mine = [group.share(height) if axis == 0 else (0, height) for height in heights]
     columns = slice(*(group.share(width) if axis == 1 else (0, width)))
     n_rows, device = sum(stop - start for start, stop in mine), upload.device
-    codes = torch.empty(n_rows, columns.stop - columns.start, dtype=torch.float8_e4m3fn, device=device)
+    codes = torch.empty(n_rows, columns.stop - columns.start, dtype=FORMATS[form], device=device)
     scale = torch.empty(n_rows, dtype=torch.float32, device=device)
     at, most = 0, max(1, AT_ONCE // width)
     for part, (start, stop) in zip(parts, mine, strict=True):
         for first in range(start, stop, most):
             rows = upload.new(reader.rows(part, first, min(first + most, stop)))
             end = at + len(rows)
-            whole, scale[at:end] = quantize(rows)
+            whole, scale[at:end] = quantize(rows, form)
             codes[at:end] = whole[:, columns]
             at = end
     _check_finite(reader, parts, mine, scale)
@@ -146,15 +155,15 @@ def load_weights(
     dtype: torch.dtype,
     group: Group = ALONE,
     *,
-    quantised: bool = False,
+    quantization: str | None = None,
     by_column: bool = False,
     adapter: Path | None = None,
 ) -> Weights:
     """Read and check every tensor of a folder or GGUF file, fused and cast, on ``device``.
 
-    With ``quantised``, matrices become float8 codes with a scale per row as they are read, so that memory holds the
-    result and one tensor at most. The embedding, of which a step reads few rows, and vectors keep ``dtype``. A tied
-    head becomes a separate matrix, since every step reads all of it.
+    With ``quantization``, matrices become float8 or int8 codes with a scale per row as they are read, so that memory
+    holds the result and one tensor at most. The embedding, of which a step reads few rows, and vectors keep ``dtype``.
+    A tied head becomes a separate matrix, since every step reads all of it.
 
     With ``by_column``, plain matrices are stored by columns, which torch's products on a CPU are faster with; a tied
     head is not. Kernels do not take them.
@@ -172,7 +181,7 @@ def load_weights(
         names = resolve(reader, spec)
         if adapter is not None:
             reader = AdaptedReader(reader, adapter, stack)
-        return assemble(reader, names, spec, device, dtype, group, quantised=quantised, by_column=by_column)
+        return assemble(reader, names, spec, device, dtype, group, quantization=quantization, by_column=by_column)
 
 
 def assemble(
@@ -183,7 +192,7 @@ def assemble(
     dtype: torch.dtype,
     group: Group = ALONE,
     *,
-    quantised: bool = False,
+    quantization: str | None = None,
     by_column: bool = False,
     into: Weights | None = None,
 ) -> Weights:
@@ -195,8 +204,8 @@ def assemble(
         return _fused([reader.read(part, axis, group) for part in parts], upload, dtype)
 
     def matrix(*parts: str, axis: int) -> Matrix:
-        if quantised:
-            return _quantised(reader, parts, axis, group, upload)
+        if quantization is not None:
+            return _quantised(reader, parts, axis, group, upload, quantization)
         return _by_column(take(*parts, axis=axis)) if by_column else take(*parts, axis=axis)
 
     def layer(index: int) -> LayerWeights:
@@ -217,7 +226,7 @@ def assemble(
     if group.size > 1:  # a row of zeros, for ids of other ranks
         embedding = F.pad(embedding, (0, 0, 0, 1))
         tied = embedding[:-1]
-    tied_head = spec.tied_head and not quantised
+    tied_head = spec.tied_head and quantization is None
     return Weights(
         embedding=_placed(embedding, into and into.embedding),
         layers=tuple(_placed(layer(i), into and into.layers[i]) for i in range(spec.n_layers)),

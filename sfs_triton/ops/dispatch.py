@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -14,12 +15,15 @@ from typing import Any
 import torch
 
 from ..distributed import Vocabulary
-from ..errors import ArgumentError, BackendError, MissingDependencyError, check_choice
+from ..errors import ArgumentError, BackendError, MissingDependencyError, check_choice, require
 from .torch import blocks, sharded
 from .torch.confidence import Choice, Draw, filter_logits
 from .torch.fused_linear import product
-from .torch.linear import Matrix, Quantised, quantize
+from .torch.int8 import int8_speed
+from .torch.linear import FORMATS, Matrix, Quantised, quantize
 from .torch.rope_cache import rope_tables
+
+logger = logging.getLogger("sfs_triton")
 
 BACKENDS = ("torch", "triton")
 
@@ -198,6 +202,24 @@ def check_kernels(device: torch.device) -> None:
         raise BackendError(f"Triton's kernels cannot run on device {str(device)!r}: {reason}") from error
 
 
+def check_int8(device: torch.device, backend: str | None) -> None:
+    """Raise unless int8 weights can be multiplied on ``device``.
+
+    Raises:
+        ArgumentError: it is no CPU, or the back end is not torch.
+        BackendError: this CPU's products are not exact.
+    """
+    on_cpu = device.type == "cpu" and backend != "triton"
+    require(
+        on_cpu, f"quantization='int8' is for backend 'torch' on a CPU, not {backend or 'torch'!r} on {str(device)!r}"
+    )
+    speed = int8_speed()
+    if speed is None:
+        raise BackendError("quantization='int8' needs a CPU with exact products of int8: AVX-512 VNNI, AVX-VNNI or AMX")
+    if speed < 1:
+        logger.warning("products in int8 take %.1f times as long as in float32 on this CPU", 1 / speed)
+
+
 def _publish_on_gpu(*arguments: object) -> None:
     from ..kernels.publish import publish
 
@@ -221,10 +243,12 @@ def _module(backend: str, device: torch.device):
 __all__ = [
     "Choice",
     "Draw",
+    "FORMATS",
     "Matrix",
     "Ops",
     "Quantised",
     "check_backend",
+    "check_int8",
     "check_kernels",
     "operations",
     "quantize",

@@ -81,13 +81,13 @@ def test_an_adapter_beside_its_base(checkpoint):
     assert sfs_triton.load(checkpoint, "cpu", adapter=checkpoint).generate([1, 2], gen_length=4).nfe > 0
 
 
-@pytest.mark.parametrize("quantised", [False, True])
+@pytest.mark.parametrize("quantised", [None, "fp8"])
 @pytest.mark.parametrize("rank", [0, 1])
 def test_ranks_merge_their_parts(checkpoint, tmp_path, engines, rank, quantised):
     added, spec = write(tmp_path / "adapter"), engines["llada-mha"].spec
     how = (spec, torch.device("cpu"), torch.float32, Rank(rank))
-    mine = load_weights(checkpoint, *how, quantised=quantised, adapter=tmp_path / "adapter")
-    theirs = load_weights(merged(checkpoint, added, 2.0), *how, quantised=quantised)
+    mine = load_weights(checkpoint, *how, quantization=quantised, adapter=tmp_path / "adapter")
+    theirs = load_weights(merged(checkpoint, added, 2.0), *how, quantization=quantised)
     for got, wanted in zip(mine.layers, theirs.layers, strict=True):
         for part in ("qkv", "out", "gate_up", "down"):
             x, y = getattr(got, part), getattr(wanted, part)

@@ -121,7 +121,7 @@ def test_a_tied_head_becomes_a_matrix_of_its_own(tied):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_ranks_have_parts_of_the_codes_of_one_process(fp8, rank):
     folder = GOLDEN / "models" / ("dream-gqa" if fp8.spec.shifted else "llada-gqa")
-    mine = load_weights(folder, fp8.spec, CPU, torch.float32, Rank(rank), quantised=True)
+    mine = load_weights(folder, fp8.spec, CPU, torch.float32, Rank(rank), quantization="fp8")
     whole, spec = fp8.model.weights, fp8.spec
     for got, all_ in zip(mine.layers, whole.layers, strict=True):
         for name, parts in {
@@ -158,7 +158,7 @@ def test_no_more_is_in_memory_than_the_result_and_one_tensor(monkeypatch, checkp
                 return live.note(found)
 
             monkeypatch.setattr(module.TensorReader, name, noted)
-        made = load_weights(checkpoint, spec, CPU, torch.float32, quantised=True)
+        made = load_weights(checkpoint, spec, CPU, torch.float32, quantization="fp8")
     size = bench_quantised.weight_bytes(made)
     shapes = {name: x.shape for name, x in matrices(made).items()}
     kept = spec.vocab_size * spec.d_model * 4 + (2 * spec.n_layers + 1) * spec.d_model * 4
@@ -193,7 +193,7 @@ def test_integer_matrices_are_refused(checkpoint):
         sfs_triton.load(checkpoint, "cpu", quantization="fp8")
 
 
-@pytest.mark.parametrize("quantization", ["int8", "", "FP8", True, torch.float8_e4m3fn])
+@pytest.mark.parametrize("quantization", ["int4", "", "FP8", True, torch.float8_e4m3fn])
 def test_unknown_quantizations_are_refused_before_anything_is_read(quantization):
     with pytest.raises(ArgumentError, match="quantization=.* is not one of"):
         sfs_triton.load("/nowhere", "cpu", quantization=quantization)

@@ -95,9 +95,10 @@ def _max(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the largest logit of each row, NaN if there is one, and its index, the lowest of equals: ``[T, 1]``."""
     if logits.device.type != "cpu":
         return logits.max(-1, keepdim=True)
-    # with an index, torch's takes ten times as long as NumPy's: it has no vector code for it
-    index = torch.from_numpy(logits.numpy().argmax(-1, keepdims=True))
-    return logits.gather(-1, index), index
+    # on a CPU, torch has vector code for the values alone: three such passes take less than half of one with indices
+    largest, last = logits.amax(-1, keepdim=True), logits.shape[-1] - 1
+    index = torch.arange(last + 1, dtype=torch.int32, device=logits.device)
+    return largest, torch.where(logits == largest, index, last).amin(-1, keepdim=True).long()
 
 
 def _score(logits: torch.Tensor, token: torch.Tensor, metric: str) -> torch.Tensor:

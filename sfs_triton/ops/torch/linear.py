@@ -1,4 +1,4 @@
-"""Linear layer with float8 weights in plain torch, and the quantisation of such weights."""
+"""Linear layer with weights in 8 bits in plain torch, and the quantisation of such weights."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ import torch
 import torch.nn.functional as F
 
 from . import blocks
+from .int8 import LARGEST, int8_linear
 
-_LARGEST = torch.finfo(torch.float8_e4m3fn).max
+FORMATS = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}  # of codes; the kernels have fp8 only
 
 
 @dataclass(frozen=True, slots=True)
 class Quantised:
     """A matrix ``[N, K]`` in 8 bits an element: near ``codes * scale[:, None]``. Sliced by rows, without a copy."""
 
-    codes: torch.Tensor  # [N, K], float8_e4m3fn
+    codes: torch.Tensor  # [N, K], float8_e4m3fn or, on a CPU, int8
     scale: torch.Tensor  # [N], float32
 
     def __getitem__(self, rows: slice) -> Quantised:
@@ -34,12 +35,13 @@ class Quantised:
 Matrix = torch.Tensor | Quantised
 
 
-def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Float8 e4m3 codes and a float32 scale for each row of ``weight [N, K]``: it is near ``codes * scale[:, None]``.
+def quantize(weight: torch.Tensor, form: str = "fp8") -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes and a float32 scale for each row of ``weight [N, K]``: it is near ``codes * scale[:, None]``.
 
-    A row's largest magnitude becomes 448, the largest code; zeros only: scale 1. Rounding is to the nearest, ties to
-    even, so an element is off by at most ``max(|w| / 16, scale / 1024)``. A row with NaN or infinities (in float32) has
-    no such codes: its scale is not finite, and the caller checks that.
+    A row's largest magnitude becomes the largest code, 448 in float8 (e4m3) and 127 in int8; zeros only: scale 1.
+    Rounding is to the nearest, ties to even, so an element is off by at most ``max(|w| / 16, scale / 1024)`` in float8
+    and by ``scale / 2`` in int8. A row with NaN or infinities (in float32) has no such codes: its scale is not finite,
+    and the caller checks that.
 
     Raises:
         ValueError: not a float matrix.
@@ -49,16 +51,21 @@ def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     wide = weight.float()
     largest = wide.abs().amax(1) if wide.shape[1] else wide.new_zeros(wide.shape[0])
     # rows close to zero: a scale that is not subnormal keeps the quotients finite
-    scale = torch.where(largest == 0, 1.0, (largest / _LARGEST).clamp(min=torch.finfo(torch.float32).tiny))
-    return (wide / scale[:, None]).to(torch.float8_e4m3fn), scale
+    most = LARGEST if form == "int8" else torch.finfo(FORMATS[form]).max
+    scale = torch.where(largest == 0, 1.0, (largest / most).clamp(min=torch.finfo(torch.float32).tiny))
+    codes = wide / scale[:, None]
+    return (codes.round_() if form == "int8" else codes).to(FORMATS[form]), scale
 
 
 def linear(
     x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, *, residual: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """``x @ (weight * scale[:, None])^T``, plus ``residual`` if given. Weights are converted to ``x``'s dtype first."""
+    """``x @ (weight * scale[:, None])^T``, plus ``residual`` if given. Weights are converted to ``x``'s dtype first;
+    of int8 weights the codes are multiplied, with ``x`` rounded to int8."""
     n_out, n_in = weight.shape
-    if n_out * n_in <= blocks.WEIGHTS:
+    if weight.dtype == torch.int8:
+        out = int8_linear(x, weight, scale)
+    elif n_out * n_in <= blocks.WEIGHTS:
         out = F.linear(x, dequantise(weight, scale, x.dtype))
     else:
         out = x.new_empty(*x.shape[:-1], n_out)

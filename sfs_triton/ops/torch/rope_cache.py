@@ -53,14 +53,19 @@ def rope_cache(
         _turn(k, cos, sin)
     if k_cache is None:
         return q, k, v
-    batch = k.shape[0]
-    row = (torch.arange(batch, device=k.device) if cache_row is None else cache_row)[:, None]
-    turned = torch.cat(_turned(k, cos, sin), -1).to(k.dtype)
-    if position.dim() == 1:
-        k_cache[row, position], v_cache[row, position] = turned, v
+    pairs = (k_cache, torch.cat(_turned(k, cos, sin), -1).to(k.dtype)), (v_cache, v)
+    if position.dim() == 1 and cache_row is None:
+        for cache, fresh in pairs:
+            cache[: k.shape[0]].index_copy_(1, position, fresh)
+    elif position.dim() == 1:
+        for cache, fresh in pairs:
+            cache[cache_row[:, None], position] = fresh
     elif v.numel():
-        _store_live(((k_cache, turned), (v_cache, v)), row, position)
+        _store_live(pairs, position, cache_row)
     return q, k_cache, v_cache
+
+
+Pairs = tuple[tuple[torch.Tensor, torch.Tensor], ...]
 
 
 def _turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -80,10 +85,8 @@ def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
     low.copy_(turned)
 
 
-def _store_live(
-    pairs: tuple[tuple[torch.Tensor, torch.Tensor], ...], row: torch.Tensor, position: torch.Tensor
-) -> None:
-    """``cache[row, position] = fresh`` for each pair but for idle rows, without a host read of their number.
+def _store_live(pairs: Pairs, position: torch.Tensor, cache_row: torch.Tensor | None) -> None:
+    """``cache[cache_row, position] = fresh`` for each pair but for idle rows, without a host read of their number.
 
     An idle row repeats what the first live row of its batch row stores. In a batch row without any, position 0 is
     rewritten with its own values.
@@ -91,7 +94,13 @@ def _store_live(
     live = position >= 0
     each, itself = (torch.arange(size, device=position.device) for size in position.shape)
     source = torch.where(live, itself, live.byte().argmax(1, keepdim=True))
-    target = position.gather(1, source).clamp(min=0)
+    target = position.gather(1, source).clamp_(min=0).long()
     any_live = live.any(1)[:, None, None, None]
+    if cache_row is None and len(position) == 1:  # on a CPU a third of the time of an index of two tensors
+        for cache, fresh in pairs:
+            kept, taken = cache[0].index_select(0, target[0]), fresh[0].index_select(0, source[0])
+            cache[0].index_copy_(0, target[0], torch.where(any_live[0], taken, kept))
+        return
+    row = (each if cache_row is None else cache_row)[:, None]
     for cache, fresh in pairs:
         cache[row, target] = torch.where(any_live, fresh[each[:, None], source], cache[row, target])
