@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 from importlib.metadata import entry_points
@@ -29,9 +31,12 @@ from bench.eval import sandbox  # noqa: E402
 from sfs_triton import ArgumentError, FixedSteps, RegionCache, SlowFast, Threshold  # noqa: E402
 from sfs_triton.checkpoint import EMBEDDED  # noqa: E402
 from sfs_triton.cli import evaluate as command  # noqa: E402
-from sfs_triton.decoding.params import DecodingParams  # noqa: E402
+from sfs_triton.decoding.caching import POLICIES  # noqa: E402
+from sfs_triton.decoding.params import DecodingParams, cache_options, sampler_options  # noqa: E402
+from sfs_triton.decoding.samplers import SAMPLERS  # noqa: E402
 from sfs_triton.integrations.lm_eval import DiffusionLM, costs  # noqa: E402
 from sfs_triton.integrations.lm_eval import model as integration  # noqa: E402
+from sfs_triton.integrations.lm_eval.reference import REFERENCE  # noqa: E402
 from sfs_triton.integrations.lm_eval.settings import parse_gen_kwargs, parse_model_args  # noqa: E402
 from tests.support.paths import ROOT  # noqa: E402
 
@@ -83,7 +88,7 @@ BAD = {
     "unknown": ({"tua": 0.9}, "model_args: sampler 'slowfast' with cache 'none' has no option 'tua'; it has"),
     "other sampler's": ({"tau": 0.9}, "sampler 'slowfast' with cache 'none' has no option 'tau'"),
     "other cache's": ({"cache": "refresh", "capacity": 8}, "with cache 'refresh' has no option 'capacity'; it has"),
-    "vanilla has no steps": ({"sampler": "vanilla", "steps": 8}, "sampler 'vanilla' with cache 'none' has no option"),
+    "vanilla has no steps": ({"sampler": "vanilla", "steps": 8}, "has no option 'steps': here it is an option of"),
     "sampler": ({"sampler": "greedy"}, "sampler='greedy' is not one of"),
     "cache": ({"cache": "all"}, "cache='all' is not one of"),
     "preset": ({"preset": "quick"}, "preset='quick' is not one of"),
@@ -96,6 +101,30 @@ BAD = {
     "dtype": ({"dtype": "int8"}, "dtype='int8' is not one of"),
     "max batch": ({"max_batch_size": 4}, "max_batch_size=4 goes with batch_size=auto only"),
 }
+
+
+def test_arguments_of_published_scripts_name_what_to_use():
+    """LLaDA's own command, Dream's, Fast-dLLM's and SlowFast's; what is named exists here."""
+    scripts = (
+        "model_path=x,mask_id=126336,mc_num=128,is_check_greedy=True,cfg=0.5,steps=1024,gen_length=1024,"
+        "remasking=low_confidence,use_cache=True,dual_cache=True,threshold=0.9,factor=1.0,show_speed=True,save_dir=x,"
+        "max_new_tokens=256,diffusion_steps=256,alg=entropy,alg_temp=0.1,escape_until=True,nll_type=mc,log_type=ftb,"
+        "classifier_free_guidance=1.0,sampling_eps=0.001,prompt_interval_steps=25,gen_interval_steps=7,"
+        "cfg_interval_steps=1,transfer_ratio=0.25,is_feature_cache=True,is_cfg_cache=True,parallelize=False,"
+        "k_exploration_steps=6,cycle_len_confidence_threshold=0.3,high_confidence_threshold=0.9,"
+        "cycle_length_stability_window=2,cycle_length_stability_std_dev_threshold=1.0,max_sub_cycles_per_block=256"
+    )
+    known = {name for kind in SAMPLERS for name in sampler_options(kind)}
+    known |= {name for policy in POLICIES for name in cache_options(policy)}
+    known |= set(inspect.signature(DiffusionLM.__init__).parameters)
+    for name in (pair.partition("=")[0] for pair in scripts.split(",")):
+        with pytest.raises(ArgumentError, match=rf"^model_args: sampler 'slowfast' .* has no option '{name}': \w+ "):
+            DiffusionLM(**{name: 1})
+    for name, said in REFERENCE.items():
+        named = re.match(r"here it is (\w+)|leave it out: ", said)[1]
+        assert named is None or {"an": name}.get(named, named) in known, name
+        for kind, owner in re.findall(r"(sampler|cache)=(\w+)", said):
+            assert owner in (SAMPLERS if kind == "sampler" else POLICIES), name
 
 
 @pytest.mark.parametrize("case", BAD)
@@ -139,7 +168,9 @@ def test_gen_kwargs_of_a_request():
     ("given", "message"),
     [
         ({"num_beams": 4}, "task 'sums': num_beams=4"),
-        ({"gen_length": 8}, "task 'sums': sampler 'slowfast' has no option 'gen_length'; it has"),
+        ({"gen_length": 8}, "task 'sums': sampler 'slowfast' has no option 'gen_length': here it is max_gen_toks"),
+        ({"k_exploration_steps": 6}, "has no option 'k_exploration_steps': here it is k_max, an option of"),
+        ({"gen_len": 8}, "task 'sums': sampler 'slowfast' has no option 'gen_len'; it has"),
         ({"max_gen_toks": 0}, "task 'sums': max_gen_toks=0"),
         ({"max_gen_toks": "many"}, "task 'sums': gen_kwargs {'max_gen_toks': 'many'}: "),
         ({"do_sample": True, "temperature": "hot"}, "'temperature': 'hot'}: "),

@@ -90,11 +90,11 @@ class DiffusionLM(LM):
         **options: Any,
     ):
         super().__init__()
+        self._sampler, self._cache = parse_model_args(sampler, cache, options)
         require(
             pretrained is not None, "model_args: pretrained is missing: 'embedded', a checkpoint folder or a hub id"
         )
         require(max_batch_size is None, f"model_args: max_batch_size={max_batch_size!r} goes with batch_size=auto only")
-        self._sampler, self._cache = parse_model_args(sampler, cache, options)
         self._batch_size = integer("batch_size", batch_size, 1)
         self._gen_length = integer("max_gen_toks", max_gen_toks, 1)
         self._seed = integer("seed", seed, 0)

@@ -11,7 +11,6 @@ from ...decoding.caching import POLICIES, CachePolicy
 from ...decoding.params import (
     DecodingParams,
     cache_options,
-    check_options,
     check_pair,
     named,
     parse_cache,
@@ -22,6 +21,7 @@ from ...decoding.params import (
 )
 from ...decoding.samplers import SAMPLERS, Sampler
 from ...errors import ArgumentError, check_flag, check_integer, require
+from .reference import check_known
 
 
 def parse_model_args(sampler: str, cache: str, options: Mapping[str, Any]) -> tuple[Sampler, CachePolicy]:
@@ -34,7 +34,7 @@ def parse_model_args(sampler: str, cache: str, options: Mapping[str, Any]) -> tu
     kind, _ = named("model_args: sampler", sampler, SAMPLERS)
     policy, _ = named("model_args: cache", cache, POLICIES)
     of_sampler, of_cache = sampler_options(kind), cache_options(policy)
-    check_options(f"model_args: sampler {kind!r} with cache {policy!r}", options, of_sampler | of_cache)
+    check_known(f"model_args: sampler {kind!r} with cache {policy!r}", options, of_sampler | of_cache)
     parsed = (
         parse_sampler(sampler, **{name: value for name, value in options.items() if name in of_sampler}),
         parse_cache(cache, **{name: value for name, value in options.items() if name in of_cache}),
@@ -91,7 +91,7 @@ def parse_gen_kwargs(
         options["top_k"] = None if top_k is None or top_k <= 0 else int(top_k)
     try:
         kind = sampler_kind(sampler)
-        check_options(f"sampler {kind!r}", options, sampler_options(kind) - {"preset"})  # a preset sets all options
+        check_known(f"sampler {kind!r}", options, sampler_options(kind) - {"preset"})  # a preset sets all options
         params = DecodingParams(sampler=sampler.replace(**options), cache=cache, gen_length=gen_length)
     except ArgumentError as error:
         raise ArgumentError(f"task {task!r}: {error}") from None
