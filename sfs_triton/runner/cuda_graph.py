@@ -6,7 +6,7 @@ import functools
 import gc
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,6 +20,15 @@ if TYPE_CHECKING:
 # torch allows one capture at a time in a process. Steps that are launched one operation at a time hold it too: a
 # capture frees the workspaces of cuBLAS, which another thread may be about to use
 LAUNCHING = threading.RLock()
+
+
+@contextmanager
+def launching(device: str) -> Iterator[None]:
+    """Launch operations on a type of device while no graph is captured, and outside a caller's autocast: it would mix
+    dtypes in the caches, and a graph would keep it."""
+    exact = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    with LAUNCHING if device == "cuda" else nullcontext(), exact:
+        yield
 
 
 @contextmanager

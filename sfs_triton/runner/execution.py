@@ -12,7 +12,16 @@ from typing import NamedTuple, Protocol
 import torch
 
 from ..decoding.step_plan import Forward, StepOutput, StepPlan
-from ..errors import DeviceFault, MissingDependencyError, OutOfDeviceMemory, SfsError, check_flag, first_line, require
+from ..errors import (
+    BackendError,
+    DeviceFault,
+    MissingDependencyError,
+    OutOfDeviceMemory,
+    SfsError,
+    check_flag,
+    first_line,
+    require,
+)
 from ..kernels.control import Progress
 from ..kernels.errors import KernelError
 from ..models import Transformer
@@ -236,6 +245,15 @@ class ExecutionChoice:
         except DeviceFault as fault:
             self.fault = fault
             raise fault from error
+
+    def replace_failed(self, model: Transformer, execution: Execution, error: RuntimeError) -> None:
+        """Replace a pair that has failed, or raise: ``error`` is no failure of that, or nothing is below it."""
+        self.check(error)
+        hopeless = isinstance(error, SfsError) or is_lack_of_memory(error)
+        if hopeless or not self.fall_back(model, execution, error):
+            if isinstance(error, KernelError):
+                raise BackendError(str(error)) from error
+            raise error
 
     def fall_back(self, model: Transformer, execution: Execution, error: RuntimeError) -> bool:
         """Replace a pair that has failed by the one below it, for all generations; return False if there is none."""

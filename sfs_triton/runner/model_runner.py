@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 
 import numpy
 import torch
@@ -15,7 +14,7 @@ from ..decoding.step_plan import Forward, Positions, StepOutput, StepPlan
 from ..kernels.control import Progress
 from ..models.cache import Scope
 from ..models.transformer import Transformer
-from .cuda_graph import LAUNCHING
+from .cuda_graph import launching
 from .host_ring import HostRing
 from .state import DecodeState, send
 
@@ -242,10 +241,8 @@ class ModelRunner:
     @torch.inference_mode()
     def run(self, shapes: Sequence[Forward], *, pausing: bool, slow: bool) -> None:
         """Queue one step. ``pausing``: some slots may be paused. ``slow=False``: no sequence is in its slow stage."""
-        ops, state, device = self.model.ops, self.state, self.model.device.type
-        # a caller's autocast would mix dtypes in the caches, and a graph would keep it
-        exact = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
-        with LAUNCHING if device == "cuda" else nullcontext(), exact:
+        ops, state = self.model.ops, self.state
+        with launching(self.model.device.type):
             if pausing:  # paused sequences count as done for the length of this step
                 done = state.done.clone()
                 state.done.masked_fill_(self._paused, 1)

@@ -11,9 +11,8 @@ import torch
 from ..decoding.caching import BatchBounds
 from ..decoding.params import BatchKey
 from ..decoding.step_plan import StepOutput
-from ..errors import BackendError, OutOfDeviceMemory, SfsError
+from ..errors import OutOfDeviceMemory
 from ..kernels.control import Progress
-from ..kernels.errors import KernelError
 from ..models import Transformer
 from ..runner import ExecutionChoice, ModelRunner, Outputs
 from ..runner.faults import is_lack_of_memory
@@ -121,7 +120,7 @@ class PersistentBatch:
             try:
                 self._execution.capture_all(self._planner, self.runner)
             except RuntimeError as error:
-                self._fall_back(error)
+                self._choice.replace_failed(self.model, self._execution, error)
 
     def _start_planner(self) -> None:
         """Take the engine's present execution, and start a planner of the shapes that it needs."""
@@ -236,21 +235,12 @@ class PersistentBatch:
             try:
                 step = next(self._outputs, None)
             except RuntimeError as error:  # torch raises CUDA errors as this
-                self._fall_back(error)
+                self._choice.replace_failed(self.model, self._execution, error)
             else:
                 if step is None:
                     self._outputs = None
                 return step
             self._restart()  # the error is gone, and with it what its traceback holds of the runner
-
-    def _fall_back(self, error: RuntimeError) -> None:
-        """Have the engine replace what has failed; raise if it is no failure of that, or nothing is below it."""
-        self._choice.check(error)
-        hopeless = isinstance(error, SfsError) or is_lack_of_memory(error)
-        if hopeless or not self._choice.fall_back(self.model, self._execution, error):
-            if isinstance(error, KernelError):
-                raise BackendError(str(error)) from error
-            raise error
 
     def _restart(self) -> None:
         """Start all running sequences again, on the present model and execution."""
