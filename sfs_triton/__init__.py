@@ -5,6 +5,7 @@ print(engine.generate("15,44,79,50").text)
 """
 
 from .decoding.caching import DualCache, NoCache, PrefixCache, RefreshCache, RegionCache
+from .decoding.likelihood import Likelihood, LikelihoodParams
 from .decoding.samplers import (
     EntropyBound,
     FixedSteps,
@@ -47,6 +48,8 @@ __all__ = [
     "Frame",
     "Generation",
     "Hierarchy",
+    "Likelihood",
+    "LikelihoodParams",
     "LocalLeap",
     "LoopTimeout",
     "MissingDependencyError",

@@ -17,12 +17,15 @@ import torch
 
 from .checkpoint import find, open_checkpoint
 from .decoding.caching import CachePolicy
-from .decoding.params import DecodingParams, parse_sampler, refuse_unknown
+from .decoding.likelihood import Likelihood, LikelihoodParams
+from .decoding.params import SEEDS, DecodingParams, parse_sampler, refuse_unknown
 from .distributed import ALONE, Group, join, own_device
-from .errors import ArgumentError, check_choice, check_flag, first_line, require
+from .errors import ArgumentError, check_choice, check_flag, check_integer, first_line, require
 from .models import ModelSpec, Transformer, load_weights, update_weights
 from .ops.dispatch import FORMATS, check_int8, check_kernels, operations
 from .runner import ExecutionChoice, check_cuda_graphs
+from .runner.likelihood import LikelihoodRunner, Question
+from .runner.stream import working
 from .scheduling.handles import Pending, Stream
 from .scheduling.outputs import Frame, Generation
 from .scheduling.run import Run
@@ -356,6 +359,67 @@ class Engine:
             source = find("source", source)
         with model.group.together("updating the weights"):
             update_weights(model.weights, source, model.spec, model.group)
+
+    def likelihood(
+        self,
+        pairs: Sequence[tuple[str, str] | tuple[Sequence[int], Sequence[int]]],
+        params: LikelihoodParams | None = None,
+        *,
+        seed: int | Sequence[int] = 0,
+        batch_size: int = 32,
+        **fields: Any,
+    ) -> list[Likelihood]:
+        """Estimate the log-likelihood of each answer after its prompt. ``LikelihoodParams(...).forwards(n)`` is the
+        cost of an answer of ``n`` tokens.
+
+        Args:
+            pairs: a prompt and an answer each, both text, which is encoded as it is, or both token ids.
+            params: a :class:`LikelihoodParams`; default: LLaDA's Monte Carlo estimate from 128 copies.
+            seed: of the masks that are drawn; one number for all pairs, or one per pair.
+            batch_size: copies of canvases per forward.
+            fields: instead of ``params``, its fields: ``method`` (``"monte-carlo"``, ``"confidence"``), ``mc_num``,
+                ``mc_batch``, ``cfg_scale``, ``pad_eos``, ``check_greedy``.
+
+        Raises:
+            ArgumentError: names the argument and its value; or the pair, of which nothing was computed.
+            OutOfDeviceMemory: a forward of ``batch_size`` copies does not fit.
+            NumericalFault: the model produced NaN; names the pairs. ``finished`` has the results of the others.
+        """
+        require(params is None or not fields, f"params goes without {', '.join(map(repr, fields))}, fields of it")
+        params = LikelihoodParams(**fields) if params is None else params
+        require(isinstance(params, LikelihoodParams), f"params={params!r} is no LikelihoodParams")
+        check_integer("batch_size", batch_size)
+        require(isinstance(pairs, Sequence) and not isinstance(pairs, str), f"pairs={pairs!r} is no list of pairs")
+        seeds = list(seed) if isinstance(seed, Sequence) else [seed] * len(pairs)
+        require(len(seeds) == len(pairs), f"seed={seed!r} has {len(seeds)} entries for {len(pairs)} pairs")
+        listed = enumerate(zip(pairs, seeds, strict=True))
+        questions = [self._question(index, pair, each, params) for index, (pair, each) in listed]
+        with self.model.group.generation(lambda: repr([questions, params, batch_size])):
+            while True:
+                model, execution = self._execution.now()
+                try:
+                    with working(model.device, wait=True):
+                        return LikelihoodRunner(model, questions, params, batch_size).run()
+                except RuntimeError as error:
+                    self._execution.replace_failed(model, execution, error)
+
+    def _question(self, index: int, pair: tuple[Any, Any], seed: int, params: LikelihoodParams) -> Question:
+        """Return a prompt and its answer as checked token ids."""
+        check_integer("seed", seed, 0, SEEDS - 1)
+        fine = isinstance(pair, Sequence) and not isinstance(pair, str) and len(pair) == 2
+        require(fine, f"pair {index} is {pair!r}, not a prompt and an answer")
+        texts = [isinstance(part, str) for part in pair]
+        require(texts[0] == texts[1], f"pair {index} is {pair!r}: both parts must be text, or both token ids")
+        if all(texts):
+            pair = self.codec(f"pair {index} is text, not token ids: it").encode_pair(*pair)
+        prompt, answer = (part.tolist() if isinstance(part, torch.Tensor) else list(part) for part in pair)
+        require(bool(answer), f"pair {index} has an empty answer")
+        # in a model with shifted logits, the first position is predicted from no other
+        require(bool(prompt) or not self.spec.shifted, f"pair {index} has an empty prompt, which this model needs")
+        ids = self.encode([*prompt, *answer], False, index)
+        self.check_no_mask(f"pair {index}", ids)
+        self.check_length(index, len(prompt), len(answer) + params.pad_eos)
+        return Question(ids[: len(prompt)], ids[len(prompt) :], seed)
 
     def sequences(
         self,

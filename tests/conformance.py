@@ -10,6 +10,7 @@ A correct result, by kind of record (``golden/README.md`` has the reasons):
 * a batch: ``batch1_rows``, the rows run one by one, since the references mix up the rows of a batch;
 * a record of a newer sampler: its tokens, the step that committed each, and the number of forwards; with an early
   stop only up to the step that commits the first end-of-text, since here nothing after it is computed;
+* a likelihood of a given answer: its value, and the masks drawn for it or the verdict on greedy decoding;
 * an ``error`` record, which the reference cannot take: a finished canvas, or an error that names the argument;
 * dLLM-Cache with a refresh ratio above 0 is numerically ill-posed (which rows are refreshed is decided by rounding):
   the canvas must be finished, at an NFE within the bounds of the sampler.
@@ -54,8 +55,10 @@ from sfs_triton import (  # noqa: E402
     Threshold,
 )
 from sfs_triton.ops.dispatch import check_backend  # noqa: E402
+from sfs_triton.runner.likelihood import draw_masks  # noqa: E402
 
 MARGIN = 1e-5  # traced decisions closer than this to a tie may fall either way under another order of summation
+LIKELIHOOD = 2e-5  # relative change of a stable likelihood when the model runs in float64
 ROUNDINGS = 64  # logits of a small model may differ by so many units of rounding of the largest; 4 to 20 were seen
 
 
@@ -262,6 +265,7 @@ METHODS: dict[str, Callable[[dict], Setup | None]] = {
     "vanilla_llada+dllm_cache": _with_refresh(_llada_vanilla),
     "vanilla_dream+dllm_cache": _with_refresh(_dream_vanilla),
 }
+LIKELIHOODS = ("get_log_likelihood", "illada_confidence")  # of given answers: nothing is decoded
 
 
 def recorded_margin(case: dict) -> float:
@@ -379,6 +383,26 @@ def check(engine: sfs_triton.Engine, case: dict, setup: Setup) -> str | None:
     return wrong
 
 
+def check_likelihood(engine: sfs_triton.Engine, case: dict) -> str | None:
+    """Compare a recorded likelihood, and the masks that were drawn for it or the verdict on greedy decoding."""
+    s, (prompt,), answer = case["settings"], case["prompt"], case["answer"]
+    if case["method"] == "get_log_likelihood":
+        how = {"mc_num": s["mc_num"], "mc_batch": s["batch_size"], "cfg_scale": s.get("cfg_scale", 0.0)}
+        drawn = list(draw_masks(len(answer), s["mc_num"], s["batch_size"], s["torch_seed"]))
+        recorded = [[p for p, bit in enumerate(row) if bit == "1"] for b in case["batches"] for row in b["masks"]]
+        if drawn != recorded:
+            return f"{sum(a != b for a, b in zip(drawn, recorded, strict=True))} sets of masks differ"
+    else:
+        how = {"method": "confidence", "cfg_scale": s.get("cfg", 0.0), "pad_eos": s.get("padd_eos", False)}
+        how["check_greedy"] = True
+    (found,) = engine.likelihood([(prompt, answer)], seed=s.get("torch_seed", 0), batch_size=16, **how)
+    if not case["stable"]:
+        return None
+    if abs(found.value - case["value"]) > LIKELIHOOD * max(1.0, abs(case["value"])):
+        return f"likelihood {found.value}, recorded {case['value']}"
+    return None if found.greedy == case.get("greedy") else f"greedy is {found.greedy}"
+
+
 def check_logits(engine: sfs_triton.Engine, path: Path) -> Iterator[str | None]:
     """Compare raw logits of each recorded input, to the rounding of values of their size."""
     recorded = load_file(path)
@@ -444,6 +468,9 @@ def run(
     for path in sorted((folder / "cases").glob(f"{models}.*.jsonl")):
         model, family = path.name.removesuffix(".jsonl").split(".", 1)
         for case in choose([json.loads(line) for line in path.read_text().splitlines()]):
+            if case["method"] in LIKELIHOODS:
+                note(family, case["id"], check_likelihood(engines[model], case))
+                continue
             if case["method"] not in METHODS:
                 note(f"{family}/unknown", case["id"], f"method={case['method']!r} is not known")
                 continue

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from ..distributed import ALONE, Group, Vocabulary
 from ..ops.dispatch import Choice, Draw, Matrix, Ops, operations, rope_tables
+from ..ops.torch import blocks
 from ..ops.torch.fused_linear import Heads, rotated_heads
 from ..ops.torch.norm import rms_norm
 from .cache import FeatureCache, Features, KVCache, Scope
@@ -66,6 +67,15 @@ class Transformer:
         The bits are equal on all ranks, since all merge the same numbers, so ranks never decide differently.
         """
         return self.ops.choose(hidden, self.weights.head, draw, vocabulary=self._vocabulary, **options)
+
+    def cross_entropy(self, hidden: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """Compute ``-log_softmax(head(hidden))`` at ``tokens [T]``, float32 ``[T]``, for rows of normalised hidden
+        states ``[T, d]``. Logits are made in blocks, so few are in memory at a time."""
+
+        def losses(at: slice) -> tuple[torch.Tensor]:
+            return (F.cross_entropy(self.head(hidden[at]).float(), tokens[at], reduction="none"),)
+
+        return blocks.by_rows(losses, hidden.shape[0], self.spec.vocab_size, blocks.LOGITS)[0]
 
     def forward(
         self,

@@ -104,6 +104,15 @@ class TextCodec:
         with _refusing(ArgumentError, f"the checkpoint's tokenizer fails on text={text!r}"):
             return self.tokenizer.encode(text, add_special_tokens=False).ids
 
+    def encode_pair(self, prompt: str, answer: str) -> tuple[list[int], list[int]]:
+        """Encode a prompt and its answer as one text, whose tokens behind the prompt's number are the answer's.
+
+        Space at the end of the prompt goes to the answer: tokens hold the space before a word, not after.
+        """
+        stripped = prompt.rstrip()
+        before = self.encode(stripped)
+        return before, self.encode(prompt + answer)[len(before) :]
+
     def decode(self, ids: Sequence[int]) -> str:
         """Decode token ids to text, without special tokens."""
         return self._decode(list(ids), skip_special_tokens=True)

@@ -91,6 +91,8 @@ def test_exports_are_pinned():
         "Frame",
         "Generation",
         "Hierarchy",
+        "Likelihood",
+        "LikelihoodParams",
         "LocalLeap",
         "LoopTimeout",
         "MissingDependencyError",
