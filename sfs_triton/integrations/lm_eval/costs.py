@@ -7,12 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from ...scheduling.outputs import Generation
-
 
 @dataclass(slots=True)
 class TaskCost:
-    """Costs of one task's requests. ``seconds`` is the time in ``generate`` of one rank."""
+    """Costs of one task's requests. ``seconds`` is the time in ``generate`` of one rank, or of its likelihoods, whose
+    ``nfe`` are forwards of one canvas."""
 
     requests: int = 0
     tokens: int = 0
@@ -29,13 +28,8 @@ class EvaluationCosts:
     own: dict[str, TaskCost] = field(default_factory=lambda: defaultdict(TaskCost))
     gathered: list[dict[str, TaskCost]] | None = None
 
-    def add(self, task: str, batch: Sequence[Generation], truncated: int) -> None:
-        cost = self.own[task]
-        cost.requests += len(batch)
-        cost.tokens += sum(len(done.tokens) for done in batch)
-        cost.nfe += sum(done.nfe for done in batch)
-        cost.seconds += batch[0].seconds
-        cost.truncated += truncated
+    def add(self, task: str, cost: TaskCost) -> None:
+        self.own[task] = _total({"before": self.own[task], "now": cost})
 
     def summary(self) -> dict[str, dict[str, Any]]:
         """Return figures per task, and their totals under ``"all"``, summed over the ranks.

@@ -1,13 +1,17 @@
-"""The lm-eval model ``sfs_triton``: requests are checked and encoded, then decoded in batches."""
+"""The lm-eval model ``sfs_triton``: requests are checked and encoded, then decoded, or their likelihoods estimated."""
 
 from __future__ import annotations
 
+import logging
+import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import torch
 
+from ...decoding.likelihood import LikelihoodParams
 from ...decoding.params import cache_to_dict, sampler_to_dict
 from ...engine import Engine, load
 from ...errors import MissingDependencyError, SfsError, require
@@ -22,29 +26,33 @@ try:
     from lm_eval.api.registry import register_model
     from tqdm import tqdm
 
-    from .settings import GenKwargs, flag, integer, parse_gen_kwargs, parse_model_args
+    from .settings import GenKwargs, flag, integer, parse_gen_kwargs, parse_likelihood, parse_model_args
 except ImportError as error:
     raise MissingDependencyError(f'this needs lm-eval ({error}): pip install "sfs_triton[eval]"') from error
 
-from .costs import ALL_COSTS, EvaluationCosts
+from .costs import ALL_COSTS, EvaluationCosts, TaskCost
 from .ranks import Ranks, TPGroup
+
+logger = logging.getLogger("lm_eval")  # whose command line shows what is logged there
 
 DEFAULT_DEVICE = "cuda:0"  # lm-eval's default device
 
 
 class LikelihoodError(SfsError, NotImplementedError):
-    """A task requests log-likelihoods."""
+    """A task requests log-likelihoods that are not opted in to, or that there are none of."""
 
 
 class EncodedRequest(NamedTuple):
-    """One checked and encoded request; ``index``: of its answer."""
+    """One checked and encoded request; ``index``: of its result. ``gen`` is None where the likelihood of ``answer`` is
+    asked for."""
 
     index: int
     request: Instance
     ids: list[int]
-    gen: GenKwargs
+    gen: GenKwargs | None
     seed: int
     truncated: bool
+    answer: Sequence[int] = ()
 
 
 @register_model("sfs_triton")
@@ -60,6 +68,10 @@ class DiffusionLM(LM):
         seed: random seed, for temperatures above 0. A request's own is derived from it, its document and its repeat.
         truncation: drop the start of prompts that are too long; otherwise they are an error.
         add_bos_token: prepend the checkpoint's begin-of-text token to prompts without it.
+        likelihood: estimate log-likelihoods, which are refused otherwise, by this ``method`` of
+            :class:`sfs_triton.LikelihoodParams`: ``"monte-carlo"`` or ``"confidence"``.
+        mc_num, mc_batch, pad_eos, check_greedy: further fields of it; ``check_greedy`` is True here. Its guidance is
+            the sampler's ``cfg_scale``.
         device, dtype, backend, cuda_graphs, quantization, mask_token_id, max_length, adapter: as for
             :func:`sfs_triton.load`.
         tensor_parallel: number of neighbouring ``torchrun`` processes that share a model and count as one process.
@@ -78,6 +90,11 @@ class DiffusionLM(LM):
         seed: int = 0,
         truncation: bool = False,
         add_bos_token: bool = False,
+        likelihood: str | None = None,
+        mc_num: int | str | None = None,
+        mc_batch: int | str | None = None,
+        pad_eos: bool | None = None,
+        check_greedy: bool | None = None,
         device: str | None = None,
         dtype: str | None = None,
         backend: str | None = None,
@@ -99,6 +116,8 @@ class DiffusionLM(LM):
         self._gen_length = integer("max_gen_toks", max_gen_toks, 1)
         self._seed = integer("seed", seed, 0)
         self._truncation = flag("truncation", truncation)
+        given = {"mc_num": mc_num, "mc_batch": mc_batch, "pad_eos": pad_eos, "check_greedy": check_greedy}
+        self._likelihood = parse_likelihood(likelihood, given, self._sampler.cfg_scale)
         self._tp = TPGroup(integer("tensor_parallel", tensor_parallel, 1), device)
         self._ranks = Ranks(self._tp.group.size)
         self._rank, self._world_size = self._ranks.rank, self._ranks.size
@@ -120,6 +139,7 @@ class DiffusionLM(LM):
         self._bos = _begin_of_text(codec, self._name) if flag("add_bos_token", add_bos_token) else []
         self._special = codec.special_ids()
         self._settings = {"sampler": sampler_to_dict(self._sampler), "cache": cache_to_dict(self._cache)}
+        self._settings["likelihood"] = None if self._likelihood is None else asdict(self._likelihood)
         self.costs = EvaluationCosts()
         ALL_COSTS.append(self.costs)
 
@@ -149,7 +169,8 @@ class DiffusionLM(LM):
             for batch in self._batches(encoded):
                 ids, seeds = [one.ids for one in batch], [one.seed for one in batch]
                 done = self._tp.generate(self.engine, ids, batch[0].gen.params, seeds)
-                self.costs.add(batch[0].request.task_name, done, sum(one.truncated for one in batch))
+                tokens, nfe = sum(len(each.tokens) for each in done), sum(each.nfe for each in done)
+                self._count(batch, tokens, nfe, done[0].seconds)
                 for one, generation in zip(batch, done, strict=True):
                     answers[one.index] = self._cut(generation, one.gen.until)
                     self.cache_hook.add_partial("generate_until", one.request.args, answers[one.index])
@@ -159,10 +180,10 @@ class DiffusionLM(LM):
         return answers
 
     def _encode_all(self, requests: Sequence[Instance]) -> tuple[list[EncodedRequest], dict[int, int]]:
-        """Check and encode all requests before the first is decoded.
+        """Check and encode all requests before the first is computed.
 
         Some ranks get their last request again, so that all ranks have equally many. Returned second: the indices of
-        such repeats, and the index of each one's answer; they are neither decoded nor counted twice.
+        such repeats, and the index of each one's answer; they are neither computed nor counted twice.
         """
         encoded: list[EncodedRequest] = []
         seen: Counter[int] = Counter()
@@ -175,26 +196,40 @@ class DiffusionLM(LM):
                 repeated[index] = first[id(request)]
                 continue
             first.setdefault(id(request), index)
-            context, given = request.args
-            gen = parse_gen_kwargs(request.task_name, given, self._sampler, self._cache, self._gen_length)
-            ids, truncated = self._encode(request, context, gen.params.gen_length)
             seed = self._seed + (request.doc_id or 0) * repeats + repeat
-            encoded.append(EncodedRequest(index, request, ids, gen, seed, truncated))
+            encode = self._encode_answer if request.request_type == "loglikelihood" else self._encode_open
+            encoded.append(encode(index, request, seed))
         return encoded, repeated
 
-    def _encode(self, request: Instance, context: str, length: int) -> tuple[list[int], bool]:
+    def _encode_open(self, index: int, request: Instance, seed: int) -> EncodedRequest:
+        """Encode a request for a response."""
+        context, given = request.args
+        gen = parse_gen_kwargs(request.task_name, given, self._sampler, self._cache, self._gen_length)
+        length, ids = gen.params.gen_length, self.engine.text.encode(context)
+        ids, truncated = self._fit(_name_of(request), ids, length, f"max_gen_toks={length}")
+        return EncodedRequest(index, request, ids, gen, seed, truncated)
+
+    def _encode_answer(self, index: int, request: Instance, seed: int) -> EncodedRequest:
+        """Encode a request for the likelihood of an answer. The answers of a document share their random draws."""
+        name, (ids, answer) = _name_of(request), self.engine.text.encode_pair(*request.args)
+        require(bool(answer), f"{name}: the answer {request.args[1]!r} has no tokens")
+        length = len(answer) + self._likelihood.pad_eos
+        ids, truncated = self._fit(name, ids, length, f"an answer of {length} tokens")
+        self.engine.check_no_mask(name, [*ids, *answer])
+        return EncodedRequest(index, request, ids, None, seed, truncated, answer)
+
+    def _fit(self, name: str, ids: list[int], length: int, what: str) -> tuple[list[int], bool]:
         """Return the token ids of a prompt that leaves ``length`` positions free, and whether it was truncated."""
-        ids, task = self.engine.text.encode(context), f"task {request.task_name!r}, document {request.doc_id}"
         if ids[: len(self._bos)] != self._bos:
             ids = self._bos + ids
         limit = self.engine.spec.max_length - length
-        require(limit > 0, f"{task}: max_gen_toks={length}, but the model has {self.engine.spec.max_length} positions")
-        require(bool(ids), f"{task}: the prompt is empty, set add_bos_token=True")
+        require(limit > 0, f"{name}: {what}, but the model has {self.engine.spec.max_length} positions")
+        require(bool(ids), f"{name}: the prompt is empty, set add_bos_token=True")
         if len(ids) <= limit:
             return ids, False
         require(
             self._truncation,
-            f"{task}: the prompt has {len(ids)} tokens; with max_gen_toks={length} the model has room for {limit}. "
+            f"{name}: the prompt has {len(ids)} tokens; with {what} the model has room for {limit}. "
             "Use fewer shots, fewer positions, or truncation=True, which drops the start of the prompt",
         )
         return self._bos + ids[len(ids) - limit + len(self._bos) :], True
@@ -205,7 +240,7 @@ class DiffusionLM(LM):
         for one in encoded:
             alike[one.request.task_name, one.gen].append(one)
         for group in alike.values():
-            group.sort(key=lambda one: -len(one.ids))
+            group.sort(key=lambda one: -len(one.ids) - len(one.answer))
             for at in range(0, len(group), self._batch_size):
                 yield group[at : at + self._batch_size]
 
@@ -217,13 +252,51 @@ class DiffusionLM(LM):
             text = self.engine.text.decode(done.tokens[:end])
         return text[: min((at for at in map(text.find, until) if at >= 0), default=len(text))]
 
+    def _count(self, batch: Sequence[EncodedRequest], tokens: int, nfe: int, seconds: float) -> None:
+        truncated = sum(one.truncated for one in batch)
+        self.costs.add(batch[0].request.task_name, TaskCost(len(batch), tokens, nfe, seconds, truncated))
+
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """Raise LikelihoodError: a masked-diffusion model has no likelihood computable in a few forwards."""
-        _refuse(requests)
+        """Return the log-likelihood of each answer, and whether greedy decoding gives it (False if not checked).
+
+        Raises:
+            LikelihoodError: likelihoods were not opted in to.
+        """
+        params = self._likelihood
+        if params is None:
+            raise LikelihoodError(
+                f"{_tasks_of(requests)}: needs log-likelihoods, which cost a masked-diffusion model many forwards: set "
+                f"likelihood=monte-carlo ({LikelihoodParams.mc_num} per answer) or likelihood=confidence (one per "
+                "token of it), or use a task that generates its answers (mmlu_generative for mmlu, "
+                "arc_challenge_chat for arc_challenge)"
+            )
+        encoded, repeated = self._encode_all(requests)
+        forwards = sum(params.forwards(len(one.answer)) for one in encoded)
+        text = "%s: the likelihoods of %d answers (%s) take up to %d forwards of one canvas, %d at a time"
+        logger.info(text, _tasks_of(requests), len(encoded), params.method, forwards, self._batch_size)
+        self.costs.started = True
+        found: list[Any] = [None] * len(requests)
+        hidden = disable_tqdm or self.rank != 0
+        with tqdm(total=len(encoded), disable=hidden, desc="Running loglikelihood requests") as bar:
+            for batch in self._batches(encoded):
+                pairs, seeds = [(one.ids, one.answer) for one in batch], [one.seed for one in batch]
+                start = time.perf_counter()
+                done = self._tp.likelihood(self.engine, pairs, params, seeds, self._batch_size)
+                self._count(batch, 0, sum(each.forwards for each in done), time.perf_counter() - start)
+                for one, each in zip(batch, done, strict=True):
+                    found[one.index] = each.value, bool(each.greedy)
+                    self.cache_hook.add_partial("loglikelihood", one.request.args, found[one.index])
+                bar.update(len(batch))
+        for index, first in repeated.items():
+            found[index] = found[first]
+        return found
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Raise LikelihoodError, as :meth:`loglikelihood`."""
-        _refuse(requests)
+        """Raise LikelihoodError: there are estimates for an answer after a prompt, none for whole documents."""
+        raise LikelihoodError(
+            f"{_tasks_of(requests)}: needs log-likelihoods of whole documents (perplexity), of which a "
+            "masked-diffusion model has no published estimate"
+        )
 
     # -------------------------------------------------------------------------------------------------- chat, ranks
 
@@ -279,10 +352,9 @@ def _begin_of_text(text: TextCodec, name: str) -> list[int]:
     return [index]
 
 
-def _refuse(requests: Sequence[Instance]) -> None:
-    tasks = sorted({request.task_name or "?" for request in requests})
-    raise LikelihoodError(
-        f"task {', '.join(tasks)}: needs log-likelihoods, which a masked-diffusion model cannot compute in "
-        "a few forwards; use a task that generates its answers (mmlu_generative for mmlu, arc_challenge_chat for "
-        "arc_challenge)"
-    )
+def _name_of(request: Instance) -> str:
+    return f"task {request.task_name!r}, document {request.doc_id}"
+
+
+def _tasks_of(requests: Sequence[Instance]) -> str:
+    return f"task {', '.join(sorted({request.task_name or '?' for request in requests}))}"

@@ -7,12 +7,14 @@ import json
 import os
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from datetime import timedelta
 from typing import Any, NoReturn
 
 import torch
 from torch import distributed
 
+from ...decoding.likelihood import Likelihood, LikelihoodParams
 from ...decoding.params import DecodingParams
 from ...distributed import Group, close, join
 from ...engine import Engine
@@ -68,7 +70,7 @@ class Ranks:
 
 
 class TPGroup:
-    """Tensor-parallel group of processes that share a model: the first evaluates, the others decode the same batches.
+    """Tensor-parallel group of processes that share a model: the first evaluates, the others compute the same batches.
 
     Args:
         size: number of processes.
@@ -96,13 +98,28 @@ class TPGroup:
         self, engine: Engine, ids: Sequence[list[int]], params: DecodingParams, seeds: Sequence[int]
     ) -> list[Generation]:
         """Decode a batch, on the other processes as well."""
-        if self.group.size > 1:
-            batch = {"ids": list(ids), "params": params.to_dict(), "seeds": list(seeds)}
-            self._batches.exchange(json.dumps(batch))
+        self._send({"ids": list(ids), "params": params.to_dict(), "seeds": list(seeds)})
         return _generate(engine, ids, params, seeds)
 
+    def likelihood(
+        self,
+        engine: Engine,
+        pairs: Sequence[tuple[list[int], list[int]]],
+        params: LikelihoodParams,
+        seeds: Sequence[int],
+        batch_size: int,
+    ) -> list[Likelihood]:
+        """Estimate likelihoods, on the other processes as well."""
+        how = {"seed": list(seeds), "batch_size": batch_size, **asdict(params)}
+        self._send({"pairs": pairs, "how": how})
+        return engine.likelihood(pairs, **how)
+
+    def _send(self, batch: dict[str, Any]) -> None:
+        if self.group.size > 1:
+            self._batches.exchange(json.dumps(batch))
+
     def follow(self, engine: Engine) -> NoReturn:
-        """Decode the batches of the first process until it is done; then exit.
+        """Compute the batches of the first process until it is done; then exit.
 
         Raises:
             RankFailure: the first process has ended.
@@ -110,6 +127,9 @@ class TPGroup:
         while received := self._batches.exchange("")[0]:
             batch = json.loads(received)
             with suppress(SequenceFault):  # the first process has the same fault
+                if "pairs" in batch:
+                    engine.likelihood(batch["pairs"], **batch["how"])
+                    continue
                 _generate(engine, batch["ids"], DecodingParams.parse(**batch["params"]), batch["seeds"])
         raise SystemExit(0)
 

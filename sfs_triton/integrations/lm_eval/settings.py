@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from lm_eval.models.utils import normalize_gen_kwargs
 
 from ...decoding.caching import POLICIES, CachePolicy
+from ...decoding.likelihood import METHODS, LikelihoodParams
 from ...decoding.params import (
     DecodingParams,
     cache_options,
@@ -41,6 +42,24 @@ def parse_model_args(sampler: str, cache: str, options: Mapping[str, Any]) -> tu
     )
     check_pair(*parsed)
     return parsed
+
+
+def parse_likelihood(method: str | None, given: Mapping[str, Any], cfg_scale: float) -> LikelihoodParams | None:
+    """Return the parameters of likelihoods, from ``given`` ones that are not None; None without a ``method``.
+
+    Greedy decoding is checked by default, since the scores of some tasks are made of it.
+    """
+    given = {name: value for name, value in given.items() if value is not None}
+    if method is None:
+        for name, value in given.items():
+            raise ArgumentError(f"model_args: {name}={value!r} goes with likelihood= only, which is one of {METHODS}")
+        return None
+    for name in given.keys() & {"mc_num", "mc_batch"}:
+        given[name] = integer(name, given[name], 1)
+    try:
+        return LikelihoodParams(method=method, cfg_scale=cfg_scale, **{"check_greedy": True, **given})
+    except ArgumentError as error:
+        raise ArgumentError(f"model_args: likelihood={method!r}: {error}") from None
 
 
 def integer(name: str, value: Any, least: int) -> int:
