@@ -10,6 +10,7 @@ from .runner.model_runner import CANVAS_BYTES
 
 # bytes per weight of a matrix; the rest of a model stays in 16 bits
 WEIGHT_BYTES = {None: 2.0, "fp8": 1.0}
+QUANTIZATIONS = tuple(name for name in WEIGHT_BYTES if name is not None)  # that a card can multiply
 RESERVED = 2 * 2**30  # of a card, for the driver's context, workspaces and captured graphs
 
 

@@ -26,8 +26,7 @@ import triton
 from bench import ROOT
 from bench.common.pages import replace_file
 from bench.shapes.geometry import REAL
-from sfs_triton.cards import CARDS
-from sfs_triton.engine import QUANTIZATIONS
+from sfs_triton.cards import CARDS, QUANTIZATIONS
 from sfs_triton.kernels.cost import Cost
 from sfs_triton.ops.dispatch import BACKENDS
 

@@ -22,11 +22,11 @@ from torch.utils.flop_counter import flop_registry
 
 from bench.baselines import PlainModel, vanilla
 from bench.shapes.geometry import REAL
+from sfs_triton.cards import QUANTIZATIONS
 from sfs_triton.decoding.caching import BatchBounds, CachePolicy
 from sfs_triton.decoding.params import BatchKey, parse_cache
 from sfs_triton.decoding.samplers import Sampler, SlowFast, Threshold
 from sfs_triton.decoding.step_plan import Forward, StepPlan
-from sfs_triton.engine import QUANTIZATIONS
 from sfs_triton.kernels.attention import attention_cost
 from sfs_triton.kernels.confidence import confidence_cost
 from sfs_triton.kernels.control import CONTROL, FAST, SLOW, Progress

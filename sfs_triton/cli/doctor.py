@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from ..cards import CARDS, WEIGHT_BYTES, canvases_that_fit, step_seconds
+from ..cards import CARDS, QUANTIZATIONS, canvases_that_fit, step_seconds
 from ..checkpoint import open_checkpoint
 from ..decoding.caching import POLICIES
 from ..engine import DTYPES, default_dtype
@@ -25,7 +25,6 @@ from ..self_check.choice import run_check
 from ..self_check.steps import Sizes
 
 PROMPT, RESPONSE, CAPACITY = 1100, 1024, 128  # of predictions
-QUANTIZATIONS = tuple(name for name in WEIGHT_BYTES if name is not None)  # that kernels take
 INTERPRETED = Sizes(rows=(16,), canvas=40, timed_canvas=24, warm_up=1, repeats=3)
 PIN = 'sfs_triton.load(..., backend="torch", cuda_graphs=False), or --backend torch --no-cuda-graphs'
 

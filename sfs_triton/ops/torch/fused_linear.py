@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 
 from .linear import Matrix, linear
-from .mlp import silu_mul
 from .norm import rms_norm
 from .rope_cache import rope_cache
 
@@ -109,4 +108,5 @@ def linear_normed(
 
 def linear_silu_mul(x: torch.Tensor, matrix: Matrix, *, counters: torch.Tensor | None = None) -> torch.Tensor:
     """``silu(gate) * up`` for ``gate, up = (x @ matrix^T).chunk(2, -1)``; ``x`` as for :func:`linear_heads`."""
-    return silu_mul(product(x, matrix))
+    gate, up = product(x, matrix).chunk(2, -1)
+    return F.silu(gate, inplace=True).mul_(up)  # in place: a new result leaves the cache for memory

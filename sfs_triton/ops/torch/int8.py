@@ -10,7 +10,7 @@ import torch
 from . import blocks
 
 LARGEST = 127
-_SUMS = 2**18  # sums of a block: they are scaled while they are in the cache
+_SUMS = 2**20  # sums of a block: they are scaled while they are in the cache
 
 
 def int8_linear(x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -22,8 +22,7 @@ def int8_linear(x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor) -> to
     steps, size = quantise_rows(x)
     out = x.new_empty(x.shape[0], codes.shape[0])
     for rows in blocks.blocks(codes.shape[0], x.shape[0], _SUMS):
-        sums = torch._int_mm(steps, codes[rows].t())
-        torch.mul(sums.float().mul_(size), scale[rows], out=out[:, rows])
+        out[:, rows].copy_(torch._int_mm(steps, codes[rows].t())).mul_(size).mul_(scale[rows])
     return out
 
 
@@ -40,8 +39,10 @@ def int8_speed() -> float | None:
 
     Without instructions for them (VNNI, AMX), oneDNN adds pairs of products in 16 bits, which saturate.
     """
-    generator = torch.Generator().manual_seed(0)
-    x, codes = (torch.randint(-LARGEST, LARGEST + 1, (n, 512), generator=generator).char() for n in (64, 512))
+    generator = torch.Generator("cpu").manual_seed(0)
+    x, codes = (
+        torch.randint(-LARGEST, LARGEST + 1, (n, 512), generator=generator, device="cpu").char() for n in (64, 512)
+    )
     x[0], codes[0], codes[1] = LARGEST, LARGEST, -LARGEST
     wide, weights = x.float(), codes.float()
     if not torch.equal(torch._int_mm(x, codes.t()).double(), wide.double() @ weights.double().t()):
