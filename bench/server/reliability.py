@@ -1,7 +1,7 @@
 """Renders the figures of ``docs/reliability.md`` from the records: ``python -m bench.server.reliability``.
 
-Records are the newest ``*-soak.json``, ``*-determinism.json`` and ``*-serve-load.json`` below ``bench/results/``. Each
-fills what is between its markers on the page; the picture is drawn beside it.
+Records are the newest ``*-soak.json``, ``*-determinism.json``, ``*-serve-load.json`` and ``*-ptx-sm*.json`` below
+``bench/results/``. Each fills what is between its markers on the page; the picture is drawn beside it.
 """
 
 from __future__ import annotations
@@ -128,7 +128,32 @@ def load_part(results: Path) -> str:
     return f"{table(head, [row])}\n\n{about}\n"
 
 
-PARTS = {"soak": soak_part, "determinism": determinism_part, "load": load_part}
+def ptx_part(results: Path) -> str:
+    records = {f"sm_{sm}": newest(results, f"ptx-sm{sm}") for sm in (80, 90)}
+    found: dict[tuple[str, str], dict[str, dict]] = {}
+    for name, (_, record) in records.items():
+        for row in record["rows"]:
+            found.setdefault((row["operation"], row["dtype"]), {})[name] = row
+    rows = []
+    for (operation, dtype), each in sorted(found.items()):
+        cells = [each.get(name) for name in records]
+        numbers = [f"{row['cases']:,}, {row['launches']:,}" if row else "" for row in cells]
+        error = max(row["largest_error"] for row in each.values())
+        rows.append((operation, dtype, *numbers, f"{error:.0e}" if error else "exact"))
+    told = []
+    for name, (path, record) in records.items():
+        where = _from(path, record["machine"]["commit"], results.parent.parent)
+        failed = f"{len(record['failed'])} failed" if record["failed"] else "none failed"
+        told.append(
+            f"{name}: {sum(record['kernels'].values()):,} launches of {len(record['kernels'])} kernels, each under "
+            f"{record['schedules'] + 1} schedules; {failed} ({where})"
+        )
+    versions = f"{record['machine']['cpu']}, triton {record['versions']['triton']}, torch {record['machine']['torch']}"
+    head = ("tests of", "dtype", *(f"{name}: cases, launches" for name in records), "largest error")
+    return f"{table(head, rows)}\n\n{'. '.join(told)}. {versions}.\n"
+
+
+PARTS = {"soak": soak_part, "determinism": determinism_part, "load": load_part, "ptx": ptx_part}
 
 
 def render(page: str, results: Path = RESULTS) -> str:
