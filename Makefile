@@ -6,7 +6,7 @@
 # make test-slow       what the test suite leaves out: all recorded cases and kernel variants, and other long tests
 # make test-cpus       the numeric tests as other CPUs compute: other instruction sets and orders of summation, two threads
 # make test-oldest     the kernels' tests under the oldest triton that will do, in .venv-oldest
-# make test-ptx        kernel tests and whole generations, executed as PTX for sm_80 and sm_90; ten minutes; needs g++
+# make test-ptx        kernel tests and whole generations, executed as PTX for sm_80 and sm_90; 20 minutes; needs g++
 # make fuzz            random models, samplers, batches and hostile checkpoints: FUZZ_CASES of them; into FUZZ_REPORT
 # make soak            mixed requests against a server for MINUTES, 30 if not said; into bench/results/<machine>/
 # make audit           bandit over the code, pip-audit over what is installed (that needs a network)

@@ -47,9 +47,9 @@ def copy(tmp_path) -> tuple[Path, Path]:
     folder = tmp_path / "bench" / "results" / "a-machine"
     folder.mkdir(parents=True)
     for name in reliability.PARTS:
-        kind = {"load": "serve-load"}.get(name, name)
-        path, record = reliability.newest(reliability.RESULTS, kind)
-        (folder / path.name).write_text(json.dumps(record))
+        for kind in {"load": ["serve-load"], "ptx": ["ptx-sm80", "ptx-sm90"]}.get(name, [name]):
+            path, record = reliability.newest(reliability.RESULTS, kind)
+            (folder / path.name).write_text(json.dumps(record))
     page = tmp_path / "page.md"
     page.write_text(PAGE.read_text(encoding="utf-8"), encoding="utf-8")
     return page, folder
