@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import math
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 
 pytest.importorskip("fastapi")
 pytest.importorskip("openai")
 
-from sfs_triton import FixedSteps, SlowFast  # noqa: E402
+import torch  # noqa: E402
+
+from sfs_triton import Engine, FixedSteps, SlowFast  # noqa: E402
+from sfs_triton.models import Transformer  # noqa: E402
 from sfs_triton.serve.logprobs import TokenScores  # noqa: E402
 from sfs_triton.text.codec import UNFINISHED  # noqa: E402
 from tests.support.server import STORY, SUMS, TABLE, chat, chunks_of, error_of, serving, wait_for  # noqa: E402
@@ -162,3 +166,24 @@ def test_scores_that_are_no_probabilities_are_refused(server):
     assert (
         server.post(chat(logprobs=True, sampler={"kind": "entropy-bound", "metric": "confidence"})).status_code == 200
     )
+
+
+@pytest.fixture(scope="module")
+def uniform(embedded):
+    """A server of a model that draws every token equally often, many of which are bytes."""
+    weights = replace(embedded.model.weights, head=torch.zeros_like(embedded.model.weights.head))
+    with serving(Engine(Transformer(embedded.spec, weights), embedded.text)) as running:
+        yield running
+
+
+def test_streams_of_random_tokens_add_up_to_whole_answers(uniform):
+    asked = chat(max_tokens=64, temperature=2, seed=11, n=8, logprobs=True, sampler={"kind": "fixed", "steps": 8})
+    whole = uniform.post(asked).json()["choices"]
+    assert sum(UNFINISHED in choice["message"]["content"] for choice in whole) >= 4
+    texts, scores = [""] * 8, [[] for _ in range(8)]
+    for chunk in chunks_of(uniform.post({**asked, "stream": True})):
+        for choice in chunk["choices"]:
+            texts[choice["index"]] += choice["delta"].get("content") or ""
+            scores[choice["index"]] += (choice["logprobs"] or {}).get("content", [])
+    assert texts == [choice["message"]["content"] for choice in whole]
+    assert scores == [choice["logprobs"]["content"] for choice in whole]
