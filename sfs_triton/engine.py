@@ -25,6 +25,7 @@ from .models import ModelSpec, Transformer, load_weights, update_weights
 from .ops.dispatch import FORMATS, check_int8, check_kernels, operations
 from .runner import ExecutionChoice, check_cuda_graphs
 from .runner.likelihood import LikelihoodRunner, Question
+from .runner.prompt_embeds import PromptEmbeds
 from .runner.stream import working
 from .scheduling.handles import Pending, Stream
 from .scheduling.outputs import Frame, Generation
@@ -42,6 +43,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 Prompt = str | Sequence[int] | torch.Tensor | numpy.ndarray | Sequence[Mapping[str, Any]]
 _PROMPTS = (str, Sequence, torch.Tensor, numpy.ndarray)
+Places = tuple[Sequence[int], torch.Tensor]  # of a prompt, and the vectors there
+Embeds = Places | Sequence[Places | None] | None
 Params = DecodingParams | Sequence[DecodingParams] | None
 
 
@@ -242,6 +245,7 @@ class Engine:
         apply_chat_template: bool = True,
         trace: bool = False,
         on_step: Callable[[Frame], None] | None = None,
+        prompt_embeds: Embeds = None,
         **fields: Any,
     ) -> Generation | list[Generation]:
         """Generate for one prompt (returns a :class:`Generation`) or a list of prompts (returns a list of them).
@@ -253,6 +257,8 @@ class Engine:
             apply_chat_template: make text a user turn in the checkpoint's chat template, if it has one.
             trace: keep a :class:`StepTrace` for every step.
             on_step: called with a :class:`Frame` after every step.
+            prompt_embeds: vectors in place of some of a prompt's tokens: a pair ``(places, vectors [n, d])``. The ids
+                there, any but the mask's, mean nothing. With a list of prompts: a pair or None for each.
             fields: instead of ``params``, its fields:
 
                 * ``sampler``, a sampler or its name (``"slowfast"``, ``"threshold"``, ``"fixed"``, ``"vanilla"``);
@@ -269,6 +275,7 @@ class Engine:
             NumericalFault: the model produced NaN; names sequence and step. ``finished`` has the results of the others.
         """
         options = {"apply_chat_template": apply_chat_template, "trace": trace, "frames": _frames_for(on_step)}
+        options["prompt_embeds"] = prompt_embeds
         sequences, single = self.sequences(prompts, params, **options, **fields)
         return self._finish(sequences, single, on_step)
 
@@ -312,6 +319,7 @@ class Engine:
         *,
         apply_chat_template: bool = True,
         trace: bool = False,
+        prompt_embeds: Embeds = None,
         **fields: Any,
     ) -> Stream:
         """Iterate over one :class:`Frame` per step, computed on demand; arguments as for :meth:`generate`.
@@ -320,6 +328,7 @@ class Engine:
         or dropped before its end leaves the engine unchanged.
         """
         options = {"apply_chat_template": apply_chat_template, "trace": trace, "frames": True}
+        options["prompt_embeds"] = prompt_embeds
         sequences, single = self.sequences(prompts, params, **options, **fields)
         return Stream(self._run(sequences), single, self._abandoned.append)
 
@@ -331,11 +340,13 @@ class Engine:
         apply_chat_template: bool = True,
         trace: bool = False,
         on_step: Callable[[Frame], None] | None = None,
+        prompt_embeds: Embeds = None,
         **fields: Any,
     ) -> Pending:
         """Run :meth:`generate` in another thread, which also calls ``on_step``; return a handle at once. Arguments are
         checked before it returns; pending generations run one after another."""
         options = {"apply_chat_template": apply_chat_template, "trace": trace, "frames": _frames_for(on_step)}
+        options["prompt_embeds"] = prompt_embeds
         sequences, single = self.sequences(prompts, params, **options, **fields)
         name = f"sfs_triton-{id(self):x}"
         with self._lock:
@@ -429,6 +440,7 @@ class Engine:
         apply_chat_template: bool = True,
         trace: bool = False,
         frames: bool = False,
+        prompt_embeds: Embeds = None,
         **fields: Any,
     ) -> tuple[list[InFlight], bool]:
         """Return the sequences that :meth:`generate` would run, and whether it was one prompt, not a list.
@@ -441,14 +453,28 @@ class Engine:
         every = [self.encode(p, apply_chat_template, i) for i, p in enumerate([prompts] if single else prompts)]
         require(bool(every), "prompts=[] holds no prompt")
         listed = DecodingParams.per_prompt(len(every), params, **fields)
+        embeds = self._embeds(every, [prompt_embeds] if single else prompt_embeds)
         mask, sequences = self.spec.mask_id, []
         for index, (ids, each) in enumerate(zip(every, listed, strict=True)):
             self.check_length(index, len(ids), each.gen_length)
             self.check_no_mask(f"prompt {index}", ids, "; use Engine.infill to fill in masks")
             if not ids:
                 self.check_first(f"prompt {index} is empty", each.cache)
-            sequences.append(InFlight(each, ids + [mask] * each.gen_length, len(ids), mask, trace, frames))
+            canvas = ids + [mask] * each.gen_length
+            sequences.append(InFlight(each, canvas, len(ids), mask, trace, frames, embeds=embeds[index]))
         return sequences, single
+
+    def _embeds(self, prompts: list[list[int]], given: Any) -> list[PromptEmbeds | None]:
+        """Return the checked vectors of each prompt. If one has some all have, be it none, to share a batch."""
+        if given is None:
+            return [None] * len(prompts)
+        fine = isinstance(given, Sequence) and len(given) == len(prompts)
+        require(fine, f"prompt_embeds is no list of pairs, or None, for {len(prompts)} prompts")
+        if all(pair is None for pair in given):
+            return [None] * len(prompts)
+        pairs = enumerate(zip(prompts, given, strict=True))
+        name = "prompt_embeds of prompt"
+        return [PromptEmbeds.parse(f"{name} {i}", pair, len(ids), self.model) for i, (ids, pair) in pairs]
 
     def check_length(self, index: int, given: int, length: int) -> None:
         """Raise ArgumentError if ``given`` and ``length`` more positions exceed the model's limit."""
@@ -526,7 +552,12 @@ class Engine:
         while self._abandoned:
             self._abandoned.popleft()()
         bounds = bounds_of(sequences)
-        with self.model.group.generation(lambda: repr([(s.params, s.canvas, s.start, s.batch_key) for s in sequences])):
+
+        def request() -> str:
+            embeds = [s.embeds and s.embeds.digest() for s in sequences]
+            return repr([(s.params, s.canvas, s.start, s.batch_key) for s in sequences] + embeds)
+
+        with self.model.group.generation(request):
             scheduler = Scheduler(self.batches, lambda sequence: bounds, slots=len(sequences))
             run = Run(scheduler, sequences, self.spec, self.text)
             try:

@@ -27,18 +27,19 @@ class BatchKey(NamedTuple):
     """Batch key: the settings that all sequences of a persistent batch share.
 
     ``sampler`` has its per-sequence parameters blanked. ``trace``, ``frames``: publish the inputs of each decision, and
-    the canvases after each step.
+    the canvases after each step. ``embeds``: prompts may have vectors in place of tokens.
     """
 
     sampler: Sampler
     cache: CachePolicy
     trace: bool = False
     frames: bool = False
+    embeds: bool = False
 
     def serves(self, other: BatchKey) -> bool:
         """Return whether sequences of another key can join this batch: at least as much is published."""
         alike = (self.sampler, self.cache) == (other.sampler, other.cache)
-        return alike and self.trace >= other.trace and self.frames >= other.frames
+        return alike and self.trace >= other.trace and self.frames >= other.frames and self.embeds >= other.embeds
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -59,6 +59,28 @@ class Scope:
     prompt: torch.Tensor | None = None
 
 
+class Vectors(NamedTuple):
+    """Vectors that replace the embeddings of tokens: ``vectors [b, L, d]`` at positions ``here``, bool ``[b, L]``."""
+
+    here: torch.Tensor
+    vectors: torch.Tensor
+
+    def of(self, batch: torch.Tensor | None) -> Vectors:
+        """Return those of the canvases ``batch``, or all if that is None."""
+        return self if batch is None else Vectors(self.here[batch], self.vectors[batch])
+
+    def replace_in(self, x: torch.Tensor, rows: torch.Tensor | None, first: int) -> torch.Tensor:
+        """Return embeddings ``x [b, n, d]``, of listed rows or those from ``first`` on, with the replaced ones."""
+        if rows is None:
+            part = slice(first, first + x.shape[1])
+            here, vectors = self.here[:, part], self.vectors[:, part]
+        else:
+            at = rows.clamp(min=0).long()
+            here = self.here.gather(1, at) & (rows >= 0)
+            vectors = self.vectors.gather(1, at[..., None].expand_as(x))
+        return torch.where(here[..., None], vectors, x)
+
+
 class KVCache:
     """Keys (rotated) and values of every layer and position, ``[layers, B, Hkv, L, D]`` each, allocated once."""
 

@@ -20,6 +20,12 @@ QUANTISED = {
 }
 INSTEAD = "load the checkpoint that it was made from; quantization='fp8' quantises that while loading"
 
+# parts of names of parameters that turn images or sound into vectors: left to the library that the model comes from
+TOWERS = {
+    *("vision_tower", "vision_model", "vision_resampler", "visual", "audio_tower"),
+    *("mm_projector", "multi_modal_projector", "image_newline", "faster_token"),
+}
+
 LLADA_NAMES = {
     "embedding": "model.transformer.wte.weight",
     "norm": "model.transformer.ln_f.weight",
@@ -85,6 +91,11 @@ def plain_name(name: str) -> str:
     return name
 
 
+def of_tower(name: str) -> bool:
+    """Return whether a tensor belongs to a tower or a projector beside the language model."""
+    return not TOWERS.isdisjoint(name.split("."))
+
+
 def resolve(reader: TensorReader, spec: ModelSpec) -> Mapping[str, str]:
     """Return the table of names that a checkpoint uses, and rename the reader's tensors to those of the table.
 
@@ -92,7 +103,7 @@ def resolve(reader: TensorReader, spec: ModelSpec) -> Mapping[str, str]:
         CheckpointError: names each missing, extra or misshapen tensor, and what the file holds instead.
         UnsupportedConfigError: the tensors are quantised.
     """
-    stored = [name for name in reader if not name.endswith("rotary_emb.inv_freq")]
+    stored = [name for name in reader if not name.endswith("rotary_emb.inv_freq") and not of_tower(name)]
     _refuse_quantised(reader, stored)
     tables = (LLADA_NAMES, LLAMA_NAMES) if spec.family == "llada" else (LLAMA_NAMES, LLADA_NAMES)
     if spec.qk_norm:  # which LLaDA's names have no place for

@@ -13,7 +13,7 @@ from ..ops.dispatch import Choice, Draw, Matrix, Ops, operations, rope_tables
 from ..ops.torch import blocks
 from ..ops.torch.fused_linear import Heads, rotated_heads
 from ..ops.torch.norm import rms_norm
-from .cache import FeatureCache, Features, KVCache, Scope
+from .cache import FeatureCache, Features, KVCache, Scope, Vectors
 from .spec import ModelSpec
 from .weights import LayerWeights, Weights
 
@@ -83,6 +83,7 @@ class Transformer:
         scope: Scope,
         cache: KVCache | FeatureCache | None = None,
         select: torch.Tensor | None = None,
+        vectors: Vectors | None = None,
     ) -> torch.Tensor:
         """Normalised hidden states of the scope's rows, ``[b, n, d]``, or of ``select`` among them, ``[b, m, d]``.
 
@@ -91,14 +92,17 @@ class Transformer:
             scope: positions to forward, and the keys that they attend to.
             cache: store of keys and values (or features); needed when ``scope`` stores or recomputes any.
             select: int64 ``[b, m]``, numbers of rows in the scope. The last layer's queries and MLP run only there.
+            vectors: for positions that are no tokens.
         """
         self.ensure_rope_length(scope.keys)
         if scope.features is not None:
-            x = self._forward_features(tokens[:, : scope.stop], scope, cache, select)
+            x = self._forward_features(tokens[:, : scope.stop], scope, cache, select, vectors)
             return self.ops.rms_norm(x, self.weights.norm, self.spec.norm_eps)
         if scope.rows is None:
             tokens = tokens[:, scope.first : scope.stop]
         x = self._embed(tokens, scope.rows)
+        if vectors is not None:
+            x = vectors.replace_in(x, scope.rows, scope.first)
         layers, counters = self.weights.layers, scope.counters
         last = len(layers) - 1
         gains = [*(layer.attn_norm for layer in layers[1:]), self.weights.norm]
@@ -237,7 +241,12 @@ class Transformer:
     # ---------------------------------------------------------------------------------------- dLLM-Cache features
 
     def _forward_features(
-        self, tokens: torch.Tensor, scope: Scope, cache: FeatureCache, select: torch.Tensor | None
+        self,
+        tokens: torch.Tensor,
+        scope: Scope,
+        cache: FeatureCache,
+        select: torch.Tensor | None,
+        vectors: Vectors | None,
     ) -> torch.Tensor:
         """Hidden states before the final norm of ``tokens [b, stop]``, recomputing only rows that ``scope.features``
         selects.
@@ -253,6 +262,8 @@ class Transformer:
         read = 0 if select is None else max(0, due.shortest - self.spec.shifted)  # the first row that is read
         first = 0 if due.prompt else read
         x = self._embed(tokens[:, first:], None)
+        if vectors is not None:
+            x = vectors.replace_in(x, None, first)
         place = self._position[first:stop]
         count = torch.full_like(scope.prompt, stop) if scope.count is None else scope.count
         at_prompt = place < scope.prompt[:, None]

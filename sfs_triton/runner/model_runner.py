@@ -12,10 +12,11 @@ from ..decoding.params import BatchKey
 from ..decoding.samplers import Sampler
 from ..decoding.step_plan import Forward, Positions, StepOutput, StepPlan
 from ..kernels.control import Progress
-from ..models.cache import Scope
+from ..models.cache import Scope, Vectors
 from ..models.transformer import Transformer
 from .cuda_graph import launching
 from .host_ring import HostRing
+from .prompt_embeds import PromptEmbeds
 from .state import DecodeState, send
 
 CANVAS_BYTES = 130  # bytes per position of a canvas: decode state and published copies
@@ -61,7 +62,7 @@ class ModelRunner:
         self.pool = torch.cuda.graph_pool_handle() if model.device.type == "cuda" else None
         with torch.device("cpu"):  # not the caller's default device
             self.state = self._blank_state(key, response)
-            self._allocate_buffers()
+            self._allocate_buffers(key)
             self._allocate_rings(key, depth)
         # of each output not collected, by plan: its number in the host ring, and when it was launched
         self._outputs: dict[int, tuple[int, float]] = {}
@@ -87,7 +88,7 @@ class ModelRunner:
             setattr(state, name, torch.zeros((self.slots, size), device=device))
         return state
 
-    def _allocate_buffers(self) -> None:
+    def _allocate_buffers(self, key: BatchKey) -> None:
         model, batch, length = self.model, self.slots, self.length
         device, make = model.device, self.policy.store
         branches = (2 if self.sampler.cfg_scale else 1) if make else 0
@@ -99,6 +100,11 @@ class ModelRunner:
         self._counters = torch.zeros(n_counters, dtype=torch.int32, device=device)
         self._key_range = torch.empty((batch, 4), dtype=torch.int32, device=device)
         self._order = torch.arange(batch, device=device)
+        self._vectors = None
+        if key.embeds:
+            here = torch.zeros((batch, length), dtype=torch.bool, device=device)
+            vectors = torch.zeros((batch, length, model.spec.d_model), dtype=model.dtype, device=device)
+            self._vectors = Vectors(here, vectors)
         self._paused = torch.zeros(batch, dtype=torch.bool, device=device)
         self._selected = (tuple(range(batch)), frozenset())  # present values of those two
         model.ensure_rope_length(length)
@@ -123,21 +129,34 @@ class ModelRunner:
         store, branches = key.cache.store, 2 if key.sampler.cfg_scale else 1
         cache = 0 if store is None else branches * store.values(model.local, length) * model.dtype.itemsize
         schedule = 4 * sum(key.sampler.schedule_sizes(length).values())  # float32
-        return slots * (cache + CANVAS_BYTES * length + schedule)
+        vectors = key.embeds * length * model.spec.d_model * model.dtype.itemsize
+        return slots * (cache + CANVAS_BYTES * length + schedule + vectors)
 
     # ------------------------------------------------------------------------------------------------------ sequences
 
     @torch.inference_mode()
-    def put(self, slot: int, canvas: list[int], start: int, sampler: Sampler, seed: int, step_cap: int) -> Progress:
+    def put(
+        self,
+        slot: int,
+        canvas: list[int],
+        start: int,
+        sampler: Sampler,
+        seed: int,
+        step_cap: int,
+        embeds: PromptEmbeds | None = None,
+    ) -> Progress:
         """Put a canvas into a slot whose sequence is done; return its progress. The next step can include it.
 
         Args:
             start: first position that may be decided.
             sampler: the sequence's own; it differs from the batch's in per-sequence parameters only.
             step_cap: a sequence that needs more steps ends with a fault.
+            embeds: vectors at some places of the prompt, where the batch key allows them.
         """
         length = len(canvas) - start
         with torch.device("cpu"):
+            if self._vectors is not None:
+                self._put_vectors(slot, embeds)
             for name, values in sampler.schedule(length, seed).items():
                 send(getattr(self.state, name)[slot, : len(values)], values)
             return self.state.put(
@@ -151,6 +170,13 @@ class ModelRunner:
                 block_steps=sampler.block_steps(length),
                 open_blocks=sampler.open_blocks,
             )
+
+    def _put_vectors(self, slot: int, embeds: PromptEmbeds | None) -> None:
+        here, vectors = (each[slot] for each in self._vectors)
+        places = [] if embeds is None else list(embeds.places)
+        send(here, torch.zeros(self.length, dtype=torch.bool).index_fill_(0, torch.tensor(places).long(), True))
+        if places:
+            vectors.index_copy_(0, torch.tensor(places).to(vectors.device), embeds.vectors)
 
     @torch.inference_mode()
     def end(self, slot: int | None = None) -> None:
@@ -280,7 +306,8 @@ class ModelRunner:
         scope = self._scope(shape, batch)
         select, target = self._targets(shape, scope, batch)
         tokens = _of(state.tokens, batch)
-        hidden = self.model.forward(tokens, scope, self.caches[0] if self.caches else None, select)
+        vectors = None if self._vectors is None else self._vectors.of(batch)
+        hidden = self.model.forward(tokens, scope, self.caches[0] if self.caches else None, select, vectors)
         if self.sampler.cfg_scale:
             blank = tokens.masked_fill(_of(state.given, batch), state.mask_id)
             unconditional = self.model.forward(blank, scope, self.caches[1] if self.caches else None, select)

@@ -150,9 +150,8 @@ class PersistentBatch:
     def _put(self, slot: int, sequence: Sequence) -> bool:
         params = sequence.params
         sequence.begin()
-        progress = self.runner.put(
-            slot, sequence.canvas, sequence.start, params.sampler, params.seed, sequence.step_cap
-        )
+        how = (params.sampler, params.seed, sequence.step_cap, sequence.embeds)
+        progress = self.runner.put(slot, sequence.canvas, sequence.start, *how)
         self._planner.join(slot, progress)
         if progress.done:
             sequence.progress = progress

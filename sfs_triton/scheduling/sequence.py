@@ -10,6 +10,7 @@ from ..decoding.step_plan import StepOutput
 from ..errors import NumericalFault, SequenceFault, StepCapExceeded
 from ..kernels.control import FAST, Progress
 from ..models import ModelSpec
+from ..runner.prompt_embeds import PromptEmbeds
 from ..text.codec import TextCodec
 from .outputs import Generation
 from .trace import StepTrace, trace_step
@@ -33,6 +34,8 @@ class Sequence:
         start: first position that may be decided; those before it are the prompt.
         trace, frames: publish the inputs of each decision, and the canvas after each step.
         infilled: the canvas is its own response, which is not cut at an end-of-text.
+        embeds: vectors at some places of the prompt, whose ids in the canvas mean nothing. One without places lets the
+            sequence join others that have some.
     """
 
     def __init__(
@@ -44,9 +47,11 @@ class Sequence:
         trace: bool = False,
         frames: bool = False,
         infilled: bool = False,
+        embeds: PromptEmbeds | None = None,
     ):
         self.params, self.canvas, self.start, self._mask_id = params, canvas, start, mask_id
-        self.batch_key: BatchKey = params.batch_key(trace, frames)
+        self.embeds = embeds
+        self.batch_key: BatchKey = params.batch_key(trace, frames)._replace(embeds=embeds is not None)
         self.status = Status.WAITING
         self._infilled = infilled
         self.masks = canvas.count(mask_id)

@@ -510,6 +510,29 @@ def test_configurations_that_cannot_be_used(changes, text):
         sfs_triton.accelerate(_remote(**changes))
 
 
+def test_a_vision_tower_stays_and_its_projector_feeds_the_engine():
+    model, plain = _illada(), _illada()
+    model.model.vision_tower, model.model.mm_projector = nn.Linear(8, 16), nn.Linear(16, 64)
+    model.model.image_newline = nn.Parameter(torch.zeros(64))
+    engine = sfs_triton.accelerate(model)
+    features = model.model.mm_projector(model.model.vision_tower(torch.randn(3, 8)))
+    assert features.requires_grad
+    ids, options = [7, 9, 9, 9, 11], {"gen_length": 16, "cache": "region"}
+    found = engine.generate(ids, prompt_embeds=(range(1, 4), features), **options)
+    assert found.canvas[:5] == ids
+    table = plain.get_input_embeddings().weight
+    with torch.no_grad():  # the same vectors as embeddings of ids
+        table[100:103] = features
+    plain.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+    plain.config.tie_word_embeddings = False
+    wanted = sfs_triton.accelerate(plain).generate([7, 100, 101, 102, 11], **options)
+    assert (found.response, found.commit_step) == (wanted.response, wanted.commit_step)
+    assert found.commit_step != engine.generate(ids, **options).commit_step
+    model.model.adapter = nn.Linear(2, 2)
+    with pytest.raises(CheckpointError, match="has no place for parameters: model.adapter.bias, model.adapter.weight"):
+        sfs_triton.accelerate(model)
+
+
 def test_wrappers_and_other_things():
     model = _load("llada-mha")
     with pytest.raises(ArgumentError, match="DataParallel around a model: pass hf_model.module"):

@@ -50,6 +50,16 @@ def test_prefixes_of_wrappers_are_stripped(checkpoint, engines, rename):
         torch.testing.assert_close(engine.model.logits(ids), plain.model.logits(ids), atol=0, rtol=0)
 
 
+def test_a_tower_beside_the_language_model_is_left_alone(checkpoint, engines):
+    more = {"model.vision_tower.layers.0.q_proj.weight": torch.zeros(3, 3), "model.mm_projector.0.bias": torch.zeros(2)}
+    _add(checkpoint, **more, **{"model.image_newline": torch.zeros(64)})
+    engine, ids = sfs_triton.load(checkpoint, "cpu", "float32"), torch.arange(40)[None]
+    assert torch.equal(engine.model.logits(ids), engines["llada-mha"].model.logits(ids))
+    _add(checkpoint, **{"model.projector.weight": torch.zeros(2)})
+    with pytest.raises(CheckpointError, match=r"has no place for: model\.projector\.weight$"):
+        sfs_triton.load(checkpoint, "cpu")
+
+
 def test_two_names_for_one_tensor(checkpoint):
     _add(checkpoint, **{"module." + Q: torch.zeros(64, 64)})
     with pytest.raises(CheckpointError, match=rf"{Q} and module\.{Q} are both {Q}|module\.{Q} and {Q} are both {Q}"):

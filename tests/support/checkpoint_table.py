@@ -57,6 +57,15 @@ ROWS = (
         (*FORWARD, f"{FAMILIES}::test_heads_are_normalised_under_every_cache_policy"),
     ),
     Row(
+        "LLaDA-V and others with a vision tower",
+        "as their language model",
+        "the language model of small models with a tower, which is left to transformers; their own files were not seen",
+        (
+            f"{NAMES}::test_a_tower_beside_the_language_model_is_left_alone",
+            "integrations/test_transformers.py::test_a_vision_tower_stays_and_its_projector_feeds_the_engine",
+        ),
+    ),
+    Row(
         "LoRA adapters of PEFT",
         "any",
         "equal to a merge written out and to PEFT's own, to 1e-5",

@@ -17,7 +17,7 @@ from ...decoding.params import refuse_unknown
 from ...engine import DTYPES, Engine, check_runs, choice_for
 from ...errors import ArgumentError, CheckpointError, require
 from ...models import ModelSpec, Transformer, Weights, read_spec
-from ...models.names import LLADA_NAMES, LLAMA_NAMES, expected_shapes
+from ...models.names import LLADA_NAMES, LLAMA_NAMES, expected_shapes, of_tower
 from ...models.spec import token_ids
 from ...models.weights import LayerWeights
 from ...text.codec import TextCodec, check_unicode
@@ -47,7 +47,8 @@ def accelerate(
 
     No weight is stored twice. The engine needs q, k, v of a layer in one tensor, and gate and up in another; those are
     copied, one at a time, and the model's own parameters become views of them. So model and engine read
-    the same memory, and training changes it for both. ``hf_model.to(...)`` separates the two again.
+    the same memory, and training changes it for both. ``hf_model.to(...)`` separates the two again. A vision tower and
+    its projector stay as they are: their vectors go into ``prompt_embeds=`` of :meth:`Engine.generate`.
 
     Args:
         hf_model: the model itself, on one device, without adapters, not quantised.
@@ -138,7 +139,8 @@ def _spec(model: nn.Module, codec: TextCodec | None) -> ModelSpec:
 def _parameters(model: nn.Module, spec: ModelSpec, names: Mapping[str, str]) -> dict[str, nn.Parameter]:
     """Return the model's parameters by checkpoint name; refuse missing and additional ones."""
     kind, wanted = type(model).__name__, expected_shapes(spec, names)
-    present = dict(model.named_parameters(remove_duplicate=False))
+    named = model.named_parameters(remove_duplicate=False)
+    present = {name: parameter for name, parameter in named if not of_tower(name)}
     if spec.tied_head and (head := present.pop(names["head"], None)) is not None:
         require(
             head is present.get(names["embedding"]),
