@@ -33,7 +33,6 @@ from sfs_triton.ops.dispatch import BACKENDS
 from .step_count import NAMES, PARTS, STYLES, Count, KernelTotals, Kind, Setting, count_vanilla, kinds, steps_of
 
 DOC = ROOT / "docs" / "cost-model.md"
-WAYS = [(style, backend) for style in STYLES for backend in BACKENDS]
 
 
 @dataclass(frozen=True)
@@ -153,35 +152,19 @@ def forecast_table(rows: Iterable[Forecast]) -> str:
     return table("| policy | steps | s a generation | tokens/s | times vanilla | measured |", cells)
 
 
-def _step_table(ceilings: Ceilings) -> str:
-    """Tabulate every kind of step of every policy, by either backend and in either shape."""
-    vanilla, length = count_vanilla(Setting()), Setting().prompt + Setting().response
-    cost = f"{vanilla.total.launches}, {1e3 * ceilings.seconds(vanilla):.2f}"
-    rows = [("vanilla", "full", length, length, "", "", cost, "", "")]
-    for name in NAMES:
-        for kind in kinds(Setting(), name):
-            steps = [steps_of(Setting(style=style), backend, name).count(kind) for style, backend in WAYS]
-            cells = (f"{step.total.launches}, {1e3 * ceilings.seconds(step):.2f}" for step in steps)
-            (shape,) = steps_of(Setting(), "torch", name).shapes(kind)
-            rows.append((name, kind.name, shape.size, shape.targets, *cells, ""))
-    columns = " | ".join(f"{backend}, {style}" for style, backend in WAYS)
-    return table(f"| policy | step | positions | head rows | {columns} | measured |", rows)
-
-
 CYCLES = (Cycle(3, 5, 8), Cycle(3, 2, 20), Cycle(4, 4, 64), Cycle(4, 6, 128), Cycle(3, 2, 20, 1), Cycle(3, 2, 20, None))
 
 
 def _winner_table(ceilings: Ceilings) -> str:
+    """Compare policies with Triton's kernels, by the average cycle."""
     rows = []
     for cycle in CYCLES:
         setting = Setting(span_cap=max(64, math.ceil(cycle.tokens)))
-        for backend in BACKENDS:
-            _, best, *_ = found = forecast(setting, backend, cycle, ceilings)
-            speedups = {row.policy: f"{row.speedup:.1f}x" for row in found}
-            numbers = cycle.slow, cycle.fast, cycle.tokens, cycle.refresh_cycles or "never (0)", backend
-            rows.append((*numbers, *(speedups[name] for name in NAMES), best.policy, ""))
-    names = " | ".join(NAMES)
-    return table(f"| slow | fast | tokens | cycles a refresh | ops | {names} | wins | measured |", rows)
+        _, best, *_ = found = forecast(setting, "triton", cycle, ceilings)
+        speedups = {row.policy: f"{row.speedup:.1f}x" for row in found}
+        numbers = cycle.slow, cycle.fast, cycle.tokens, cycle.refresh_cycles or "never (0)"
+        rows.append((*numbers, *(speedups[name] for name in NAMES), best.policy))
+    return table(f"| slow | fast | tokens | cycles a refresh | {' | '.join(NAMES)} | wins |", rows)
 
 
 CAPACITIES, BATCHES = (32, 64, 128, 256), (1, 2, 4, 16)
@@ -194,25 +177,18 @@ def _batch_table(ceilings: Ceilings) -> str:
     for capacity in CAPACITIES:
         settings = (Setting(capacity=capacity, batch=batch) for batch in BATCHES)
         times = [ceilings.seconds(steps_of(setting, "triton", "region").count(listed)) for setting in settings]
-        rows.append((capacity, *(f"{1e3 * seconds:.2f}" for seconds in times), ""))
-    return table("| capacity | " + " | ".join(f"batch {batch}" for batch in BATCHES) + " | measured |", rows)
+        rows.append((capacity, *(f"{1e3 * seconds:.2f}" for seconds in times)))
+    return table("| capacity | " + " | ".join(f"batch {batch}" for batch in BATCHES) + " |", rows)
 
 
 # ------------------------------------------------------------------------------------------------------------ document
 
 
 def doc_tables() -> dict[str, str]:
-    """Render the tables of the document: llada-8b, a prompt of 1,100 and a response of 1,024."""
-    ceilings, setting = CEILINGS["h200"], Setting()
-    steps = [
-        (f"region {kind.name}, {backend}", steps_of(setting, backend, "region").count(kind))
-        for kind in reversed(kinds(setting, "region"))
-        for backend in BACKENDS
-    ]
+    """Render the counted tables of the document: llada-8b, a prompt of 1,100 and a response of 1,024."""
+    ceilings = CEILINGS["h200"]
     return {
         "ceilings": f"Ceilings, **assumed**: {ceilings.source}. Counted with torch {minor(torch.__version__)}.",
-        "steps": _step_table(ceilings),
-        "parts": part_table(steps, ceilings),
         "winners": _winner_table(ceilings),
         "batches": _batch_table(ceilings),
     }

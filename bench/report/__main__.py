@@ -1,4 +1,4 @@
-"""Renders ``docs/benchmarks.md``, and the README's main table, from the records: ``python -m bench.report``.
+"""Renders ``docs/benchmarks.md``, and tables of the README and ``docs/cost-model.md``: ``python -m bench.report``.
 
 A record is a file ``bench/results/<gpu>/<date>-<commit>.jsonl`` as ``python -m bench.gpu`` writes it; of lines about
 the same part of the same step the last counts. What no record says stays empty. Only figures of the same machine are
@@ -23,9 +23,11 @@ from bench.gpu.record import BAD
 from bench.gpu.targets import PUBLISHED, RESULTS, Line, Record, best_step, gaps, records, target_rows
 
 from . import gpu_charts
+from .card_page import cards_table
 from .cpu_pages import CpuRun, cpu_section, newest, readme_part
 
 DOC, README = ROOT / "docs" / "benchmarks.md", ROOT / "README.md"
+CARDS_PAGE = "cost-model.md"
 
 
 # -------------------------------------------------------------------------------------------------------------- tables
@@ -400,11 +402,14 @@ def render(found: Sequence[Record], cpus: Sequence[CpuRun] = (), root: Path = RO
 
 
 def pages(results: Path, out: Path, readme: Path) -> dict[Path, str]:
-    """Render the page and the README, by path. A README stays as it is where there is no CPU's run."""
+    """Render the pages, by path. A README stays as it is where there is no CPU's run; the page of cards is beside
+    ``out``, if it is there."""
     if not results.is_dir():
         raise ValueError(f"--results {results} is no folder")
     cpus, root = newest(results), results.parent.parent
     found = {out: render(records(results), cpus, root)}
+    if (cards := out.with_name(CARDS_PAGE)).is_file():
+        found[cards] = marked(cards.read_text(encoding="utf-8"), "cards", cards_table(records(results)))
     if cpus:
         part = readme_part(cpus[-1], root)
         found[readme] = marked(readme.read_text(encoding="utf-8"), "table", part)

@@ -51,7 +51,7 @@ def test_the_document_has_the_tables_that_the_code_now_gives():
 
 def test_tables_are_renewed(tmp_path, monkeypatch):
     copy = tmp_path / "cost-model.md"
-    copy.write_text(cost_model.rendered(cost_model.DOC.read_text(), {"steps": "| old |", "parts": "| older |"}))
+    copy.write_text(cost_model.rendered(cost_model.DOC.read_text(), {"winners": "| old |", "batches": "| older |"}))
     monkeypatch.setattr(cost_model, "DOC", copy)
     assert cost_model.main(["--write-doc"]) == 0
     text = copy.read_text()

@@ -11,6 +11,7 @@ from bench.common.rows import Row
 from bench.common.tally import Done, Tally, Visit
 from bench.gpu import record, targets
 from bench.report import __main__ as report
+from bench.report.card_page import card_of
 from sfs_triton import SlowFast
 
 GPU = "NVIDIA H200"
@@ -273,6 +274,35 @@ def test_a_run_without_a_gpu_is_on_the_page_and_in_the_readme(tmp_path, capsys):
     assert f"{readme} is not current" in capsys.readouterr().out
     readme.write_text("no place for it")
     assert report.main(where) == 2 and "no marker '<!-- table: begin -->'" in capsys.readouterr().err
+
+
+def test_the_page_of_cards_has_what_a_record_measured(tmp_path):
+    _write(tmp_path, "2027-01-02-abc1234.jsonl", _lines())
+    page, out = tmp_path / report.CARDS_PAGE, tmp_path / "page.md"
+    page.write_text("before\n<!-- cards: begin -->\n<!-- cards: end -->\n")
+    assert report.main(["--results", str(tmp_path), "--out", str(out)]) == 0
+    text = page.read_text()
+    assert _row(text, "h200 | bfloat16")[-1] == "5.0 and not measured"
+    assert _row(text, "h200 | fp8")[-1] == _row(text, "h100 | bfloat16")[-1] == "not measured"
+    assert _row(text, "rtx4090 | bfloat16")[2:6] == ["23", "4", "17.0", "200"]
+    page.write_text("no place for it")
+    assert report.main(["--results", str(tmp_path), "--out", str(out)]) == 2
+
+
+@pytest.mark.parametrize(
+    ("gpu", "card"),
+    [
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA A100-PCIE-40GB", "a100-40gb"),
+        ("NVIDIA GeForce RTX 4090", "rtx4090"),
+        ("NVIDIA L40S", "l40s"),
+        ("NVIDIA L4", "l4"),
+        ("Tesla T4", None),
+    ],
+)
+def test_cards_of_names_that_drivers_give(gpu, card):
+    assert card_of(gpu) == card
 
 
 def test_a_folder_that_is_not_there(tmp_path, capsys):

@@ -70,7 +70,7 @@ BENCH_ROOMS = {
     "quality": ("cost", "embedded", "common"),
     "server": ("common", "__init__"),
     "gpu": ("quality", "cost", "kernels", "shapes", "common", "__init__"),
-    "report": ("gpu", "baselines", "common", "__init__"),
+    "report": ("gpu", "cost", "shapes", "baselines", "common", "__init__"),
     "throughput": ("quality", "cost", "shapes", "embedded", "common"),
     "test_speed": ("quality", "baselines"),
     "all": ("common", "__init__"),
