@@ -1,7 +1,7 @@
 """Measure each option of the region cache on the embedded model: accuracy, steps, positions, full forwards.
 
     python -m bench.quality.policies --limit 200 --json bench/results/policies.json
-    python -m bench.quality.policies --json bench/results/policies.json --write-doc docs/caches.md
+    python -m bench.quality.policies --json bench/results/policies.json --write-doc docs/sweep.md
 
 The first line measures; the second puts the tables into a page, between its markers.
 """

@@ -280,7 +280,7 @@ def test_the_record_has_every_setting(committed):
 def test_pages_say_what_their_records_say(committed):
     assert between("sweep.md", "sweep") == sweep_summary.tables(sweep_summary.summaries(committed))
     [record] = (ROOT / "bench" / "results").glob("*-policies.json")
-    assert between("caches.md", "policies") == policies.tables(measured.read(record))
+    assert between("sweep.md", "policies") == policies.tables(measured.read(record))
 
 
 def test_policies_run_small(tmp_path, monkeypatch, embedded):
