@@ -33,6 +33,7 @@ from sfs_triton import ArgumentError, FixedSteps, RegionCache, SlowFast, Thresho
 from sfs_triton.checkpoint import EMBEDDED  # noqa: E402
 from sfs_triton.cli import evaluate as command  # noqa: E402
 from sfs_triton.decoding.caching import POLICIES  # noqa: E402
+from sfs_triton.decoding.likelihood import METHODS  # noqa: E402
 from sfs_triton.decoding.params import DecodingParams, cache_options, sampler_options  # noqa: E402
 from sfs_triton.decoding.samplers import SAMPLERS  # noqa: E402
 from sfs_triton.integrations.lm_eval import DiffusionLM, costs  # noqa: E402
@@ -107,7 +108,7 @@ BAD = {
 def test_arguments_of_published_scripts_name_what_to_use():
     """LLaDA's own command, Dream's, Fast-dLLM's and SlowFast's; what is named exists here."""
     scripts = (
-        "model_path=x,mask_id=126336,mc_num=128,is_check_greedy=True,cfg=0.5,steps=1024,gen_length=1024,"
+        "model_path=x,mask_id=126336,is_check_greedy=True,cfg=0.5,steps=1024,gen_length=1024,"
         "remasking=low_confidence,use_cache=True,dual_cache=True,threshold=0.9,factor=1.0,show_speed=True,save_dir=x,"
         "max_new_tokens=256,diffusion_steps=256,alg=entropy,alg_temp=0.1,escape_until=True,nll_type=mc,log_type=ftb,"
         "classifier_free_guidance=1.0,sampling_eps=0.001,prompt_interval_steps=25,gen_interval_steps=7,"
@@ -126,6 +127,10 @@ def test_arguments_of_published_scripts_name_what_to_use():
         assert named is None or {"an": name}.get(named, named) in known, name
         for kind, owner in re.findall(r"(sampler|cache)=(\w+)", said):
             assert owner in (SAMPLERS if kind == "sampler" else POLICIES), name
+        for method in re.findall(r"likelihood=([\w-]+)", said):
+            assert method in METHODS, name
+    with pytest.raises(ArgumentError, match="mc_num=128 goes with likelihood= only"):
+        DiffusionLM("embedded", mc_num=128)
 
 
 @pytest.mark.parametrize("case", BAD)

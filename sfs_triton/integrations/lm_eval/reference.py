@@ -12,7 +12,7 @@ from ...errors import ArgumentError
 
 _LENGTH = "here it is max_gen_toks"
 _STEPS = "here it is an option of sampler=fixed"
-_TASKS = "leave it out: likelihoods are not estimated, and tasks that need them are refused"
+_LIKELIHOOD = "leave it out: how likelihoods are estimated is likelihood=monte-carlo or likelihood=confidence"
 _CODE = "leave it out: no code of a checkpoint is run"
 _COSTS = "leave it out: costs are always printed, and --output_path keeps them and the answers"
 _GUIDANCE = "leave it out: guidance is cfg_scale, and its two branches share their cache"
@@ -58,9 +58,11 @@ REFERENCE = {
     "is_cfg_cache": _GUIDANCE,
     "cfg_interval_steps": _GUIDANCE,
     # likelihoods and reports
-    **dict.fromkeys(
-        ("mc_num", "is_check_greedy", "nll_type", "log_type", "sampling_eps", "classifier_free_guidance"), _TASKS
-    ),
+    "is_check_greedy": "here it is check_greedy",
+    "classifier_free_guidance": "here it is cfg_scale, 0 without guidance",
+    "nll_type": _LIKELIHOOD,
+    "log_type": _LIKELIHOOD,
+    "sampling_eps": _LIKELIHOOD,
     "show_speed": _COSTS,
     "save_dir": _COSTS,
 }
