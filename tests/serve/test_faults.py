@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import signal
@@ -229,8 +230,9 @@ def test_graphs_of_the_defaults_are_captured_before_the_first_request(embedded):
 
 
 def test_a_stream_that_another_back_end_would_contradict_is_ended(embedded):
-    """A client that was sent nothing yet gets the other answer."""
-    wanted = embedded.generate(SUMS, gen_length=16, sampler=FixedSteps()).text
+    """A client that was sent nothing yet gets the other answer, with its log probabilities."""
+    made = embedded.generate(SUMS, gen_length=16, sampler=FixedSteps(), trace=True)
+    wanted, logs = made.text, [math.log(p) for p in made.probabilities[: embedded.spec.end_of(made.tokens)]]
     for stream in (True, False):
         model = Transformer(embedded.spec, embedded.model.weights)
         scatter, steps = model.ops.scatter_choices, []
@@ -243,12 +245,14 @@ def test_a_stream_that_another_back_end_would_contradict_is_ended(embedded):
 
         model.backend, model.ops = "triton", replace(model.ops, scatter_choices=spoiled)
         with serving(Engine(model, embedded.text, pinned=False)) as server:
-            response = server.post(chat(sampler="vanilla", max_tokens=16, stream=stream))
+            response = server.post(chat(sampler="vanilla", max_tokens=16, stream=stream, logprobs=True))
             if stream:
                 assert chunks_of(response)[-1]["error"]["code"] == "restarted"
                 assert "[DONE]" not in response.text
             else:
                 assert text_of(response) == wanted
+                scores = response.json()["choices"][0]["logprobs"]["content"]
+                assert [score["logprob"] for score in scores] == pytest.approx(logs, abs=1e-4)
             assert text_of(server.post(chat(sampler="vanilla", max_tokens=16))) == wanted
 
 
