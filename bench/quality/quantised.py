@@ -1,4 +1,4 @@
-"""Measure float8 weights on the embedded model: tokens, right answers, steps, and the choices of one forward.
+"""Measure weights in 8 bits on the embedded model: tokens, right answers, steps, and the choices of one forward.
 
     python -m bench.quality.quantised --limit 100 --json bench/results/quantised.json
     python -m bench.quality.quantised --json bench/results/quantised.json --write-doc docs/quantised.md
@@ -52,6 +52,7 @@ OTHERS = (
     Numbers("bfloat16", "bfloat16"),
     Numbers("fp8, float32", "float32", "fp8"),
     Numbers("fp8, bfloat16", "bfloat16", "fp8"),
+    Numbers("int8, int8", "float32", "int8"),
 )
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
 
 import sfs_triton
+from bench.cost import int8_step
 from sfs_triton import ArgumentError, BackendError, Engine
 from sfs_triton.ops import dispatch
 from sfs_triton.ops.dispatch import Quantised, check_int8, operations, quantize
@@ -163,3 +165,17 @@ def test_the_embedded_model_answers_as_in_float32():
     prompt = "Rewrite as JSON:\nid,name,age\n1,Ann,31\n2,Bob,45"
     plain, small = sfs_triton.load("embedded", "cpu"), sfs_triton.load("embedded", "cpu", quantization="int8")
     assert small.generate(prompt).text == plain.generate(prompt).text
+
+
+def test_the_benchmark_times_both(monkeypatch, capsys):
+    small = replace(int8_step.EIGHTH, n_layers=1, d_model=64, n_heads=4, n_kv_heads=4, mlp=96, vocab_size=130)
+    monkeypatch.setattr(int8_step, "EIGHTH", small)
+    monkeypatch.setattr(int8_step, "STEPS", ((24, 8), (40, 40)))
+    assert int8_step.main(["--rounds", "1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" | ")[:2] for line in lines[2:]] == [["| 24", "8"], ["| 40", "40"]]
+    made = int8_step.models()
+    assert made["int8"].weights.quantization == "int8" and made["float32"].weights.quantization is None
+    ids = torch.arange(20)[None]
+    plain, rounded = made["float32"].logits(ids), made["int8"].logits(ids)
+    assert 0 < (plain - rounded).norm() < 0.1 * plain.norm()
