@@ -26,7 +26,7 @@ import os
 import random
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,7 +71,8 @@ class Setup:
     gen_length: int
     cache: object = "none"
     seed: int = 0
-    eos_id: int | None = None  # the recording's end-of-text, where it stops early
+    eos_id: int | None = None  # the recording's end-of-text, where it matters
+    other_ends: tuple[int, ...] = ()
 
 
 def _llada_slowfast(s: dict) -> Setup:
@@ -165,9 +166,7 @@ def _d2cache_confidence(s: dict) -> Setup | None:
         block_length=s["block_length"],
         eos_stop=stop,
     )
-    return Setup(
-        "d2cache-confidence", sampler, s["gen_length"], eos_id=s["eos_token_id"] if stop else None, by_step=True
-    )
+    return Setup("d2cache-confidence", sampler, s["gen_length"], eos_id=s["eos_token_id"] if stop else None)
 
 
 def _d2cache_entropy(s: dict) -> Setup | None:
@@ -201,18 +200,14 @@ def _hierarchy(s: dict) -> Setup | None:
         return None
     tau = 1e9 if s["threshold"] is None else s["threshold"]
     sampler = Hierarchy(tau=tau, tau_low=s["low_threshold"], block_length=s["block_length"])
-    return Setup(
-        "hierarchy", sampler.replace(eos_stop="eos_id" in s), s["gen_length"], eos_id=s.get("eos_id"), by_step=True
-    )
+    return Setup("hierarchy", sampler.replace(eos_stop="eos_id" in s), s["gen_length"], eos_id=s.get("eos_id"))
 
 
 def _generate_hierarchy(s: dict) -> Setup | None:
     if s["decoding"] != "hierarchy_fast_v2":  # these raise
         return None
     if s["threshold"] is None:
-        return Setup(
-            "hierarchy", FixedSteps(steps=s["steps"], block_length=s["block_length"]), s["gen_length"], by_step=True
-        )
+        return Setup("hierarchy", FixedSteps(steps=s["steps"], block_length=s["block_length"]), s["gen_length"])
     return _hierarchy({**s, "maximum_unroll": 1})
 
 
@@ -239,6 +234,19 @@ def _single_block(s: dict) -> Setup:
     )
 
 
+def _end_options(s: dict) -> Setup | None:
+    """LLaDA's options: the first is for its end-of-text only, the other for its end of a turn as well."""
+    if "remasking" in s:  # at random
+        return None
+    last, never = s.get("confidence_eos_eot_inf", False), s.get("logits_eos_inf", False)
+    sampler = FixedSteps(steps=s["steps"], block_length=s["block_length"], cfg_scale=s.get("cfg_scale", 0.0))
+    if last:
+        sampler = sampler.replace(eos="last", eos_penalty=10_000.0 if never else 0.0)
+    elif never:
+        sampler = sampler.replace(eos="never")
+    return Setup("end-options", sampler, s["gen_length"], eos_id=s["eos_id"], other_ends=(s["eot_id"],) if last else ())
+
+
 # None for settings that this package does not have
 NEWER: dict[str, Callable[[dict], Setup | None]] = {
     **dict.fromkeys(("d2confidence_llada", "d2confidence_dream"), _d2cache_confidence),
@@ -249,6 +257,7 @@ NEWER: dict[str, Callable[[dict], Setup | None]] = {
     "d3llm_llada": _multi_block("d3llm-llada"),
     "d3llm_dream": _multi_block("d3llm-dream"),
     **dict.fromkeys(("d3llm_llada_single", "d3llm_dream_single"), _single_block),
+    "generate_llada": _end_options,
 }
 METHODS: dict[str, Callable[[dict], Setup | None]] = {
     **NEWER,
@@ -330,22 +339,31 @@ def _check_single(engine: sfs_triton.Engine, case: dict, setup: Setup) -> str | 
     return compare_trace(done[0].trace, case["trace"]) if traced else None
 
 
+def _commits(tokens: list[int], steps: list[int], loose: Sequence[int]) -> set[tuple[int, int, int]]:
+    """Return place, token and step of each commit. Tokens in ``loose`` score alike, and the reference takes them in the
+    order of ``torch.topk``, which is that of no rule: their steps are in the order of places."""
+    tied = iter(sorted(step for token, step in zip(tokens, steps, strict=True) if token in loose))
+    pairs = enumerate(zip(tokens, steps, strict=True))
+    return {(place, token, next(tied) if token in loose else step) for place, (token, step) in pairs}
+
+
 def _check_steps(engine: sfs_triton.Engine, case: dict, setup: Setup) -> str | None:
     """Check tokens and the step that committed each of them."""
     if setup.eos_id is not None:
         model = copy.copy(engine.model)
-        model.spec = dataclasses.replace(engine.spec, eos_id=setup.eos_id)
+        model.spec = dataclasses.replace(engine.spec, eos_id=setup.eos_id, other_ends=setup.other_ends)
         engine = sfs_triton.Engine(model)
     (done,) = engine.generate(case["prompt"], gen_length=setup.gen_length, sampler=setup.sampler)
-    mine = list(zip(done.response, done.commit_step[done.prompt_length :], strict=True))
-    wanted = list(zip(case["out"][0], case["unmask_call"][0], strict=True))
-    ends = [(step, p) for p, (token, step) in enumerate(wanted) if token == setup.eos_id and step >= 0]
-    if ends:
-        step, place = min(ends)
-        mine, wanted = ([(p, x) for p, x in enumerate(y[: place + 1]) if x[1] <= step] for y in (mine, wanted))
+    loose = engine.spec.end_ids if setup.sampler.eos == "last" else ()
+    mine = _commits(done.response, done.commit_step[done.prompt_length :], loose)
+    wanted = _commits(case["out"][0], case["unmask_call"][0], loose)
+    ends = [(step, place) for place, token, step in wanted if token == setup.eos_id and step >= 0]
+    if ends and setup.sampler.eos_stop:
+        last, place = min(ends)
+        mine, wanted = ({x for x in y if x[0] <= place and x[2] <= last} for y in (mine, wanted))
     elif done.nfe != case["calls"]:
         return f"{done.nfe} forwards, recorded {case['calls']}"
-    wrong = set(mine) ^ set(wanted)
+    wrong = mine ^ wanted
     return f"{len(wrong)} commits differ" if wrong else None
 
 

@@ -16,7 +16,7 @@ from typing import Annotated, Any, TextIO, get_type_hints
 
 from ..decoding.caching import POLICIES
 from ..decoding.params import DecodingParams, parse_cache, parse_sampler
-from ..decoding.samplers import PRESETS, SAMPLERS, Sampler
+from ..decoding.samplers import ENDS, PRESETS, SAMPLERS, Sampler
 from ..distributed import Group, check_started, join, joined, world
 from ..engine import DTYPES, QUANTIZATIONS, Engine, Frame, Generation, load
 from ..errors import MissingDependencyError, SfsError, require
@@ -100,6 +100,8 @@ class CommandOptions:
     temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 takes the most likely token.")] = 0.0
     cfg_scale: Annotated[float, typer.Option(help="Scale of classifier-free guidance; 0 is off.")] = 0.0
     eos_stop: Annotated[bool, typer.Option(help="Stop decoding at the first end-of-text.")] = False
+    eos: Annotated[str, typer.Option(metavar="|".join(ENDS), help="When an end-of-text may be committed.")] = "free"
+    eos_penalty: Annotated[float, typer.Option(help="Subtracted from the logit of end-of-text.")] = 0.0
     seed: Annotated[int, typer.Option(help="Random seed, used at temperatures above 0.")] = 0
     apply_chat_template: Annotated[
         bool, typer.Option("--chat-template/--no-chat-template", help="Use the prompt as a user message, or as it is.")
@@ -138,7 +140,8 @@ class CommandOptions:
             owners = BELONGS_TO[name]
             option, only = "--" + name.replace("_", "-"), " and ".join(owners)
             require(self.sampler in owners, f"{option} does not apply to --sampler {self.sampler}, only to {only}")
-        given |= {"temperature": self.temperature, "cfg_scale": self.cfg_scale, "eos_stop": self.eos_stop}
+        shared = ("temperature", "cfg_scale", "eos_stop", "eos", "eos_penalty")
+        given |= {name: getattr(self, name) for name in shared}
         return parse_sampler(self.sampler, **given)
 
     def with_sampler(self, name: str) -> CommandOptions:

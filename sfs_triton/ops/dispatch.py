@@ -17,7 +17,8 @@ import torch
 from ..distributed import Vocabulary
 from ..errors import ArgumentError, BackendError, MissingDependencyError, check_choice, require
 from .torch import blocks, sharded
-from .torch.confidence import Choice, Draw, filter_logits
+from .torch.confidence import Choice, Draw, filter_logits, score_of
+from .torch.ends import discourage, put_last, without_ends
 from .torch.fused_linear import product
 from .torch.int8 import int8_speed
 from .torch.linear import FORMATS, Matrix, Quantised, quantize
@@ -74,6 +75,7 @@ class Ops:
         rows: torch.Tensor | None = None,
         count: torch.Tensor | None = None,
         vocabulary: Vocabulary | None = None,
+        ends: torch.Tensor | None = None,
         top_p: torch.Tensor | None = None,
         **noise: torch.Tensor | None,
     ) -> Choice:
@@ -81,12 +83,13 @@ class Ops:
 
         ``rows`` int32 ``[T]`` selects rows of ``hidden``, of which the first ``count [1]`` are computed. ``noise``
         is ``temperature`` (float32 ``[T]``), ``seed``, ``position`` and ``step`` (int64 ``[T]``), where the draw has
-        noise; ``top_p`` (float32 ``[T]``) is there where it has a nucleus. With ``vocabulary``, ``head`` is this rank's
-        part of it: ranks exchange 5 or 6 numbers per row, and one more for the entropy; only top-p and top-k gather
-        all logits of a row.
+        noise; ``top_p`` (float32 ``[T]``) is there where it has a nucleus, and ``ends`` (int64 ``[n]``), the tokens
+        that end a text, where the draw treats them differently. With ``vocabulary``, ``head`` is this rank's part of
+        it: ranks exchange 5 or 6 numbers per row, and one more for the entropy; only top-p and top-k gather all logits
+        of a row.
         """
         filtered = draw.top_k is not None or draw.nucleus
-        if draw.metric == "confidence" and not draw.tempered and not filtered and not draw.entropy:
+        if draw.metric == "confidence" and not draw.tempered and not (filtered or draw.entropy or draw.at_ends):
             if isinstance(head, Quantised):
                 head, noise = head.codes, noise | {"scale": head.scale}
             how = {"rows": rows, "count": count, **noise}
@@ -101,7 +104,7 @@ class Ops:
         size = head.shape[0] if vocabulary is None else vocabulary.size  # the same on all ranks, as the blocks must be
 
         def choose(at: slice) -> Choice:
-            return self._choose_from_logits(hidden[at], head, draw, vocabulary, **blocks.rows_of(given, at))
+            return self._choose_from_logits(hidden[at], head, draw, vocabulary, ends, **blocks.rows_of(given, at))
 
         return Choice(*blocks.by_rows(choose, hidden.shape[0], size, blocks.SORTED if filtered else blocks.LOGITS))
 
@@ -111,6 +114,7 @@ class Ops:
         head: Matrix,
         draw: Draw,
         vocabulary: Vocabulary | None,
+        ends: torch.Tensor | None,
         top_p: torch.Tensor | None,
         **noise: torch.Tensor | None,
     ) -> Choice:
@@ -119,12 +123,17 @@ class Ops:
         logits = self.product(hidden, head)
         if vocabulary is not None and filtered:
             logits, vocabulary = vocabulary.gather(logits), None
-        entropy = None
+        start, entropy = 0 if vocabulary is None else vocabulary.start, None
+        logits = discourage(logits, draw, ends, start)
+        rest = without_ends(logits, ends, start) if draw.eos == "last" else logits
         if draw.entropy:  # first, since the choice may overwrite logits
-            entropy = -self._measure(logits, Draw(metric="entropy"), vocabulary)[1]
+            entropy = -self._measure(rest, Draw(metric="entropy"), vocabulary)[1]
         if filtered:
-            return Choice(*self._choose_filtered(logits, draw, top_p, **noise), entropy)
-        return Choice(*self._measure(logits, draw, vocabulary, **noise), entropy)
+            return Choice(*self._choose_filtered(logits, draw, ends, top_p, **noise), entropy)
+        token, score = self._measure(logits, draw, vocabulary, **noise)
+        if draw.eos == "last":  # the same noise draws the same token again, unless that is one of those left out
+            score = put_last(token, score, self._measure(rest, draw, vocabulary, **noise)[1], ends, draw.metric)
+        return Choice(token, score, entropy)
 
     def _measure(
         self, logits: torch.Tensor, draw: Draw, vocabulary: Vocabulary | None, **noise: torch.Tensor | None
@@ -135,7 +144,12 @@ class Ops:
         return self.confidence(logits, metric=draw.metric, tempered=draw.tempered, **noise)
 
     def _choose_filtered(
-        self, logits: torch.Tensor, draw: Draw, top_p: torch.Tensor | None, **noise: torch.Tensor | None
+        self,
+        logits: torch.Tensor,
+        draw: Draw,
+        ends: torch.Tensor | None,
+        top_p: torch.Tensor | None,
+        **noise: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Choose among the tokens that top-p and top-k leave of ``logits [T, V]``."""
         logits = logits.float()
@@ -143,11 +157,14 @@ class Ops:
             temperature = noise["temperature"]
             logits, noise["temperature"] = logits / temperature[:, None], torch.ones_like(temperature)
         drawn = filter_logits(logits, draw.top_k, top_p)
+        rest = without_ends(drawn if draw.tempered else logits, ends) if draw.eos == "last" else None
         token, score = self._measure(drawn, draw, None, **noise)
         if not draw.tempered and draw.metric == "confidence":
             score = logits.softmax(-1).gather(-1, token[:, None].long())[:, 0]
         elif not draw.tempered:
             score = self._measure(logits, Draw(metric=draw.metric), None)[1]
+        if rest is not None:
+            score = put_last(token, score, score_of(rest, token.long(), draw.metric), ends, draw.metric)
         return token, score
 
 

@@ -105,6 +105,7 @@ class ModelRunner:
             here = torch.zeros((batch, length), dtype=torch.bool, device=device)
             vectors = torch.zeros((batch, length, model.spec.d_model), dtype=model.dtype, device=device)
             self._vectors = Vectors(here, vectors)
+        self._ends = torch.tensor(model.spec.end_ids, device=device)
         self._paused = torch.zeros(batch, dtype=torch.bool, device=device)
         self._selected = (tuple(range(batch)), frozenset())  # present values of those two
         model.ensure_rope_length(length)
@@ -319,6 +320,8 @@ class ModelRunner:
             which = keys["rows"] = which[0]
         if self._draw.noise or self._draw.nucleus:
             keys |= self._sampling_of(target, which, batch)
+        if self._draw.at_ends:
+            keys["ends"] = self._ends
         choice = self.model.choose(hidden.flatten(0, 1), self._draw, **keys)
         ops.scatter_choices(state, choice.token, choice.score, target, which=which, row=batch)
         if choice.entropy is not None:

@@ -121,6 +121,7 @@ def _blamed(field: str, when: bool = True) -> Iterator[None]:
 def _check_limits(wanted: str | dict[str, Any], spec: ModelSpec) -> None:
     """Refuse valid options that would take too much time or memory of a server."""
     most = {"top_k": spec.vocab_size, "prompt_interval": _INTERVAL, "response_interval": _INTERVAL}
+    most["eos_penalty"] = _NUMBER
     for name, value in wanted.items() if isinstance(wanted, dict) else ():
         if isinstance(value, (int, float)):
             limit = most.get(name, _NUMBER if isinstance(value, float) else spec.max_length)

@@ -156,6 +156,7 @@ def test_bfloat16(golden, checkpoint):
         ("vanilla", FixedSteps(block_length=7), "block_length=7"),
         ("slowfast", SlowFast(cfg_scale=1.0), "cfg_scale=1.0"),
         ("slowfast", SlowFast(eos_stop=True), "eos_stop=True"),
+        ("slowfast", SlowFast(eos="last"), "eos='last'"),
         ("slowfast", SlowFast(share_stable=True), "share_stable=True"),
         ("slowfast", SlowFast(eos_horizon=False), "eos_horizon=False"),
         ("slowfast + dLLM-Cache", SlowFast(top_p=0.9), "top_p=0.9"),

@@ -71,6 +71,10 @@ def test_options():
         (lambda: DecodingParams(seed=-1), "seed=-1 is not an integer from 0 to 9223372036854775807"),
         (lambda: DecodingParams(seed=True), "seed=True is not an integer"),
         (lambda: DecodingParams.parse("threshold", gen_length=33), "gen_length=33 is not a multiple"),
+        (lambda: Threshold(eos="first"), r"eos='first' is not one of"),
+        (lambda: Threshold(eos_penalty=-1), "eos_penalty=-1 is not a number from 0 to 10000"),
+        (lambda: Threshold(eos_penalty=True), "eos_penalty=True is not a number"),
+        (lambda: FixedSteps(metric="origin", eos="last"), "eos='last' does not go with metric='origin'"),
     ],
     ids=lambda v: v.replace(" ", "_")[:24] if isinstance(v, str) else "",
 )

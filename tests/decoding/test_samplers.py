@@ -130,6 +130,44 @@ def test_end_of_text(seed: int, name: str):
     check(engine, random_prompt(rng), LENGTH, samplers[seed % 4].replace(eos_stop=True))
 
 
+ENDS = [{"eos": "last"}, {"eos": "never"}, {"eos_penalty": 1.5}, {"eos": "last", "eos_penalty": 0.7}]
+
+
+@pytest.mark.parametrize("seed", range(24))  # each sampler with each option
+def test_control_of_the_end(seed: int):
+    """Against the oracle, with the most frequent token of the plain response as end-of-text."""
+    name = NAMES[seed % 2]
+    rng = random.Random(f"ends/{seed}")
+    make = [random_slowfast, random_threshold, random_fixed, *PARALLEL][seed % 7]
+    sampler = make(rng).replace(**[{}, {"temperature": 0.7}, {"temperature": 0.7, "top_p": 0.8, "top_k": 9}][seed % 3])
+    if getattr(sampler, "metric", None) == "origin":
+        sampler = sampler.replace(metric="maskgit_plus")
+    controlled = sampler.replace(**ENDS[seed % 4])
+    prompt = random_prompt(rng)
+    plain = engine_of(name).generate(prompt, gen_length=LENGTH, sampler=sampler, seed=seed).response
+    engine = engine_of(name, max(plain, key=plain.count))
+    check(engine, prompt, LENGTH, controlled, seed)
+    if controlled.eos == "never":
+        done = engine.generate(prompt, gen_length=LENGTH, sampler=controlled, seed=seed)
+        assert engine.spec.eos_id not in done.response
+
+
+def test_an_end_that_comes_last():
+    """Every end is committed after all other tokens of its block, one per step."""
+    name, sampler = NAMES[0], Threshold(tau=0.3, block_length=16)
+    model, prompt, ends = engine_of(name).model, [3, 14, 15, 92], 0
+    for eos_id in engine_of(name).generate(prompt, gen_length=LENGTH, sampler=sampler).response[::3]:
+        engine = sfs_triton.Engine(Transformer(dataclasses.replace(model.spec, eos_id=eos_id), model.weights))
+        done = engine.generate(prompt, gen_length=LENGTH, sampler=sampler.replace(eos="last"))
+        for first in range(4, 4 + LENGTH, 16):
+            block = list(zip(done.canvas, done.commit_step, strict=True))[first : first + 16]
+            steps = [step for token, step in block if token == eos_id]
+            assert steps == sorted(set(steps))
+            assert min(steps, default=LENGTH) > max(step for token, step in block if token != eos_id)
+            ends += len(steps)
+    assert ends > 1
+
+
 OPTIONS = {
     "shared": {"share_stable": True},
     "shared, two or none": {"share_stable": True, "min_parallel": 2, "tau_slow": 0.9, "min_parallel_slow": 2},

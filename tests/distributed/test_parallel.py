@@ -193,6 +193,7 @@ def _choose_by_shards(logits: torch.Tensor, draw: Draw, size: int, **keys) -> li
 
 METRICS = [("confidence", False), ("confidence", True), ("margin", False), ("margin", True), ("entropy", True)]
 FILTERS = [{}, {"top_k": 3}, {"nucleus": True}, {"entropy": True}]
+FILTERS += [{"eos": "never"}, {"eos_penalty": 3.0}, {"eos": "last", "entropy": True}, {"eos": "last", "top_k": 3}]
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
@@ -204,6 +205,7 @@ def test_scores_from_shards(size, noise, metric, tempered):
     logits[1, [4, 20]] = 9.0  # a tie between ranks, and the lowest id wins
     logits[2, 5:] = -1e30
     keys = {name: torch.arange(7) + n for n, name in enumerate(("seed", "position", "step"))} if noise else {}
+    keys["ends"] = torch.stack((logits[0].argmax(), torch.tensor(20)))
     if noise:
         keys["temperature"] = torch.linspace(0.3, 1.2, 7)
     for filters in FILTERS:

@@ -17,7 +17,7 @@ from sfs_triton.ops.torch.commit import rank_by_score
 from sfs_triton.ops.torch.confidence import confidence, filter_logits
 from sfs_triton.ops.torch.philox import gumbel, philox
 from sfs_triton.runner import ExecutionChoice, Pair
-from tests.reference.confidence import look
+from tests.reference.confidence import Ends, look
 from tests.support.paths import ROOT
 
 
@@ -132,6 +132,38 @@ def test_choices_are_the_oracles(impl, metric, tempered, top_k, top_p, temperatu
     torch.testing.assert_close(both.score, score, atol=1e-6, rtol=1e-5)
     entropies = torch.tensor(look(hidden @ head.T, "entropy").scores)
     torch.testing.assert_close(both.entropy, -entropies, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("number", range(12))  # every option with every metric, filter and implementation
+def test_ends_of_a_text_are_chosen_as_by_the_oracle(number):
+    """The tokens 3 and 17 end a text: each is the most likely one of some rows."""
+    impl, ends = ("torch", "triton")[number // 4 % 2], (3, 17)
+    how = [{"eos": "never"}, {"eos": "last"}, {"eos_penalty": 2.0}, {"eos": "last", "eos_penalty": 1e4}][number % 4]
+    metric, tempered = [("confidence", False), ("margin", False), ("entropy", True)][number % 3]
+    temperature, (top_k, top_p) = (0.0, 0.7)[number // 2 % 2], [(None, None), (2, None), (4, 0.6)][number // 4]
+    generator = torch.Generator().manual_seed(number)
+    logits = torch.randn(9, 40, generator=generator)
+    logits[:3, 3] += 5
+    logits[3:5, 17] += 5
+    logits[5, 3:18:14] += 5
+    logits[6, 17] = float("nan")  # of the whole row, as a hidden state
+    draw = Draw(metric, temperature > 0, top_p is not None, top_k, tempered, **how)
+    keys = {"seed": torch.arange(9) + 7, "position": torch.arange(9) * 3, "step": torch.full((9,), 5)}
+    numbers = keys | {"temperature": torch.full((9,), temperature)} if temperature else {}
+    if top_p is not None:
+        numbers["top_p"] = torch.full((9,), top_p)
+    noise = gumbel(keys["seed"][:, None], torch.arange(40), keys["position"][:, None], keys["step"][:, None])
+    rule = Ends(ends, draw.eos, draw.eos_penalty)
+    good = [row for row in range(9) if row != 6]
+    wanted = look(logits[good], metric, temperature, top_k, top_p, tempered, noise[good], rule)
+    choose = operations(impl, torch.device("cpu")).choose
+    token, score, _ = choose(logits, torch.eye(40), draw, ends=torch.tensor(ends), **numbers)
+    assert token[good].tolist() == wanted.tokens and score[6].isnan()
+    torch.testing.assert_close(score[good], torch.tensor(wanted.scores), atol=1e-6, rtol=1e-5)
+    beside = choose(logits[good], torch.eye(40), Draw(entropy=True, **how), ends=torch.tensor(ends)).entropy
+    entropies = torch.tensor(look(logits[good], "entropy", ends=rule, lowest=False).scores)
+    torch.testing.assert_close(beside, -entropies, atol=1e-6, rtol=1e-5)
+    assert any(t in ends for t in wanted.tokens) == (draw.eos != "never")
 
 
 def test_default_implementation():

@@ -11,7 +11,8 @@ from collections.abc import Callable
 import torch
 
 from sfs_triton.decoding.samplers import FixedSteps, Threshold
-from tests.reference.slowfast import Logits, Noise, ReferenceRun, Row, Step, best, passes
+from tests.reference.confidence import Ends
+from tests.reference.slowfast import Logits, Noise, ReferenceRun, Row, Step, best, passes, ranked
 
 SCORES = {"topk_margin": "margin", "entropy": "entropy"}  # all other metrics score by confidence
 Choice = Callable[[dict[int, float], int], list[int]]  # scores by position, step of the block -> positions
@@ -120,7 +121,7 @@ def decode_fixed(row: Row, sampler: FixedSteps, seed: int) -> None:
             count = counts[k]
             if sampler.metric != "confidence":
                 count = len(scores) if last else int(len(scores) * shares[k])
-            ordered = sorted(scores.values(), reverse=True)
+            ordered = ranked(scores.values())
             row.margin = min([row.margin, *(a - b for a, b in zip(ordered[:count], ordered[1:], strict=False))])
             return highest(scores, count)
 
@@ -141,7 +142,8 @@ def decode(
     seed: int = 0,
 ) -> ReferenceRun:
     """Decode one sequence block by block; ``seed`` is for the random positions of ``metric="origin"``."""
-    row = Row(logits_fn, canvas, start, mask_id, eos_id, sampler.eos_stop, noise)
+    ends = Ends((eos_id,), sampler.eos, sampler.eos_penalty)
+    row = Row(logits_fn, canvas, start, mask_id, eos_id, sampler.eos_stop, noise, ends)
     if isinstance(sampler, Threshold):
         decode_threshold(row, sampler)
     else:

@@ -4,6 +4,9 @@
 from untempered logits; ties go to the lowest token id; noise is added as Gumbel-max. Dream's own samplers score
 after temperature, top-k and top-p (``tempered``), and support as scores the gap between the two largest probabilities
 (``margin``) and the negative entropy (``entropy``).
+
+An end-of-text can be treated differently (LLaDA's options): its logit is minus infinity or has a penalty subtracted,
+before anything else; or it scores lowest where it was chosen, and is left out of the logits that other scores are of.
 """
 
 from __future__ import annotations
@@ -12,6 +15,19 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+LOWEST = {"confidence": 0.0, "margin": torch.finfo(torch.float32).min, "entropy": torch.finfo(torch.float32).min}
+
+
+class Ends(NamedTuple):
+    """End-of-text tokens, and what a sampler's ``eos`` and ``eos_penalty`` say of them."""
+
+    ids: tuple[int, ...] = ()
+    eos: str = "free"
+    penalty: float = 0.0
+
+
+FREE = Ends()
 
 
 class Look(NamedTuple):
@@ -63,14 +79,22 @@ def look(
     top_p: float | None = None,
     tempered: bool = False,
     noise: Tensor | None = None,
+    ends: Ends = FREE,
+    lowest: bool = True,
 ) -> Look:
     """Choose and score a token for each row of ``logits [n, V]``; ``noise [n, V]`` is standard Gumbel noise.
 
     Adding ``temperature`` times Gumbel noise to the logits and taking the largest draws from
-    ``softmax(logits / temperature)``; so does adding it unscaled to logits that have been divided already.
+    ``softmax(logits / temperature)``; so does adding it unscaled to logits that have been divided already. Without
+    ``lowest`` ends to be put last are scored by the other logits.
     """
     chosen = Look([], [])
-    for index, row in enumerate(logits.float()):
+    out = torch.tensor([token in ends.ids for token in range(logits.shape[1])])
+    for index, row in enumerate(logits.float().clone()):
+        if ends.eos == "never":
+            row[out] = float("-inf")
+        elif ends.ids:
+            row[ends.ids[0]] -= ends.penalty
         drawn = row / temperature if tempered and temperature > 0 else row
         if top_p is not None and top_p < 1:  # top-p first, as in Dream's sampler
             drawn = keep_top_p(drawn, top_p)
@@ -81,5 +105,9 @@ def look(
             noisy = drawn + noise[index] * (1.0 if tempered else temperature)
         token = int(noisy.argmax())
         chosen.tokens.append(token)
-        chosen.scores.append(score(drawn if tempered else row, token, metric))
+        measured = drawn if tempered else row
+        if ends.eos == "last":
+            measured = torch.where(out, float("-inf"), measured)
+        last = lowest and ends.eos == "last" and out[token]
+        chosen.scores.append(LOWEST[metric] if last else score(measured, token, metric))
     return chosen

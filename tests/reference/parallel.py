@@ -9,14 +9,15 @@ from itertools import pairwise
 
 from sfs_triton.decoding.samplers import EntropyBound, Hierarchy, LocalLeap, MultiBlock
 from tests.reference.blocks import blocks_of, even_counts, highest, take_step
-from tests.reference.slowfast import Logits, Noise, ReferenceRun, Row, passes
+from tests.reference.confidence import Ends
+from tests.reference.slowfast import Logits, Noise, ReferenceRun, Row, passes, ranked
 
 Parallel = EntropyBound | Hierarchy | LocalLeap | MultiBlock
 
 
 def note_ranks(row: Row, scores: dict[int, float], count: int) -> None:
     """Note the gaps between the scores of the ``count`` best positions and the next."""
-    ordered = sorted(scores.values(), reverse=True)[: count + 1]
+    ordered = ranked(scores.values())[: count + 1]
     row.margin = min([row.margin, *(a - b for a, b in pairwise(ordered))])
 
 
@@ -84,7 +85,7 @@ def decode_blocks(row: Row, sampler: EntropyBound | Hierarchy | LocalLeap) -> No
                 return hierarchical(row, scores, sampler)
             if isinstance(sampler, LocalLeap):
                 return leaping(row, scores, sampler, None if counts is None else counts[k])
-            seen = row.look(row.limit, list(scores), metric="entropy")
+            seen = row.look(row.limit, list(scores), metric="entropy", lowest=False)
             return bounded(row, scores, {p: -score for p, (_, score) in seen.items()}, sampler)
 
         k = 0
@@ -129,7 +130,8 @@ def decode(
     noise: Noise | None = None,
 ) -> ReferenceRun:
     """Decode one sequence."""
-    row = Row(logits_fn, canvas, start, mask_id, eos_id, sampler.eos_stop, noise)
+    ends = Ends((eos_id,), sampler.eos, sampler.eos_penalty)
+    row = Row(logits_fn, canvas, start, mask_id, eos_id, sampler.eos_stop, noise, ends)
     if isinstance(sampler, MultiBlock):
         decode_multi_block(row, sampler)
     else:

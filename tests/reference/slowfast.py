@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from sfs_triton.decoding.samplers import SlowFast
-from tests.reference.confidence import Look, look
+from tests.reference.confidence import FREE, LOWEST, Ends, Look, look
 
 Logits = Callable[[list[int]], Tensor]  # token ids of the (shortened) canvas -> logits [n, V], shifted if necessary
 Noise = Callable[[int, int], Tensor]  # step, positions to cover -> Gumbel noise [n, V]
@@ -62,6 +62,7 @@ class Row:
     eos_id: int
     eos_stop: bool
     noise: Noise | None = None
+    ends: Ends = FREE
     trace: list[Step] = field(default_factory=list)
     margin: float = float("inf")
 
@@ -82,7 +83,7 @@ class Row:
         """Run the model on the first ``length`` positions; return token and score at each of ``positions``."""
         logits = self.logits_fn(self.canvas[:length])
         noise = None if self.noise is None or not positions else self.noise(self.nfe, length)[positions]
-        found: Look = look(logits[positions], noise=noise, **draw) if positions else Look([], [])
+        found: Look = look(logits[positions], noise=noise, **{"ends": self.ends, **draw}) if positions else Look([], [])
         return dict(zip(positions, zip(found.tokens, found.scores, strict=True), strict=True))
 
     def fill(self, chosen: dict[int, int]) -> None:
@@ -100,12 +101,17 @@ class Row:
 
     def note_margin(self, scores: list[float], *thresholds: float) -> None:
         gaps = [abs(score - tau) for score in scores for tau in thresholds]
-        ordered = sorted(scores, reverse=True)
+        ordered = ranked(scores)
         gaps += [a - b for a, b in zip(ordered[:1], ordered[1:2], strict=False)]
         self.margin = min([self.margin, *gaps])
 
     def run(self) -> ReferenceRun:
         return ReferenceRun(self.canvas[self.start :], self.nfe, self.trace, self.margin)
+
+
+def ranked(scores: Iterable[float]) -> list[float]:
+    """Return the scores in descending order, but those of ends put last, whose order no rounding can change."""
+    return sorted((score for score in scores if score not in LOWEST.values()), reverse=True)
 
 
 def passes(score: float, tau: float, strict: bool) -> bool:
@@ -272,7 +278,8 @@ def decode(
     noise: Noise | None = None,
 ) -> ReferenceRun:
     """Decode one sequence: per block, cycles of a slow and a fast stage until nothing is masked."""
-    row = Row(logits_fn, canvas, start, mask_id, eos_id, sampler.eos_stop, noise)
+    ends = Ends((eos_id,), sampler.eos, sampler.eos_penalty)
+    row = Row(logits_fn, canvas, start, mask_id, eos_id, sampler.eos_stop, noise, ends)
     block_length = sampler.block_length or len(canvas) - start
     for block, begin in enumerate(range(start, len(canvas), block_length)):
         end = min(begin + block_length, len(canvas))

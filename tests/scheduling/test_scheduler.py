@@ -182,7 +182,7 @@ APART: dict[str, tuple[Sampler, list[dict]]] = {
             *({"k_max": 4}, {"window": 3}, {"spread": "std"}, {"spread_limit": 2.0}, {"inclusive": True}),
             *({"strict": False}, {"slow_end": "fixed"}, {"rounding": "even"}, {"zero_history": True}),
             *({"min_parallel": 2}, {"min_parallel_slow": 2}, {"block_length": 8}, {"max_cycles": 3}),
-            *({"share_stable": True}, {"eos_horizon": False}),
+            *({"share_stable": True}, {"eos_horizon": False}, {"eos": "last"}, {"eos_penalty": 1.0}),
         ],
     ),
     "threshold": (Threshold(), [{"block_length": 8}, {"steps": 4}, {"metric": "margin"}, {"least": 2}]),

@@ -77,6 +77,12 @@ CHATS = {
         "sampler",
         "look_ahead=2 does not go with zero_history=True",
     ),
+    "eos": ({"sampler": {"kind": "fixed", "eos": "always"}}, "sampler", "eos='always' is not one of"),
+    "eos-penalty": (
+        {"sampler": {"kind": "fixed", "eos_penalty": 1e5}},
+        "sampler",
+        "eos_penalty=100000.0 is not a number",
+    ),
     "stop-mixed": ({"stop": ["x", "a<|eot_id|>"]}, "stop", "'a<|eot_id|>' holds the special token '<|eot_id|>' beside"),
     "stop-mask": ({"stop": "<|mdm_mask|>"}, "stop", "'<|mdm_mask|>' is the mask token, which no answer can hold"),
     "trace": ({"trace": "x"}, "trace", "'trace' is not known here"),

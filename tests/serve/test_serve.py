@@ -125,6 +125,7 @@ CHOICES = [
     ({"kind": "threshold", "tau": 0.8, "block_length": 16}, {"kind": "dual"}),
     ({"kind": "fixed", "steps": 8}, {"kind": "refresh", "prompt_interval": 3, "response_interval": 2, "ratio": 0.0}),
     ("vanilla", "none"),
+    ({"kind": "fixed", "steps": 8, "eos": "last", "eos_penalty": 10000}, "none"),
     ({"kind": "slowfast", "eos_stop": True}, {"kind": "region", "capacity": 24, "refresh_every": 4}),
 ]
 

@@ -1,6 +1,6 @@
 """Samplers as frozen, validated records. Every threshold and every selection rule is set here and nowhere else."""
 
-from .base import Sampler
+from .base import ENDS, Sampler
 from .entropy_bound import EntropyBound
 from .fixed import FixedSteps
 from .hierarchy import Hierarchy
@@ -22,6 +22,7 @@ SAMPLERS: dict[str, type[Sampler]] = {
 }
 
 __all__ = [
+    "ENDS",
     "PRESETS",
     "SAMPLERS",
     "EntropyBound",

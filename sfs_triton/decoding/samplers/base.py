@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 LARGEST = 1_000_000  # of whole numbers: no canvas has so many positions
+ENDS = ("free", "last", "never")
+MOST_PENALTY = 10_000  # far above what logits differ by: such a penalty leaves no probability
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +31,10 @@ class Sampler:
         top_p, top_k: limits of the tokens that can be drawn.
         cfg_scale: classifier-free guidance, ``c + cfg_scale * (c - u)``, with the given positions masked in ``u``.
         eos_stop: stop at the leftmost committed end-of-text; later positions become end-of-text and are not computed.
+        eos: ``"never"``: no token that ends a text is drawn. ``"last"``: a position at which one is chosen is committed
+            when nothing else is left, by a score below all others; scores leave these tokens out.
+        eos_penalty: subtracted from the logit of the end-of-text that fills canvases, not of other tokens that end a
+            text; 10000 is never.
     """
 
     temperature: float = 0.0
@@ -36,6 +42,8 @@ class Sampler:
     top_k: int | None = None
     cfg_scale: float = 0.0
     eos_stop: bool = False
+    eos: str = "free"
+    eos_penalty: float = 0.0
 
     by_stage: ClassVar[bool] = False  # works in cycles of a slow and a fast stage, not block by block
     presets: ClassVar[Mapping[str, Sampler]] = {}  # the default first
@@ -50,6 +58,8 @@ class Sampler:
         )
         check_number("cfg_scale", self.cfg_scale)
         check_flag("eos_stop", self.eos_stop)
+        check_choice("eos", self.eos, ENDS)
+        check_number("eos_penalty", self.eos_penalty, most=MOST_PENALTY)
         if self.top_p is not None:
             check_number("top_p", self.top_p)
             require(0 < self.top_p <= 1, f"top_p={self.top_p!r} is not in (0, 1]")
@@ -71,7 +81,8 @@ class Sampler:
 
     def draw(self) -> Draw:
         """Return the rules for drawing and scoring tokens."""
-        return Draw(noise=self.temperature > 0, nucleus=self.has_nucleus, top_k=self.top_k)
+        ends = {"eos": self.eos, "eos_penalty": self.eos_penalty}
+        return Draw(noise=self.temperature > 0, nucleus=self.has_nucleus, top_k=self.top_k, **ends)
 
     @property
     def has_nucleus(self) -> bool:

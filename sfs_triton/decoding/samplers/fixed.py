@@ -44,6 +44,10 @@ class FixedSteps(BlockSampler):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("metric", self.metric, FIXED_METRICS)
+        require(
+            self.metric != "origin" or self.eos != "last",
+            "eos='last' does not go with metric='origin', which commits positions at random",
+        )
         check_number("eps", self.eps)
         require(0 < self.eps < 1, f"eps={self.eps!r} is not in (0, 1)")
         if self.steps is not None:
@@ -59,13 +63,7 @@ class FixedSteps(BlockSampler):
 
     def draw(self) -> Draw:
         score = {"topk_margin": "margin", "entropy": "entropy"}.get(self.metric, "confidence")
-        return Draw(
-            metric=score,
-            noise=self.temperature > 0,
-            nucleus=self.has_nucleus,
-            top_k=self.top_k,
-            tempered=self.metric != "confidence",
-        )
+        return replace(super().draw(), metric=score, tempered=self.metric != "confidence")
 
     def block_steps(self, length: int) -> int:
         """Return the steps per block for ``length`` response positions: part of ``steps``, rounded down, at least 1."""

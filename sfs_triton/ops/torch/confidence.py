@@ -22,7 +22,7 @@ METRICS = ("confidence", "margin", "entropy")
 class Draw:
     """Rules for drawing a token from its logits and scoring it. The numbers are per sequence: its temperature, with
     ``noise``, and its share of the probability, with ``nucleus``. Without noise the largest wins; ties go to the lowest
-    id. ``entropy``: the entropy is wanted beside the score."""
+    id. ``entropy``: the entropy is wanted beside the score. ``eos``, ``eos_penalty``: those of a sampler."""
 
     metric: str = "confidence"
     noise: bool = False
@@ -30,6 +30,13 @@ class Draw:
     top_k: int | None = None
     tempered: bool = False
     entropy: bool = False
+    eos: str = "free"
+    eos_penalty: float = 0.0
+
+    @property
+    def at_ends(self) -> bool:
+        """True if tokens that end a text are treated differently from others."""
+        return self.eos != "free" or self.eos_penalty > 0
 
 
 class Choice(NamedTuple):
@@ -88,7 +95,7 @@ def confidence(
     else:
         scale = None if tempered else temperature
         _, token = gumbel_max(measured, temperature=scale, seed=seed, position=position, step=step)
-    return token.int(), _score(measured, token, metric).float()
+    return token.int(), score_of(measured, token, metric).float()
 
 
 def _max(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -101,7 +108,8 @@ def _max(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return largest, torch.where(logits == largest, index, last).amin(-1, keepdim=True).long()
 
 
-def _score(logits: torch.Tensor, token: torch.Tensor, metric: str) -> torch.Tensor:
+def score_of(logits: torch.Tensor, token: torch.Tensor, metric: str) -> torch.Tensor:
+    """Return the score ``[T]`` of ``token [T]`` in ``logits [T, V]``."""
     probabilities = logits.softmax(-1)
     if metric == "margin":
         top = F.pad(probabilities, (0, 1)).topk(2, dim=-1).values  # a vocabulary of one token has no second
