@@ -15,10 +15,10 @@ _LEAST = -9999.0  # OpenAI's number for a probability of 0
 
 @dataclass(frozen=True, slots=True)
 class TokenScore:
-    """A chosen token of an answer: spelt out, its text in the answer and where it starts there, and its score."""
+    """A chosen token of an answer: spelt out, its bytes in the answer and where its text starts there, its score."""
 
     token: str
-    text: str
+    data: bytes | None
     offset: int
     logprob: float
 
@@ -54,16 +54,17 @@ class TokenScores:
         offset = self._offset
         self._offset += 0 if self._unfinished else len(text)
         probability = self._probabilities[index]
-        return TokenScore(piece, text, offset, math.log(min(1.0, probability)) if probability else _LEAST)
+        data = self._codec.bytes_of(token) if UNFINISHED in text else text.encode()
+        return TokenScore(piece, data, offset, math.log(min(1.0, probability)) if probability else _LEAST)
 
 
 def of_chat(scores: Iterable[TokenScore]) -> dict[str, Any]:
-    """Return the ``logprobs`` of a choice in a chat; a part of a character has no ``bytes``."""
+    """Return the ``logprobs`` of a choice in a chat."""
     content = [
         {
             "token": score.token,
             "logprob": score.logprob,
-            "bytes": None if UNFINISHED in score.text else list(score.text.encode()),
+            "bytes": None if score.data is None else list(score.data),
             "top_logprobs": [],
         }
         for score in scores

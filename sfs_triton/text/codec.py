@@ -20,6 +20,9 @@ from .chat_template import TemplateError, render
 MASK_TOKENS = ("<[MASK]>", "<|mdm_mask|>", "[MDM_MASK]", "<|mask|>")  # where the tokenizer names none
 SPECIAL = [f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]  # names in a template
 BYTE_TOKENS = [f"<0x{value:02X}>" for value in range(256)]  # of byte-fallback tokenizers
+_PRINTED = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes that byte-level tokenizers write as they are
+_OTHERS = [value for value in range(256) if value not in _PRINTED]
+BYTE_LEVEL = {chr(value): value for value in _PRINTED} | {chr(256 + n): value for n, value in enumerate(_OTHERS)}
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # decoded from a character with missing bytes
 GROWTH = 64  # of a text in its tokenizer: Unicode's own normal forms make a character 18 at most
 CHARACTERS = 64  # of text per position of a context; encoding far more than fits takes long
@@ -133,10 +136,21 @@ class TextCodec:
         return self.tokenizer.token_to_id(token)
 
     @cached_property
-    def byte_ids(self) -> frozenset[int]:
-        """Ids of byte tokens, of which a byte-fallback decoder makes text when their run has ended."""
+    def byte_ids(self) -> dict[int, int]:
+        """Bytes by the ids of byte tokens, of which a byte-fallback decoder makes text when their run has ended."""
         vocabulary = self.tokenizer.get_vocab()
-        return frozenset(vocabulary[token] for token in BYTE_TOKENS if token in vocabulary)
+        return {vocabulary[token]: value for value, token in enumerate(BYTE_TOKENS) if token in vocabulary}
+
+    def bytes_of(self, token: int) -> bytes | None:
+        """Return the bytes of a token that may be a part of a character; None where its tokenizer does not say."""
+        if token in self.byte_ids:
+            return bytes([self.byte_ids[token]])
+        written = self.token_of(token) or ""
+        return bytes(BYTE_LEVEL[c] for c in written) if written and all(c in BYTE_LEVEL for c in written) else None
+
+    def token_of(self, index: int) -> str | None:
+        """Return the exact text of the token with this id."""
+        return self.tokenizer.id_to_token(index)
 
     def mask_id(self) -> int | None:
         """Return the id of the mask token: the one that the tokenizer names, else an added token of a usual name."""

@@ -7,6 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 pytest.importorskip("fastapi")
 pytest.importorskip("openai")
@@ -16,7 +18,8 @@ import torch  # noqa: E402
 from sfs_triton import Engine, FixedSteps, SlowFast  # noqa: E402
 from sfs_triton.models import Transformer  # noqa: E402
 from sfs_triton.serve.logprobs import TokenScores  # noqa: E402
-from sfs_triton.text.codec import UNFINISHED  # noqa: E402
+from sfs_triton.text.codec import UNFINISHED, TextCodec  # noqa: E402
+from tests.support.dream import write_tokenizer  # noqa: E402
 from tests.support.server import STORY, SUMS, TABLE, chat, chunks_of, error_of, serving, wait_for  # noqa: E402
 
 COMPLETIONS = "/v1/completions"
@@ -151,8 +154,23 @@ def test_parts_of_characters_share_an_offset(embedded):
     found = [*scores.take(ids, 3), *scores.take(ids, len(ids))]
     assert codec.decode(ids) == "a\u00e4\u00f6b"
     assert [score.offset for score in found] == [0, 1, 1, 1, 1, 1, 3]
-    assert [score.text for score in found] == ["a", UNFINISHED, UNFINISHED, "", UNFINISHED, UNFINISHED, "b"]
-    assert found[3].token == "<|eot_id|>"
+    assert [score.data for score in found] == [b"a", b"\xc3", b"\xa4", b"", b"\xc3", b"\xb6", b"b"]
+    assert found[3].token == "<|eot_id|>" and found[1].token == UNFINISHED
+
+
+def test_bytes_of_a_byte_level_tokenizer(tmp_path):
+    """Of any tokens, together: what the tokenizer decodes."""
+    codec = TextCodec.from_folder(write_tokenizer(tmp_path))
+    assert [codec.bytes_of(token) for token in codec.encode("\u00e9 \U0001f642 \n")[2:4]] == [b"\xf0", b"\x9f"]
+
+    @given(st.lists(st.integers(0, 270), max_size=16))
+    def check(ids: list[int]) -> None:
+        scores = TokenScores(codec, codec.piece)
+        scores._probabilities = dict.fromkeys(range(len(ids)), 0.5)
+        data = b"".join(score.data for score in scores.take(ids, len(ids)))
+        assert data.decode("utf-8", "replace") == codec.decode(ids)
+
+    check()
 
 
 def test_scores_that_are_no_probabilities_are_refused(server):

@@ -239,6 +239,9 @@ class TokenizerCodec(TextCodec):
     def token_id(self, token: str) -> int | None:
         return self.tokenizer.get_vocab().get(token)
 
+    def token_of(self, index: int) -> str | None:
+        return self.tokenizer.convert_ids_to_tokens(index)
+
     def special_ids(self) -> dict[str, int]:
         added = self.tokenizer.added_tokens_decoder
         return {token.content: index for index, token in added.items() if token.special}
