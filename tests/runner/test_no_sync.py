@@ -28,7 +28,7 @@ from sfs_triton.runner.cuda_graph import capture_graph
 from sfs_triton.runner.host_ring import HostRing
 from sfs_triton.scheduling.planner import StepPlanner
 from sfs_triton.scheduling.scheduler import bounds_of
-from tests.support.combinations import EVERY_PAIR, PROMPTS, assert_same, engine_with, pairwise, some_of_every
+from tests.support.combinations import EVERY_PAIR, POLICIES, PROMPTS, assert_same, engine_with, pairwise, some_of_every
 
 # ---------------------------------------------------------------------------------------------------- the watch itself
 
@@ -183,6 +183,14 @@ def test_partial_refreshes_read_nothing(engines, monkeypatch, ratio, execution):
     assert found
 
 
+@pytest.mark.parametrize(("execution", "cache"), [("exact", "none"), ("padded", "region"), ("graphs", "refresh")])
+def test_steps_with_vectors_read_nothing(engines, monkeypatch, execution, cache):
+    found = _watch(monkeypatch)
+    engine = engine_with(engines["llada-mha"], execution)
+    embeds = [([1], torch.zeros(1, engine.spec.d_model)), None, None]
+    assert engine.generate(PROMPTS, gen_length=[8, 8, 16], cache=cache, prompt_embeds=embeds) and found
+
+
 def test_captured_steps_and_dropped_sequences_read_nothing(engines, monkeypatch):
     found = _watch(monkeypatch)
     stream = engine_with(engines["llada-mha"], "graphs").stream(PROMPTS, gen_length=[8, 16, 24], cache="region")
@@ -232,14 +240,15 @@ def on_meta(engines, monkeypatch):
     monkeypatch.setattr(HostRing, "publish", lambda ring: None)  # host memory cannot take what is not there
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)  # raises for this device
 
-    def make(sampler: Sampler, policy: CachePolicy) -> tuple[ModelRunner, list[Forward]]:
-        options = {"gen_length": [16, 8, 48], "sampler": sampler, "cache": policy, "seed": [1, 2, 3]}
+    def make(sampler: Sampler, policy: CachePolicy, **more: Any) -> tuple[ModelRunner, list[Forward]]:
+        options = {"gen_length": [16, 8, 48], "sampler": sampler, "cache": policy, "seed": [1, 2, 3], **more}
         sequences, _ = engine.sequences(PROMPTS, trace=True, **options)
         key: BatchKey = sequences[0].batch_key
         bounds = bounds_of(sequences)
         runner = ModelRunner(model, key, len(sequences), bounds.length, bounds.response)
         for slot, each in enumerate(sequences):
-            runner.put(slot, each.canvas, each.start, each.params.sampler, each.params.seed, each.step_cap)
+            embeds = each.embeds and replace(each.embeds, vectors=each.embeds.vectors.to("meta"))
+            runner.put(slot, each.canvas, each.start, each.params.sampler, each.params.seed, each.step_cap, embeds)
         return runner, StepPlanner(key.sampler, key.cache, len(sequences), bounds, exact=False).shapes()
 
     return make
@@ -252,6 +261,15 @@ def test_steps_run_without_values(on_meta, sampler, policy):
     assert {shape.canvases for shape in shapes} == {1, 2, 3}
     assert runner.state.tokens.device.type == "meta"
     assert all(cache.k.device.type == "meta" for cache in runner.caches)
+    for shape in shapes:
+        with Nowhere():
+            runner.run_padded(shape)
+
+
+@pytest.mark.parametrize("policy", ["none", "region", "refresh"])
+def test_steps_with_vectors_run_without_values(on_meta, engines, policy):
+    embeds = [([1], torch.zeros(1, engines["dream-gqa"].spec.d_model)), None, None]
+    runner, shapes = on_meta(SlowFast(), POLICIES[policy], prompt_embeds=embeds)
     for shape in shapes:
         with Nowhere():
             runner.run_padded(shape)
@@ -412,6 +430,19 @@ def test_replays_on_a_gpu_equal_eager_steps(on_gpu, options, ahead):
         for _ in range(2):
             done = engine.generate(prompts, gen_length=length, trace=True, **options)
             assert_same(done, on_gpu("eager").generate(prompts, gen_length=length, trace=True, **options))
+    assert engine.execution == "cuda_graphs", "it fell back"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cache", ["none", "region", "refresh"])
+def test_replays_on_a_gpu_read_vectors(on_gpu, cache):
+    engine, ids = on_gpu("cuda_graphs"), [on_gpu("eager").encode(question) for question in QUESTIONS]
+    pair = ([2, 3], engine.model.weights.embedding[ids[0][2:4]])
+    hidden = [ids[0][:2] + [1, 1] + ids[0][4:], *ids[1:]]
+    for _ in range(2):
+        done = engine.generate(hidden, gen_length=32, cache=cache, prompt_embeds=[pair, None, None])
+        wanted = on_gpu("eager").generate(ids, gen_length=32, cache=cache)
+        assert [row.response for row in done] == [row.response for row in wanted]
     assert engine.execution == "cuda_graphs", "it fell back"
 
 
