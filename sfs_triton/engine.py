@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -307,9 +308,8 @@ class Engine:
         for index, (ids, each) in enumerate(zip(every, listed, strict=True)):
             if ids[0] == self.spec.mask_id:
                 self.check_first(f"canvas {index} starts with a mask", each.cache)
-        mask, frames = self.spec.mask_id, _frames_for(on_step)
-        pairs = zip(listed, every, strict=True)
-        sequences = [InFlight(each, ids, 0, mask, trace, frames, infilled=True) for each, ids in pairs]
+        how = {"trace": trace, "frames": _frames_for(on_step), "infilled": True}
+        sequences = [self.in_flight(each, ids, 0, **how) for each, ids in zip(listed, every, strict=True)]
         return self._finish(sequences, single, on_step)
 
     def stream(
@@ -461,8 +461,16 @@ class Engine:
             if not ids:
                 self.check_first(f"prompt {index} is empty", each.cache)
             canvas = ids + [mask] * each.gen_length
-            sequences.append(InFlight(each, canvas, len(ids), mask, trace, frames, embeds=embeds[index]))
+            how = {"trace": trace, "frames": frames, "embeds": embeds[index]}
+            sequences.append(self.in_flight(each, canvas, len(ids), **how))
         return sequences, single
+
+    def in_flight(self, params: DecodingParams, canvas: list[int], start: int, **options: Any) -> InFlight:
+        """Return a sequence of this model whose positions from ``start`` on are decoded, on this engine's device."""
+        if self.model.device.type == "cpu":
+            cache = params.cache.on_cpu(params.sampler, len(canvas) - start)
+            params = params if cache is params.cache else replace(params, cache=cache)
+        return InFlight(params, canvas, start, self.spec.mask_id, **options)
 
     def _embeds(self, prompts: list[list[int]], given: Any) -> list[PromptEmbeds | None]:
         """Return the checked vectors of each prompt. If one has some all have, be it none, to share a batch."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
 from ..errors import check_flag, check_integer, check_number
@@ -19,6 +19,7 @@ from ..models.cache import FeatureCache, Features, KVCache
 from .samplers import Sampler
 from .step_plan import Forward, Positions
 
+_CAPACITY = 128  # positions that a GPU forwards in the time that it reads the weights of an 8B model
 _COARSE = 64  # prompt lengths are rounded for padded shapes, so that more prompts share them
 
 
@@ -53,6 +54,10 @@ class CachePolicy:
     def rules(self) -> dict[str, Any]:
         """Keyword arguments of ``Sampler.rules`` that depend on the policy."""
         return {}
+
+    def on_cpu(self, sampler: Sampler, response: int) -> CachePolicy:
+        """Return this policy with what it leaves open, for ``response`` positions decoded on a CPU."""
+        return self
 
     def opening(self, shifted: bool) -> str:
         """Return the kind of block start, for the block machine (``BlockRules.opening``)."""
@@ -228,14 +233,14 @@ class RegionCache(CachePolicy):
     beyond the span; and with ``rotate``, in the remaining capacity, the positions forwarded longest ago.
 
     Args:
-        capacity: most positions per canvas and step.
+        capacity: most positions per canvas and step; None: 128, and on a CPU as many more as a step may decide.
         span_cap: most candidates of a slow step of SlowFast, counted from the start of the cycle.
         look_ahead: positions beyond the span whose confidences seed the next cycle's horizon.
         refresh_every: interval, in steps, of forwards of the whole canvas; None: only the first step is one.
         rotate: use the remaining capacity for the positions forwarded longest ago.
     """
 
-    capacity: int = 128
+    capacity: int | None = None
     span_cap: int | None = None
     look_ahead: int = 0
     refresh_every: int | None = None
@@ -245,19 +250,31 @@ class RegionCache(CachePolicy):
     store = KVCache
 
     def __post_init__(self) -> None:
-        check_integer("capacity", self.capacity, least=2)  # a shifted model decides a position by the row before it
-        for name in ("span_cap", "refresh_every"):
-            if getattr(self, name) is not None:
-                check_integer(name, getattr(self, name))
+        for name, least in (("capacity", 2), ("span_cap", 1), ("refresh_every", 1)):
+            if getattr(self, name) is not None:  # a shifted model decides a position by the row before it: two at least
+                check_integer(name, getattr(self, name), least)
         check_integer("look_ahead", self.look_ahead, least=0)
         check_flag("rotate", self.rotate)
+
+    @property
+    def most(self) -> int:
+        """Return the capacity, where none is given the usual one."""
+        return _CAPACITY if self.capacity is None else self.capacity
+
+    def on_cpu(self, sampler: Sampler, response: int) -> RegionCache:
+        # arithmetic is the bound on a CPU: a list that cuts a window up saves nothing, and costs steps
+        cap = self.span_cap if sampler.by_stage else None
+        window = min([response, *(2 * n for n in (sampler.block_length, cap) if n is not None)])
+        if self.capacity is not None or window < _CAPACITY:
+            return self
+        return replace(self, capacity=-(-(window + 1) // 32) * 32)  # rounded up, so that more lengths share a batch
 
     @property
     def rules(self) -> dict[str, Any]:
         return {"look_ahead": self.look_ahead, "partial": True, "span_cap": self.span_cap}
 
     def extra_steps(self, length: int) -> int:
-        return -(-length // self.capacity) + 1  # steps whose list is full of dirty positions
+        return -(-length // self.most) + 1  # steps whose list is full of dirty positions
 
     def lists(self, step: int) -> bool:
         return step > 0 and (self.refresh_every is None or step % self.refresh_every > 0)
@@ -270,7 +287,7 @@ class RegionCache(CachePolicy):
         if not all(self.lists(at.step) for at in batch.values()):
             return super().exact(batch, sampler)
         limits = {at.limit for at in batch.values()}
-        size = min(self.capacity, max(limits))
+        size = min(self.most, max(limits))
         targets = min(size, self._most_candidates(batch, batch, sampler) + self.look_ahead)
         shape = Forward(Positions.LIST, 0, size, max(limits), targets, ragged=len(limits) > 1, canvases=len(batch))
         return [(shape, list(batch))]
@@ -282,7 +299,7 @@ class RegionCache(CachePolicy):
     def padded(self, bounds: BatchBounds, sampler: Sampler, step: int, opening: bool) -> Forward:
         if not self.lists(step):
             return super().padded(bounds, sampler, step, opening)
-        size = min(self.capacity, bounds.length)
+        size = min(self.most, bounds.length)
         targets = min(size, self._window(bounds, sampler) + self.look_ahead)
         return Forward(Positions.LIST, 0, size, bounds.length, targets, ragged=True)
 

@@ -79,9 +79,9 @@ def prepare(engine: Engine, settings: ServeSettings, body: Common) -> list[Prepa
             engine.check_first("'prompt' is empty", cache)
     first, mask = len(prompt), engine.spec.mask_id
     start, canvas = 0 if suffix else first, prompt + [mask] * positions + suffix
-    how = {"trace": bool(body.frames) or body.scored, "frames": True}
+    how = {"trace": bool(body.frames) or body.scored, "frames": True, "infilled": bool(suffix)}
     each = (replace(params, seed=seed + choice) for choice in range(choices))
-    sequences = [InFlight(one, list(canvas), start, mask, infilled=bool(suffix), **how) for one in each]
+    sequences = [engine.in_flight(one, list(canvas), start, **how) for one in each]
     return [PreparedRequest(sequence, first, first + length, len(suffix)) for sequence in sequences]
 
 

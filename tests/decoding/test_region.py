@@ -190,3 +190,24 @@ def test_a_capped_window_over_a_mean_of_zeros_is_refused(engine):
     with pytest.raises(ArgumentError, match="span_cap=4 does not go with zero_history=True"):
         engine.generate([5, 6, 7], gen_length=24, sampler=sampler, cache=RegionCache(span_cap=4))
     assert engine.generate([5, 6, 7], gen_length=24, sampler=sampler, cache=RegionCache(capacity=6)).masks_left == 0
+
+
+def test_a_capacity_that_is_not_given_follows_the_window_on_a_cpu():
+    policy, long = RegionCache(), SlowFast()
+    assert policy.most == 128 and policy.on_cpu(long, 127) is policy
+    assert policy.on_cpu(long, 136).most == 160 and policy.on_cpu(long, 1000).most == 1024
+    assert policy.on_cpu(Threshold(block_length=32), 1000).most == 128
+    assert policy.on_cpu(Threshold(block_length=128), 1000).most == 288  # a block and the commits of the one before
+    assert RegionCache(span_cap=40).on_cpu(long, 1000).most == 128
+    assert RegionCache(capacity=128).on_cpu(long, 1000).most == 128
+    assert RegionCache(capacity=64, span_cap=8).on_cpu(long, 1000).most == 64
+
+
+def test_a_response_longer_than_the_usual_capacity_is_not_cut_up():
+    engine = sfs_triton.load("embedded", "cpu")
+    prompt = "Rewrite as JSON:\nid,name,age\n1,Ann,31\n2,Bob,45"
+    whole, cut, every = (
+        engine.generate(prompt, gen_length=136, cache=cache) for cache in ("region", RegionCache(capacity=128), "none")
+    )
+    assert whole.nfe == every.nfe < cut.nfe
+    assert whole.text == every.text

@@ -19,10 +19,10 @@ def check_counts(sampler: BlockSampler, policy) -> None:
     if policy.name == "region":
         block = sampler.block_length
         require(
-            block is not None and 2 * block < policy.capacity,
-            f"block_length={block} does not go with cache='region', capacity={policy.capacity}: a fixed schedule "
+            block is not None and 2 * block < policy.most,
+            f"block_length={block} does not go with cache='region', capacity={policy.most}: a fixed schedule "
             "(samplers 'fixed' and 'vanilla', or steps) counts what a step commits over a whole block, so set "
-            f"block_length below {policy.capacity / 2:g}",
+            f"block_length below {policy.most / 2:g}",
         )
 
 
