@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from ..distributed import ALONE, Group, Vocabulary
 from ..ops.dispatch import Choice, Draw, Matrix, Ops, operations, rope_tables
 from ..ops.torch import blocks
-from ..ops.torch.fused_linear import Heads, rotated_heads
+from ..ops.torch.fused_linear import Heads, Scratch, rotated_heads
 from ..ops.torch.norm import rms_norm
 from .cache import FeatureCache, Features, KVCache, Scope, Vectors
 from .spec import ModelSpec
@@ -35,6 +35,8 @@ class Transformer:
         self._vocabulary = Vocabulary(group, spec.vocab_size) if group.size > 1 else None
         self.backend = backend or "torch"
         self.ops: Ops = operations(backend, self.device)
+        # of plain torch on a CPU alone: a GPU's memory is kept by torch, and captured steps have their own
+        self._own = {"scratch": Scratch()} if self.device.type == "cpu" and backend != "triton" else {}
         self._cos, self._sin = rope_tables(0, spec.head_dim, spec.rope_theta, self.device)
         self._position = torch.arange(0, device=self.device)
         self._outgrown: list[tuple[torch.Tensor, ...]] = []
@@ -113,7 +115,7 @@ class Transformer:
             if chosen is not None:
                 x = _selected(x, chosen)
             h = self._add(attended, layer.out, x, layer.mlp_norm, counters, to_product=True)
-            gated = self.ops.linear_silu_mul(h, layer.gate_up, counters=counters)
+            gated = self.ops.linear_silu_mul(h, layer.gate_up, counters=counters, **self._own)
             # the rest is for the caller, or gathered from, or goes to plain products
             to_product = index < last - (select is not None) and layer.q_norm is None
             h = self._add(gated, layer.down, x, gains[index], counters, to_product=to_product)
@@ -132,7 +134,7 @@ class Transformer:
         """``residual += x @ matrix^T`` in place, and its norm: ``linear_normed`` of the operations."""
         if self.group.size > 1:  # the sum over ranks comes before the residual
             return self.ops.rms_norm(self._sum(x, matrix), gain, self.spec.norm_eps, residual=residual)
-        options = {"to_product": to_product, "counters": counters}
+        options = {"to_product": to_product, "counters": counters, **self._own}
         return self.ops.linear_normed(x, matrix, residual, gain, self.spec.norm_eps, **options)
 
     def _embed(self, tokens: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
@@ -184,7 +186,7 @@ class Transformer:
     ) -> Heads:
         """``linear_heads`` of the operations; models that normalise each head (Qwen3) do so before the rotation."""
         if layer.q_norm is None:
-            return self.ops.linear_heads(x, matrix, bias, *places, counters=counters, **counts)
+            return self.ops.linear_heads(x, matrix, bias, *places, counters=counters, **self._own, **counts)
         projected, n_heads, n_kv_heads = self._product(x, matrix, bias), counts["n_heads"], counts["n_kv_heads"]
         heads = self._heads(projected)
         self._norm_heads(layer, heads[:, :, :n_heads], heads[:, :, n_heads : n_heads + n_kv_heads])
@@ -216,7 +218,7 @@ class Transformer:
         return self._product(h, layer.qkv, layer.qkv_bias, part)
 
     def _mlp(self, h: torch.Tensor, layer: LayerWeights) -> torch.Tensor:
-        return self._sum(self.ops.linear_silu_mul(h, layer.gate_up), layer.down)
+        return self._sum(self.ops.linear_silu_mul(h, layer.gate_up, **self._own), layer.down)
 
     def _product(
         self, x: torch.Tensor, matrix: Matrix, bias: torch.Tensor | None = None, rows: slice | None = None
