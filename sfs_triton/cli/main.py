@@ -129,7 +129,8 @@ class CommandOptions:
             require(len(text) <= LARGEST_INPUT, f"the prompt on stdin is larger than {LARGEST_INPUT:,} characters")
             text = text.rstrip("\n")
         check_unicode("the prompt", text)
-        require(bool(text.strip()), "the prompt is empty")
+        unprompted = self.prompt == "" and not self.apply_chat_template
+        require(unprompted or bool(text.strip()), "the prompt is empty; '' is none at all with --no-chat-template")
         return text
 
     def make_sampler(self) -> Sampler:

@@ -120,6 +120,14 @@ def test_options_reach_the_sampler(model, engine, options, sampler, cache):
     assert said["cache"]["kind"] == cache and said["seed"] == 3 and said["seconds"] > 0
 
 
+def test_no_prompt(model, engine):
+    options = ("--no-chat-template", "--sampler", "fixed", "--json")
+    (wanted,) = engine.generate([[]], gen_length=32, sampler=FixedSteps())
+    assert json.loads(generate(model, *options, prompt="").stdout)["tokens"] == wanted.tokens
+    assert generate(model, "--no-chat-template", "--sampler", "fixed", "--watch", prompt="").exit_code == 0
+    refused(generate(model, "--no-chat-template", prompt="-", stdin=""), "prompt is empty")
+
+
 def test_prompt_from_stdin(model):
     assert generate(model, prompt="-", stdin=PROMPT + "\n").stdout == generate(model).stdout
     refused(generate(model, prompt="-", stdin=""), "prompt is empty")
