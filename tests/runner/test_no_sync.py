@@ -157,6 +157,7 @@ def test_steps_read_nothing(engines, monkeypatch, sampler, policy, execution):
 OPTIONS = {
     "drawn": {"temperature": 0.7, "cfg_scale": 0.5, "eos_stop": True},
     "filtered": {"temperature": 0.7, "top_k": 9, "top_p": 0.9},
+    "ends": {"temperature": 0.7, "eos": "last", "eos_penalty": 0.5},
 }
 
 
