@@ -47,7 +47,7 @@ CPUS ?= ATEN_CPU_CAPABILITY=default,MKL_CBWR=COMPATIBLE,ONEDNN_MAX_CPU_ISA=SSE41
 
 .PHONY: bench bench-all bench-kernels test test-quick test-slow test-cpus test-oldest test-ptx fuzz soak audit docs resources lint install
 
-bench: install
+bench: $(VENV)/.installed-bench
 	$(BIN)/python bench/throughput.py $(ARGS)
 
 bench-all: install
@@ -113,8 +113,10 @@ install: $(VENV)/.installed
 # A machine's own torch (a GPU image's, say) is used if PYTHON has a recent enough one; else TORCH is installed.
 HAS_TORCH := import torch; assert tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11)
 
-# Python compiles what is imported; pip would compile 24,000 files, one after another.
-$(VENV)/.installed: setup.py pyproject.toml sfs_triton/version.py
+# Python compiles what is imported; pip would compile 24,000 files, one after another. The main benchmark, and the commands
+# of README.md's first screen, need a few packages only.
+$(VENV)/.installed-bench: EXTRAS := bench,cli,serve
+$(VENV)/.installed $(VENV)/.installed-bench: setup.py pyproject.toml sfs_triton/version.py
 	@test -x $(BIN)/pip || { rm -rf $(VENV); \
 	  if $(PYTHON) -c '$(HAS_TORCH)' 2>/dev/null; then own=--system-site-packages; fi; \
 	  $(PYTHON) -m venv $$own $(VENV) || { rm -rf $(VENV); \

@@ -59,5 +59,5 @@ def meaning(rows: Sequence[Line]) -> str:
     fastest = max(rows, key=lambda row: row["tokens_per_second"])
     return (
         f"{saved}Rows by {PLAIN} are the published algorithms in eager PyTorch, with their fastest cache. The fastest "
-        f"row here: {name(fastest)}, by {fastest['by']}."
+        f"of these rows: {name(fastest)}, by {fastest['by']}."
     )

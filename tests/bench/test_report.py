@@ -262,7 +262,7 @@ def test_a_run_without_a_gpu_is_on_the_page_and_in_the_readme(tmp_path, capsys):
     )
     assert _row(text, "SlowFast, region") == ["SlowFast, region cache", "sfs_triton", "4", "2,300 (2x)", "1 of 1"]
     assert _row(text, "SlowFast |") == ["SlowFast", "plain torch", "4", "~1,150", ""]
-    assert "The fastest row here: SlowFast, region cache, by sfs_triton." in text
+    assert "The fastest of these rows: SlowFast, region cache, by sfs_triton." in text
     for shown in (page, text):
         assert new.name in shown and old.name not in shown
         assert "3 problems (records), prompts of 79 to 104 tokens, 128 response positions, float32" in shown

@@ -203,7 +203,7 @@ def test_the_short_table_names_the_fastest_whoever_it_is_by():
     found = summary.chosen([*every, {**every[0], "batch": 4, "tokens_per_second": 99.0}])
     assert found == every[1:]
     assert summary.cells(found[0]) == ["SlowFast, refresh cache", PLAIN, "4", "9", "1 of 2"]
-    assert summary.meaning(found).endswith("The fastest row here: SlowFast, refresh cache, by plain torch.")
+    assert summary.meaning(found).endswith("The fastest of these rows: SlowFast, refresh cache, by plain torch.")
     assert summary.chosen([]) == []
 
 
