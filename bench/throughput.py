@@ -146,7 +146,7 @@ def _cells(row: dict) -> list[str]:
 
 def show_summary(record: dict, console: Console) -> None:
     """Print the table in five rows that the README has, and what it means."""
-    if not (chosen := summary.chosen(record["rows"])):
+    if len(chosen := summary.chosen(record["rows"])) < 2:  # nothing to compare
         return
     table = Table()
     for name, justify in zip(summary.HEAD, ("left", "left", "right", "right", "right"), strict=True):

@@ -90,7 +90,7 @@ def readme_part(run: CpuRun, root: Path) -> str:
     record, place = run.read("table"), run.folder.relative_to(root)
     rows = summary.chosen(record["rows"])
     told = f"{about_rows(record)}; {where(run.about)} (`{place}/table.json`, commit {run.about['machine']['commit']})."
-    return f"{table(summary.HEAD, map(summary.cells, rows))}\n\n{summary.meaning(rows)} {told}\n"
+    return f"{table(summary.HEAD, map(summary.cells, rows))}\n\n{summary.meaning(rows)}\n\n{told}\n"
 
 
 def cpu_section(run: CpuRun, root: Path) -> list[str]:

@@ -1,1 +1,1 @@
-"""Views of a generation: a canvas in the terminal, and plots."""
+"""Views of a generation: a canvas in the terminal, animated pictures, and plots."""
