@@ -117,6 +117,26 @@ DRAWS = {
 }
 
 
+def test_likelihoods(two, models):
+    pairs = [(PROMPTS[0], [9, 8, 7]), (PROMPTS[1], [4, 5])]
+    options = [{"mc_num": 4, "mc_batch": 2}, {"method": "confidence", "check_greedy": True}]
+    alone = sfs_triton.load(models["dream-gqa"], "cpu", "float32")
+    for got in two.run(ranks.likelihoods, models["dream-gqa"], pairs, options):
+        for given, mine in zip(options, got, strict=True):
+            for one, other in zip(mine, alone.likelihood(pairs, **given), strict=True):
+                assert one.value == pytest.approx(other.value, rel=1e-4)
+                assert (one.greedy, one.forwards) == (other.greedy, other.forwards)
+
+
+def test_vectors_in_prompts(two, models):
+    vectors = torch.randn(2, 64, generator=torch.Generator().manual_seed(0))
+    options = SHORT | {"prompt_embeds": [([1, 3], vectors), None], "cache": POLICIES["region"]}
+    _check(two, models["dream-gqa"], [options])
+    own = [options, options | {"prompt_embeds": [([1, 3], vectors + 1), None]}]
+    for got in two.run(ranks.generate_own, models["dream-gqa"], own):
+        assert got.kind == "ArgumentError" and "different requests" in got.text
+
+
 def test_noise_guidance_filters_and_early_stops(two, models):
     _check(two, models["dream-gqa"], [SHORT | {"sampler": sampler} for sampler in DRAWS.values()])
     guided = SHORT | {"sampler": DRAWS["guided"]}

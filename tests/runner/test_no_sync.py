@@ -435,7 +435,7 @@ def test_replays_on_a_gpu_equal_eager_steps(on_gpu, options, ahead):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("cache", ["none", "region", "refresh"])
+@pytest.mark.parametrize("cache", ["none", "region", RefreshCache(6, 3, 0.0)], ids=str)
 def test_replays_on_a_gpu_read_vectors(on_gpu, cache):
     engine, ids = on_gpu("cuda_graphs"), [on_gpu("eager").encode(question) for question in QUESTIONS]
     pair = ([2, 3], engine.model.weights.embedding[ids[0][2:4]])

@@ -116,6 +116,10 @@ def generate(model: str | Path, given: list[dict], **how: str) -> list:
     return [engine(model, **how).generate(**options) for options in given]
 
 
+def likelihoods(model: str | Path, pairs: list, options: list[dict]) -> list[list[sfs_triton.Likelihood]]:
+    return [engine(model).likelihood(pairs, **given) for given in options]
+
+
 def infill(model: str | Path, **options: Any) -> Any:
     return engine(model).infill(**options)
 
