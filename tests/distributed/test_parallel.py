@@ -476,13 +476,15 @@ def test_an_evaluation_by_groups(tmp_path, embedded):
     with ranks.World(4, tmp_path) as world:
         first, second, third, fourth = world.run(ranks.evaluate, prompts, 2)
     assert second == fourth == "ended with 0"
-    assert (first[1:], third[1:]) == ((0, 2), (1, 2))
+    assert (first[2:], third[2:]) == ((0, 2), (1, 2))
     wanted = [
         embedded.generate(question, gen_length=32, cache="region", sampler=SlowFast(tau_high=0.9)).text
         for question in questions
     ]
     assert all("=" in text for text in wanted)
     assert (first[0], third[0]) == (wanted[::2], wanted[1::2])
+    values = [each.value for each in embedded.likelihood([(p, "7") for p in prompts], method="confidence")]
+    assert (first[1], third[1]) == (pytest.approx(values[::2], rel=1e-4), pytest.approx(values[1::2], rel=1e-4))
 
 
 def test_an_evaluation_refuses_an_engine_that_is_shared(embedded):

@@ -260,15 +260,17 @@ def nested(model: str | Path) -> None:
         mine.generate([3, 14, 15], gen_length=8)
 
 
-def evaluate(prompts: list[str], together: int) -> tuple[list[str], int, int] | str:
-    """Return the answers to this group's share of the prompts, its number and the number of groups."""
+def evaluate(prompts: list[str], together: int) -> tuple[list[str], list[float], int, int] | str:
+    """Return the answers to this group's share of the prompts, the likelihoods of the answer "7", the group's number
+    and the number of groups."""
     from lm_eval.api.instance import Instance
 
     from sfs_triton.integrations.lm_eval import DiffusionLM
     from sfs_triton.integrations.lm_eval.ranks import leave
 
     try:
-        made = DiffusionLM("embedded", cache="region", device="cpu", tensor_parallel=together, batch_size=2)
+        shared = {"device": "cpu", "tensor_parallel": together, "batch_size": 2}
+        made = DiffusionLM("embedded", cache="region", likelihood="confidence", **shared)
     except SystemExit as end:
         return f"ended with {end.code}"
     mine = prompts[made.rank :: made.world_size]
@@ -278,8 +280,10 @@ def evaluate(prompts: list[str], together: int) -> tuple[list[str], int, int] | 
         for index, given in enumerate(zip(mine, gen_kwargs, strict=True))
     ]
     answers = made.generate_until(requests, disable_tqdm=True)
+    pairs = [Instance("loglikelihood", {}, (given, "7"), index, ("l", index, 1)) for index, given in enumerate(mine)]
+    values = [value for value, _ in made.loglikelihood(pairs, disable_tqdm=True)]
     leave()
-    return answers, made.rank, made.world_size
+    return answers, values, made.rank, made.world_size
 
 
 def short_of_memory(model: str | Path, **options: Any) -> list:
