@@ -465,7 +465,7 @@ def test_the_benchmark_writes_once(tmp_path):
     assert done.returncode == 0, done.stderr
     record = json.loads(out.read_text())
     assert record["tensor_parallel"] == 2 and {row["by"] for row in record["rows"]} == {"sfs_triton"}
-    assert done.stdout.count("wrote ") == 1
+    assert done.stdout.count(str(out)) == 1
 
 
 def test_an_evaluation_by_groups(tmp_path, embedded):
