@@ -6,6 +6,7 @@ they were filled. Pictures are drawn as numbers of colours: a cell is drawn once
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -72,13 +73,13 @@ class Recording:
 
     title: str
     gen_length: int
-    tokens: list[list[int]] = field(default_factory=list)
-    commit_step: list[list[int]] = field(default_factory=list)
+    tokens: list[Sequence[int]] = field(default_factory=list)
+    commit_step: list[Sequence[int]] = field(default_factory=list)
 
     def __call__(self, frame: Frame) -> None:
         start = len(frame.tokens[0]) - self.gen_length
-        self.tokens.append(frame.tokens[0][start:])
-        self.commit_step.append(frame.commit_step[0][start:])
+        self.tokens.append(array("i", frame.tokens[0][start:]))  # a tenth of a list's memory
+        self.commit_step.append(array("i", frame.commit_step[0][start:]))
 
 
 def shown_steps(counts: Sequence[int]) -> list[tuple[int, int]]:
@@ -120,10 +121,10 @@ class Animation:
     def save(self, path: Path) -> None:
         """Write the animation to ``path``, whole or not at all."""
         steps = shown_steps([len(each.tokens) for each in self.recordings])
-        first, *others = (self.frame(step) for step, _ in steps)
+        others = (self.frame(step) for step, _ in steps[1:])
         with whole_picture("record", path) as file:
             how = {"save_all": True, "duration": [ms for _, ms in steps], "loop": 0, "optimize": True}
-            first.save(file, "GIF", append_images=others, **how)
+            self.frame(steps[0][0]).save(file, "GIF", append_images=others, **how)
 
     def frame(self, step: int) -> Image.Image:
         """Draw all panels after ``step`` steps; a panel that has taken fewer is shown finished."""
@@ -174,7 +175,8 @@ class Animation:
         bar = (left, top + 34, left + PANEL - 1, top + 43)
         draw.rectangle(bar, fill=MASKED * SHADES)
         if filled:
-            draw.rectangle((*bar[:2], left + round(PANEL * filled / len(looks)) - 1, bar[3]), fill=0)
+            done = max(1, PANEL * filled // len(looks))
+            draw.rectangle((*bar[:2], left + done - 1, bar[3]), fill=0)
         for token, look, places in zip(tokens, looks, boxes, strict=True):
             pieces = [] if look == MASKED else self._pieces(token)
             for n, box in enumerate(places):

@@ -456,6 +456,15 @@ def test_text_of_recorded_tokens_that_change():
     assert animation.frame(1).size == animation.frame(2).size
 
 
+def test_one_of_a_thousand_recorded_positions():
+    spec = SimpleNamespace(end_ids=(), mask_id=0)
+    recording = record.Recording("t", 1200, [[1] + [0] * 1199, [1] * 1200], [[0] + [-1] * 1199, [0] + [1] * 1199])
+    animation = record.Animation(SimpleNamespace(text=SimpleNamespace(piece=str), spec=spec), [recording])
+    bar = record.MARGIN + 34
+    ends = [animation.frame(step).getpixel((x, bar)) for step in (1, 2) for x in (record.MARGIN, 500)]
+    assert ends == [0, record.MASKED * record.SHADES, 0, 0]
+
+
 @pytest.mark.parametrize("counts", [(1,), (64,), (3, 64), (5, 5), (2, 9, 700), (1024, 2000)])
 def test_shown_steps(counts):
     """Few enough, with the last of each panel, and slow enough to follow."""
