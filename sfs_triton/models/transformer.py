@@ -272,7 +272,8 @@ class Transformer:
         at_response = ~at_prompt & (place < count[:, None])
         width = due.longest * due.prompt + (stop - due.shortest) * due.response
         moved = None if due.response or not due.moved(stop) else ((count - scope.prompt).double() * due.ratio).long()
-        if moved is None and scope.count is None and due.shortest == due.longest:  # equal lengths: one contiguous range
+        alike = scope.count is None and due.shortest == due.longest  # one range of positions for all canvases
+        if moved is None and alike:
             rows = slice(0 if due.prompt else due.longest, stop if due.response else due.longest * due.prompt)
         else:
             listed, _ = self.ops.compact(
@@ -284,8 +285,9 @@ class Transformer:
             h = self.ops.rms_norm(x, layer.attn_norm, self.spec.norm_eps)
             kept = [t[index] if scope.batch is None else t[index][scope.batch] for t in cache.tensors]
             if moved is not None:
-                others = self._moved(h, kept[1], layer, at_response, moved, due, first)
-                rows = _Listed.of(torch.cat((listed, others), 1), first, x.shape[1], cache.spare)
+                others = self._moved(h, kept[1], layer, None if alike else at_response, moved, due, first)
+                listed_too = torch.cat((listed, others), 1) if width else others
+                rows = _Listed.of(listed_too, first, x.shape[1], cache.spare)
             if width or moved is not None:
                 self._recompute(x, h, rows, layer, scope, first, read if index == last else 0, *kept)
             if scope.batch is not None:
@@ -299,20 +301,24 @@ class Transformer:
         h: torch.Tensor,
         v: torch.Tensor,
         layer: LayerWeights,
-        at_response: torch.Tensor,
+        at_response: torch.Tensor | None,
         moved: torch.Tensor,
         due: Features,
         first: int,
     ) -> torch.Tensor:
         """List the ``moved [b]`` response rows whose values changed most, then -1. Stores all fresh response values.
 
-        ``h`` has the rows from ``first`` on, ``v`` all.
+        ``h`` has the rows from ``first`` on, ``v`` all. ``at_response`` None: all canvases have equal ranges of rows.
         """
         stop = first + h.shape[1]
         own, mine = slice(due.shortest, stop), slice(due.shortest - first, None)
         fresh = self._project(h[:, mine].contiguous(), layer, slice(self.local.q_width + self.local.kv_width, None))
+        likeness = self._likeness(fresh, v[:, own])
+        if at_response is None:
+            v[:, own] = fresh
+            return (due.shortest + likeness.topk(due.moved(stop), largest=False).indices).int()
         here = at_response[:, mine]
-        likeness = self._likeness(fresh, v[:, own]).masked_fill(~here, float("inf"))
+        likeness = likeness.masked_fill(~here, float("inf"))
         rows = due.shortest + likeness.topk(due.moved(stop), largest=False).indices
         v[:, own] = torch.where(here[..., None], fresh, v[:, own])
         return torch.where(self._position[: rows.shape[1]] < moved[:, None], rows, -1).int()
