@@ -41,7 +41,7 @@ def lm_head(
     """``confidence(hidden[rows] @ weight.T, ...)``: token int32 ``[R]`` and score float32 ``[R]``.
 
     ``hidden [N, d]``, ``weight [V, d]``, ``rows`` ``[R]`` (all if None). With ``scale`` (float32 ``[V]``) ``weight`` is
-    float8 codes, and ``weight * scale[:, None]`` in the dtype of ``hidden`` takes its place. With ``count`` (int32
+    codes in 8 bits, as :func:`~sfs_triton.ops.torch.linear.linear` multiplies them. With ``count`` (int32
     ``[1]``) only that many leading rows are computed; the others have token 0 and score 0.
     """
     noise = {"temperature": temperature, "seed": seed, "position": position, "step": step}
