@@ -31,6 +31,7 @@ from bench.embedded import tasks
 from bench.embedded.carried import carried
 from sfs_triton import NoCache, SlowFast
 from sfs_triton.models.weights import Weights
+from sfs_triton.ops.torch.int8 import int8_speed
 
 from . import measured
 from .measured import GEN_LENGTH, Variant, decode
@@ -86,12 +87,13 @@ class Line(NamedTuple):
 
 
 def lines() -> list[Line]:
+    others = [each for each in OTHERS if each.quantization != "int8" or int8_speed()]  # a CPU may not have it
     decoded = [
         Line(f"{variant.group}, cache {variant.label}", numbers.label, numbers, variant)
         for variant in variants()
-        for numbers in (EXACT, *OTHERS)
+        for numbers in (EXACT, *others)
     ]
-    return decoded + [Line(FORWARD, numbers.label, numbers, None) for numbers in OTHERS]
+    return decoded + [Line(FORWARD, numbers.label, numbers, None) for numbers in others]
 
 
 @functools.cache

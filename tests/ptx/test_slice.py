@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 
@@ -18,6 +19,11 @@ from tests.ptx.library import compiler, library  # noqa: E402
 KERNELS = ROOT / "kernels" / "triton"
 
 
+# older ones leave out the fence between copies by cp.async and products by wgmma, which the execution reports
+OLD = tuple(map(int, version("triton").split(".")[:2])) < (3, 9)
+
+
+@pytest.mark.skipif(OLD, reason="what triton before 3.9 compiles lacks fences")
 @pytest.mark.skipif(compiler() is None, reason="the executor of PTX needs g++")
 def test_every_kernel_executes(tmp_path):
     library()  # compiled here, not within the time limit
