@@ -27,6 +27,8 @@ class Generation:
     """Result of one sequence.
 
     ``tokens`` is the response up to and including its first end-of-text; ``canvas`` holds prompt and response.
+    ``text`` leaves out special tokens and ids that the tokenizer does not define; None without a tokenizer, or where it
+    fails.
     ``nfe`` counts steps of the sampler, ``forwards`` calls of the model (two per step under guidance),
     ``positions_forwarded`` positions that went through the layers, ``full_forwards`` steps that covered the whole
     canvas; ``forward_lengths`` is the number of positions that each step's forward covered.

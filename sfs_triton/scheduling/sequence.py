@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence as List
 from enum import Enum
 
 from ..decoding.params import BatchKey, DecodingParams
 from ..decoding.step_plan import StepOutput
-from ..errors import NumericalFault, SequenceFault, StepCapExceeded
+from ..errors import CheckpointError, NumericalFault, SequenceFault, StepCapExceeded
 from ..kernels.control import FAST, Progress
 from ..models import ModelSpec
 from ..runner.prompt_embeds import PromptEmbeds
 from ..text.codec import TextCodec
 from .outputs import Generation
 from .trace import StepTrace, trace_step
+
+logger = logging.getLogger("sfs_triton")
 
 
 class Status(Enum):
@@ -162,7 +165,7 @@ class Sequence:
         tokens = response if end is None else response[: end + 1]
         branches = 2 if self.params.sampler.cfg_scale else 1
         return Generation(
-            text=None if text is None else text.decode(tokens),
+            text=None if text is None else _text_of(text, tokens),
             tokens=tokens,
             canvas=canvas,
             prompt_length=self.start,
@@ -186,6 +189,15 @@ class Sequence:
                 for place in step.committed:
                     found[place] = step.confidence[place]
         return found
+
+
+def _text_of(codec: TextCodec, tokens: list[int]) -> str | None:
+    """Return the text of ``tokens``; None, and a warning, where none can be made of them."""
+    try:
+        return codec.decode(tokens)
+    except CheckpointError as error:
+        logger.warning("a result has no text: %s", error)
+        return None
 
 
 def fault_of(sequences: List[Sequence], finished: dict[int, Generation]) -> SequenceFault | None:

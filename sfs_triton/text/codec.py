@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -117,12 +117,26 @@ class TextCodec:
         return before, self.encode(prompt + answer)[len(before) :]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Decode token ids to text, without special tokens."""
+        """Decode token ids to text, without special tokens, and without ids that the tokenizer does not define."""
         return self._decode(list(ids), skip_special_tokens=True)
 
     def _decode(self, ids: list[int], *, skip_special_tokens: bool) -> str:
-        with _refusing(CheckpointError, f"the checkpoint's tokenizer fails on ids={ids!r}"):
-            return self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+        def decode(ids: list[int]) -> str:
+            with _refusing(CheckpointError, f"the checkpoint's tokenizer fails on ids={ids!r}"):
+                return self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+
+        def defined(token: int) -> bool:
+            with suppress(CheckpointError):
+                return decode([token]) is not None
+            return False
+
+        try:
+            return decode(ids)
+        except CheckpointError:  # models have more ids than tokenizers; fast ones leave the others out themselves
+            known = [token for token in ids if defined(token)]
+            if len(known) == len(ids):
+                raise
+            return decode(known)
 
     def piece(self, token: int) -> str:
         """Return the text that ``token`` adds. Decoded alone, many tokenizers drop the space before it."""
