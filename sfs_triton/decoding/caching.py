@@ -265,7 +265,7 @@ class RegionCache(CachePolicy):
         # arithmetic is the bound on a CPU: a list that cuts a window up saves nothing, and costs steps
         cap = self.span_cap if sampler.by_stage else None
         window = min([response, *(2 * n for n in (sampler.block_length, cap) if n is not None)])
-        if self.capacity is not None or window < _CAPACITY:
+        if self.capacity is not None or window <= _CAPACITY:
             return self
         return replace(self, capacity=-(-(window + 1) // 32) * 32)  # rounded up, so that more lengths share a batch
 

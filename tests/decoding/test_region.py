@@ -194,7 +194,7 @@ def test_a_capped_window_over_a_mean_of_zeros_is_refused(engine):
 
 def test_a_capacity_that_is_not_given_follows_the_window_on_a_cpu():
     policy, long = RegionCache(), SlowFast()
-    assert policy.most == 128 and policy.on_cpu(long, 127) is policy
+    assert policy.most == 128 and policy.on_cpu(long, 128) is policy
     assert policy.on_cpu(long, 136).most == 160 and policy.on_cpu(long, 1000).most == 1024
     assert policy.on_cpu(Threshold(block_length=32), 1000).most == 128
     assert policy.on_cpu(Threshold(block_length=128), 1000).most == 288  # a block and the commits of the one before
