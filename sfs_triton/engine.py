@@ -17,7 +17,7 @@ import numpy
 import torch
 
 from .checkpoint import find, open_checkpoint
-from .decoding.caching import CachePolicy
+from .decoding.caching import BatchBounds, CachePolicy
 from .decoding.likelihood import Likelihood, LikelihoodParams
 from .decoding.params import SEEDS, DecodingParams, parse_sampler, refuse_unknown
 from .distributed import ALONE, Group, join, own_device
@@ -31,7 +31,7 @@ from .runner.stream import working
 from .scheduling.handles import Pending, Stream
 from .scheduling.outputs import Frame, Generation
 from .scheduling.run import Run
-from .scheduling.scheduler import BatchPool, Scheduler, bounds_of
+from .scheduling.scheduler import BatchPool, Scheduler, bounds_around, bounds_of
 from .scheduling.sequence import Sequence as InFlight
 from .self_check.choice import Choice, choose
 from .text.codec import TextCodec
@@ -559,14 +559,17 @@ class Engine:
         """Start sequences on a scheduler of their own, all in one batch if memory allows."""
         while self._abandoned:
             self._abandoned.popleft()()
-        bounds = bounds_of(sequences)
+        exact, most = bounds_of(sequences), self.spec.max_length
+
+        def bounds(sequence: InFlight) -> BatchBounds:
+            return exact if sequence.params.sampler.grow is None else bounds_around(sequence, most)
 
         def request() -> str:
             embeds = [s.embeds and s.embeds.digest() for s in sequences]
             return repr([(s.params, s.canvas, s.start, s.batch_key) for s in sequences] + embeds)
 
         with self.model.group.generation(request):
-            scheduler = Scheduler(self.batches, lambda sequence: bounds, slots=len(sequences))
+            scheduler = Scheduler(self.batches, bounds, slots=len(sequences))
             run = Run(scheduler, sequences, self.spec, self.text)
             try:
                 yield run

@@ -227,6 +227,15 @@ def _multi_block(preset: str) -> Callable[[dict], Setup | None]:
     return setup
 
 
+def _illada(s: dict) -> Setup | None:
+    """iLLaDA's variable length, whose steps are those of a block. Its boost of end-of-thinking is its own."""
+    ids = s.get("end_think_token_ids", [])
+    if ids and max(ids) < 512:  # ids outside the vocabulary switch the boost off
+        return None
+    sampler = FixedSteps(steps=s["steps"], block_length=None, grow=s["block_length"], cfg_scale=s.get("cfg_scale", 0.0))
+    return Setup("illada-variable", sampler, s["gen_length"], eos_id=s.get("stop_token_id", 511))
+
+
 def _single_block(s: dict) -> Setup:
     length = s.get("gen_length", s.get("max_new_tokens"))
     return Setup(
@@ -256,6 +265,8 @@ NEWER: dict[str, Callable[[dict], Setup | None]] = {
     "dinfer_generate_hierarchy": _generate_hierarchy,
     "d3llm_llada": _multi_block("d3llm-llada"),
     "d3llm_dream": _multi_block("d3llm-dream"),
+    "illada_var": _illada,
+    "illada_generate": lambda s: None,  # has the boost
     **dict.fromkeys(("d3llm_llada_single", "d3llm_dream_single"), _single_block),
     "generate_llada": _end_options,
 }

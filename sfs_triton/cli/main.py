@@ -102,6 +102,7 @@ class CommandOptions:
     eos_stop: Annotated[bool, typer.Option(help="Stop decoding at the first end-of-text.")] = False
     eos: Annotated[str, typer.Option(metavar="|".join(ENDS), help="When an end-of-text may be committed.")] = "free"
     eos_penalty: Annotated[float, typer.Option(help="Subtracted from the logit of end-of-text.")] = 0.0
+    grow: Annotated[int | None, typer.Option(help="Grow by so many positions until end-of-text.")] = None
     seed: Annotated[int, typer.Option(help="Random seed, used at temperatures above 0.")] = 0
     apply_chat_template: Annotated[
         bool, typer.Option("--chat-template/--no-chat-template", help="Use the prompt as a user message, or as it is.")
@@ -141,7 +142,7 @@ class CommandOptions:
             owners = BELONGS_TO[name]
             option, only = "--" + name.replace("_", "-"), " and ".join(owners)
             require(self.sampler in owners, f"{option} does not apply to --sampler {self.sampler}, only to {only}")
-        shared = ("temperature", "cfg_scale", "eos_stop", "eos", "eos_penalty")
+        shared = ("temperature", "cfg_scale", "eos_stop", "eos", "eos_penalty", "grow")
         given |= {name: getattr(self, name) for name in shared}
         return parse_sampler(self.sampler, **given)
 

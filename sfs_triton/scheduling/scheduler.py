@@ -23,7 +23,7 @@ import torch
 from ..decoding.caching import BatchBounds
 from ..decoding.params import BatchKey
 from ..errors import OutOfDeviceMemory, SfsError, first_line
-from ..models import Transformer
+from ..models import ModelSpec, Transformer
 from ..runner import ExecutionChoice, ModelRunner
 from ..runner.faults import is_lack_of_memory
 from .persistent_batch import PersistentBatch
@@ -232,6 +232,8 @@ class Scheduler:
             (batch,) = (batch for batch in self._open if sequence in batch.sequences)
             batch.drop(sequence)
             sequence.status = Status.DROPPED
+        elif sequence.status is Status.GROWING:
+            sequence.status = Status.ENDING
 
     def step(self) -> list[Sequence]:
         """Admit waiting sequences and run one round of the next batch; return the sequences that took a step.
@@ -271,10 +273,17 @@ class Scheduler:
             return [sequence for sequence, before in zip(held, steps, strict=True) if sequence.steps > before]
         for sequence in stepped:
             if sequence.progress.done and sequence.status is Status.RUNNING:
-                sequence.status = Status.ENDING
-        for sequence in released:
-            sequence.status = Status.FINISHED
+                sequence.status = Status.GROWING if sequence.may_grow(batch.model.spec) else Status.ENDING
+        self._release(released, batch.model.spec)
         return stepped
+
+    def _release(self, released: list[Sequence], spec: ModelSpec) -> None:
+        """Finish sequences whose final state has been read; queue those that grow again, before all others."""
+        for sequence in reversed(released):
+            if sequence.status is Status.GROWING and sequence.may_grow(spec):
+                self._waiting.appendleft(sequence)
+            else:
+                sequence.status = Status.FINISHED
 
     def _fail(self, batch: PersistentBatch, held: list[Sequence], error: BaseException) -> None:
         """Evict the sequences of a failed batch, and raise its error."""
@@ -327,6 +336,10 @@ class Scheduler:
 
     def _admit(self) -> None:
         self._reap(lambda batch: batch in self._closing)
+        for sequence in self._waiting:
+            if sequence.status is Status.GROWING:  # not before: the last step's canvas may be shown in between
+                sequence.extend()
+                sequence.status = Status.WAITING
         stuck = False  # True: an older sequence waits for a new batch, and no later one may take that capacity
         for sequence in list(self._waiting):
             homes = [batch for batch in self._open if self._takes(batch, sequence)]

@@ -8,7 +8,7 @@ from enum import Enum
 
 from ..decoding.params import BatchKey, DecodingParams
 from ..decoding.step_plan import StepOutput
-from ..errors import CheckpointError, NumericalFault, SequenceFault, StepCapExceeded
+from ..errors import CheckpointError, NumericalFault, SequenceFault, StepCapExceeded, require
 from ..kernels.control import FAST, Progress
 from ..models import ModelSpec
 from ..runner.prompt_embeds import PromptEmbeds
@@ -25,6 +25,7 @@ class Status(Enum):
     WAITING = "waiting"  # has no slot
     RUNNING = "running"  # has a slot, and steps left
     DROPPED = "dropped"  # was ended from outside; takes no more steps
+    GROWING = "growing"  # has decided its canvas, and continues with a longer one once the host has read it
     ENDING = "ending"  # takes no more steps; its final state has not reached the host
     FINISHED = "finished"  # final tokens and counters have reached the host
     FAILED = "failed"  # its batch has failed; it may be submitted again
@@ -34,7 +35,8 @@ class Sequence:
     """A sequence: its canvas and its progress, as the host last read them.
 
     Args:
-        start: first position that may be decided; those before it are the prompt.
+        canvas: as long as it may become; where the sampler has it grow, it starts with a part of that.
+        start: first position that may be decided; those before it are the prompt, and what earlier parts have decided.
         trace, frames: publish the inputs of each decision, and the canvas after each step.
         infilled: the canvas is its own response, which is not cut at an end-of-text.
         embeds: vectors at some places of the prompt, whose ids in the canvas mean nothing. One without places lets the
@@ -52,6 +54,12 @@ class Sequence:
         infilled: bool = False,
         embeds: PromptEmbeds | None = None,
     ):
+        grow, self.bound, self.prompt_length = params.sampler.grow, len(canvas), start
+        if grow is not None:
+            fits = start > 0 and canvas[start:].count(mask_id) == len(canvas) - start
+            require(fits, f"grow={grow} goes with a prompt before the response, not with infilling")
+            require(not trace, f"grow={grow} does not go with a trace or frames, whose positions count from a part")
+            canvas = canvas[: start + grow]
         self.params, self.canvas, self.start, self._mask_id = params, canvas, start, mask_id
         self.embeds = embeds
         self.batch_key: BatchKey = params.batch_key(trace, frames)._replace(embeds=embeds is not None)
@@ -64,6 +72,7 @@ class Sequence:
         self.last_committed: list[int] = []  # positions that its last step committed, or a restart decided otherwise
         self.changed = False  # True once a restart has decided positions otherwise than was reported before
         self._repeated, self.forward_lengths = 0, []
+        self._before = (0, 0, 0)  # of earlier parts: steps, positions forwarded, full forwards
         self.begin()
 
     def begin(self) -> None:
@@ -73,9 +82,23 @@ class Sequence:
         may decide otherwise: the step that is reported next then replaces all that was decided before.
         """
         self._repeated = self.steps
-        self.forward_lengths: list[int] = []  # positions that each step's forward covered
-        self.positions_forwarded = self.full_forwards = 0
+        steps, self.positions_forwarded, self.full_forwards = self._before
+        self.forward_lengths = self.forward_lengths[:steps]  # positions that each step's forward covered
         self.trace: list[StepTrace] = []
+
+    def may_grow(self, spec: ModelSpec) -> bool:
+        """Return whether a longer canvas follows, as far as the host has read this one."""
+        room, at = len(self.canvas) < self.bound, self.progress
+        return room and not at.masks_left and not at.fault and spec.end_of(self.tokens[self.start :]) is None
+
+    def extend(self) -> None:
+        """Continue with a longer canvas: what is decided becomes given. Its next step is the first of a part."""
+        grow = self.params.sampler.grow
+        self.start = len(self.canvas)
+        self.canvas = self.tokens + [self._mask_id] * grow
+        self.tokens, self.commit_step, self.progress = self.canvas, self.commit_step + [-1] * grow, None
+        self.masks = grow
+        self._before = len(self.forward_lengths), self.positions_forwarded, self.full_forwards
 
     @property
     def response_length(self) -> int:
@@ -95,7 +118,7 @@ class Sequence:
     @property
     def running(self) -> bool:
         """True if it has steps left, whether it holds a slot yet or not."""
-        return self.status in (Status.WAITING, Status.RUNNING)
+        return self.status in (Status.WAITING, Status.RUNNING, Status.GROWING)
 
     @property
     def finished(self) -> bool:
@@ -121,7 +144,8 @@ class Sequence:
     @property
     def fault(self) -> int:
         """Fault code: 0 none, 1 + the step whose logits held NaN, or -1 - the step at which its cap was reached."""
-        return self.progress.fault if self.progress else 0
+        fault, before = self.progress.fault if self.progress else 0, self._before[0]
+        return fault + before if fault > 0 else fault - before if fault < 0 else 0
 
     def take_trace(self) -> StepTrace | None:
         """Remove and return the trace of its last step, if it is still there. Results lack the removed ones."""
@@ -155,12 +179,14 @@ class Sequence:
         self.progress = Progress(*final["control"].tolist())
 
     def _read(self, tokens, commit_step) -> None:
-        self.tokens, self.commit_step = (values[: len(self.canvas)].tolist() for values in (tokens, commit_step))
+        self.tokens, steps = (values[: len(self.canvas)].tolist() for values in (tokens, commit_step))
+        before, here = self._before[0], steps[self.start :]
+        self.commit_step = self.commit_step[: self.start] + [step + before if step >= 0 else step for step in here]
 
     def result(self, spec: ModelSpec, text: TextCodec | None) -> Generation:
         """Return the result from its final state."""
         canvas, progress = self.tokens, self.progress
-        response = canvas[self.start :]
+        response = canvas[self.prompt_length :]
         end = None if self._infilled else spec.end_of(response)
         tokens = response if end is None else response[: end + 1]
         branches = 2 if self.params.sampler.cfg_scale else 1
@@ -168,8 +194,8 @@ class Sequence:
             text=None if text is None else _text_of(text, tokens),
             tokens=tokens,
             canvas=canvas,
-            prompt_length=self.start,
-            nfe=progress.step if progress else 0,
+            prompt_length=self.prompt_length,
+            nfe=self._before[0] + (progress.step if progress else 0),
             forwards=branches * self.steps,
             positions_forwarded=branches * self.positions_forwarded,
             full_forwards=branches * self.full_forwards,

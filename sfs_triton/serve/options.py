@@ -44,7 +44,7 @@ class PreparedRequest:
     @property
     def cut(self) -> bool:
         """True if positions after the answer are decoded as well."""
-        return self.stop + self.suffix < len(self.sequence.canvas)
+        return self.stop + self.suffix < self.sequence.bound
 
 
 def prepare(engine: Engine, settings: ServeSettings, body: Common) -> list[PreparedRequest]:

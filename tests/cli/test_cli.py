@@ -106,6 +106,7 @@ def test_text_on_stdout_and_summary_on_stderr(model, engine):
         (("--sampler", "fixed", "--steps", "8"), FixedSteps(steps=8), "prefix"),
         (("--sampler", "vanilla", "--eos-stop"), FixedSteps(eos_stop=True), "none"),
         (("--eos", "last", "--eos-penalty", "2.5"), SlowFast(eos="last", eos_penalty=2.5), "none"),
+        (("--grow", "8"), SlowFast(grow=8), "none"),
         (("--temperature", "0.8", "--cfg-scale", "0.5"), SlowFast(temperature=0.8, cfg_scale=0.5), "none"),
     ],
 )

@@ -35,6 +35,9 @@ class Sampler:
             when nothing else is left, by a score below all others; scores leave these tokens out.
         eos_penalty: subtracted from the logit of the end-of-text that fills canvases, not of other tokens that end a
             text; 10000 is never.
+        grow: the canvas starts with so many response positions. Once they are decided, it grows by as many, until they
+            hold an end-of-text or its length is reached (iLLaDA's variable length). Each part is decoded as a response
+            of its own to all before it: ``steps`` are those of a part.
     """
 
     temperature: float = 0.0
@@ -44,6 +47,7 @@ class Sampler:
     eos_stop: bool = False
     eos: str = "free"
     eos_penalty: float = 0.0
+    grow: int | None = None
 
     by_stage: ClassVar[bool] = False  # works in cycles of a slow and a fast stage, not block by block
     presets: ClassVar[Mapping[str, Sampler]] = {}  # the default first
@@ -60,6 +64,8 @@ class Sampler:
         check_flag("eos_stop", self.eos_stop)
         check_choice("eos", self.eos, ENDS)
         check_number("eos_penalty", self.eos_penalty, most=MOST_PENALTY)
+        if self.grow is not None:
+            check_integer("grow", self.grow, most=LARGEST)
         if self.top_p is not None:
             check_number("top_p", self.top_p)
             require(0 < self.top_p <= 1, f"top_p={self.top_p!r} is not in (0, 1]")
@@ -93,7 +99,8 @@ class Sampler:
         """Return this sampler with its per-sequence numbers (:meth:`sampling_values`) blanked.
 
         Sequences can share a batch if these are equal."""
-        return replace(self, temperature=float(self.temperature > 0), top_p=1e-3 if self.has_nucleus else None)
+        nucleus = 1e-3 if self.has_nucleus else None
+        return replace(self, temperature=float(self.temperature > 0), top_p=nucleus, grow=None)
 
     def sampling_values(self) -> dict[str, float]:
         """Return the per-sequence parameters, which may differ within a batch: those of ``SAMPLING`` that it uses."""
@@ -122,11 +129,15 @@ class Sampler:
     @property
     def least_length(self) -> int:
         """Least response length; for infilling, where ``gen_length`` must be valid and is not used."""
-        return self.block_length or 1
+        return self.grow or self.block_length or 1
 
     def check_length(self, length: int) -> None:
-        """Refuse a response length that is not a multiple of the block length."""
+        """Refuse a response length that is not a multiple of the block length, or of the parts that it grows by."""
         block = self.block_length
+        if self.grow is not None:
+            require(length % self.grow == 0, f"gen_length={length} is not a multiple of grow={self.grow}")
+            fits = block is None or self.grow % block == 0
+            require(fits, f"grow={self.grow} is not a multiple of block_length={block}")
         require(block is None or length % block == 0, f"gen_length={length} is not a multiple of block_length={block}")
 
 

@@ -1,0 +1,96 @@
+"""Canvases that grow until end-of-text."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from sfs_triton import ArgumentError, Engine, FixedSteps, SlowFast, Threshold
+from sfs_triton.decoding.params import DecodingParams
+from sfs_triton.models import Transformer
+from tests.support.combinations import EXECUTIONS, PROMPTS, engine_with
+
+SAMPLERS = [
+    (SlowFast(), "none"),
+    (SlowFast(), "region"),
+    (Threshold(block_length=8), "dual"),
+    (FixedSteps(steps=6), "none"),
+]
+
+
+def with_end(engine: Engine, end: int) -> Engine:
+    return Engine(Transformer(dataclasses.replace(engine.spec, eos_id=end), engine.model.weights))
+
+
+def in_parts(engine: Engine, prompt: list[int], length: int, grow: int, **options) -> tuple[list[int], int, list[int]]:
+    """Response, steps and commit steps by generations that each continue the one before."""
+    response, nfe, commits = [], 0, []
+    while len(response) < length and engine.spec.end_of(response) is None:
+        done = engine.generate(prompt + response, gen_length=grow, **options)
+        commits += [nfe + step for step in done.commit_step[done.prompt_length :]]
+        response, nfe = response + done.response, nfe + done.nfe
+    return response, nfe, commits
+
+
+@pytest.mark.parametrize(("sampler", "cache"), SAMPLERS)
+@pytest.mark.parametrize("execution", EXECUTIONS)
+def test_parts_are_responses_of_their_own(engines, execution, sampler, cache):
+    """Sequences of a batch grow apart, and one does not grow."""
+    engine = engine_with(engines["llada-mha"], execution)
+    grown = DecodingParams.parse(sampler.replace(grow=8), cache, gen_length=24)
+    plain = DecodingParams.parse(sampler, cache, gen_length=16)
+    batch = engine.generate([*PROMPTS, PROMPTS[0]], [grown, grown, grown, plain])
+    for done, prompt in zip(batch, PROMPTS, strict=False):
+        response, nfe, commits = in_parts(engine, prompt, 24, 8, sampler=sampler, cache=cache)
+        assert (done.response, done.nfe, done.commit_step[len(prompt) :]) == (response, nfe, commits)
+        assert len(done.forward_lengths) == nfe and done.prompt_length == len(prompt) and done.masks_left == 0
+    assert batch[3].canvas == engine.generate(PROMPTS[0], plain).canvas
+
+
+def test_memory_grows_with_the_answer(engines):
+    shared = engines["llada-mha"]
+    first = shared.generate(PROMPTS[0], gen_length=8, sampler=FixedSteps())
+    engine = with_end(shared, first.response[5])
+    most = (engine.spec.max_length - len(PROMPTS[0])) // 8 * 8
+    done = engine.generate(PROMPTS[0], gen_length=most, sampler=FixedSteps(grow=8))
+    assert (
+        done.response == first.response
+        and done.tokens == first.response[: first.response.index(engine.spec.eos_id) + 1]
+    )
+    assert [batch.length for batch in engine.batches.spare] == [256] and most > 256
+
+
+def test_frames_show_the_canvas_grow(engines):
+    with engines["llada-mha"].stream(PROMPTS[0], gen_length=24, sampler=FixedSteps(grow=8)) as stream:
+        frames = list(stream)
+        done = stream.result()
+    assert [len(frame.tokens[0]) - len(PROMPTS[0]) for frame in frames] == [8] * 8 + [16] * 8 + [24] * 8
+    assert [frame.running[0] for frame in frames] == [True] * 23 + [False]
+    assert [frame.step for frame in frames] == list(range(24)) and frames[-1].tokens[0] == done.canvas
+
+
+def test_a_dropped_sequence_grows_no_more(engines):
+    stream = engines["llada-mha"].stream([PROMPTS[0], PROMPTS[1]], gen_length=16, sampler=FixedSteps(grow=8))
+    for frame in stream:
+        if frame.step == 7:  # decides the last position of the first part
+            stream.drop(0)
+    first, second = stream.result()
+    assert len(first.response) == 8 and len(second.response) == 16 and first.masks_left == second.masks_left == 0
+
+
+def test_refusals(engines):
+    engine = engines["llada-mha"]
+    for options, said in (
+        ({"sampler": {"kind": "fixed", "grow": 0}}, "grow=0 is not an integer"),
+        ({"sampler": FixedSteps(grow=16), "gen_length": 24}, "gen_length=24 is not a multiple of grow=16"),
+        (
+            {"sampler": Threshold(block_length=16, grow=8), "gen_length": 32},
+            "grow=8 is not a multiple of block_len",
+        ),
+        ({"sampler": FixedSteps(grow=8), "gen_length": 8, "trace": True}, "grow=8 does not go with a trace"),
+    ):
+        with pytest.raises(ArgumentError, match=said):
+            engine.generate(PROMPTS[0], **options)
+    with pytest.raises(ArgumentError, match="grow=8 .* not with infilling"):
+        engine.infill([1, engine.spec.mask_id, 2], sampler=FixedSteps(grow=8))
