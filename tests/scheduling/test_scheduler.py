@@ -202,7 +202,8 @@ def test_every_other_setting_is_part_of_the_batch_key():
         for change in changes:
             assert sampler.replace(**change).batch_key() == sampler.batch_key(), change
     told = {name for sampler, changes in (*OWN.values(), *APART.values()) for change in changes for name in change}
-    assert told == {field.name for kind in samplers.SAMPLERS.values() for field in fields(kind)}
+    assert SlowFast(grow=8).batch_key() == SlowFast().batch_key()
+    assert told | {"grow"} == {field.name for kind in samplers.SAMPLERS.values() for field in fields(kind)}
     assert {name for kind in samplers.SAMPLERS.values() for name in kind().sampling_values()} == {*SAMPLING}
     assert Threshold(top_p=1.0).batch_key() == Threshold().batch_key(), "it leaves nothing out"
 

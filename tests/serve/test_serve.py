@@ -128,6 +128,10 @@ CHOICES = [
     ({"kind": "fixed", "steps": 8, "eos": "last", "eos_penalty": 10000}, "none"),
     ({"kind": "slowfast", "eos_stop": True}, {"kind": "region", "capacity": 24, "refresh_every": 4}),
 ]
+GROWING = [
+    ({"kind": "slowfast", "grow": 8}, "region"),
+    ({"kind": "fixed", "steps": 8, "grow": 16, "eos": "last"}, "none"),
+]
 
 
 def as_settings(sampler, cache):
@@ -141,7 +145,7 @@ def as_settings(sampler, cache):
     return made or SAMPLERS[kind](**options), parse_cache(caching.pop("kind"), **caching)
 
 
-@pytest.mark.parametrize(("sampler", "cache"), CHOICES)
+@pytest.mark.parametrize(("sampler", "cache"), CHOICES + GROWING)
 def test_samplers_and_caches_by_request_whole_and_streamed(server, embedded, sampler, cache):
     mine, policy = as_settings(sampler, cache)
     wanted = embedded.generate(TABLE, gen_length=64, sampler=mine, cache=policy)
