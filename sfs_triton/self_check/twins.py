@@ -77,6 +77,7 @@ class Twins:
 
     def _call(self, name: str, *args: Any, **kwargs: Any) -> Any:
         twin = getattr(self._twins, name)
+        kwargs.pop("scratch", None)  # memory of plain torch's own, which changes no result
         arguments = inspect.signature(twin).bind(*args, **kwargs).arguments
         on_state = any(isinstance(value, DecodeState) for value in arguments.values())
         taken = any(value is self._unfinished[0] for value in arguments.values() if value is not None)

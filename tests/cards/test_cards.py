@@ -14,7 +14,8 @@ LLADA = REAL["llada-8b"]
 
 
 def test_every_format_of_weights_has_a_size():
-    assert WEIGHT_BYTES.keys() == {None, *QUANTIZATIONS}
+    """But for int8, which is for CPUs."""
+    assert WEIGHT_BYTES.keys() == {None, *QUANTIZATIONS} - {"int8"}
 
 
 def test_the_cost_model_has_the_same_card():

@@ -293,7 +293,7 @@ def test_long_prompts(model, embedded):
     with pytest.raises(ArgumentError, match=f"task 't', document 5: the prompt has .* room for {room}"):
         model().generate_until([_request(text, doc=5)])
     made = model(truncation=True, add_bos_token=True)
-    ids, truncated = made._encode(_request(text), text, 16)
+    ids, truncated = made._fit("task 't'", embedded.text.encode(text), 16, "max_gen_toks=16")
     assert truncated and len(ids) == room and ids[0] == embedded.text.token_id("<|startoftext|>")
     assert ids[1:] == embedded.text.encode(text)[1 - room :]
     made.generate_until([_request(text)])
