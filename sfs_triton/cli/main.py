@@ -217,6 +217,8 @@ def generate(
     """Answer a prompt. The text goes to stdout, a one-line summary to stderr."""
     require(watch or delay is None, "--delay applies only with --watch")
     require(record is not None or beside is None, "--beside applies only with --record")
+    fixed = options.grow is None or not watch and record is None
+    require(fixed, f"--grow {options.grow} does not go with --watch or --record, which draw a canvas of one length")
     delay = DELAY if delay is None else delay
     require(math.isfinite(delay) and delay >= 0, f"--delay {delay} is not a number of seconds")
     others = [options.with_sampler(name.strip()) for name in beside.split(",")] if beside is not None else []

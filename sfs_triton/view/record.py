@@ -45,7 +45,7 @@ AGES = (
 )
 MASKED, PAGE = len(AGES), len(AGES) + 1
 FILLS = (*(colour for *_, colour in AGES), "#d5dae0", "#ffffff")
-INK, SHADES = "#1f2328", 10  # each colour is followed by its way to the ink, for the edges of letters
+INK, SHADES = "#1f2328", 10  # each colour is followed by its way to the ink, for the edges of text
 
 
 def _palette() -> list[int]:
@@ -205,7 +205,7 @@ class Animation:
         """Draw a piece of text on one colour; drawn once, since most cells look alike in many frames."""
         key = text, width, look, font is self._bold
         if key not in self._tiles:
-            letters = Image.new("L", (width, LINE - 2), 0)
-            ImageDraw.Draw(letters).text((PAD, (LINE - 2) // 2), text, fill=255, font=font, anchor="lm")
-            self._tiles[key] = letters.point([look * SHADES + v * (SHADES - 1) // 255 for v in range(256)])
+            drawn = Image.new("L", (width, LINE - 2), 0)
+            ImageDraw.Draw(drawn).text((PAD, (LINE - 2) // 2), text, fill=255, font=font, anchor="lm")
+            self._tiles[key] = drawn.point([look * SHADES + v * (SHADES - 1) // 255 for v in range(256)])
         return self._tiles[key]

@@ -482,6 +482,8 @@ def test_record_refuses_what_it_cannot_write_or_draw(model, engine, tmp_path):
         refused(sfs("generate", PROMPT, "--record", str(path), *how), f"record={str(path)!r}", word)
     refused(sfs("generate", PROMPT, "--beside", "vanilla", *how), "--beside applies only with --record")
     refused(sfs("generate", PROMPT, "--record", out, "--beside", "beam", *how), "--sampler beam")
+    for drawn in (("--record", out), ("--watch",)):
+        refused(sfs("generate", PROMPT, "--grow", "4", *drawn, *how), "--grow 4 does not go with --watch or --record")
     refused(sfs("generate", PROMPT, "--record", out, "--beside", "vanilla", "--cache", "dual", *how), "cache='dual'")
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(ArgumentError, match="beam: nothing was decoded"):

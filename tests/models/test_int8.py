@@ -73,7 +73,7 @@ def test_a_product_is_near_that_in_float64(monkeypatch, rows, n_in, n_out, most)
 
 @exact
 def test_sums_are_exact_at_the_largest_codes():
-    """Where sums of pairs saturated at 16 bits, or of all at 24, these would differ."""
+    """Sums of pairs that saturate at 16 bits, or of all at 24, would differ."""
     x, weight = torch.ones(17, 4096), torch.ones(24, 4096)
     x[::2], weight[::3], weight[1, ::2] = -1, -1, -1
     out = linear.linear(127 * x, *quantize(127 * weight, "int8"))

@@ -106,7 +106,7 @@ def test_litellm(server, wanted, monkeypatch):
 
 
 def test_messages_of_other_servers_are_refused_by_name(server: Running):
-    """What this server cannot give and cannot take: a client's own error, with the field."""
+    """Requests that this server cannot answer are a client's own error, with the field."""
     openai = pytest.importorskip("openai")
     call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
     said = [{"role": "user", "content": "x"}, {"role": "assistant", "content": None, "tool_calls": [call]}]

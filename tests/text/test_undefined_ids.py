@@ -64,7 +64,7 @@ def test_a_failure_on_defined_ids_is_an_error():
 
 @pytest.mark.parametrize("tokenizer", [Slow(300), Broken(512)], ids=["slow", "broken"])
 def test_results_are_whole(engines, caplog, tokenizer):
-    """Where no text can be made it is None, and the tokens of all sequences are there."""
+    """A result of which no text can be made has None for it, and the tokens of all sequences are there."""
     shared, broken = engines["llada-mha"], isinstance(tokenizer, Broken)
     engine = sfs_triton.Engine(shared.model, TokenizerCodec(tokenizer))
     how = {"gen_length": [8, 16], "sampler": FixedSteps(temperature=1.5, steps=4), "seed": 3}
