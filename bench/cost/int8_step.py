@@ -8,14 +8,18 @@ Weights are random: 4 of 32 layers, and an eighth of the vocabulary. It takes 6 
 from __future__ import annotations
 
 import argparse
+import json
 import math
+import os
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
+from bench.common.figures import machine
 from bench.shapes import geometry
 from sfs_triton.models import Transformer
 from sfs_triton.models.cache import Scope
@@ -60,6 +64,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1, help="with one, processor time is measured, else wall time")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", type=Path, help="write the record of the table")
     arguments = parser.parse_args(argv)
     for name in ("threads", "rounds"):
         if getattr(arguments, name) < 1:
@@ -67,6 +72,7 @@ def main(argv: list[str] | None = None) -> int:
     check_int8(torch.device("cpu"), None)
     torch.set_num_threads(arguments.threads)
     clock, made = time.process_time if arguments.threads == 1 else time.perf_counter, models()
+    record = {"machine": machine(torch.device("cpu")), "isa": os.environ.get("ONEDNN_MAX_CPU_ISA"), "rows": []}
     print("| positions | decided | float32 ms | int8 ms | |\n|---|---|---|---|---|")
     for positions, decided in STEPS:
         least = dict.fromkeys(made, math.inf)
@@ -77,6 +83,9 @@ def main(argv: list[str] | None = None) -> int:
                 least[name] = min(least[name], clock() - began)
         plain, small = (1e3 * seconds for seconds in least.values())
         print(f"| {positions} | {decided} | {plain:,.0f} | {small:,.0f} | {plain / small:.1f}x |", flush=True)
+        record["rows"].append({"positions": positions, "decided": decided, "float32_ms": plain, "int8_ms": small})
+    if arguments.json:
+        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -41,7 +42,7 @@ class PromptEmbeds:
         require(vectors.is_floating_point(), f"{name}: the vectors have dtype {vectors.dtype}, which is no float")
         for place in places:
             check_integer(f"{name}: place", place, 0, length - 1)
-        twice = next((place for index, place in enumerate(places) if place in places[:index]), None)
+        twice = next((place for place, count in Counter(places).items() if count > 1), None)
         require(twice is None, f"{name}: place {twice} is given twice")
         vectors = vectors.detach().to(model.device, model.dtype)
         wrong = (~vectors.isfinite().all(1)).nonzero().flatten().tolist()
