@@ -11,11 +11,12 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from .record import AGAIN, BAD, DEADLINE, RECORD, RUN, STEP, TOY, Log, ended, tail
+
+if TYPE_CHECKING:
+    import torch  # at run time where it is needed: to find that no part is left does not take seconds
 
 SPARE = 3.0  # seconds before the deadline at which no part is begun any more
 
@@ -41,6 +42,8 @@ def is_toy() -> bool:
 
 def device() -> torch.device:
     """Return the device of the step."""
+    import torch
+
     return torch.device("cpu") if is_toy() else torch.device("cuda", torch.cuda.current_device())
 
 
@@ -51,6 +54,8 @@ def run(parts: Mapping[str, Part]) -> int:
     """
     step, log, deadline = os.environ[STEP], here(), float(os.environ[DEADLINE])
     if is_toy():
+        import torch
+
         torch.set_num_threads(1)
     over = ended(log.lines(step))
     for name, work in parts.items():
@@ -92,6 +97,8 @@ def _told(error: BaseException) -> str:
 
 def gpu_is_well() -> bool:
     """Return True if the GPU, and torch's state for it, are as they were before a part."""
+    import torch
+
     if is_toy() or not torch.cuda.is_available():
         return True
     try:
