@@ -27,6 +27,9 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 
+# Compiled once, and kept: without it each of the many processes of the tests would compile torch again.
+unexport PYTHONDONTWRITEBYTECODE
+
 # The interpreter of this triton fails with newer numpy.
 OLDEST := "triton==3.6.0" "numpy<2.4"
 

@@ -21,6 +21,7 @@ from bench.baselines import slowfast as baselines
 from bench.common.testing import brisk_interpreter
 from sfs_triton import EntropyBound, FixedSteps, Hierarchy, LocalLeap, MultiBlock, Sampler, SlowFast, Threshold
 from sfs_triton.models import Transformer
+from sfs_triton.ops.dispatch import operations
 from sfs_triton.ops.torch.cycle import spread_of
 from tests.conformance import MARGIN
 from tests.reference import logits_of
@@ -32,16 +33,24 @@ NAMES = ("llada-mha", "dream-gqa")
 LENGTH = 32
 
 
+# What an interpreter computes slowly and no sampler is in; tests/kernels and recorded cases have these kernels.
+LAYERS = ("attention", "embedding", "linear", "linear_heads", "linear_normed", "linear_silu_mul", "rms_norm", "rope_cache")
+
+
 @cache
 def engine_of(name: str, eos_id: int | None = None, backend: str = "torch") -> sfs_triton.Engine:
-    """A small trained model, on request with another id as its end-of-text, or computed by the kernels."""
-    device = "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
-    engine = sfs_triton.load(GOLDEN / "models" / name, device, "float32", backend)
-    if eos_id is None:
-        return engine
-    return sfs_triton.Engine(
-        Transformer(dataclasses.replace(engine.spec, eos_id=eos_id), engine.model.weights, backend)
-    )
+    """A small trained model, on request with another id as its end-of-text, or with decisions by the kernels."""
+    interpreted = backend == "triton" and not torch.cuda.is_available()
+    device = "cuda" if backend == "triton" and not interpreted else "cpu"
+    engine = sfs_triton.load(GOLDEN / "models" / name, device, "float32", "torch" if interpreted else backend)
+    model = engine.model
+    if eos_id is not None:
+        model = Transformer(dataclasses.replace(engine.spec, eos_id=eos_id), model.weights, model.backend)
+    if interpreted:
+        model = Transformer(model.spec, model.weights.by_row())
+        layers = {operation: getattr(model.ops, operation) for operation in LAYERS}
+        model.backend, model.ops = "triton", dataclasses.replace(operations("triton", model.device), **layers)
+    return engine if model is engine.model else sfs_triton.Engine(model)
 
 
 def few_of(*sets: Sequence) -> list:
