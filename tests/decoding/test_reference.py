@@ -29,8 +29,12 @@ def engine_of(name: str) -> sfs_triton.Engine:
 
 
 def recorded(family: str) -> list:
-    """Pick a few stable single sequences of every setting of every model, all but the first of each marked slow."""
-    cases, seen = [], Counter()
+    """Pick a few stable single sequences of every setting of every model.
+
+    All are marked slow but one of each setting, which is of one model and the next in turn.
+    """
+    found: dict[str, list] = {}
+    seen = Counter()
     for path in sorted((GOLDEN / "cases").glob(f"*.{family}.jsonl")):
         model = path.name.split(".")[0]
         for case in map(json.loads, path.read_text().splitlines()):
@@ -41,9 +45,12 @@ def recorded(family: str) -> list:
                 continue
             seen[key] += 1
             if seen[key] <= PER_SETTING:
-                marks = () if seen[key] == 1 else pytest.mark.slow
-                cases.append(pytest.param(model, case, id=case["id"], marks=marks))
-    return cases
+                found.setdefault(key[1], []).append((model, case))
+    return [
+        pytest.param(model, case, id=case["id"], marks=() if at == turn % len(cases) else pytest.mark.slow)
+        for turn, cases in enumerate(found.values())
+        for at, (model, case) in enumerate(cases)
+    ]
 
 
 def same_step(mine: Step, wanted: list) -> bool:

@@ -7,7 +7,6 @@ import itertools
 import math
 import random
 import statistics
-from collections.abc import Sequence
 from fractions import Fraction
 from functools import cache
 
@@ -26,6 +25,7 @@ from sfs_triton.ops.torch.cycle import spread_of
 from tests.conformance import MARGIN
 from tests.reference import logits_of
 from tests.reference.slowfast import is_stable
+from tests.support.combinations import few_of
 from tests.support.oracle import compare, reference
 from tests.support.paths import GOLDEN
 
@@ -34,7 +34,16 @@ LENGTH = 32
 
 
 # What an interpreter computes slowly and no sampler is in; tests/kernels and recorded cases have these kernels.
-LAYERS = ("attention", "embedding", "linear", "linear_heads", "linear_normed", "linear_silu_mul", "rms_norm", "rope_cache")
+LAYERS = (
+    "attention",
+    "embedding",
+    "linear",
+    "linear_heads",
+    "linear_normed",
+    "linear_silu_mul",
+    "rms_norm",
+    "rope_cache",
+)
 
 
 @cache
@@ -51,19 +60,6 @@ def engine_of(name: str, eos_id: int | None = None, backend: str = "torch") -> s
         layers = {operation: getattr(model.ops, operation) for operation in LAYERS}
         model.backend, model.ops = "triton", dataclasses.replace(operations("triton", model.device), **layers)
     return engine if model is engine.model else sfs_triton.Engine(model)
-
-
-def few_of(*sets: Sequence) -> list:
-    """List all combinations, marked slow but for as few as hold each element of each set.
-
-    For cases run by Triton's interpreter, which is a hundred times slower than torch.
-    """
-    few = {tuple(i % len(one) for one in sets) for i in range(max(map(len, sets)))}
-    found = []
-    for at in itertools.product(*(range(len(one)) for one in sets)):
-        marks = () if at in few else pytest.mark.slow
-        found.append(pytest.param(*(one[i] for one, i in zip(sets, at, strict=True)), marks=marks))
-    return found
 
 
 def random_prompt(rng: random.Random, low: int = 4, high: int = 24) -> list[int]:

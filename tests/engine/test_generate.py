@@ -272,7 +272,7 @@ def test_early_stop(engines, sampler):
     """The whole tail after the first end-of-text is end-of-text, with no more steps and fewer positions forwarded."""
     engine = engines["llada-mha"]
     stopped = full = rows_stopped = rows_full = 0
-    for start in range(0, 60, 6):
+    for start in range(0, 60, 12):
         prompt = [(start + 7 * i) % 480 for i in range(12)]
         done = engine.generate(prompt, gen_length=64, sampler=sampler.replace(eos_stop=True))
         plain = engine.generate(prompt, gen_length=64, sampler=sampler)

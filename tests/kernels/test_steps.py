@@ -210,7 +210,7 @@ def assert_same(kernel: DecodeState, twin: DecodeState) -> None:
     [pytest.param(rules, "decide_cycle", id=f"cycle-{name}") for name, rules in CYCLES.items()]
     + [pytest.param(rules, "decide_block", id=f"block-{name}") for name, rules in BLOCKS.items()],
 )
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(seed=st.integers(0, 2**32), batch=st.integers(1, 3), length=st.integers(2, 40), block=BLOCK_SIZES)
 def test_machines_equal_their_twins(rules, op, seed, batch, length, block):
     rng, guards = random.Random(seed), Guards(DEVICE)
@@ -284,7 +284,7 @@ def test_numbers_beyond_any_canvas_do_not_wrap(huge):
         (BLOCKS["paced"], {"paced_steps": huge}, "decide_block"),
     ):
         rules = dataclasses.replace(base, **change)
-        for _ in range(10):
+        for _ in range(3):
             state = random_state(rng, rules, 3, 20)
             mark_and_score(rng, state, rules, faults=False)
             mine, twin = copied(state), state
@@ -554,8 +554,12 @@ def test_generations_by_row_lists_end(seed, capacity, span_cap):
 @IMPLEMENTATIONS
 @pytest.mark.parametrize(
     ("rules", "op"),
-    [pytest.param(rules, "decide_cycle", id=f"cycle-{name}") for name, rules in CYCLES.items()]
-    + [pytest.param(rules, "decide_block", id=f"block-{name}") for name, rules in BLOCKS.items()],
+    [pytest.param(CYCLES[name], "decide_cycle", id=f"cycle-{name}") for name in ("paper", "shared", "region")]
+    + [
+        *{
+            rules.select: pytest.param(rules, "decide_block", id=f"block-{name}") for name, rules in BLOCKS.items()
+        }.values()
+    ],
 )
 def test_nan_ends_its_own_row_only(ops, rules, op):
     state = DecodeState.allocate(

@@ -139,4 +139,5 @@ class Execution:
         known = {"sm": self.capability, "schedules": self.machine.n_schedules, "variants": len(self.machine.kernels)}
         found = self._record.to_dict()
         path = folder / f"{found['date']}-ptx-sm{self.capability}.json"
+        folder.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(known | found, indent=1) + "\n")

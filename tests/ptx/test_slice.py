@@ -31,6 +31,7 @@ def test_every_kernel_executes(tmp_path):
         [
             *(sys.executable, "-m", "pytest", "-p", "tests.ptx.plugin", "-q", "-n", "0", "-p", "no:cacheprovider"),
             *("--ptx", "90", "--ptx-slice", "--ptx-schedules", "1", "--ptx-records", str(tmp_path)),
+            *("-k", "not two_million and not test_long"),  # two thirds of the time
             *("tests/kernels", "tests/ptx/test_planted.py", "--ignore=tests/kernels/test_launch.py"),
         ],
         cwd=ROOT,

@@ -27,16 +27,20 @@ from tests.support.combinations import (
     Roomy,
     assert_same,
     engine_with,
+    few_of,
+    some_of_every,
     stand_in,
 )
 
 OTHERS = {"padded": EXECUTIONS["padded"], "graphs": lambda: CudaGraphs(ahead=2, capture=stand_in)}
 
 # Both kinds of models, those whose logits are shifted and those whose are not, meet each sampler and each policy.
-SHARED = [
-    pytest.param("llada-mha" if number % 2 else "dream-gqa", *pair.values, id=pair.id)
-    for number, pair in enumerate(EVERY_PAIR)
-]
+SHARED = some_of_every(
+    [
+        pytest.param("llada-mha" if number % 2 else "dream-gqa", *pair.values, id=pair.id)
+        for number, pair in enumerate(EVERY_PAIR)
+    ]
+)
 OPTIONS = {
     "drawn": {"cfg_scale": 0.5, "temperature": 0.7},
     "filtered": {"temperature": 0.8, "top_p": 0.9, "top_k": 20},
@@ -63,8 +67,7 @@ def test_executions_agree(engines, model, sampler, policy):
     _assert_executions_agree(engines[model], **RAGGED, sampler=sampler, cache=policy)
 
 
-@pytest.mark.parametrize("option", OPTIONS)
-@pytest.mark.parametrize(("sampler", "policy"), SOME_PAIRS)
+@pytest.mark.parametrize(("sampler", "policy", "option"), few_of(SOME_PAIRS, OPTIONS))
 def test_executions_agree_on_options(engines, sampler, policy, option):
     engine = engines["dream-gqa" if len(option) % 2 else "llada-mha"]
     sampler = sampler.replace(**OPTIONS[option])
@@ -81,8 +84,7 @@ def test_executions_agree_on_early_stops(engines, sampler, policy):
     assert any(commit < 0 for row in done for commit in row.commit_step[row.prompt_length :]), "nothing was cut off"
 
 
-@pytest.mark.parametrize(("sampler", "policy"), SOME_PAIRS)
-@pytest.mark.parametrize("model", ["llada-mha", "dream-gqa"])
+@pytest.mark.parametrize(("sampler", "policy", "model"), few_of(SOME_PAIRS, ["llada-mha", "dream-gqa"]))
 def test_executions_agree_on_infilling(engines, model, sampler, policy):
     mask = engines[model].spec.mask_id
     listed = (
@@ -120,9 +122,11 @@ def test_executions_agree_on_partial_refreshes(engines, monkeypatch, model, name
 # ------------------------------------------------------------------------------------- sessions that are used again
 
 
-@pytest.mark.parametrize("execution", ["exact", "graphs"])
 @pytest.mark.parametrize(
-    ("sampler", "policy"), [*SOME_PAIRS, pytest.param(SAMPLERS["origin"], POLICIES["refresh"], id="origin-refresh")]
+    ("sampler", "policy", "execution"),
+    few_of(
+        [*SOME_PAIRS, pytest.param(SAMPLERS["origin"], POLICIES["refresh"], id="origin-refresh")], ["exact", "graphs"]
+    ),
 )
 def test_a_used_session_gives_what_a_new_one_gives(engines, sampler, policy, execution):
     """Two requests with one batch key, whose prompts, seeds and prompt lengths differ."""
@@ -159,8 +163,7 @@ def test_requests_of_another_kind_have_other_sessions(engines):
     assert len({id(session) for session in seen}) == len(kinds)
 
 
-@pytest.mark.parametrize(("sampler", "policy"), SOME_PAIRS)
-@pytest.mark.parametrize("execution", EXECUTIONS)
+@pytest.mark.parametrize(("sampler", "policy", "execution"), few_of(SOME_PAIRS, EXECUTIONS))
 def test_spare_length_does_not_matter(engines, sampler, policy, execution):
     options = {**RAGGED, "sampler": sampler, "cache": policy, "trace": True}
     wanted = engine_with(engines["dream-gqa"], "exact").generate(**options)
@@ -222,8 +225,7 @@ def _recorded(engine, execution, **options) -> Recorded:
     return recorded
 
 
-@pytest.mark.parametrize("ahead", [0, 1, 2])
-@pytest.mark.parametrize(("sampler", "policy"), SOME_PAIRS)
+@pytest.mark.parametrize(("sampler", "policy", "ahead"), few_of(SOME_PAIRS, [0, 1, 2]))
 def test_plans_do_not_depend_on_the_execution(engines, sampler, policy, ahead):
     """Plans and outputs of padded eager steps and of replayed graphs are equal, one by one."""
     options = {**RAGGED, "sampler": sampler, "cache": policy, "trace": True}
@@ -279,8 +281,9 @@ class Counting:
         return replay
 
 
-@pytest.mark.parametrize("ahead", [0, 1, 2, 3])
-@pytest.mark.parametrize("policy", ["none", "refresh", "region", "prefix"])
+@pytest.mark.parametrize(
+    ("policy", "ahead"), [*(("region", ahead) for ahead in range(4)), ("none", 0), ("refresh", 2), ("prefix", 3)]
+)
 def test_replays_are_queued_ahead_and_no_further(engines, policy, ahead):
     sampler = SAMPLERS["threshold" if policy == "prefix" else "paper"]
     options = {**RAGGED, "sampler": sampler, "cache": POLICIES[policy], "trace": True}

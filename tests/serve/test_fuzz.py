@@ -118,7 +118,7 @@ def test_no_options_of_samplers_and_caches_break_it(server):
         stream=st.booleans(),
         tokens=st.integers(1, 8),
     )
-    @settled(250)
+    @settled(100)
     def check(stream, tokens, **options):
         body = {"prompt": "id,name\n1,", "max_tokens": tokens, "stream": stream, "frames": stream, "seed": 1, **options}
         answer = server.post({name: value for name, value in body.items() if value is not None}, "/v1/completions")
@@ -127,4 +127,4 @@ def test_no_options_of_samplers_and_caches_break_it(server):
         assert '"error"' not in answer.text or answer.status_code == 400, answer.text
 
     check()
-    assert min(seen[200], seen[400]) > 40, "examples of one kind only"
+    assert min(seen[200], seen[400]) > 15, "examples of one kind only"

@@ -8,6 +8,7 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
+from _pytest.mark.structures import ParameterSet
 
 import sfs_triton
 from sfs_triton import (
@@ -103,6 +104,28 @@ def some_of_every(cases: Sequence) -> list:
     return [
         case if case in chosen else pytest.param(*case.values, id=case.id, marks=pytest.mark.slow) for case in cases
     ]
+
+
+def few_of(*sets: Iterable) -> list:
+    """Return the product of ``sets``, marked slow but for as few tests as hold each element of each set.
+
+    An element may be a case with values of its own.
+    """
+    sets = [list(one) for one in sets]
+    few = {tuple(i % len(one) for one in sets) for i in range(max(map(len, sets)))}
+    found = []
+    for at in itertools.product(*(range(len(one)) for one in sets)):
+        parts = [one[i] for i, one in zip(at, sets, strict=True)]
+        cases = [part if isinstance(part, ParameterSet) else pytest.param(part) for part in parts]
+        named = any(case.id for case in cases)
+        found.append(
+            pytest.param(
+                *itertools.chain.from_iterable(case.values for case in cases),
+                id="-".join(case.id or str(*case.values) for case in cases) if named else None,
+                marks=() if at in few else pytest.mark.slow,
+            )
+        )
+    return found
 
 
 def by_pairs(*axes: Iterable) -> list:
