@@ -457,6 +457,7 @@ def test_refusals_of_the_command_line(monkeypatch, capsys):
     assert done.exit_code == 2 and done.stderr.startswith("rank 1: error: sfs serve is one process"), done.stderr
 
 
+@pytest.mark.slow
 def test_the_benchmark_writes_once(tmp_path):
     pytest.importorskip("rich")
     out = tmp_path / "record.json"

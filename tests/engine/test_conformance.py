@@ -86,9 +86,9 @@ def small(golden, tmp_path) -> Path:
     return tmp_path
 
 
-def test_a_few_cases_through_the_kernels(small, checked):
-    status, out, _ = checked(small, "--backend", "triton")
-    assert status == 0 and out.splitlines()[-1] == "2 passed, 0 failed", out
+def test_a_case_through_the_kernels(small, checked):
+    status, out, _ = checked(small, "--backend", "triton", "--limit", "1")
+    assert status == 0 and out.splitlines()[-1] == "1 passed, 0 failed", out
 
 
 def _rewrite_first_case(folder: Path, change) -> None:
