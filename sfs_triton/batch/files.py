@@ -326,11 +326,9 @@ class Parts:
             raise ArgumentError(f"{str(note)!r} is damaged; start anew (--overwrite)") from None
         require(version == _FORMAT, f"{str(self.folder)!r} is of another version of this package; {advice}")
         now = json.loads(json.dumps(self.settings))
-        for name in now:
-            same = before.get(name) == now[name]
-            require(
-                same, f"{str(self.folder)!r} was started with {name}={before.get(name)!r}, not {now[name]!r}; {advice}"
-            )
+        for name in {**before, **now}:  # what is not set may be absent
+            then, given = before.get(name), now.get(name)
+            require(then == given, f"{str(self.folder)!r} was started with {name}={then!r}, not {given!r}; {advice}")
 
     def __contains__(self, row: Row) -> bool:
         place = self._places.get(str(row.id))

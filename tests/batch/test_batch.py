@@ -18,7 +18,7 @@ import torch
 
 import sfs_triton
 from sfs_triton import ArgumentError, CheckpointError, FixedSteps, SlowFast
-from sfs_triton.batch.files import ANSWER, Row
+from sfs_triton.batch.files import ANSWER, Parts, Row
 from sfs_triton.batch.run import BatchError, BatchSettings, answer, in_process, run_batch
 from sfs_triton.decoding.params import DecodingParams
 from sfs_triton.models import Transformer
@@ -386,6 +386,17 @@ def test_other_settings_are_refused_another_batch_is_not(source, tmp_path, whole
         with pytest.raises(ArgumentError, match=words):
             run(source, out, changed(**change), never)
     assert run(source, out, changed(batch=2)).kept == 3 and out.read_bytes() == whole
+
+
+@pytest.mark.parametrize("name, value", [("max_length", 256), ("mask_token_id", 3), ("adapter", "lora")])
+def test_a_setting_that_is_no_longer_given_is_refused(tmp_path, name, value):
+    """The answers of a model with it and without it would be mixed."""
+    settings = replace(SHORT, **{name: value})
+    with Parts(tmp_path / "out.jsonl", settings.described()) as parts:
+        parts.add([("key", {"id": 1})])
+    refusal = pytest.raises(ArgumentError, match=f"was started with {name}={value!r}, not None")
+    with refusal, Parts(tmp_path / "out.jsonl", SHORT.described()):
+        pass
 
 
 def test_overwriting(source, tmp_path, whole, run, embedded):
