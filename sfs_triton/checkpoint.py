@@ -121,19 +121,22 @@ def require_object(path: Path, value: Any) -> None:
 
 
 def _spec(path: Path, config: Mapping[str, Any], text: TextCodec | None, mask_token_id: int | None) -> ModelSpec:
-    """Read the spec. The tokenizer names the mask token where ``config.json`` does not, and ends of turns; more ends
-    are in ``generation_config.json``."""
-    config = dict(config)
+    """Read the spec of a folder, with the ends of ``generation_config.json``, or of a file."""
     if mask_token_id is not None:
         check_integer("mask_token_id", mask_token_id, 0)
-        config["mask_token_id"] = mask_token_id
-    elif config.get("mask_token_id") is None and text is not None:
-        config["mask_token_id"] = text.mask_id()
+        config = {**config, "mask_token_id": mask_token_id}
     file = path / "generation_config.json"
     settings = read_json(file) if file.is_file() else {}
     require_object(file, settings)
-    name = f"{file}: eos_token_id"
-    ends = token_ids(name, settings.get("eos_token_id"))
+    return spec_of(config, text, f"{file}: eos_token_id", settings.get("eos_token_id"))
+
+
+def spec_of(config: Mapping[str, Any], text: TextCodec | None, name: str, more_ends: Any) -> ModelSpec:
+    """Read the spec of a configuration and a tokenizer, which names the mask token where the configuration does not,
+    and ends of turns. ``more_ends``: one or more tokens that end a response, or None; errors call them ``name``."""
+    config, ends = dict(config), token_ids(name, more_ends)
+    if config.get("mask_token_id") is None and text is not None:
+        config["mask_token_id"] = text.mask_id()
     if config.get("eos_token_id") is None:
         config["eos_token_id"] = ends or (None if text is None else text.end_id())
     spec = read_spec(config)

@@ -510,6 +510,15 @@ def test_configurations_that_cannot_be_used(changes, text):
         sfs_triton.accelerate(_remote(**changes))
 
 
+def test_ends_of_responses_are_those_of_the_checkpoint(records, monkeypatch):
+    model, tokenizer = records
+    assert sfs_triton.accelerate(model, tokenizer=tokenizer).spec == sfs_triton.load(EMBEDDED, "cpu").spec
+    for ends, text in (([896], "generation_config: eos_token_id=896 is outside the vocabulary"), (5, "=5 is the mask")):
+        monkeypatch.setattr(model.generation_config, "eos_token_id", ends)
+        with pytest.raises(CheckpointError, match=text):
+            sfs_triton.accelerate(model, tokenizer=tokenizer)
+
+
 def test_a_vision_tower_stays_and_its_projector_feeds_the_engine():
     model, plain = _illada(), _illada()
     model.model.vision_tower, model.model.mm_projector = nn.Linear(8, 16), nn.Linear(16, 64)

@@ -49,7 +49,8 @@ ROOMS = {
     "integrations/lm_eval": ("engine", "scheduling", "decoding", "text", "distributed", "version", "errors"),
     "integrations/ray": ("batch", "serve", "engine", "errors"),
     "integrations/transformers": (
-        *("engine", "self_check", "scheduling", "runner", "decoding", "models", "ops", "text", "distributed", "errors"),
+        *("engine", "self_check", "checkpoint", "scheduling", "runner", "decoding", "models", "ops", "text"),
+        *("distributed", "errors"),
     ),
     "__init__": ("integrations", "integrations/transformers", "engine", "scheduling", "decoding", "version", "errors"),
     "cli": (

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from reprlib import repr  # values may be as long as a vocabulary
 from typing import Any, NamedTuple
 
@@ -13,12 +12,12 @@ import torch
 from torch import nn
 from torch.utils.dlpack import from_dlpack, to_dlpack
 
+from ...checkpoint import spec_of
 from ...decoding.params import refuse_unknown
 from ...engine import DTYPES, Engine, check_runs, choice_for
 from ...errors import ArgumentError, CheckpointError, require
-from ...models import ModelSpec, Transformer, Weights, read_spec
+from ...models import ModelSpec, Transformer, Weights
 from ...models.names import LLADA_NAMES, LLAMA_NAMES, expected_shapes, of_tower
-from ...models.spec import token_ids
 from ...models.weights import LayerWeights
 from ...text.codec import TextCodec, check_unicode
 
@@ -122,15 +121,9 @@ def _refuse_wrapped(model: Any) -> None:
 
 
 def _spec(model: nn.Module, codec: TextCodec | None) -> ModelSpec:
-    config = model.config.to_dict()
-    if config.get("mask_token_id") is None and codec is not None:
-        config["mask_token_id"] = codec.mask_id()
     ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     try:
-        spec = read_spec(config)
-        ends = token_ids("generation_config: eos_token_id", ends)
-        others = dict.fromkeys((*spec.other_ends, *ends))
-        return replace(spec, other_ends=tuple(token for token in others if token != spec.eos_id))
+        return spec_of(model.config.to_dict(), codec, "generation_config: eos_token_id", ends)
     except CheckpointError as error:
         text = str(error).removeprefix("config.json: ").removeprefix("config.json ")
         raise type(error)(f"the config of {type(model).__name__}: {text}") from None
