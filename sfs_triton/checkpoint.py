@@ -77,10 +77,10 @@ def find(name: str, path_or_hub_id: str | Path) -> Path:
     if folder.is_dir() or folder.suffix == ".gguf" and folder.is_file():
         return folder
     given = str(path_or_hub_id)
-    if folder.is_absolute() or folder.exists():
+    if folder.exists():
         raise CheckpointError(f"{given!r} is not a folder, and not a .gguf file")
     if isinstance(path_or_hub_id, Path) or folder.suffix == ".gguf" or not _HUB_ID.fullmatch(given):
-        raise CheckpointError(f"{given!r} is a path, and there is no such folder")
+        raise CheckpointError(f"{given!r} is a path, and does not exist")
     return _download(name, given)
 
 
@@ -102,6 +102,7 @@ def _check_kind(path: Path, merged: str | Path | None) -> None:
 def _download(argument: str, hub_id: str) -> Path:
     """Download a hub repository: JSON, text and safetensors files only."""
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     name, at, revision = hub_id.partition("@")
     require(bool(revision) == bool(at), f"{argument}={hub_id!r} names no revision after its @")
@@ -109,6 +110,8 @@ def _download(argument: str, hub_id: str) -> Path:
         return Path(snapshot_download(name, revision=revision or None, allow_patterns=list(FETCHED)))
     except Exception as error:  # the hub client raises many kinds, network errors included
         why = first_line(error)
+        if isinstance(error, LocalEntryNotFoundError):
+            why = f"its cache has no copy, and the hub cannot be asked: {first_line(error.__cause__ or error)}"
         raise CheckpointError(
             f"{hub_id!r} is not a local folder, and could not be fetched as a hub id: {why}"
         ) from None

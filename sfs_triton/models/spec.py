@@ -262,7 +262,8 @@ def _llama_spec(config: Mapping[str, Any], family: str, named: str = "") -> Mode
         raise UnsupportedConfigError(f"config.json: rope_parameters={rope!r} is not supported")
     if rope.get("rope_type", "default") != "default":
         raise UnsupportedConfigError(f"config.json: rope_parameters.rope_type={rope['rope_type']!r} is not supported")
-    if any(kind != "full_attention" for kind in config.get("layer_types") or []):
+    kinds = config.get("layer_types") or []
+    if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
         raise UnsupportedConfigError(f"config.json: layer_types={config['layer_types']!r} is not supported")
     d_model, heads = _integer(config, "hidden_size"), _integer(config, "num_attention_heads")
     head_dim, a2d = config.get("head_dim"), family == "a2d"

@@ -86,7 +86,7 @@ def test_settings_by_name():
 
 BAD = {
     "no model": ({}, "pretrained is missing"),
-    "unknown model": ({"pretrained": "/no/such"}, "'/no/such' is not a folder"),
+    "unknown model": ({"pretrained": "/no/such"}, "'/no/such' is a path, and does not exist"),
     "unknown": ({"tua": 0.9}, "model_args: sampler 'slowfast' with cache 'none' has no option 'tua'; it has"),
     "other sampler's": ({"tau": 0.9}, "sampler 'slowfast' with cache 'none' has no option 'tau'"),
     "other cache's": ({"cache": "refresh", "capacity": 8}, "with cache 'refresh' has no option 'capacity'; it has"),

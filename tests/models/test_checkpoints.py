@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import sfs_triton
-from sfs_triton import CheckpointError, UnsupportedConfigError
+from sfs_triton import ArgumentError, CheckpointError, UnsupportedConfigError
 from sfs_triton.checkpoint import EMBEDDED
 from sfs_triton.models import read_spec
 from tests.support.margins import assert_logits_close
@@ -241,18 +241,26 @@ def test_hub_id_offline_is_a_clear_error(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(CheckpointError, match="'nobody/nothing' is not a local folder"):
+    with pytest.raises(CheckpointError, match="'nobody/nothing' is not a local folder.* no copy.* the hub cannot be"):
         sfs_triton.load("nobody/nothing", "cpu")
 
 
+@pytest.mark.parametrize("device", ["", 0, "nonsense"])
+def test_a_device_that_is_none(device):
+    if device == 0 and torch.cuda.is_available():
+        pytest.skip("0 is a GPU")
+    with pytest.raises(ArgumentError, match=f"device='{device}' cannot be used"):
+        sfs_triton.load("embedded", device)
+
+
 @pytest.mark.parametrize(
-    "path", ["./nope", "../nope", "nope/", "~/nope", "a/b/c", ".hidden", "C:\\nope", Path("org/nope")]
+    "path", ["/n.gguf", "/n", "./nope", "../nope", "nope/", "~/nope", "a/b/c", ".hidden", "C:\\nope", Path("org/nope")]
 )
 def test_a_path_is_not_tried_as_a_hub_id(monkeypatch, path):
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *given, **named: pytest.fail("asked the hub"))
     with pytest.raises(CheckpointError) as caught:
         sfs_triton.load(path, "cpu")
-    assert str(caught.value) == f"{str(path)!r} is a path, and there is no such folder"
+    assert str(caught.value) == f"{str(path)!r} is a path, and does not exist"
 
 
 def test_a_revision_of_a_hub_id(monkeypatch):
@@ -327,6 +335,7 @@ def test_null_means_the_default(checkpoint, edit_config):
         ("rope_parameters", {"type": "linear", "factor": 8}),
         ("rope_parameters", [1]),
         ("layer_types", ["sliding_attention"]),
+        ("layer_types", 5),
     ],
 )
 def test_llama_style_rope_and_layers(golden, key, value):

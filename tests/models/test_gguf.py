@@ -354,7 +354,7 @@ def test_tokenizers_that_lie(tmp_path, values, match):
 
 
 def test_paths_that_are_no_gguf_file(tmp_path):
-    with pytest.raises(CheckpointError, match="not a folder, and not a .gguf file"):
+    with pytest.raises(CheckpointError, match="is a path, and does not exist"):
         sfs_triton.load(tmp_path / "nowhere.gguf", "cpu")
     (tmp_path / "model.bin").write_bytes(b"GGUF")
     with pytest.raises(CheckpointError, match="not a folder, and not a .gguf file"):
