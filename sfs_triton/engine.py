@@ -111,7 +111,7 @@ def _load(
     group: Group,
     **source: Any,
 ) -> Engine:
-    device = _device(device if group.size == 1 else own_device(device))
+    device = usable_device(device if group.size == 1 else own_device(device))
     check_runs(backend, cuda_graphs, device)  # fail before gigabytes are read
     if dtype is None:
         dtype = default_dtype(device)
@@ -169,9 +169,12 @@ def default_dtype(device: torch.device) -> torch.dtype:
     return torch.float16
 
 
-def _device(device: str | torch.device | None) -> torch.device:
+def usable_device(device: str | torch.device | None) -> torch.device:
+    """Return the device, by default a GPU if there is one; raise ArgumentError if it cannot be used."""
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = torch.device(device)
         torch.zeros(1, device=device)  # a well-formed name may mean an absent device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ArgumentError(f"device={str(device)!r} cannot be used: {first_line(error)}") from None
@@ -295,14 +298,15 @@ class Engine:
         whole canvas is the response.
         """
         single = _is_single("canvases", canvases)
-        every = [self.encode(c, False, i) for i, c in enumerate([canvases] if single else canvases)]
+        every = [self.encode(c, False, f"canvas {i}") for i, c in enumerate([canvases] if single else canvases)]
         require(bool(every), "canvases=[] holds no canvas")
         for index, ids in enumerate(every):
             require(self.spec.mask_id in ids, f"canvas {index} holds no mask (id {self.spec.mask_id})")
-            self.check_length(index, len(ids), 0)
+            self.check_length(f"canvas {index}", len(ids), 0)
         if params is None:
             require("gen_length" not in fields, "gen_length has no meaning for infill: the canvas has its length")
-            sampler = fields["sampler"] = parse_sampler(fields.get("sampler") or "slowfast")
+            sampler = fields.get("sampler")
+            sampler = fields["sampler"] = parse_sampler("slowfast" if sampler is None else sampler)
             fields["gen_length"] = sampler.least_length
         listed = DecodingParams.per_prompt(len(every), params, **fields)
         for index, (ids, each) in enumerate(zip(every, listed, strict=True)):
@@ -419,17 +423,20 @@ class Engine:
         check_integer("seed", seed, 0, SEEDS - 1)
         fine = isinstance(pair, Sequence) and not isinstance(pair, str) and len(pair) == 2
         require(fine, f"pair {index} is {pair!r}, not a prompt and an answer")
-        texts = [isinstance(part, str) for part in pair]
+        parts = [part.tolist() if isinstance(part, (torch.Tensor, numpy.ndarray)) else part for part in pair]
+        fine = all(map(_is_text_or_ids, parts))
+        require(fine, f"pair {index} is {pair!r}: its parts are neither text nor sequences of token ids")
+        texts = [isinstance(part, str) for part in parts]
         require(texts[0] == texts[1], f"pair {index} is {pair!r}: both parts must be text, or both token ids")
         if all(texts):
-            pair = self.codec(f"pair {index} is text, not token ids: it").encode_pair(*pair)
-        prompt, answer = (part.tolist() if isinstance(part, torch.Tensor) else list(part) for part in pair)
+            parts = self.codec(f"pair {index} is text, not token ids: it").encode_pair(*parts)
+        prompt, answer = parts
         require(bool(answer), f"pair {index} has an empty answer")
         # in a model with shifted logits, the first position is predicted from no other
         require(bool(prompt) or not self.spec.shifted, f"pair {index} has an empty prompt, which this model needs")
-        ids = self.encode([*prompt, *answer], False, index)
+        ids = self.encode([*prompt, *answer], False, f"pair {index}")
         self.check_no_mask(f"pair {index}", ids)
-        self.check_length(index, len(prompt), len(answer) + params.pad_eos)
+        self.check_length(f"pair {index}", len(prompt), len(answer) + params.pad_eos)
         return Question(ids[: len(prompt)], ids[len(prompt) :], seed)
 
     def sequences(
@@ -450,13 +457,14 @@ class Engine:
         check_flag("apply_chat_template", apply_chat_template)
         check_flag("trace", trace)
         single = _is_single("prompts", prompts)
-        every = [self.encode(p, apply_chat_template, i) for i, p in enumerate([prompts] if single else prompts)]
+        listed = enumerate([prompts] if single else prompts)
+        every = [self.encode(prompt, apply_chat_template, f"prompt {index}") for index, prompt in listed]
         require(bool(every), "prompts=[] holds no prompt")
         listed = DecodingParams.per_prompt(len(every), params, **fields)
         embeds = self._embeds(every, [prompt_embeds] if single else prompt_embeds)
         mask, sequences = self.spec.mask_id, []
         for index, (ids, each) in enumerate(zip(every, listed, strict=True)):
-            self.check_length(index, len(ids), each.gen_length)
+            self.check_length(f"prompt {index}", len(ids), each.gen_length)
             self.check_no_mask(f"prompt {index}", ids, "; use Engine.infill to fill in masks")
             if not ids:
                 self.check_first(f"prompt {index} is empty", each.cache)
@@ -484,13 +492,11 @@ class Engine:
         name = "prompt_embeds of prompt"
         return [PromptEmbeds.parse(f"{name} {i}", pair, len(ids), self.model) for i, (ids, pair) in pairs]
 
-    def check_length(self, index: int, given: int, length: int) -> None:
-        """Raise ArgumentError if ``given`` and ``length`` more positions exceed the model's limit."""
-        require(
-            given + length <= self.spec.max_length,
-            f"prompt {index} has {given} + {length} = {given + length} positions, the model allows "
-            f"{self.spec.max_length}",
-        )
+    def check_length(self, name: str, given: int, length: int) -> None:
+        """Raise ArgumentError, which says ``name``, if ``given`` and ``length`` more positions exceed the model's
+        limit."""
+        total, most = given + length, self.spec.max_length
+        require(total <= most, f"{name} has {given} + {length} = {total} positions, the model allows {most}")
 
     def check_first(self, why: str, cache: CachePolicy) -> None:
         """Raise ArgumentError, which says ``why``, if this cache cannot decide a canvas' first position.
@@ -513,27 +519,26 @@ class Engine:
             at = ids.index(mask)
             raise ArgumentError(f"{name} holds the mask token (id {mask}, at position {at} of its tokens){hint}")
 
-    def encode(self, prompt: Prompt, apply_chat_template: bool = True, index: int = 0) -> list[int]:
-        """Return the checked token ids of a prompt; errors name it by ``index``."""
+    def encode(self, prompt: Prompt, apply_chat_template: bool = True, name: str = "prompt 0") -> list[int]:
+        """Return the checked token ids of a prompt; errors say ``name``."""
         if isinstance(prompt, (torch.Tensor, numpy.ndarray)):
             prompt = prompt.tolist()
-        fine = isinstance(prompt, (str, Sequence)) and not isinstance(prompt, (bytes, bytearray))
-        require(fine, f"prompt {index} is {prompt!r}, neither text nor a sequence of token ids")
+        require(_is_text_or_ids(prompt), f"{name} is {prompt!r}, neither text nor a sequence of token ids")
         if isinstance(prompt, str) or (prompt and isinstance(prompt[0], Mapping)):
-            codec = self.codec(f"prompt {index} is text, not token ids: it")
+            codec = self.codec(f"{name} is text, not token ids: it")
             if isinstance(prompt, str) and apply_chat_template and codec.template is not None:
                 hint = "apply_chat_template=False, or no token ids, generates without a prompt"
-                require(bool(prompt), f"prompt {index} is empty: {prompt!r}; {hint}")
+                require(bool(prompt), f"{name} is empty: {prompt!r}; {hint}")
                 prompt = [{"role": "user", "content": prompt}]
             ids = codec.encode(prompt if isinstance(prompt, str) else codec.render(prompt))
-            require(bool(ids) or not prompt, f"prompt {index} has no tokens: {prompt!r}")
+            require(bool(ids) or not prompt, f"{name} has no tokens: {prompt!r}")
         else:
             # the exact type first: to ask an abstract class takes longer than all the rest for a prompt
             ids = [t if type(t) in (int, bool) else int(t) if isinstance(t, Integral) else t for t in prompt]
         size = self.spec.vocab_size
         for position, token in enumerate(ids):
             if type(token) is not int or not 0 <= token < size:
-                raise ArgumentError(f"prompt {index}: {token!r} at position {position} is no token id below {size}")
+                raise ArgumentError(f"{name}: {token!r} at position {position} is no token id below {size}")
         return ids
 
     def _finish(
@@ -558,7 +563,11 @@ class Engine:
     def _run(self, sequences: list[InFlight]) -> Iterator[Run]:
         """Start sequences on a scheduler of their own, all in one batch if memory allows."""
         while self._abandoned:
-            self._abandoned.popleft()()
+            try:
+                end = self._abandoned.popleft()
+            except IndexError:  # another thread has taken the last one
+                break
+            end()
         exact, most = bounds_of(sequences), self.spec.max_length
 
         def bounds(sequence: InFlight) -> BatchBounds:
@@ -588,6 +597,10 @@ def _is_single(name: str, given: Any) -> bool:
     if isinstance(given, (torch.Tensor, numpy.ndarray)):
         require(given.ndim in (1, 2), f"{name} has {given.ndim} dimensions, not 1 or 2")
         return given.ndim == 1
-    fine = isinstance(given, (str, Sequence)) and not isinstance(given, (bytes, bytearray))
-    require(fine, f"{name}={given!r} is neither text nor a sequence")
+    require(_is_text_or_ids(given), f"{name}={given!r} is neither text nor a sequence")
     return isinstance(given, str) or bool(given) and not isinstance(given[0], _PROMPTS)
+
+
+def _is_text_or_ids(given: Any) -> bool:
+    """Return whether ``given`` may be text or token ids, of which a tensor is made a list before."""
+    return isinstance(given, Sequence) and not isinstance(given, (bytes, bytearray))

@@ -177,9 +177,10 @@ def answer(engine: Engine, settings: BatchSettings, rows: Sequence[Row]) -> Fini
 
 def _encode(engine: Engine, settings: BatchSettings, row: Row, length: int) -> list[int]:
     """Return the token ids of a row's prompt, with the checks of ``Engine.generate``."""
-    ids = engine.encode(row.prompt, settings.apply_chat_template, row.line)
-    engine.check_length(row.line, len(ids), length)
-    engine.check_no_mask(f"prompt {row.line}", ids)
+    name = f"prompt {row.line}"
+    ids = engine.encode(row.prompt, settings.apply_chat_template, name)
+    engine.check_length(name, len(ids), length)
+    engine.check_no_mask(name, ids)
     return ids
 
 

@@ -15,7 +15,7 @@ import typer
 from ..cards import CARDS, QUANTIZATIONS, canvases_that_fit, step_seconds
 from ..checkpoint import open_checkpoint
 from ..decoding.caching import POLICIES
-from ..engine import DTYPES, default_dtype
+from ..engine import DTYPES, default_dtype, usable_device
 from ..errors import CheckpointError, check_choice
 from ..models import ModelSpec
 from ..models.geometries import REAL
@@ -48,7 +48,7 @@ def doctor(
         check_choice("--dtype", dtype, DTYPES)
     if quantization is not None:
         check_choice("--quantization", quantization, QUANTIZATIONS)
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    where = usable_device(device)
     name = model or ("llada-8b" if where.type == "cuda" or card is not None else "embedded")
     spec = _spec_of(name)
     report = {

@@ -99,6 +99,8 @@ def test_a_folder_needs_only_its_configuration(found, tmp_path):
         (["--card", "voodoo"], "--card='voodoo'"),
         (["--dtype", "int3"], "--dtype='int3'"),
         (["--quantization", "fp1"], "--quantization='fp1'"),
+        (["--device", "foo"], "device='foo' cannot be used"),
+        (["--device", ""], "device='' cannot be used"),
         (["/nowhere"], "'/nowhere' is neither a folder nor one of"),
     ],
 )

@@ -308,6 +308,21 @@ def test_infill_needs_a_mask(engines):
         engines["llada-mha"].infill([])
 
 
+@pytest.mark.parametrize(
+    ("canvas", "options", "named"),
+    [
+        ([[500, 3], [500] * 513], {}, r"canvas 1 has 513 \+ 0 = 513 positions"),
+        ([[500], [512]], {}, "canvas 1: 512 at position 0 is no token id"),
+        ("a", {}, "canvas 0 is text, not token ids: it needs a tokenizer"),
+        ([500], {"sampler": ""}, "sampler='' is not one of"),
+        ([500], {"sampler": {}}, "sampler={} is not one of"),
+    ],
+)
+def test_canvases_and_samplers_that_infill_refuses(engines, canvas, options, named):
+    with pytest.raises(ArgumentError, match=named):
+        engines["llada-mha"].infill(canvas, **options)
+
+
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_temperature_is_keyed_by_seed(engines, sampler):
     engine, hot = engines["llada-mha"], sampler.replace(temperature=1.0)

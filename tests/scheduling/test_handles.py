@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 import time
+from collections import deque
 from concurrent.futures import CancelledError
 from contextlib import contextmanager
 from dataclasses import replace
@@ -209,6 +210,15 @@ def test_a_stream_that_is_collected_uses_neither_lock_nor_device(engine):
     wanted = engine.generate(PROMPTS[2], gen_length=16, cache="region")
     assert len(engine.batches.spare) == 3
     assert_same(engine.generate(PROMPTS[2], gen_length=16, cache="region"), wanted)
+
+
+def test_another_thread_may_end_the_last_dropped_stream_first(engine, monkeypatch):
+    class Emptied(deque):
+        def __bool__(self) -> bool:
+            return True
+
+    monkeypatch.setattr(engine, "_abandoned", Emptied())
+    assert engine.generate(PROMPTS[0], gen_length=8).nfe
 
 
 # ---- streams that fail

@@ -369,7 +369,7 @@ def test_load_chooses_before_it_reads_weights(monkeypatch, asked, made):
     def read(*_, **__):
         raise Loaded
 
-    monkeypatch.setattr(engines, "_device", lambda device: torch.device("cuda"))
+    monkeypatch.setattr(engines, "usable_device", lambda device: torch.device("cuda"))
     monkeypatch.setattr(engines, "check_kernels", lambda device: None)
     monkeypatch.setattr(engines, "choose", choose)
     monkeypatch.setattr(engines, "load_weights", read)
@@ -382,7 +382,7 @@ def test_load_chooses_before_it_reads_weights(monkeypatch, asked, made):
 
 
 def test_the_choice_reaches_the_engine(monkeypatch):
-    monkeypatch.setattr(engines, "_device", lambda device: torch.device("cuda"))
+    monkeypatch.setattr(engines, "usable_device", lambda device: torch.device("cuda"))
     monkeypatch.setattr(engines, "choose", lambda *_: Choice("triton", True, "because"))
     monkeypatch.setattr(engines, "load_weights", lambda *_, **__: "weights")
     monkeypatch.setattr(engines, "Transformer", lambda spec, weights, backend, group: (weights, backend))

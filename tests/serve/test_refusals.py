@@ -86,6 +86,21 @@ CHATS = {
     "stop-mixed": ({"stop": ["x", "a<|eot_id|>"]}, "stop", "'a<|eot_id|>' holds the special token '<|eot_id|>' beside"),
     "stop-mask": ({"stop": "<|mdm_mask|>"}, "stop", "'<|mdm_mask|>' is the mask token, which no answer can hold"),
     "trace": ({"trace": "x"}, "trace", "'trace' is not known here"),
+    "grow-length-by-other-name": (
+        {"sampler": {"kind": "fixed", "grow": 16}, "max_tokens": ..., "max_completion_tokens": 40},
+        "sampler",
+        "max_completion_tokens=40 is not a multiple of grow=16",
+    ),
+    "grow-logprobs": (
+        {"sampler": {"kind": "slowfast", "grow": 8}, "logprobs": True},
+        "logprobs",
+        "'logprobs' does not go with grow=8 of the sampler",
+    ),
+    "grow-frames": (
+        {"sampler": {"kind": "slowfast", "grow": 8}, "stream": True, "frames": True},
+        "frames",
+        "'frames' does not go with grow=8 of the sampler",
+    ),
 }
 for name in ("strict", "eos_stop", "share_stable", "inclusive", "zero_history", "eos_horizon"):
     for value in ("x", "true", 1):
@@ -124,6 +139,8 @@ def test_chats(server, name):
         ({"prompt": [[9], [9]]}, "prompt", "several take several requests"),
         ({"prompt": [[9, 5]]}, "prompt", "holds the mask token (id 5, at position 1"),
         ({"prompt": [True]}, "prompt", "'prompt' must be one text"),
+        ({"suffix": "x", "sampler": {"kind": "slowfast", "grow": 4}}, "suffix", "grow=4 goes with a prompt"),
+        ({"prompt": "", "sampler": {"kind": "slowfast", "grow": 4}}, "prompt", "grow=4 goes with a prompt"),
     ],
 )
 def test_completions(server, changes, param, words):
