@@ -58,7 +58,7 @@ class Sequence:
         if grow is not None:
             fits = start > 0 and canvas[start:].count(mask_id) == len(canvas) - start
             require(fits, f"grow={grow} goes with a prompt before the response, not with infilling")
-            require(not trace, f"grow={grow} does not go with a trace or frames, whose positions count from a part")
+            require(not trace, f"grow={grow} does not go with a trace, whose positions count from a part")
             canvas = canvas[: start + grow]
         self.params, self.canvas, self.start, self._mask_id = params, canvas, start, mask_id
         self.embeds = embeds

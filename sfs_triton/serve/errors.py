@@ -69,9 +69,10 @@ def too_late(limit: float) -> ApiError:
     return ApiError(504, f"the request was not finished within {limit:g} s", code="time_limit")
 
 
-def from_argument(error: ArgumentError, param: str | None = None) -> ApiError:
-    """Convert an engine's ArgumentError to an error under the request's field name; ``param`` is the field at fault."""
-    message = str(error).replace("gen_length", "max_tokens")
+def from_argument(error: ArgumentError, param: str | None = None, length: str = "max_tokens") -> ApiError:
+    """Convert an engine's ArgumentError to an error under the request's field name; ``param`` is the field at fault,
+    ``length`` the one of the response length."""
+    message = str(error).replace("gen_length", length)
     named = re.match(r"(\w+)=", message)
     return ApiError(400, message, param=param or named and named[1])
 

@@ -62,6 +62,10 @@ def prepare(engine: Engine, settings: ServeSettings, body: Common) -> list[Prepa
     if body.scored and metric != "confidence":
         message = f"'logprobs' needs probabilities, and the scores of {type(sampler).__name__} are of metric={metric!r}"
         raise ApiError(400, message, param="logprobs")
+    for field, wanted in (("frames", body.frames), ("logprobs", body.scored)):
+        if wanted and sampler.grow is not None:
+            message = f"{field!r} does not go with grow={sampler.grow} of the sampler: positions count from a part"
+            raise ApiError(400, message, param=field)
     cache = cache_for(body, settings.cache, engine.spec)
     prompt, suffix = _given(engine, body)
     with _blamed("cache", when=body.cache is not None):
@@ -72,7 +76,7 @@ def prepare(engine: Engine, settings: ServeSettings, body: Common) -> list[Prepa
         raise ApiError(400, f"seed={seed} and n={choices}: the last choice has a seed over {SEEDS - 1}", param="seed")
     # with a suffix, blocks count from the canvas' first position, and any length goes
     gen_length = sampler.least_length if suffix else positions
-    with _blamed("cache" if body.sampler is None else "sampler"):  # the remaining check: their compatibility
+    with _blamed("cache" if body.sampler is None else "sampler", length=body.tokens_wanted[0]):  # their compatibility
         params = DecodingParams(sampler=sampler, cache=cache, gen_length=gen_length, seed=seed)
     if not prompt:
         with _blamed("prompt"):
@@ -81,7 +85,8 @@ def prepare(engine: Engine, settings: ServeSettings, body: Common) -> list[Prepa
     start, canvas = 0 if suffix else first, prompt + [mask] * positions + suffix
     how = {"trace": bool(body.frames) or body.scored, "frames": True, "infilled": bool(suffix)}
     each = (replace(params, seed=seed + choice) for choice in range(choices))
-    sequences = [engine.in_flight(one, list(canvas), start, **how) for one in each]
+    with _blamed("suffix" if suffix else "prompt"):  # a canvas that grows has a prompt, and nothing behind it
+        sequences = [engine.in_flight(one, list(canvas), start, **how) for one in each]
     return [PreparedRequest(sequence, first, first + length, len(suffix)) for sequence in sequences]
 
 
@@ -110,12 +115,12 @@ def cache_for(body: Common, default: CachePolicy, spec: ModelSpec) -> CachePolic
 
 
 @contextmanager
-def _blamed(field: str, when: bool = True) -> Iterator[None]:
-    """Attribute refusals to this field of the request."""
+def _blamed(field: str, when: bool = True, length: str = "max_tokens") -> Iterator[None]:
+    """Attribute refusals to this field of the request; ``length`` is its name of the response length."""
     try:
         yield
     except ArgumentError as error:
-        raise from_argument(error, field if when else None) from None
+        raise from_argument(error, field if when else None, length) from None
 
 
 def _check_limits(wanted: str | dict[str, Any], spec: ModelSpec) -> None:
@@ -164,12 +169,11 @@ def _check_size(field: str, size: int, engine: Engine, most: int) -> None:
 def _ids(engine: Engine, field: str, given: str | Sequence[int] | Sequence[dict[str, str]]) -> list[int]:
     """Return the token ids of a field, which may not hold the mask id."""
     try:
-        ids = engine.encode(given, apply_chat_template=False)
+        ids = engine.encode(given, apply_chat_template=False, name=repr(field))
     except ArgumentError as error:
+        message = str(error)
         if field == "messages":  # a template's error quotes the whole conversation
             message = f"the checkpoint's chat template refused 'messages': {error.__context__ or error}"
-        else:
-            message = repr(field) + str(error).removeprefix("prompt 0")
         raise ApiError(400, message, param=field) from None
     with _blamed(field):
         hint = "; to fill in a gap, send the text after it as 'suffix' of /v1/completions"
