@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import threading
 from collections import deque
@@ -91,7 +92,7 @@ def load(
         BackendError: ``backend="triton"`` or CUDA graphs were asked for, and kernels cannot run.
         CheckpointError: names the file, key or tensor at fault. Code and pickles in a checkpoint are never touched.
     """
-    refuse_unknown(unknown)
+    refuse_unknown(unknown, [*inspect.signature(load).parameters][:-1])  # without itself
     group = tensor_parallel if isinstance(tensor_parallel, Group) else join(tensor_parallel, device)
     with group.together("loading the model"):
         source = {"mask_token_id": mask_token_id, "max_length": max_length, "adapter": adapter}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import difflib
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
@@ -92,8 +93,8 @@ class DecodingParams:
         One record or seed serves all prompts, with ``seed + i`` for prompt ``i``; ``gen_length`` and ``seed`` may be
         lists with one number per prompt.
         """
-        hint = f"; decoding parameters are {', '.join(FIELDS)}, and options of a sampler or cache go into these two"
-        refuse_unknown(set(fields) - {*FIELDS}, hint)
+        _refuse_options(fields)
+        refuse_unknown(fields.keys() - {*FIELDS}, FIELDS)
         if params is not None:
             require(not fields, f"params goes without {', '.join(map(repr, fields))}: they are fields of the record")
             listed = list(params) if isinstance(params, Sequence) and not isinstance(params, str) else None
@@ -210,11 +211,27 @@ def check_options(owner: str, options: Mapping[str, Any], allowed: set[str]) -> 
         require(name in allowed, f"{owner} has no option {name!r}; {has}")
 
 
-def refuse_unknown(names: Iterable[str], hint: str = "") -> None:
-    """Raise for keyword arguments that a function does not have: ArgumentError for an old name, else TypeError."""
+def refuse_unknown(names: Iterable[str], known: Collection[str]) -> None:
+    """Raise for keyword arguments that a function does not have: ArgumentError for an old name, else TypeError.
+
+    ``known`` are those that it has."""
     refuse_renamed(names)
     for name in sorted(names):
-        raise TypeError(f"unexpected keyword argument {name!r}{hint}")
+        close = difflib.get_close_matches(name, known, 1)
+        hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}"
+        raise TypeError(f"unexpected keyword argument {name!r}: {hint}")
+
+
+def _refuse_options(fields: Mapping[str, Any]) -> None:
+    """Raise TypeError for an option of a sampler or cache among ``fields``, with an example of where it goes."""
+    for owner, every, options in (("sampler", SAMPLERS, sampler_options), ("cache", POLICIES, cache_options)):
+        given = fields.get(owner)
+        kinds = [given, *every] if isinstance(given, str) and given in every else every
+        for name in sorted(fields.keys() - {*FIELDS}):
+            kind = next((kind for kind in kinds if name in options(kind)), None)
+            if kind is not None:
+                example = f"{owner}={ {'kind': kind, name: fields[name]} }"
+                raise TypeError(f"unexpected keyword argument {name!r}: it is an option of a {owner}, as in {example}")
 
 
 def refuse_renamed(names: Iterable[str]) -> None:

@@ -95,9 +95,24 @@ def test_renamed_arguments_are_refused_with_the_new_name(embedded, old):
             call("embedded", **{old: None})
 
 
-def test_unknown_arguments_say_where_options_go(embedded):
-    with pytest.raises(TypeError, match="unexpected keyword argument 'tau'; decoding parameters are sampler, cache"):
-        embedded.generate("1,2", tau=0.5)
+@pytest.mark.parametrize(
+    ("given", "hint"),
+    [
+        ({"tau": 0.5}, "it is an option of a sampler, as in sampler={'kind': 'threshold', 'tau': 0.5}"),
+        ({"sampler": "vanilla", "temperature": 1}, "as in sampler={'kind': 'vanilla', 'temperature': 1}"),
+        ({"sampler": SlowFast(), "capacity": 64}, "option of a cache, as in cache={'kind': 'region', 'capacity': 64}"),
+        ({"smapler": "fixed"}, "did you mean 'sampler'?"),
+        ({"foo": 1}, "known are sampler, cache, gen_length, seed"),
+    ],
+)
+def test_unknown_arguments_say_where_options_go(embedded, given, hint):
+    with pytest.raises(TypeError, match=f"unexpected keyword argument '{[*given][-1]}': .*{re.escape(hint)}"):
+        embedded.generate("1,2", **given)
+
+
+def test_a_misspelt_argument_of_load():
+    with pytest.raises(TypeError, match="'quantisation': did you mean 'quantization'"):
+        sfs_triton.load("embedded", quantisation="fp8")
 
 
 def test_parameters_per_prompt():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
@@ -58,7 +59,7 @@ def accelerate(
         ArgumentError: ``hf_model`` is not supported in its present form.
         CheckpointError: its configuration or parameters do not match the family; names class and key.
     """
-    refuse_unknown(unknown)
+    refuse_unknown(unknown, [*inspect.signature(accelerate).parameters][:-1])  # without itself
     _refuse_wrapped(hf_model)
     codec = as_codec(tokenizer)
     valid = backend is None or isinstance(backend, str)
