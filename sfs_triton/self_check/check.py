@@ -78,12 +78,10 @@ def _check_operations(request: Request, device: torch.device, emit: Emit) -> int
         shared = steps.memory_of(model.weights)
         kernels, twins = operations("triton", device), operations("torch", device)
         real = spec is request.spec
-        sizes, timed = (request.sizes, request.thorough) if real else (Sizes(rows=(7,), canvas=37), False)
+        sizes = request.sizes if real else Sizes(rows=(7,), canvas=37)
         for each in steps.compared_steps(spec, sizes):
             # one set of findings per kind of step: what a step does is new even where shapes are not
-            model.ops = Twins(
-                kernels, twins, shared, start, found, timed=request.thorough and sizes is request.sizes
-            ).ops()
+            model.ops = Twins(kernels, twins, shared, start, found, timed=request.thorough and real).ops()
             for _ in steps.run(model, each, Eager(exact=False, step_limit=steps.STEP_LIMIT)):  # shapes of graphs
                 if faults and not request.thorough:
                     return faults

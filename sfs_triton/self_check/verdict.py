@@ -53,6 +53,7 @@ def key_of(request: Request) -> dict[str, Any]:
     """Return all that a verdict depends on."""
     spec = asdict(request.spec)
     sizes = {name: value for name, value in spec.items() if not name.endswith(("_id", "_ends"))}
+    sizes["max_length"] = min(sizes["max_length"], 2 * request.sizes.canvas)  # no canvas of a check is longer
     return {
         "card": machine.card(torch.device(request.device)),
         "versions": machine.versions(),

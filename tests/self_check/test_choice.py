@@ -153,6 +153,7 @@ def test_a_change_of_anything_in_the_key_makes_a_new_verdict(monkeypatch):
     for change in (
         lambda: replace(REQUEST, dtype="float16"),
         lambda: replace(REQUEST, spec=replace(REQUEST.spec, mlp=64)),
+        lambda: replace(REQUEST, spec=replace(REQUEST.spec, max_length=16)),
         lambda: monkeypatch.setattr(machine, "versions", lambda: versions) or REQUEST,
         lambda: monkeypatch.setattr(machine, "card", lambda device: {"name": "another"}) or REQUEST,
         lambda: monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8") or REQUEST,
@@ -164,6 +165,8 @@ def test_a_change_of_anything_in_the_key_makes_a_new_verdict(monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", "/elsewhere")
     verdict.obtain(request, runs)
     assert runs.count == count + 1, "where compiled kernels are kept changes nothing"
+    verdict.obtain(replace(request, spec=replace(request.spec, max_length=4096)), runs)
+    assert runs.count == count + 1, "nor does a limit that no canvas of the check reaches"
 
 
 SPOILED = {
