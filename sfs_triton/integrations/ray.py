@@ -265,6 +265,9 @@ def deployment(
     quantization: str | None = None,
     backend: str | None = None,
     cuda_graphs: bool | None = None,
+    mask_token_id: int | None = None,
+    max_length: int | None = None,
+    adapter: str | None = None,
 ) -> serve.Application:
     """Return the server of ``sfs serve`` as an application for ``ray.serve.run``, with ``replicas`` replicas.
 
@@ -272,7 +275,8 @@ def deployment(
     ``port`` of the settings are for :func:`serve_on`: Ray's proxy listens, not the replicas.
 
     Args:
-        model, device, dtype, quantization, backend, cuda_graphs: as for :func:`sfs_triton.load`, in each replica.
+        model, device, dtype, quantization, backend, cuda_graphs, mask_token_id, max_length, adapter: as for
+            :func:`sfs_triton.load`, in each replica.
         settings: settings of each replica; default: the server's defaults, for a model of this name.
         cpus, gpus: resources per replica; ``gpus`` by default 1 if the connected cluster has any, unless ``device`` is
             not a GPU. Without a cluster yet, 1 for a ``device`` that is a GPU, else 0.
@@ -289,6 +293,9 @@ def deployment(
         "backend": backend,
         "cuda_graphs": cuda_graphs,
         "quantization": quantization,
+        "mask_token_id": mask_token_id,
+        "max_length": max_length,
+        "adapter": adapter,
     }
     return serve.deployment(
         serve.ingress()(Replica),

@@ -5,6 +5,7 @@ One cluster of this machine, on loopback, serves all tests here.
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import signal
@@ -25,7 +26,7 @@ import httpx  # noqa: E402
 import ray  # noqa: E402
 from ray import serve  # noqa: E402
 
-from sfs_triton import ArgumentError, FixedSteps, SlowFast  # noqa: E402
+from sfs_triton import ArgumentError, FixedSteps, SlowFast, load  # noqa: E402
 from sfs_triton.batch.files import Row  # noqa: E402
 from sfs_triton.batch.run import BatchError, BatchSettings, answer, in_process, run_batch  # noqa: E402
 from sfs_triton.decoding.params import DecodingParams  # noqa: E402
@@ -155,7 +156,7 @@ def test_parquet_and_rows_that_were_finished_before(cluster, tmp_path, embedded)
 
 
 def test_what_a_worker_cannot_do_ends_the_run(cluster, source, tmp_path):
-    with pytest.raises(BatchError, match="'/no/such/model' is not a folder"):
+    with pytest.raises(BatchError, match="'/no/such/model' is a path, and does not exist"):
         on_ray.run_batch(source, tmp_path / "out.jsonl", BatchSettings(model="/no/such/model"), workers=1)
     with pytest.raises(ArgumentError, match="workers=3 need 3 CPUs, the cluster has 2"):
         on_ray.run_batch(source, tmp_path / "out.jsonl", SETTINGS, workers=3)
@@ -228,6 +229,17 @@ def test_a_replica_takes_a_gpu_where_the_cluster_has_some(monkeypatch, there, de
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 4.0} | ({"GPU": float(there)} if there else {}))
     options = on_ray.deployment("embedded", device=device)._bound_deployment.ray_actor_options
     assert options["num_gpus"] == wanted
+
+
+def test_a_replica_takes_all_that_load_takes(monkeypatch):
+    names = inspect.signature(load).parameters.keys() - {"path_or_hub_id", "tensor_parallel", "unknown"}
+    given = {name: f"the {name}" for name in names}
+    made: list[dict] = []
+    monkeypatch.setattr(on_ray, "load", lambda **options: made.append(options) or 1 / 0)
+    deployed = on_ray.deployment("embedded", gpus=0, **given)._bound_deployment
+    with pytest.raises(ZeroDivisionError):
+        on_ray.Replica(*deployed.init_args)
+    assert made == [{"path_or_hub_id": "embedded", **given}]
 
 
 @pytest.fixture(scope="module")
