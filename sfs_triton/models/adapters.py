@@ -95,7 +95,7 @@ def _read_config(path: Path) -> tuple[float, int]:
     check_flag(f"{path}: use_rslora", root, CheckpointError)
     number = isinstance(alpha, (int, float)) and not isinstance(alpha, bool)
     if not number or not 0 < alpha <= 1e6:
-        raise CheckpointError(f"{path}: lora_alpha={alpha!r} is not a number from 0 to 1e6")
+        raise CheckpointError(f"{path}: lora_alpha={alpha!r} is not a number above 0, up to 1e6")
     return alpha / (math.sqrt(rank) if root else rank), rank
 
 
