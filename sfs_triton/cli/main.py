@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Annotated, Any, TextIO, get_type_hints
 
 from ..decoding.caching import POLICIES
-from ..decoding.params import DecodingParams, parse_cache, parse_sampler
-from ..decoding.samplers import ENDS, PRESETS, SAMPLERS, Sampler
+from ..decoding.params import DecodingParams, parse_cache, parse_sampler, sampler_options
+from ..decoding.samplers import ENDS, PRESET_NAMES, SAMPLERS, Sampler
 from ..distributed import Group, check_started, join, joined, world
 from ..engine import DTYPES, QUANTIZATIONS, Engine, Frame, Generation, load
 from ..errors import MissingDependencyError, SfsError, require
@@ -34,18 +34,10 @@ except ImportError:  # main() names the extra in one line; raising here would pr
 DELAY = 0.03
 LARGEST_INPUT = 16 * 2**20  # characters read from stdin: more than any context holds
 # Options of some samplers only; given for another sampler, they are refused by name.
-BELONGS_TO = {
-    "preset": tuple(name for name, sampler in SAMPLERS.items() if sampler.presets),
-    "tau_min": ("slowfast",),
-    "tau_high": ("slowfast",),
-    "k_max": ("slowfast",),
-    "window": ("slowfast",),
-    "tau": ("threshold", "local-leap", "hierarchy"),
-    "entropy": ("multi-block",),
-    "bound": ("entropy-bound",),
-    "steps": ("threshold", "fixed", "local-leap"),
-    "block_length": SAMPLERS,
-}
+_SOME = ("preset", "tau_min", "tau_high", "k_max", "window", "tau", "entropy", "bound", "steps", "block_length")
+BELONGS_TO = {name: tuple(kind for kind in SAMPLERS if name in sampler_options(kind)) for name in _SOME}
+_BLOCKS = ", ".join(f"{kind} {sampler.block_length}" for kind, sampler in SAMPLERS.items() if sampler.block_length)
+_STEPS = f"{', '.join(BELONGS_TO['steps'])}: steps in all, which set how many positions one commits."
 
 
 class Output(io.TextIOWrapper):
@@ -85,7 +77,7 @@ class CommandOptions:
     prompt: Annotated[str, typer.Argument(help="Prompt; - reads it from stdin.", show_default=False)]
     model: Annotated[str, typer.Option(help="Model: 'embedded', a checkpoint folder, or a hub id.")] = "embedded"
     sampler: Annotated[str, typer.Option(metavar="|".join(SAMPLERS), help="vanilla: one token per step.")] = "slowfast"
-    preset: Annotated[str | None, typer.Option(metavar="NAME", help=f"Of slowfast: {', '.join(PRESETS)}.")] = None
+    preset: Annotated[str | None, typer.Option(metavar="NAME", help=f"Named settings, of {PRESET_NAMES}.")] = None
     tau_min: Annotated[float | None, typer.Option(help="slowfast: confidence of a candidate for the horizon.")] = None
     tau_high: Annotated[float | None, typer.Option(help="slowfast: confidence to commit in the fast stage.")] = None
     k_max: Annotated[int | None, typer.Option(help="slowfast: maximum number of slow steps per cycle.")] = None
@@ -93,8 +85,8 @@ class CommandOptions:
     tau: Annotated[float | None, typer.Option(help="Confidence to commit, of samplers with one threshold.")] = None
     entropy: Annotated[float | None, typer.Option(help="multi-block: highest entropy to commit.")] = None
     bound: Annotated[float | None, typer.Option(help="entropy-bound: of the sum of entropies per step.")] = None
-    steps: Annotated[int | None, typer.Option(help="fixed: total steps; threshold: sets a quota per step.")] = None
-    block_length: Annotated[int | None, typer.Option(help="Decode block by block (threshold: 32).")] = None
+    steps: Annotated[int | None, typer.Option(help=_STEPS)] = None
+    block_length: Annotated[int | None, typer.Option(help=f"Decode block by block: {_BLOCKS}.")] = None
     cache: Annotated[str, typer.Option(metavar="|".join(POLICIES), help="Cache policy.")] = "none"
     gen_length: Annotated[int, typer.Option(help="Number of response positions.")] = 128
     temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 takes the most likely token.")] = 0.0
@@ -162,7 +154,9 @@ class CommandOptions:
 
     def label(self) -> str:
         """Return a short description of sampler and cache, for summaries and titles."""
-        preset = f" ({self.preset or 'paper'})" if self.sampler == "slowfast" else ""
+        base = self.preset or next(iter(SAMPLERS[self.sampler].presets), None)
+        changed = "" if self.make_sampler().name == base else ", changed"
+        preset = "" if base is None else f" ({base}{changed})"
         return f"{self.sampler}{preset}, cache {self.cache}"
 
 

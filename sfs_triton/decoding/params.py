@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from ..errors import ArgumentError, check_integer, require
 from .caching import POLICIES, CachePolicy, NoCache
-from .samplers import PRESETS, SAMPLERS, Sampler, SlowFast
+from .samplers import SAMPLERS, Sampler, SlowFast
 
 SEEDS = 2**63  # seeds are below it: kernels take them as int64
 
@@ -166,7 +166,7 @@ def parse_cache(value: str | Mapping[str, Any] | CachePolicy, **options: Any) ->
 
 def sampler_options(kind: str) -> set[str]:
     """Return the names that may be set for a kind of sampler. ``vanilla`` has one token per step, so no ``steps``."""
-    names = {f.name for f in fields(SAMPLERS[kind])} - {"name"}
+    names = {f.name for f in fields(SAMPLERS[kind])}
     if SAMPLERS[kind].presets:
         return names | {"preset"}
     return names - {"steps"} if kind == "vanilla" else names
@@ -184,8 +184,8 @@ def sampler_kind(sampler: Sampler) -> str:
 
 def sampler_to_dict(sampler: Sampler) -> dict[str, Any]:
     """Return a sampler as :func:`parse_sampler` reads it."""
-    options = {f.name: getattr(sampler, f.name) for f in fields(sampler) if f.name != "name"}
-    preset = {"preset": sampler.name} if isinstance(sampler, SlowFast) and sampler.name in PRESETS else {}
+    options = {f.name: getattr(sampler, f.name) for f in fields(sampler)}
+    preset = {} if sampler.name is None else {"preset": sampler.name}
     return {"kind": sampler_kind(sampler), **preset, **options}
 
 

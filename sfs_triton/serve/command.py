@@ -13,7 +13,7 @@ import typer
 
 from ..decoding.caching import POLICIES
 from ..decoding.params import parse_cache, parse_sampler
-from ..decoding.samplers import PRESETS, SAMPLERS
+from ..decoding.samplers import PRESET_NAMES, SAMPLERS
 from ..distributed import world
 from ..engine import DTYPES, QUANTIZATIONS, load
 from ..errors import ArgumentError, MissingDependencyError, require
@@ -37,7 +37,7 @@ def serve(
     ] = False,
     allow_host: Annotated[list[str] | None, typer.Option(help="Accept this Host header as well.")] = None,
     sampler: Annotated[str, typer.Option(metavar="|".join(SAMPLERS), help="Default sampler.")] = "slowfast",
-    preset: Annotated[str | None, typer.Option(metavar="|".join(PRESETS), help="Preset. Default: paper.")] = None,
+    preset: Annotated[str | None, typer.Option(metavar="NAME", help=f"Named settings, of {PRESET_NAMES}.")] = None,
     cache: Annotated[str, typer.Option(metavar="|".join(POLICIES), help="Default cache policy.")] = "none",
     default_tokens: Annotated[int, typer.Option(help="Default of max_tokens.")] = _LIMITS.default_tokens,
     max_tokens: Annotated[int | None, typer.Option(help="Maximum of max_tokens.", show_default=False)] = None,

@@ -121,6 +121,26 @@ def test_options_reach_the_sampler(model, engine, options, sampler, cache):
     assert said["cache"]["kind"] == cache and said["seed"] == 3 and said["seconds"] > 0
 
 
+@pytest.mark.parametrize(
+    ("options", "label"),
+    [
+        ({}, "slowfast (paper), cache none"),
+        ({"preset": "fast", "temperature": 0.5}, "slowfast (fast), cache none"),
+        ({"tau_high": 0.5}, "slowfast (paper, changed), cache none"),
+        ({"sampler": "multi-block"}, "multi-block (d3llm-llada), cache none"),
+        ({"sampler": "fixed", "cache": "region"}, "fixed, cache region"),
+    ],
+)
+def test_labels_name_a_preset_and_say_if_it_is_changed(options, label):
+    assert cli.CommandOptions(prompt="", **options).label() == label
+
+
+def test_help_names_the_samplers_of_an_option():
+    shown = " ".join(sfs("generate", "--help").stdout.replace("\u2502", " ").split())
+    for words in ("multi-block: d3llm-llada", "threshold, local-leap, fixed: steps", "hierarchy 32"):
+        assert words in shown
+
+
 def test_no_prompt(model, engine):
     options = ("--no-chat-template", "--sampler", "fixed", "--json")
     (wanted,) = engine.generate([[]], gen_length=32, sampler=FixedSteps())

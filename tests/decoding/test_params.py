@@ -17,8 +17,9 @@ from sfs_triton.decoding.params import (
     parse_cache,
     parse_sampler,
     sampler_options,
+    sampler_to_dict,
 )
-from sfs_triton.decoding.samplers import PRESETS, SAMPLERS
+from sfs_triton.decoding.samplers import PRESETS, SAMPLERS, MultiBlock
 
 PARAMS = [
     DecodingParams(),
@@ -45,6 +46,22 @@ def test_every_sampler_has_one_name(kind):
 def test_presets(preset):
     assert parse_sampler("slowfast", preset=preset) == SlowFast.preset(preset)
     assert parse_sampler({"kind": "slowfast", "preset": preset}, k_max=3) == SlowFast.preset(preset, k_max=3)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "name"),
+    [
+        (SlowFast(temperature=0.5, eos_stop=True), "paper"),
+        (SlowFast.preset("fast"), "fast"),
+        (SlowFast.preset("fast", tau_high=0.5), None),
+        (SlowFast(block_length=32), None),
+        (MultiBlock.preset("d3llm-dream"), "d3llm-dream"),
+        (Threshold(), None),
+    ],
+)
+def test_a_preset_is_named_where_no_setting_of_it_is_changed(sampler, name):
+    assert sampler.name == name and sampler_to_dict(sampler).get("preset") == name
+    assert parse_sampler(sampler_to_dict(sampler)) == sampler
 
 
 def test_options():

@@ -137,7 +137,7 @@ def test_noise_and_schedules_are_per_sequence(engines, name, execution):
 
 
 OWN: dict[str, tuple[Sampler, list[dict]]] = {  # parameters in which sequences of a batch may differ
-    "slowfast": (SlowFast(), [{"tau_min": 0.4, "tau_high": 0.5}, {"tau_slow": 0.6, "name": "my"}, {"tau_high": 0.99}]),
+    "slowfast": (SlowFast(), [{"tau_min": 0.4, "tau_high": 0.5}, {"tau_slow": 0.6}, {"tau_high": 0.99}]),
     "shared": (SlowFast.preset("fast"), [{"tau_high": 0.3}, {"tau_slow": None}, {"tau_min": 0.0, "tau_high": 0.0}]),
     "threshold": (Threshold(block_length=8), [{"tau": 0.2}, {"tau": 1.0}, {"tau": 0.0}]),
     "bound": (EntropyBound(block_length=8), [{"bound": 0.0}, {"bound": 2.0}]),

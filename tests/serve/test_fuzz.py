@@ -94,7 +94,7 @@ def some_options(kinds: dict[str, type]):
     """A kind with some of its options, most of them with values of the right type."""
 
     def of(kind: str):
-        names = sorted({f.name for f in fields(kinds[kind])} - {"temperature", "top_p", "name"})
+        names = sorted({f.name for f in fields(kinds[kind])} - {"temperature", "top_p"})
         fixed = {"kind": kind} | ({"block_length": 1} if "block_length" in names else {})  # fits every length
         return st.dictionaries(st.sampled_from(names or ["x"]), VALUES, max_size=2).map(lambda given: fixed | given)
 

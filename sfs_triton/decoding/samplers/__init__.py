@@ -20,10 +20,13 @@ SAMPLERS: dict[str, type[Sampler]] = {
     "fixed": FixedSteps,
     "vanilla": FixedSteps,
 }
+# For help texts; of each sampler the default first.
+PRESET_NAMES = "; ".join(f"{kind}: {', '.join(each.presets)}" for kind, each in SAMPLERS.items() if each.presets)
 
 __all__ = [
     "ENDS",
     "PRESETS",
+    "PRESET_NAMES",
     "SAMPLERS",
     "EntropyBound",
     "FixedSteps",

@@ -79,6 +79,13 @@ class Sampler:
         check_choice("preset", name, cls.presets)
         return cls.presets[name].replace(**changes)
 
+    @property
+    def name(self) -> str | None:
+        """Name of the preset that has the same settings, those aside that all samplers share; None if there is none."""
+        own = {f.name for f in fields(self)} - {f.name for f in fields(Sampler)}
+        alike = ((name, all(getattr(self, f) == getattr(each, f) for f in own)) for name, each in self.presets.items())
+        return next((name for name, same in alike if same), None)
+
     def replace(self, **changes: Any) -> Sampler:
         """Return a copy with some fields changed."""
         unknown = set(changes) - {f.name for f in fields(self)}

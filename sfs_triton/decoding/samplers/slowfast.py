@@ -59,7 +59,6 @@ class SlowFast(Sampler):
     max_cycles: int | None = None
     share_stable: bool = False
     eos_horizon: bool = True
-    name: str = "paper"
 
     by_stage = True
 
@@ -86,7 +85,7 @@ class SlowFast(Sampler):
         )
 
     def batch_key(self) -> SlowFast:
-        return replace(super().batch_key(), tau_min=1.0, tau_high=1.0, tau_slow=None, name="")
+        return replace(super().batch_key(), tau_min=1.0, tau_high=1.0, tau_slow=None)
 
     def sampling_values(self) -> dict[str, float]:
         never = math.inf if self.tau_slow is None else self.tau_slow
@@ -152,9 +151,8 @@ class SlowFast(Sampler):
 PRESETS = {
     "paper": SlowFast(),
     # not a reference's preset: chosen by measurement, docs/settings.md
-    "fast": SlowFast(name="fast", tau_high=0.95, tau_slow=0.95, share_stable=True),
+    "fast": SlowFast(tau_high=0.95, tau_slow=0.95, share_stable=True),
     "llada-reference": SlowFast(
-        name="llada-reference",
         tau_min=0.3,
         tau_high=0.9,
         tau_slow=0.9,
@@ -167,7 +165,6 @@ PRESETS = {
         min_parallel_slow=2,
     ),
     "dream-reference": SlowFast(
-        name="dream-reference",
         tau_min=0.1,
         tau_high=0.9,
         tau_slow=0.8,
