@@ -476,10 +476,19 @@ class Engine:
 
     def in_flight(self, params: DecodingParams, canvas: list[int], start: int, **options: Any) -> InFlight:
         """Return a sequence of this model whose positions from ``start`` on are decoded, on this engine's device."""
+        if params.sampler.end_think_token_ids is not None:
+            self._check_end_of_think(params.sampler.end_think_token_ids)
         if self.model.device.type == "cpu":
             cache = params.cache.on_cpu(params.sampler, len(canvas) - start)
             params = params if cache is params.cache else replace(params, cache=cache)
         return InFlight(params, canvas, start, self.spec.mask_id, **options)
+
+    def _check_end_of_think(self, ids: tuple[int, ...]) -> None:
+        """Raise ArgumentError for ids that no response holds."""
+        size, mask = self.spec.vocab_size, self.spec.mask_id
+        for index, token in enumerate(ids):
+            require(token < size, f"end_think_token_ids[{index}]={token} is no token id below {size}")
+            require(token != mask, f"end_think_token_ids[{index}]={token} is the mask token")
 
     def _embeds(self, prompts: list[list[int]], given: Any) -> list[PromptEmbeds | None]:
         """Return the checked vectors of each prompt. If one has some all have, be it none, to share a batch."""

@@ -227,13 +227,17 @@ def _multi_block(preset: str) -> Callable[[dict], Setup | None]:
     return setup
 
 
-def _illada(s: dict) -> Setup | None:
-    """iLLaDA's variable length, whose steps are those of a block. Its boost of end-of-thinking is its own."""
-    ids = s.get("end_think_token_ids", [])
-    if ids and max(ids) < 512:  # ids outside the vocabulary switch the boost off
-        return None
-    sampler = FixedSteps(steps=s["steps"], block_length=None, grow=s["block_length"], cfg_scale=s.get("cfg_scale", 0.0))
-    return Setup("illada-variable", sampler, s["gen_length"], eos_id=s.get("stop_token_id", 511))
+def _illada(s: dict) -> Setup:
+    """iLLaDA's two functions; in that of variable length, steps are those of a block."""
+    named = ("end_think_token_ids", "end_think_logit_boost", "end_think_boost_power")
+    boost = {name: s[name] for name in named if name in s}
+    if max(s.get("end_think_token_ids", [0])) >= 512:  # refused here; the reference switches the boost off
+        boost = {}
+    sampler = FixedSteps(steps=s["steps"], cfg_scale=s.get("cfg_scale", 0.0), **boost)
+    if s.get("var", True):
+        sampler = sampler.replace(block_length=None, grow=s["block_length"])
+        return Setup("illada-variable", sampler, s["gen_length"], eos_id=s.get("stop_token_id", 511))
+    return Setup("illada", sampler.replace(block_length=s["block_length"]), s["gen_length"])
 
 
 def _single_block(s: dict) -> Setup:
@@ -265,8 +269,7 @@ NEWER: dict[str, Callable[[dict], Setup | None]] = {
     "dinfer_generate_hierarchy": _generate_hierarchy,
     "d3llm_llada": _multi_block("d3llm-llada"),
     "d3llm_dream": _multi_block("d3llm-dream"),
-    "illada_var": _illada,
-    "illada_generate": lambda s: None,  # has the boost
+    **dict.fromkeys(("illada_var", "illada_generate"), _illada),
     **dict.fromkeys(("d3llm_llada_single", "d3llm_dream_single"), _single_block),
     "generate_llada": _end_options,
 }

@@ -155,7 +155,7 @@ class Forwards:
 
 
 WRITTEN_OUT = {"temperature": 0.0, "top_p": None, "top_k": None, "cfg_scale": 0.0, "eos_stop": False}
-WRITTEN_OUT |= {"eos": "free", "eos_penalty": 0.0}
+WRITTEN_OUT |= {"eos": "free", "eos_penalty": 0.0, "end_think_logit_boost": 0.0}
 
 
 def check_sampler(sampler: Sampler, kinds: tuple[type, ...], gen_length: int, **only: object) -> None:

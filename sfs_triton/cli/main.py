@@ -19,7 +19,7 @@ from ..decoding.params import DecodingParams, parse_cache, parse_sampler, sample
 from ..decoding.samplers import ENDS, PRESET_NAMES, SAMPLERS, Sampler
 from ..distributed import Group, check_started, join, joined, world
 from ..engine import DTYPES, QUANTIZATIONS, Engine, Frame, Generation, load
-from ..errors import MissingDependencyError, SfsError, require
+from ..errors import ArgumentError, MissingDependencyError, SfsError, require
 from ..ops.dispatch import BACKENDS
 from ..text.codec import check_size, check_unicode
 from ..version import __version__
@@ -95,6 +95,11 @@ class CommandOptions:
     eos: Annotated[str, typer.Option(metavar="|".join(ENDS), help="When an end-of-text may be committed.")] = "free"
     eos_penalty: Annotated[float, typer.Option(help="Subtracted from the logit of end-of-text.")] = 0.0
     grow: Annotated[int | None, typer.Option(help="Grow by so many positions until end-of-text.")] = None
+    end_think_token_ids: Annotated[
+        str | None, typer.Option(metavar="ID,ID...", help="Tokens that end the thinking.", show_default=False)
+    ] = None
+    end_think_logit_boost: Annotated[float, typer.Option(help="iLLaDA: raises the next of these tokens.")] = 0.0
+    end_think_boost_power: Annotated[float, typer.Option(help="Of the place in the response, in that boost.")] = 2.0
     seed: Annotated[int, typer.Option(help="Random seed, used at temperatures above 0.")] = 0
     apply_chat_template: Annotated[
         bool, typer.Option("--chat-template/--no-chat-template", help="Use the prompt as a user message, or as it is.")
@@ -135,7 +140,10 @@ class CommandOptions:
             option, only = "--" + name.replace("_", "-"), " and ".join(owners)
             require(self.sampler in owners, f"{option} does not apply to --sampler {self.sampler}, only to {only}")
         shared = ("temperature", "cfg_scale", "eos_stop", "eos", "eos_penalty", "grow")
+        shared += ("end_think_logit_boost", "end_think_boost_power")
         given |= {name: getattr(self, name) for name in shared}
+        if self.end_think_token_ids is not None:
+            given["end_think_token_ids"] = _ids("--end-think-token-ids", self.end_think_token_ids)
         return parse_sampler(self.sampler, **given)
 
     def with_sampler(self, name: str) -> CommandOptions:
@@ -185,6 +193,14 @@ class PreparedCommand:
     def run(self, **arguments: Any) -> Generation:
         arguments["apply_chat_template"] = self.options.apply_chat_template
         return self.engine.generate(self.prompt, self.params, **arguments)
+
+
+def _ids(option: str, text: str) -> list[int]:
+    """Return token ids separated by commas."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ArgumentError(f"{option} {text!r} is not token ids separated by commas") from None
 
 
 def _summary(result: Generation, label: str) -> str:

@@ -18,7 +18,7 @@ from ..distributed import Vocabulary
 from ..errors import ArgumentError, BackendError, MissingDependencyError, check_choice, require
 from .torch import blocks, sharded
 from .torch.confidence import Choice, Draw, filter_logits, score_of
-from .torch.ends import discourage, put_last, without_ends
+from .torch.ends import discourage, put_last, raise_logits, without_ends
 from .torch.fused_linear import product
 from .torch.int8 import int8_speed
 from .torch.linear import FORMATS, Matrix, Quantised, quantize
@@ -77,6 +77,8 @@ class Ops:
         vocabulary: Vocabulary | None = None,
         ends: torch.Tensor | None = None,
         top_p: torch.Tensor | None = None,
+        raised: torch.Tensor | None = None,
+        raise_by: torch.Tensor | None = None,
         **noise: torch.Tensor | None,
     ) -> Choice:
         """Choose and score a token for each row of ``hidden [T, d]``, by ``head [V, d]``.
@@ -84,12 +86,13 @@ class Ops:
         ``rows`` int32 ``[T]`` selects rows of ``hidden``, of which the first ``count [1]`` are computed. ``noise``
         is ``temperature`` (float32 ``[T]``), ``seed``, ``position`` and ``step`` (int64 ``[T]``), where the draw has
         noise; ``top_p`` (float32 ``[T]``) is there where it has a nucleus, and ``ends`` (int64 ``[n]``), the tokens
-        that end a text, where the draw treats them differently. With ``vocabulary``, ``head`` is this rank's part of
-        it: ranks exchange 5 or 6 numbers per row, and one more for the entropy; only top-p and top-k gather all logits
-        of a row.
+        that end a text, where the draw treats them differently. Before all else, the logit of ``raised [T]`` (int64)
+        is raised by ``raise_by [T]`` (float32). With ``vocabulary``, ``head`` is this rank's part of it: ranks exchange
+        5 or 6 numbers per row, and one more for the entropy; only top-p and top-k gather all logits of a row.
         """
         filtered = draw.top_k is not None or draw.nucleus
-        if draw.metric == "confidence" and not draw.tempered and not (filtered or draw.entropy or draw.at_ends):
+        as_it_is = raised is None and not (filtered or draw.entropy or draw.at_ends)
+        if as_it_is and draw.metric == "confidence" and not draw.tempered:
             if isinstance(head, Quantised):
                 head, noise = head.codes, noise | {"scale": head.scale}
             how = {"rows": rows, "count": count, **noise}
@@ -100,7 +103,7 @@ class Ops:
             return Choice(*self.merge_partials(*sharded.unpack(gathered)))
         if rows is not None:
             hidden = hidden[rows.clamp(min=0)]
-        given = noise | {"top_p": top_p}
+        given = noise | {"top_p": top_p, "raised": raised, "raise_by": raise_by}
         size = head.shape[0] if vocabulary is None else vocabulary.size  # the same on all ranks, as the blocks must be
 
         def choose(at: slice) -> Choice:
@@ -116,6 +119,8 @@ class Ops:
         vocabulary: Vocabulary | None,
         ends: torch.Tensor | None,
         top_p: torch.Tensor | None,
+        raised: torch.Tensor | None,
+        raise_by: torch.Tensor | None,
         **noise: torch.Tensor | None,
     ) -> Choice:
         """:meth:`choose` by way of logits ``[T, V]`` in memory, for all rows of ``hidden``."""
@@ -124,6 +129,8 @@ class Ops:
         if vocabulary is not None and filtered:
             logits, vocabulary = vocabulary.gather(logits), None
         start, entropy = 0 if vocabulary is None else vocabulary.start, None
+        if raised is not None:
+            logits = raise_logits(logits, raised, raise_by, start)
         logits = discourage(logits, draw, ends, start)
         rest = without_ends(logits, ends, start) if draw.eos == "last" else logits
         if draw.entropy:  # first, since the choice may overwrite logits

@@ -15,6 +15,7 @@ from ..kernels.control import Progress
 from ..models.cache import Scope, Vectors
 from ..models.transformer import Transformer
 from .cuda_graph import launching
+from .end_of_think import EndOfThink, Raised, end_of_think
 from .host_ring import HostRing
 from .prompt_embeds import PromptEmbeds
 from .state import DecodeState, send
@@ -106,6 +107,12 @@ class ModelRunner:
             vectors = torch.zeros((batch, length, model.spec.d_model), dtype=model.dtype, device=device)
             self._vectors = Vectors(here, vectors)
         self._ends = torch.tensor(model.spec.end_ids, device=device)
+        self._end_of_think = None
+        if self.sampler.end_think_logit_boost:
+            ids = torch.tensor(self.sampler.end_think_token_ids, device=device)
+            response = torch.ones((batch, 2), dtype=torch.int64, device=device)
+            boost, power = self.sampler.end_think_logit_boost, self.sampler.end_think_boost_power
+            self._end_of_think = EndOfThink(ids, response, boost, power)
         self._paused = torch.zeros(batch, dtype=torch.bool, device=device)
         self._selected = (tuple(range(batch)), frozenset())  # present values of those two
         model.ensure_rope_length(length)
@@ -145,6 +152,7 @@ class ModelRunner:
         seed: int,
         step_cap: int,
         embeds: PromptEmbeds | None = None,
+        response: tuple[int, int] | None = None,
     ) -> Progress:
         """Put a canvas into a slot whose sequence is done; return its progress. The next step can include it.
 
@@ -153,11 +161,14 @@ class ModelRunner:
             sampler: the sequence's own; it differs from the batch's in per-sequence parameters only.
             step_cap: a sequence that needs more steps ends with a fault.
             embeds: vectors at some places of the prompt, where the batch key allows them.
+            response: its first position, and its length once the canvas has grown; None: all from ``start`` on.
         """
         length = len(canvas) - start
         with torch.device("cpu"):
             if self._vectors is not None:
                 self._put_vectors(slot, embeds)
+            if self._end_of_think is not None:
+                send(self._end_of_think.response[slot], list(response or (start, length)))
             for name, values in sampler.schedule(length, seed).items():
                 send(getattr(self.state, name)[slot, : len(values)], values)
             return self.state.put(
@@ -279,10 +290,11 @@ class ModelRunner:
                 ops.mark_candidates(state, **self._stages)
             if self.policy.look_ahead:
                 state.choice_score.fill_(float("-inf"))  # for positions in no list
+            raised = None if self._end_of_think is None else end_of_think(state, self._end_of_think)
             offset = 0
             for shape in shapes:
                 whole = shape.canvases == self.slots
-                self._forward(shape, None if whole else self._order[offset : offset + shape.canvases])
+                self._forward(shape, None if whole else self._order[offset : offset + shape.canvases], raised)
                 offset += shape.canvases
             self._decide(state, self._rules, slow=slow)
             if pausing:
@@ -300,7 +312,7 @@ class ModelRunner:
         ops.list_positions(state, positions, target, self._count, **self._stages, **how)
         state.listed.copy_(self._count)
 
-    def _forward(self, shape: Forward, batch: torch.Tensor | None) -> None:
+    def _forward(self, shape: Forward, batch: torch.Tensor | None, raised: Raised | None) -> None:
         """Forward the shape's positions of the slots ``batch`` (None: of all); write the tokens and scores of the
         candidates among them to the state."""
         state, ops = self.state, self.model.ops
@@ -318,8 +330,8 @@ class ModelRunner:
             # canvases have different numbers of targets: only those in use go through the head
             which, keys["count"] = ops.compact((target >= 0).view(1, -1))
             which = keys["rows"] = which[0]
-        if self._draw.noise or self._draw.nucleus:
-            keys |= self._sampling_of(target, which, batch)
+        if self._draw.noise or self._draw.nucleus or raised is not None:
+            keys |= self._sampling_of(target, which, batch, raised)
         if self._draw.at_ends:
             keys["ends"] = self._ends
         choice = self.model.choose(hidden.flatten(0, 1), self._draw, **keys)
@@ -368,14 +380,19 @@ class ModelRunner:
         return (target - first).clamp(min=0).long(), target
 
     def _sampling_of(
-        self, target: torch.Tensor, which: torch.Tensor | None, batch: torch.Tensor | None
+        self, target: torch.Tensor, which: torch.Tensor | None, batch: torch.Tensor | None, raised: Raised | None
     ) -> dict[str, torch.Tensor]:
-        """Return sampling parameters per row of the head, ``[R]``: temperature and noise keys, or ``top_p``."""
+        """Return sampling parameters per row of the head, ``[R]``: temperature and noise keys, ``top_p``, and the
+        logit that is raised."""
         state, draw = self.state, self._draw
         names = ("temperature", "seed", "step") * draw.noise + ("top_p",) * draw.nucleus
         numbers = {name: _of(getattr(state, name), batch)[:, None].expand_as(target) for name in names}
         if draw.noise:
             numbers["position"] = target.clamp(min=0).long()
+        if raised is not None:
+            position, token, amount = (_of(each, batch)[:, None] for each in raised)
+            numbers["raised"] = token.expand_as(target)
+            numbers["raise_by"] = torch.where(target == position, amount, 0.0)
         at = slice(None) if which is None else which.clamp(min=0)
         return {name: value.flatten()[at].contiguous() for name, value in numbers.items()}
 

@@ -150,7 +150,8 @@ class PersistentBatch:
     def _put(self, slot: int, sequence: Sequence) -> bool:
         params = sequence.params
         sequence.begin()
-        how = (params.sampler, params.seed, sequence.step_cap, sequence.embeds)
+        response = sequence.prompt_length, sequence.bound - sequence.prompt_length
+        how = (params.sampler, params.seed, sequence.step_cap, sequence.embeds, response)
         progress = self.runner.put(slot, sequence.canvas, sequence.start, *how)
         self._planner.join(slot, progress)
         if progress.done:

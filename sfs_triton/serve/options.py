@@ -85,7 +85,8 @@ def prepare(engine: Engine, settings: ServeSettings, body: Common) -> list[Prepa
     start, canvas = 0 if suffix else first, prompt + [mask] * positions + suffix
     how = {"trace": bool(body.frames) or body.scored, "frames": True, "infilled": bool(suffix)}
     each = (replace(params, seed=seed + choice) for choice in range(choices))
-    with _blamed("suffix" if suffix else "prompt"):  # a canvas that grows has a prompt, and nothing behind it
+    grown = sampler.grow is not None  # such a canvas has a prompt, and nothing behind it
+    with _blamed(("suffix" if suffix else "prompt") if grown else "sampler", when=grown or body.sampler is not None):
         sequences = [engine.in_flight(one, list(canvas), start, **how) for one in each]
     return [PreparedRequest(sequence, first, first + length, len(suffix)) for sequence in sequences]
 
@@ -126,7 +127,7 @@ def _blamed(field: str, when: bool = True, length: str = "max_tokens") -> Iterat
 def _check_limits(wanted: str | dict[str, Any], spec: ModelSpec) -> None:
     """Refuse valid options that would take too much time or memory of a server."""
     most = {"top_k": spec.vocab_size, "prompt_interval": _INTERVAL, "response_interval": _INTERVAL}
-    most["eos_penalty"] = _NUMBER
+    most |= dict.fromkeys(("eos_penalty", "end_think_logit_boost", "end_think_boost_power"), _NUMBER)
     for name, value in wanted.items() if isinstance(wanted, dict) else ():
         if isinstance(value, (int, float)):
             limit = most.get(name, _NUMBER if isinstance(value, float) else spec.max_length)

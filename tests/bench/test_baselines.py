@@ -157,6 +157,7 @@ def test_bfloat16(golden, checkpoint):
         ("slowfast", SlowFast(cfg_scale=1.0), "cfg_scale=1.0"),
         ("slowfast", SlowFast(eos_stop=True), "eos_stop=True"),
         ("slowfast", SlowFast(eos="last"), "eos='last'"),
+        ("slowfast", SlowFast(end_think_token_ids=[1], end_think_logit_boost=2.0), "end_think_logit_boost=2.0"),
         ("slowfast", SlowFast(share_stable=True), "share_stable=True"),
         ("slowfast", SlowFast(eos_horizon=False), "eos_horizon=False"),
         ("slowfast + dLLM-Cache", SlowFast(top_p=0.9), "top_p=0.9"),

@@ -106,7 +106,11 @@ def test_text_on_stdout_and_summary_on_stderr(model, engine):
         (("--sampler", "fixed", "--steps", "8"), FixedSteps(steps=8), "prefix"),
         (("--sampler", "vanilla", "--eos-stop"), FixedSteps(eos_stop=True), "none"),
         (("--eos", "last", "--eos-penalty", "2.5"), SlowFast(eos="last", eos_penalty=2.5), "none"),
-        (("--grow", "8"), SlowFast(grow=8), "none"),
+        (
+            ("--grow", "8", "--end-think-token-ids", "7, 9", "--end-think-logit-boost", "30"),
+            SlowFast(grow=8, end_think_token_ids=[7, 9], end_think_logit_boost=30),
+            "none",
+        ),
         (("--temperature", "0.8", "--cfg-scale", "0.5"), SlowFast(temperature=0.8, cfg_scale=0.5), "none"),
     ],
 )

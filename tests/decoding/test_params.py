@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 
 import pytest
@@ -91,6 +92,14 @@ def test_options():
         (lambda: Threshold(eos="first"), r"eos='first' is not one of"),
         (lambda: Threshold(eos_penalty=-1), "eos_penalty=-1 is not a number from 0 to 10000"),
         (lambda: Threshold(eos_penalty=True), "eos_penalty=True is not a number"),
+        (lambda: Threshold(end_think_logit_boost=-1), "end_think_logit_boost=-1 is not a number from 0 to 10000"),
+        (lambda: Threshold(end_think_logit_boost=math.nan), "end_think_logit_boost=nan is not a number"),
+        (lambda: Threshold(end_think_logit_boost=8.0), "end_think_logit_boost=8.0 needs end_think_token_ids"),
+        (lambda: Threshold(end_think_boost_power=0), "end_think_boost_power=0 is not above 0"),
+        (lambda: Threshold(end_think_token_ids=[]), r"end_think_token_ids=\[\] is no list of 1 to 64 token ids"),
+        (lambda: Threshold(end_think_token_ids="x"), "end_think_token_ids='x' is no list"),
+        (lambda: Threshold(end_think_token_ids=[3, -1]), r"end_think_token_ids\[1\]=-1 is not an integer"),
+        (lambda: Threshold(end_think_token_ids=[True]), r"end_think_token_ids\[0\]=True is not an integer"),
         (lambda: FixedSteps(metric="origin", eos="last"), "eos='last' does not go with metric='origin'"),
     ],
     ids=lambda v: v.replace(" ", "_")[:24] if isinstance(v, str) else "",

@@ -173,6 +173,23 @@ def test_an_end_that_comes_last():
     assert ends > 1
 
 
+@pytest.mark.parametrize("seed", range(14))  # each sampler twice
+def test_end_of_think(seed: int):
+    """Against the oracle, until the sequence stands in the response; where a step decides all, little can change."""
+    name = NAMES[seed % 2]
+    rng = random.Random(f"think/{seed}")
+    sampler = [random_slowfast, random_threshold, random_fixed, *PARALLEL][seed % 7](rng)
+    sampler = sampler.replace(**[{}, {"temperature": 0.7, "top_k": 9}, {"cfg_scale": 0.5}][seed % 3])
+    engine, prompt = engine_of(name), random_prompt(rng)
+    plain = engine.generate(prompt, gen_length=LENGTH, sampler=sampler, seed=seed)
+    tokens = [[3, 3], [4, 5, 4, 6], [7], [8, 9]][seed % 4]
+    boost = {"end_think_logit_boost": rng.uniform(30, 80), "end_think_boost_power": rng.choice([0.3, 0.5, 1.0])}
+    raised = sampler.replace(end_think_token_ids=tokens, **boost)
+    done = engine.generate(prompt, gen_length=LENGTH, sampler=raised, seed=seed)
+    assert done.response != plain.response or plain.nfe < 8
+    check(engine, prompt, LENGTH, raised, seed)
+
+
 OPTIONS = {
     "shared": {"share_stable": True},
     "shared, two or none": {"share_stable": True, "min_parallel": 2, "tau_slow": 0.9, "min_parallel_slow": 2},
@@ -314,6 +331,8 @@ def test_kernels(make, seed: int, name: str):
     rng = random.Random(f"kernels/{make.__name__}/{name}/{seed}")
     eos_id = None if seed in (1, 2) else common_token(name)
     changes = [{"eos_stop": True}, {"temperature": 0.8}, {"cfg_scale": 0.5}, {"eos": "last", "eos_penalty": 0.5}][seed]
+    if seed == 2:
+        changes |= {"end_think_token_ids": (common_token(name),) * 2, "end_think_logit_boost": 30.0}
     kernels, oracle = engine_of(name, eos_id, "triton"), engine_of(name, eos_id)
     with brisk_interpreter():
         sampler = make(rng)

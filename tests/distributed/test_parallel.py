@@ -230,6 +230,8 @@ def test_scores_from_shards(size, noise, metric, tempered):
         keys["temperature"] = torch.linspace(0.3, 1.2, 7)
     for filters in FILTERS:
         draw = Draw(metric, noise=noise, tempered=tempered, **filters)
+        if draw.entropy:
+            keys |= {"raised": torch.arange(7) * 3, "raise_by": torch.arange(7.0)}
         if draw.nucleus:
             keys["top_p"] = torch.linspace(0.5, 0.9, 7)
         token, score, entropy = operations("torch", logits.device).choose(logits, torch.eye(23), draw, **keys)

@@ -48,6 +48,21 @@ def test_parts_are_responses_of_their_own(engines, execution, sampler, cache):
     assert batch[3].canvas == engine.generate(PROMPTS[0], plain).canvas
 
 
+def test_end_of_think_counts_the_whole_response(engines):
+    """In a batch of different lengths, captured too; for a sequence that no response of the model holds."""
+    shared, length = engines["llada-mha"], [16, 24, 32]
+    sampler = FixedSteps(grow=8, end_think_token_ids=(21, 22, 21, 23), end_think_logit_boost=40.0)
+    options = {"sampler": sampler, "gen_length": length}
+    batch = shared.generate(PROMPTS, **options)
+    for done, prompt, n in zip(batch, PROMPTS, length, strict=True):
+        assert done.canvas == shared.generate(prompt, gen_length=n, sampler=sampler).canvas
+    assert all("21, 22, 21, 23" in str(done.response) for done in batch)
+    parts = in_parts(shared, PROMPTS[2], 32, 8, sampler=sampler.replace(grow=None))
+    assert parts[0] != batch[2].response  # each would end its own thinking
+    again = engine_with(shared, "graphs").generate(PROMPTS, **options)
+    assert [done.canvas for done in again] == [done.canvas for done in batch]
+
+
 def test_memory_grows_with_the_answer(engines):
     shared = engines["llada-mha"]
     first = shared.generate(PROMPTS[0], gen_length=8, sampler=FixedSteps())
@@ -89,6 +104,8 @@ def test_refusals(engines):
             "grow=8 is not a multiple of block_len",
         ),
         ({"sampler": FixedSteps(grow=8), "gen_length": 8, "trace": True}, "grow=8 does not go with a trace"),
+        ({"sampler": FixedSteps(end_think_token_ids=[512])}, r"end_think_token_ids\[0\]=512 is no token id below 512"),
+        ({"sampler": FixedSteps(end_think_token_ids=[9, 500])}, r"end_think_token_ids\[1\]=500 is the mask token"),
     ):
         with pytest.raises(ArgumentError, match=said):
             engine.generate(PROMPTS[0], **options)

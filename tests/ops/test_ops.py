@@ -166,6 +166,25 @@ def test_ends_of_a_text_are_chosen_as_by_the_oracle(number):
     assert any(t in ends for t in wanted.tokens) == (draw.eos != "never")
 
 
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_a_raised_logit(impl):
+    """Before ends of a text are treated, in 16 bits too, and no other row's or token's."""
+    logits = torch.randn(5, 40, generator=torch.Generator().manual_seed(1))
+    logits[3, 7] = float("nan")
+    token, by = torch.tensor([3, 0, 39, 3, 3]), torch.tensor([20.0, 0.0, 20.0, 20.0, 2.5])
+    wanted = logits.bfloat16().float()
+    wanted[torch.arange(5), token] += by
+    choose, draw = operations(impl, torch.device("cpu")).choose, Draw(eos_penalty=4.0)
+    dtype = torch.float32 if impl == "triton" else torch.bfloat16
+    raised = {"raised": token, "raise_by": by, "ends": torch.tensor([3])}
+    found = choose(logits.bfloat16().to(dtype), torch.eye(40, dtype=dtype), draw, **raised)
+    good = [0, 1, 2, 4]
+    oracle = look(wanted[good], ends=Ends((3,), penalty=4.0))
+    assert found.token[good].tolist() == oracle.tokens and found.token[[0, 2]].tolist() == [3, 39]
+    torch.testing.assert_close(found.score[good], torch.tensor(oracle.scores), atol=1e-6, rtol=1e-5)
+    assert found.score[3].isnan()
+
+
 def test_default_implementation():
     """Torch for every operation; on a GPU, which need not be there to be asked for, ``publish`` is a kernel."""
     for impl in (None, "torch"):

@@ -12,6 +12,7 @@ import torch
 
 from sfs_triton.decoding.samplers import FixedSteps, Threshold
 from tests.reference.confidence import Ends
+from tests.reference.end_of_think import EndOfThink
 from tests.reference.slowfast import Logits, Noise, ReferenceRun, Row, Step, best, passes, ranked
 
 SCORES = {"topk_margin": "margin", "entropy": "entropy"}  # all other metrics score by confidence
@@ -143,7 +144,7 @@ def decode(
 ) -> ReferenceRun:
     """Decode one sequence block by block; ``seed`` is for the random positions of ``metric="origin"``."""
     ends = Ends((eos_id,), sampler.eos, sampler.eos_penalty)
-    row = Row(logits_fn, canvas, start, mask_id, eos_id, sampler.eos_stop, noise, ends)
+    row = Row(logits_fn, canvas, start, mask_id, eos_id, sampler.eos_stop, noise, ends, EndOfThink.of(sampler))
     if isinstance(sampler, Threshold):
         decode_threshold(row, sampler)
     else:

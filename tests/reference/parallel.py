@@ -10,6 +10,7 @@ from itertools import pairwise
 from sfs_triton.decoding.samplers import EntropyBound, Hierarchy, LocalLeap, MultiBlock
 from tests.reference.blocks import blocks_of, even_counts, highest, take_step
 from tests.reference.confidence import Ends
+from tests.reference.end_of_think import EndOfThink
 from tests.reference.slowfast import Logits, Noise, ReferenceRun, Row, passes, ranked
 
 Parallel = EntropyBound | Hierarchy | LocalLeap | MultiBlock
@@ -131,7 +132,7 @@ def decode(
 ) -> ReferenceRun:
     """Decode one sequence."""
     ends = Ends((eos_id,), sampler.eos, sampler.eos_penalty)
-    row = Row(logits_fn, canvas, start, mask_id, eos_id, sampler.eos_stop, noise, ends)
+    row = Row(logits_fn, canvas, start, mask_id, eos_id, sampler.eos_stop, noise, ends, EndOfThink.of(sampler))
     if isinstance(sampler, MultiBlock):
         decode_multi_block(row, sampler)
     else:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from sfs_triton.decoding.samplers import SlowFast
 from tests.reference.confidence import FREE, LOWEST, Ends, Look, look
+from tests.reference.end_of_think import EndOfThink
 
 Logits = Callable[[list[int]], Tensor]  # token ids of the (shortened) canvas -> logits [n, V], shifted if necessary
 Noise = Callable[[int, int], Tensor]  # step, positions to cover -> Gumbel noise [n, V]
@@ -63,6 +64,7 @@ class Row:
     eos_stop: bool
     noise: Noise | None = None
     ends: Ends = FREE
+    think: EndOfThink = EndOfThink()
     trace: list[Step] = field(default_factory=list)
     margin: float = float("inf")
 
@@ -82,6 +84,10 @@ class Row:
     def look(self, length: int, positions: list[int], **draw) -> dict[int, tuple[int, float]]:
         """Run the model on the first ``length`` positions; return token and score at each of ``positions``."""
         logits = self.logits_fn(self.canvas[:length])
+        if positions:  # the leftmost is that of the block: no sampler passes one over
+            token, amount = self.think.raised(self.canvas[self.start :], positions[0] - self.start)
+            logits = logits.clone()
+            logits[positions[0], token] += amount
         noise = None if self.noise is None or not positions else self.noise(self.nfe, length)[positions]
         found: Look = look(logits[positions], noise=noise, **{"ends": self.ends, **draw}) if positions else Look([], [])
         return dict(zip(positions, zip(found.tokens, found.scores, strict=True), strict=True))
@@ -279,7 +285,7 @@ def decode(
 ) -> ReferenceRun:
     """Decode one sequence: per block, cycles of a slow and a fast stage until nothing is masked."""
     ends = Ends((eos_id,), sampler.eos, sampler.eos_penalty)
-    row = Row(logits_fn, canvas, start, mask_id, eos_id, sampler.eos_stop, noise, ends)
+    row = Row(logits_fn, canvas, start, mask_id, eos_id, sampler.eos_stop, noise, ends, EndOfThink.of(sampler))
     block_length = sampler.block_length or len(canvas) - start
     for block, begin in enumerate(range(start, len(canvas), block_length)):
         end = min(begin + block_length, len(canvas))

@@ -167,6 +167,7 @@ OPTIONS = {
     "drawn": {"temperature": 0.7, "cfg_scale": 0.5, "eos_stop": True},
     "filtered": {"temperature": 0.7, "top_k": 9, "top_p": 0.9},
     "ends": {"temperature": 0.7, "eos": "last", "eos_penalty": 0.5},
+    "think": {"end_think_token_ids": (3, 4), "end_think_logit_boost": 9.0},
 }
 
 

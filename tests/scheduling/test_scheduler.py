@@ -183,6 +183,8 @@ APART: dict[str, tuple[Sampler, list[dict]]] = {
             *({"strict": False}, {"slow_end": "fixed"}, {"rounding": "even"}, {"zero_history": True}),
             *({"min_parallel": 2}, {"min_parallel_slow": 2}, {"block_length": 8}, {"max_cycles": 3}),
             *({"share_stable": True}, {"eos_horizon": False}, {"eos": "last"}, {"eos_penalty": 1.0}),
+            {"end_think_token_ids": (3,), "end_think_logit_boost": 1.0},
+            {"end_think_boost_power": 1.0},
         ],
     ),
     "threshold": (Threshold(), [{"block_length": 8}, {"steps": 4}, {"metric": "margin"}, {"least": 2}]),

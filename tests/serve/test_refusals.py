@@ -83,6 +83,11 @@ CHATS = {
         "sampler",
         "eos_penalty=100000.0 is not a number",
     ),
+    "think": (
+        {"sampler": {"kind": "fixed", "end_think_token_ids": [7, 10**6], "end_think_logit_boost": 4}},
+        "sampler",
+        "end_think_token_ids[1]=1000000 is no token id below",
+    ),
     "stop-mixed": ({"stop": ["x", "a<|eot_id|>"]}, "stop", "'a<|eot_id|>' holds the special token '<|eot_id|>' beside"),
     "stop-mask": ({"stop": "<|mdm_mask|>"}, "stop", "'<|mdm_mask|>' is the mask token, which no answer can hold"),
     "trace": ({"trace": "x"}, "trace", "'trace' is not known here"),

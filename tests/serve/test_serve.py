@@ -130,7 +130,7 @@ CHOICES = [
 ]
 GROWING = [
     ({"kind": "slowfast", "grow": 8}, "region"),
-    ({"kind": "fixed", "steps": 8, "grow": 16, "eos": "last"}, "none"),
+    ({"kind": "fixed", "steps": 8, "grow": 16, "end_think_token_ids": [7, 9], "end_think_logit_boost": 30}, "none"),
 ]
 
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 LARGEST = 1_000_000  # of whole numbers: no canvas has so many positions
 ENDS = ("free", "last", "never")
 MOST_PENALTY = 10_000  # far above what logits differ by: such a penalty leaves no probability
+MOST_IDS = 64  # of a sequence that ends the thinking
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +39,9 @@ class Sampler:
         grow: the canvas starts with so many response positions. Once they are decided, it grows by as many, until they
             hold an end-of-text or its length is reached (iLLaDA's variable length). Each part is decoded as a response
             of its own to all before it: ``steps`` are those of a part.
+        end_think_token_ids, end_think_logit_boost, end_think_boost_power: while the response does not hold the whole
+            sequence of tokens, each step raises one logit: at the leftmost undecided position of its block, the token
+            that continues the sequence there, by ``boost * ((place + 1) / gen_length) ** power`` (iLLaDA's boost).
     """
 
     temperature: float = 0.0
@@ -48,6 +52,9 @@ class Sampler:
     eos: str = "free"
     eos_penalty: float = 0.0
     grow: int | None = None
+    end_think_token_ids: tuple[int, ...] | None = None
+    end_think_logit_boost: float = 0.0
+    end_think_boost_power: float = 2.0
 
     by_stage: ClassVar[bool] = False  # works in cycles of a slow and a fast stage, not block by block
     presets: ClassVar[Mapping[str, Sampler]] = {}  # the default first
@@ -71,6 +78,20 @@ class Sampler:
             require(0 < self.top_p <= 1, f"top_p={self.top_p!r} is not in (0, 1]")
         if self.top_k is not None:
             check_integer("top_k", self.top_k, most=LARGEST)
+        self._check_end_of_think()
+
+    def _check_end_of_think(self) -> None:
+        ids, boost, power = self.end_think_token_ids, self.end_think_logit_boost, self.end_think_boost_power
+        check_number("end_think_logit_boost", boost, most=MOST_PENALTY)
+        check_number("end_think_boost_power", power, most=100)
+        require(power > 0, f"end_think_boost_power={power!r} is not above 0")
+        if ids is not None:
+            fine = isinstance(ids, (list, tuple)) and 1 <= len(ids) <= MOST_IDS
+            require(fine, f"end_think_token_ids={ids!r} is no list of 1 to {MOST_IDS} token ids")
+            for index, token in enumerate(ids):
+                check_integer(f"end_think_token_ids[{index}]", token, 0)
+            object.__setattr__(self, "end_think_token_ids", tuple(ids))
+        require(not boost or ids is not None, f"end_think_logit_boost={boost!r} needs end_think_token_ids")
 
     @classmethod
     def preset(cls, name: str | None = None, **changes: Any) -> Self:

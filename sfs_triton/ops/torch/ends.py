@@ -1,4 +1,4 @@
-"""Tokens that end a text, in the choice of tokens: never drawn, less likely, or committed last."""
+"""Tokens that end a text, or its thinking, in the choice of tokens: never drawn, less or more likely, or last."""
 
 from __future__ import annotations
 
@@ -19,6 +19,15 @@ def _columns(ids: torch.Tensor, logits: torch.Tensor, vocab_start: int) -> torch
 def without_ends(logits: torch.Tensor, ends: torch.Tensor, vocab_start: int = 0) -> torch.Tensor:
     """Return a copy of ``logits [T, v]`` at -inf for the tokens ``ends [n]``."""
     return logits.masked_fill(_columns(ends, logits, vocab_start), float("-inf"))
+
+
+def raise_logits(logits: torch.Tensor, token: torch.Tensor, by: torch.Tensor, vocab_start: int = 0) -> torch.Tensor:
+    """Add ``by [T]`` to the logits of ``token [T]`` in ``logits [T, v]``, whose ids start at ``vocab_start``; a token
+    that they do not hold changes nothing. Return float32 ``[T, v]``; float32 logits are overwritten."""
+    column = token - vocab_start
+    here = (column >= 0) & (column < logits.shape[-1])
+    at, by = torch.where(here, column, 0), torch.where(here, by, 0.0)
+    return logits.float().scatter_add_(-1, at[:, None], by[:, None])
 
 
 def discourage(
