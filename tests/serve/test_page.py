@@ -425,8 +425,8 @@ CONTROLS = {
         {"sampler": {"kind": "threshold", "tau": 0.7, "block_length": 16}},
     ),
     "fixed": (
-        {"sampler": "fixed", "steps": "8", "metric": "entropy"},
-        {"sampler": {"kind": "fixed", "steps": 8, "metric": "entropy"}},
+        {"sampler": "fixed", "steps": "8", "metric": "entropy", "eos": "last"},
+        {"sampler": {"kind": "fixed", "steps": 8, "metric": "entropy", "eos": "last"}},
     ),
     "cache": (
         {"cache": "region", "capacity": "64", "refresh_every": "4"},

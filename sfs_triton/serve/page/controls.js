@@ -4,7 +4,11 @@ import { make } from "./view.js";
 
 const UNKNOWN = "default"; // what stands in an empty field until a run has told what the server takes
 const BLOCK = { name: "block_length", label: "block length", type: "count", help: "Positions decided before the next" };
-const EOS = { name: "eos_stop", label: "stop at end-of-text", type: "flag", help: "What follows it is not computed" };
+const WHEN = [["", "free"], ["last", "last"], ["never", "never"]]; // not sent: what the server does without
+const EOS = [
+  { name: "eos", label: "end-of-text", options: WHEN, help: "Chosen as any token, committed last, or never" },
+  { name: "eos_stop", label: "stop at end-of-text", type: "flag", help: "What follows it is not computed" },
+];
 const METRICS = ["confidence", "maskgit_plus", "topk_margin", "entropy", "origin"];
 
 const SAMPLERS = {
@@ -18,12 +22,12 @@ const SAMPLERS = {
       { name: "k_max", label: "k max", type: "count", help: "Most slow steps of a cycle" },
       { name: "window", label: "window", type: "count", help: "Estimates of the end that have to agree" },
       BLOCK,
-      EOS,
+      ...EOS,
     ],
   },
   vanilla: {
     label: "vanilla",
-    fields: [{ name: "metric", label: "order by", values: METRICS }, BLOCK, EOS],
+    fields: [{ name: "metric", label: "order by", values: METRICS }, BLOCK, ...EOS],
   },
   fixed: {
     label: "fixed steps",
@@ -31,7 +35,7 @@ const SAMPLERS = {
       { name: "steps", label: "steps", type: "count", help: "Steps in all", front: true },
       { name: "metric", label: "order by", values: METRICS },
       BLOCK,
-      EOS,
+      ...EOS,
     ],
   },
   threshold: {
@@ -40,7 +44,7 @@ const SAMPLERS = {
       { name: "tau", label: "\u03c4", type: "share", help: "Confidence to be filled in", front: true },
       { name: "steps", label: "steps", type: "count", help: "Sets a quota for each step" },
       BLOCK,
-      EOS,
+      ...EOS,
     ],
   },
   "": { label: "the server\u2019s", fields: [] },
