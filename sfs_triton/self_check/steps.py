@@ -12,7 +12,7 @@ from statistics import median
 
 import torch
 
-from ..decoding.caching import BatchBounds, CachePolicy, DualCache, NoCache, RegionCache
+from ..decoding.caching import BatchBounds, CachePolicy, DualCache, NoCache, RefreshCache, RegionCache
 from ..decoding.params import BatchKey
 from ..decoding.samplers import FixedSteps, Sampler, SlowFast, Threshold
 from ..decoding.step_plan import Forward
@@ -128,6 +128,8 @@ def compared_steps(spec: ModelSpec, sizes: Sizes) -> Iterator[Steps]:
     yield Steps(SlowFast(temperature=0.7), RegionCache(capacity=sizes.rows[0], look_ahead=3), ragged, 3)
     yield Steps(Threshold(block_length=8), DualCache(), ragged, 3)
     yield Steps(FixedSteps(steps=4, metric="entropy"), NoCache(), ragged, 2)
+    # all rows, some of the response, the response, the prompt and some of the response
+    yield Steps(SlowFast(), RefreshCache(prompt_interval=3, response_interval=2, ratio=0.25), ragged, 4)
 
 
 def run(model: Transformer, steps: Steps, execution: Execution) -> Iterator[ModelRunner]:
