@@ -132,7 +132,8 @@ def _load(
     how["by_column"] = device.type == "cpu" and dtype == torch.float32 and runs.backend != "triton"
     loaded = load_weights(checkpoint.path, spec, device, dtype, group, **how)
     model, pinned = Transformer(spec, loaded, runs.backend, group), backend is not None
-    return Engine(model, checkpoint.text, runs.cuda_graphs, pinned=pinned, reason=runs.reason)
+    how = {"reason": runs.reason, "distrust": runs.distrust}
+    return Engine(model, checkpoint.text, runs.cuda_graphs, pinned=pinned, **how)
 
 
 def check_runs(backend: str | None, cuda_graphs: bool | None, device: torch.device) -> None:
@@ -192,6 +193,7 @@ class Engine:
         cuda_graphs: replay captured CUDA graphs.
         pinned: raise the error of a kernel that fails. False: plain torch and eager execution take over.
         reason: of back end and execution, for :meth:`describe`.
+        distrust: called with the failure of a kernel that gives way to plain torch.
     """
 
     def __init__(
@@ -202,12 +204,13 @@ class Engine:
         *,
         pinned: bool = True,
         reason: str = ASKED,
+        distrust: Callable[[str], None] | None = None,
     ):
         self.text, self._reason = text, reason
         if model.group.size > 1:
             # a graph would hold collectives, which nothing here captures
             require(not cuda_graphs, f"cuda_graphs=True does not go with tensor_parallel={model.group.size}")
-        self._execution = ExecutionChoice(model, cuda_graphs, pinned)
+        self._execution = ExecutionChoice(model, cuda_graphs, pinned, distrust)
         self.batches = BatchPool(self._execution)
         self._lock = threading.Lock()
         self._worker: ThreadPoolExecutor | None = None

@@ -204,11 +204,18 @@ class ExecutionChoice:
         model: model with the operations to use.
         cuda_graphs: replay captured graphs.
         pinned: keep the back end whatever fails. Otherwise plain torch, with eager execution, takes over.
+        distrust: called once with the failure of a kernel, if plain torch has taken over for it.
     """
 
-    def __init__(self, model: Transformer, cuda_graphs: bool | None = None, pinned: bool = True):
+    def __init__(
+        self,
+        model: Transformer,
+        cuda_graphs: bool | None = None,
+        pinned: bool = True,
+        distrust: Callable[[str], None] | None = None,
+    ):
         check_cuda_graphs(cuda_graphs, model.device)
-        self.model, self._pinned = model, pinned
+        self.model, self._pinned, self._distrust = model, pinned, distrust
         self._eager = Eager(exact=None if model.device.type == "cuda" else True)
         self.current: Execution = CudaGraphs() if cuda_graphs else self._eager
         self.reason: str | None = None  # of a fall-back
@@ -262,9 +269,12 @@ class ExecutionChoice:
         if bottom or pinned and isinstance(error, KernelError) and model.backend == "triton" or model.group.size > 1:
             return False
         with self._lock:
-            if self.model is model and self.current is execution:
+            first = self.model is model and self.current is execution
+            if first:
                 before, self.reason = self.pair, first_line(error)
                 self.model = model if pinned else model.by("torch")
                 self.current = self._eager
                 logger.warning("%s failed, going on with %s: %s", before, self.pair, error)
+        if first and isinstance(error, KernelError) and self._distrust is not None:
+            self._distrust(first_line(error))
         return True

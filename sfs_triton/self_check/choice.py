@@ -13,7 +13,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -39,11 +40,13 @@ NOISE = 0.10  # spread of times beyond which a verdict is for this process only
 
 
 class Choice(NamedTuple):
-    """Back end and execution of an engine, None where nothing was asked for, and the reason for them."""
+    """Back end and execution of an engine, None where nothing was asked for, and the reason for them. ``distrust``
+    is called with the failure of a kernel that a check had found right, so that it is not chosen again."""
 
     backend: str | None
     cuda_graphs: bool | None
     reason: str
+    distrust: Callable[[str], None] | None = None
 
 
 def choose(spec: ModelSpec, device: torch.device, dtype: torch.dtype, quantization: str | None, group: Group) -> Choice:
@@ -56,7 +59,7 @@ def choose(spec: ModelSpec, device: torch.device, dtype: torch.dtype, quantizati
     Raises:
         ArgumentError: the variable has another value.
     """
-    mode = os.environ.get(VARIABLE, "1")
+    mode, distrust = os.environ.get(VARIABLE, "1"), None
     require(mode in MODES, f"{VARIABLE}={mode!r} in the environment is not one of {MODES}")
     if group.size > 1:  # of all ranks alike, so that they agree
         found = Verdict.torch(f"tensor_parallel={group.size}: CUDA graphs hold no collectives")
@@ -67,9 +70,10 @@ def choose(spec: ModelSpec, device: torch.device, dtype: torch.dtype, quantizati
     else:
         request = Request(spec, str(device), str(dtype).removeprefix("torch."), quantization)
         found = verdicts.obtain(request, run_check, force=mode == "force")
+        distrust = partial(verdicts.distrust, request) if found.backend == "triton" else None
     log = logger.warning if found.fault else logger.info
     log("backend=%r, cuda_graphs=%r: %s", found.backend, found.cuda_graphs, found.reason)
-    return Choice(found.backend, found.cuda_graphs, found.reason)
+    return Choice(found.backend, found.cuda_graphs, found.reason, distrust)
 
 
 def _missing(device: torch.device) -> str | None:

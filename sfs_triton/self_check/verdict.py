@@ -77,7 +77,7 @@ def obtain(request: Request, run: Callable[[Request], Verdict], force: bool = Fa
     verdict and the mark of a check that did not end.
     """
     key = json.loads(json.dumps(key_of(request)))  # as a file has it
-    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+    name = _name_of(key)
     if not force and name in _THIS_PROCESS:
         return _THIS_PROCESS[name]
     try:
@@ -97,6 +97,26 @@ def obtain(request: Request, run: Callable[[Request], Verdict], force: bool = Fa
         return stored or _make(request, run, path, key, force)
     finally:
         lock.release()
+
+
+def distrust(request: Request, failure: str) -> None:
+    """Replace the stored verdict by torch's: a kernel has failed in use, and would again after each start."""
+    key = json.loads(json.dumps(key_of(request)))
+    name = _name_of(key)
+    text = f"a kernel that had passed the check failed in use: {failure}"
+    found = Verdict.torch(f"{text}; SFS_TRITON_CHECK=force checks again", fault=True)
+    try:
+        path = folder() / f"{name}.json"
+        stored = read(path, key)
+        write(path, key, found if stored is None else replace(found, findings=stored.findings))
+        _THIS_PROCESS.pop(name, None)
+    except (OSError, RuntimeError) as error:  # no home, or one without write access
+        logger.info(_UNSTORED, error)
+        _keep(name, found)
+
+
+def _name_of(key: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
 
 
 def _make(request: Request, run: Callable[[Request], Verdict], path: Path, key: dict[str, Any], force: bool) -> Verdict:

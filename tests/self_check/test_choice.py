@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import threading
 from dataclasses import replace
@@ -17,6 +18,8 @@ import sfs_triton
 from sfs_triton import engine as engines
 from sfs_triton.distributed import ALONE
 from sfs_triton.errors import ArgumentError
+from sfs_triton.kernels.errors import KernelError
+from sfs_triton.models import Transformer
 from sfs_triton.self_check import choice, machine, verdict
 from sfs_triton.self_check.choice import Choice, choose, run_check
 from sfs_triton.self_check.verdict import Verdict
@@ -144,6 +147,43 @@ def test_a_verdict_is_made_once(cache):
     assert not list(cache.glob("*.trying"))
     verdict.obtain(REQUEST, runs, force=True)
     assert runs.count == 2
+
+
+def test_a_kernel_that_fails_in_use_is_not_chosen_again(cache, embedded, monkeypatch, caplog):
+    """From the stored verdict of a card, by way of the generation in which the kernel fails, to the next start."""
+    runs = Runs(replace(GOOD, findings=[{"operation": "attention"}]))
+    monkeypatch.setattr(choice, "run_check", runs)
+    first = make_choice()
+    assert (first.backend, first.cuda_graphs) == ("triton", True)
+    model = Transformer(embedded.spec, embedded.model.weights)
+    model.backend, by_torch = "triton", model.ops
+
+    def attention(*_, **__):
+        raise KernelError("kernel attention does not run: OutOfResources\nof shared memory")
+
+    model.ops = replace(by_torch, attention=attention)
+    engine = sfs_triton.Engine(model, pinned=False, distrust=first.distrust)
+    assert engine.generate([1, 2, 3], gen_length=8).masks_left == 0
+    caplog.clear()
+    second = make_choice()
+    assert (second.backend, second.cuda_graphs, second.distrust, runs.count) == ("torch", False, None, 1)
+    assert "failed in use: kernel attention does not run: OutOfResources; SFS_TRITON_CHECK=force" in second.reason
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    (stored,) = (json.loads(path.read_text())["verdict"] for path in cache.glob("*.json"))
+    assert stored["fault"] and stored["findings"] == runs.found.findings
+    monkeypatch.setenv(choice.VARIABLE, "force")
+    assert make_choice().backend == "triton" and runs.count == 2
+
+
+def test_a_failure_in_use_of_what_no_file_holds(cache):
+    """The verdict was for this process only; and then nothing can be stored."""
+    assert verdict.obtain(REQUEST, Runs(replace(GOOD, lasting=False))).backend == "triton"
+    verdict.distrust(REQUEST, "it broke")
+    assert "failed in use: it broke" in verdict.obtain(REQUEST, Runs()).reason
+    shutil.rmtree(cache)
+    cache.write_text("a file where the folder should be")
+    verdict.distrust(REQUEST, "it broke again")
+    assert "failed in use: it broke again" in verdict.obtain(REQUEST, Runs()).reason
 
 
 def test_a_change_of_anything_in_the_key_makes_a_new_verdict(monkeypatch):
@@ -294,7 +334,7 @@ def make_choice(group=ALONE) -> Choice:
 
 def test_the_verdict_is_the_choice(obtained, caplog):
     with caplog.at_level("INFO", "sfs_triton"):
-        assert make_choice() == ("triton", True, "it passed")
+        assert make_choice()[:3] == ("triton", True, "it passed")
     assert [record.levelname for record in caplog.records] == ["INFO"]
     ((request, force),) = obtained.asked
     assert (request.spec, request.device, request.dtype, force) == (REQUEST.spec, "cpu", "float32", False)
@@ -392,7 +432,7 @@ def test_the_choice_reaches_the_engine(monkeypatch):
     monkeypatch.setattr(engines, "Engine", lambda model, text, cuda_graphs, **rest: (model, cuda_graphs, rest))
     group = type(ALONE)()
     found = engines._load("embedded", None, "bfloat16", None, None, None, group)
-    assert found == (("weights", "triton"), True, {"pinned": False, "reason": "because"})
+    assert found == (("weights", "triton"), True, {"pinned": False, "reason": "because", "distrust": None})
 
 
 def test_facts_of_the_machine():

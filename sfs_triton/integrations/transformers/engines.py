@@ -80,7 +80,8 @@ def accelerate(
                 torch.cuda.empty_cache()  # memory of the unfused weights: no other tensor has these sizes
         runs = choice_for(backend, cuda_graphs, spec, device, parameters[names["embedding"]].dtype, None)
         model, pinned = Transformer(spec, weights, runs.backend), backend is not None
-        engine = Engine(model, codec, runs.cuda_graphs, pinned=pinned, reason=runs.reason)
+        how = {"reason": runs.reason, "distrust": runs.distrust}
+        engine = Engine(model, codec, runs.cuda_graphs, pinned=pinned, **how)
         _ENGINES[hf_model] = _SharedEngine(engine, _addresses(hf_model), backend, cuda_graphs)
     return engine
 
