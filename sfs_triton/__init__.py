@@ -7,6 +7,7 @@ print(engine.generate("15,44,79,50").text)
 from .decoding.caching import DualCache, NoCache, PrefixCache, RefreshCache, RegionCache
 from .decoding.likelihood import Likelihood, LikelihoodParams
 from .decoding.samplers import (
+    Credit,
     EntropyBound,
     FixedSteps,
     Hierarchy,
@@ -40,6 +41,7 @@ __all__ = [
     "ArgumentError",
     "BackendError",
     "CheckpointError",
+    "Credit",
     "DeviceFault",
     "DualCache",
     "Engine",

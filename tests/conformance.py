@@ -43,6 +43,7 @@ from safetensors.torch import load_file  # noqa: E402
 import sfs_triton  # noqa: E402
 from bench.common.testing import brisk_interpreter  # noqa: E402
 from sfs_triton import (  # noqa: E402
+    Credit,
     EntropyBound,
     FixedSteps,
     Hierarchy,
@@ -194,9 +195,28 @@ def _localleap(s: dict) -> Setup:
     return Setup("localleap", sampler, s["gen_length"])
 
 
-def _hierarchy(s: dict) -> Setup | None:
+def _is_dinfers_own(s: dict) -> bool:
     """Idle forwards (``maximum_unroll`` above 1), aligned and partial blocks are dInfer's own."""
-    if s.get("maximum_unroll", 4) != 1 or "start_block_align" in s or s["gen_length"] % s["block_length"]:
+    return s.get("maximum_unroll", 4) != 1 or "start_block_align" in s or s["gen_length"] % s["block_length"] > 0
+
+
+def _credit(s: dict) -> Setup | None:
+    """CreditDecoding, and without credit dInfer's threshold."""
+    if _is_dinfers_own(s):
+        return None
+    sampler = Credit(
+        tau=s["threshold"],
+        weight=s.get("credit_alpha", 0.7) if s["decoder"] == "credit" else 0.0,
+        decay=s.get("decay_beta", 0.8),
+        power=s.get("boost_gamma", 0.2),
+        block_length=s["block_length"],
+        eos_stop="eos_id" in s,
+    )
+    return Setup(f"dinfer-{s['decoder']}", sampler, s["gen_length"], eos_id=s.get("eos_id"))
+
+
+def _hierarchy(s: dict) -> Setup | None:
+    if _is_dinfers_own(s):
         return None
     tau = 1e9 if s["threshold"] is None else s["threshold"]
     sampler = Hierarchy(tau=tau, tau_low=s["low_threshold"], block_length=s["block_length"])
@@ -265,6 +285,8 @@ NEWER: dict[str, Callable[[dict], Setup | None]] = {
     **dict.fromkeys(("d2confidence_llada", "d2confidence_dream"), _d2cache_confidence),
     **dict.fromkeys(("ebsampler_llada", "ebsampler_dream"), _d2cache_entropy),
     "localleap_dlmserve": _localleap,
+    **dict.fromkeys(("dinfer_credit_llada", "dinfer_credit_dream"), _credit),
+    **dict.fromkeys(("dinfer_threshold_llada", "dinfer_threshold_dream"), _credit),
     **dict.fromkeys(("dinfer_hierarchy_llada", "dinfer_hierarchy_dream"), _hierarchy),
     "dinfer_generate_hierarchy": _generate_hierarchy,
     "d3llm_llada": _multi_block("d3llm-llada"),

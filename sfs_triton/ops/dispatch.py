@@ -18,10 +18,12 @@ from ..distributed import Vocabulary
 from ..errors import ArgumentError, BackendError, MissingDependencyError, check_choice, require
 from .torch import blocks, sharded
 from .torch.confidence import Choice, Draw, filter_logits, score_of
+from .torch.credit import CreditRules, Credits
 from .torch.ends import discourage, put_last, raise_logits, without_ends
 from .torch.fused_linear import product
 from .torch.int8 import int8_speed
 from .torch.linear import FORMATS, Matrix, Quantised, quantize
+from .torch.narrow import NearBest
 from .torch.rope_cache import rope_tables
 
 logger = logging.getLogger("sfs_triton")
@@ -76,6 +78,8 @@ class Ops:
         count: torch.Tensor | None = None,
         vocabulary: Vocabulary | None = None,
         ends: torch.Tensor | None = None,
+        credits: Credits | None = None,
+        place: torch.Tensor | None = None,
         top_p: torch.Tensor | None = None,
         raised: torch.Tensor | None = None,
         raise_by: torch.Tensor | None = None,
@@ -87,12 +91,11 @@ class Ops:
         is ``temperature`` (float32 ``[T]``), ``seed``, ``position`` and ``step`` (int64 ``[T]``), where the draw has
         noise; ``top_p`` (float32 ``[T]``) is there where it has a nucleus, and ``ends`` (int64 ``[n]``), the tokens
         that end a text, where the draw treats them differently. Before all else, the logit of ``raised [T]`` (int64)
-        is raised by ``raise_by [T]`` (float32). With ``vocabulary``, ``head`` is this rank's part of it: ranks exchange
-        5 or 6 numbers per row, and one more for the entropy; only top-p and top-k gather all logits of a row.
+        is raised by ``raise_by [T]`` (float32). Where the draw gives credit, ``credits`` are read and updated at
+        ``place`` (int64 ``[T]``). With ``vocabulary``, ``head`` is this rank's part of it: ranks exchange 5 or 6
+        numbers per row, and one more for the entropy; only top-p and top-k gather all logits of a row.
         """
-        filtered = draw.top_k is not None or draw.nucleus
-        as_it_is = raised is None and not (filtered or draw.entropy or draw.at_ends)
-        if as_it_is and draw.metric == "confidence" and not draw.tempered:
+        if raised is None and draw.by_head:
             if isinstance(head, Quantised):
                 head, noise = head.codes, noise | {"scale": head.scale}
             how = {"rows": rows, "count": count, **noise}
@@ -103,13 +106,14 @@ class Ops:
             return Choice(*self.merge_partials(*sharded.unpack(gathered)))
         if rows is not None:
             hidden = hidden[rows.clamp(min=0)]
-        given = noise | {"top_p": top_p, "raised": raised, "raise_by": raise_by}
+        given = noise | {"top_p": top_p, "raised": raised, "raise_by": raise_by, "place": place}
         size = head.shape[0] if vocabulary is None else vocabulary.size  # the same on all ranks, as the blocks must be
 
         def choose(at: slice) -> Choice:
-            return self._choose_from_logits(hidden[at], head, draw, vocabulary, ends, **blocks.rows_of(given, at))
+            rows = blocks.rows_of(given, at)
+            return self._choose_from_logits(hidden[at], head, draw, vocabulary, ends, credits, **rows)
 
-        return Choice(*blocks.by_rows(choose, hidden.shape[0], size, blocks.SORTED if filtered else blocks.LOGITS))
+        return Choice(*blocks.by_rows(choose, hidden.shape[0], size, blocks.SORTED if draw.filtered else blocks.LOGITS))
 
     def _choose_from_logits(
         self,
@@ -118,24 +122,29 @@ class Ops:
         draw: Draw,
         vocabulary: Vocabulary | None,
         ends: torch.Tensor | None,
+        credits: Credits | None,
+        place: torch.Tensor | None,
         top_p: torch.Tensor | None,
         raised: torch.Tensor | None,
         raise_by: torch.Tensor | None,
         **noise: torch.Tensor | None,
     ) -> Choice:
         """:meth:`choose` by way of logits ``[T, V]`` in memory, for all rows of ``hidden``."""
-        filtered = draw.top_k is not None or draw.nucleus
         logits = self.product(hidden, head)
-        if vocabulary is not None and filtered:
+        if vocabulary is not None and draw.filtered:
             logits, vocabulary = vocabulary.gather(logits), None
         start, entropy = 0 if vocabulary is None else vocabulary.start, None
         if raised is not None:
             logits = raise_logits(logits, raised, raise_by, start)
         logits = discourage(logits, draw, ends, start)
+        if draw.credit is not None:
+            token, score = self._measure(logits.float().clone(), Draw(), vocabulary)
+            earned = credits.add(place, token, score.pow(draw.credit.power), draw.credit.decay)
+            logits = earned.raise_logits(logits, draw.credit.weight, start)
         rest = without_ends(logits, ends, start) if draw.eos == "last" else logits
         if draw.entropy:  # first, since the choice may overwrite logits
             entropy = -self._measure(rest, Draw(metric="entropy"), vocabulary)[1]
-        if filtered:
+        if draw.filtered:
             return Choice(*self._choose_filtered(logits, draw, ends, top_p, **noise), entropy)
         token, score = self._measure(logits, draw, vocabulary, **noise)
         if draw.eos == "last":  # the same noise draws the same token again, unless that is one of those left out
@@ -266,9 +275,12 @@ def _module(backend: str, device: torch.device):
 
 __all__ = [
     "Choice",
+    "CreditRules",
+    "Credits",
     "Draw",
     "FORMATS",
     "Matrix",
+    "NearBest",
     "Ops",
     "Quantised",
     "check_backend",

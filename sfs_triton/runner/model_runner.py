@@ -13,6 +13,7 @@ from ..decoding.samplers import Sampler
 from ..decoding.step_plan import Forward, Positions, StepOutput, StepPlan
 from ..kernels.control import Progress
 from ..models.cache import Scope, Vectors
+from ..models.earlier import EarlierSteps
 from ..models.transformer import Transformer
 from .cuda_graph import launching
 from .end_of_think import EndOfThink, Raised, end_of_think
@@ -52,6 +53,7 @@ class ModelRunner:
         self.model, self.slots, self.length = model, slots, length
         self.sampler, self.policy = key.sampler, key.cache
         self._draw, self._shift = self.sampler.draw(), int(model.spec.shifted)
+        self._narrowing = self.sampler.narrowing()
         by_stage = self.sampler.by_stage
         self._stages = {"by_stage": by_stage, "span_cap": self.policy.span_cap if by_stage else None}
         self._rules = self.sampler.rules(self.policy.opening(model.spec.shifted), **self.policy.rules)
@@ -113,6 +115,7 @@ class ModelRunner:
             response = torch.ones((batch, 2), dtype=torch.int64, device=device)
             boost, power = self.sampler.end_think_logit_boost, self.sampler.end_think_boost_power
             self._end_of_think = EndOfThink(ids, response, boost, power)
+        self.earlier = EarlierSteps(self._draw, self.sampler.block_length, batch, length, device)
         self._paused = torch.zeros(batch, dtype=torch.bool, device=device)
         self._selected = (tuple(range(batch)), frozenset())  # present values of those two
         model.ensure_rope_length(length)
@@ -138,7 +141,8 @@ class ModelRunner:
         cache = 0 if store is None else branches * store.values(model.local, length) * model.dtype.itemsize
         schedule = 4 * sum(key.sampler.schedule_sizes(length).values())  # float32
         vectors = key.embeds * length * model.spec.d_model * model.dtype.itemsize
-        return slots * (cache + CANVAS_BYTES * length + schedule + vectors)
+        earlier = EarlierSteps.bytes_needed(key.sampler.draw(), key.sampler.block_length, length)
+        return slots * (cache + CANVAS_BYTES * length + schedule + vectors + earlier)
 
     # ------------------------------------------------------------------------------------------------------ sequences
 
@@ -169,6 +173,7 @@ class ModelRunner:
                 self._put_vectors(slot, embeds)
             if self._end_of_think is not None:
                 send(self._end_of_think.response[slot], list(response or (start, length)))
+            self.earlier.forget(slot)
             for name, values in sampler.schedule(length, seed).items():
                 send(getattr(self.state, name)[slot, : len(values)], values)
             return self.state.put(
@@ -296,10 +301,22 @@ class ModelRunner:
                 whole = shape.canvases == self.slots
                 self._forward(shape, None if whole else self._order[offset : offset + shape.canvases], raised)
                 offset += shape.canvases
-            self._decide(state, self._rules, slow=slow)
+            self._decide_on(state, slow)
             if pausing:
                 state.done.copy_(torch.where(self._paused, done, state.done))
             self.ring.publish()
+
+    def _decide_on(self, state: DecodeState, slow: bool) -> None:
+        """Commit positions, after the sampler's own narrowing of candidates. A trace has them as they were before."""
+        if self._narrowing is None:
+            return self._decide(state, self._rules, slow=slow)
+        candidates = state.candidate.clone()
+        self._narrowing.narrow(state)
+        if self._rules.opening == "first":  # a block's first forward commits one position, which the machine knows
+            torch.where((state.stage_step == 0)[:, None], candidates, state.candidate, out=state.candidate)
+        self._decide(state, self._rules, slow=slow)
+        if state.events is not None:
+            state.events["candidate"].copy_(candidates)
 
     def _list(self, which: int, size: int) -> torch.Tensor:
         """Return a list of ``size`` positions per slot, ``[B, size]``, always at the same address."""
@@ -334,6 +351,9 @@ class ModelRunner:
             keys |= self._sampling_of(target, which, batch, raised)
         if self._draw.at_ends:
             keys["ends"] = self._ends
+        if self._draw.credit is not None:
+            keys["credits"] = self.earlier.credits
+            keys["place"] = self.earlier.place(state.candidate, target, batch, which)
         choice = self.model.choose(hidden.flatten(0, 1), self._draw, **keys)
         ops.scatter_choices(state, choice.token, choice.score, target, which=which, row=batch)
         if choice.entropy is not None:

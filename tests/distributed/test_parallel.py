@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -22,7 +23,7 @@ from sfs_triton import ArgumentError, FixedSteps, NoCache, RefreshCache, RegionC
 from sfs_triton import distributed as parallel
 from sfs_triton.distributed import Vocabulary, share
 from sfs_triton.models import Transformer
-from sfs_triton.ops.dispatch import Choice, Draw, operations
+from sfs_triton.ops.dispatch import Choice, CreditRules, Credits, Draw, operations
 from sfs_triton.ops.torch import sharded
 from tests.support import ranks
 from tests.support.combinations import PAIRS, POLICIES, SAMPLERS, assert_same
@@ -205,7 +206,7 @@ def _choose_by_shards(logits: torch.Tensor, draw: Draw, size: int, **keys) -> li
     def choose(rank: int) -> Choice:
         group = Threads(rank, size, barrier, slots)
         head = torch.eye(vocab)[slice(*group.share(vocab))]
-        return ops.choose(logits, head, draw, vocabulary=Vocabulary(group, vocab), **keys)
+        return ops.choose(logits, head, draw, vocabulary=Vocabulary(group, vocab), **copy.deepcopy(keys))
 
     with ThreadPoolExecutor(size) as pool:
         return list(pool.map(choose, range(size)))
@@ -241,6 +242,21 @@ def test_scores_from_shards(size, noise, metric, tempered):
             assert (mean is None) == (entropy is None) == (not draw.entropy)
             if draw.entropy:
                 torch.testing.assert_close(mean, entropy, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 3}, {"eos": "never"}])
+def test_credit_from_shards(options):
+    logits = torch.randn(7, 23, generator=torch.Generator().manual_seed(0))
+    token = torch.stack([torch.randperm(23, generator=torch.Generator().manual_seed(n))[:4] for n in range(8)]).int()
+    token[:, 2:] = -1
+    keys = {"place": torch.arange(7), "ends": logits[0].argmax()[None]}
+    keys["credits"] = Credits(token, (token >= 0).float() * torch.arange(8)[:, None])
+    draw = Draw(credit=CreditRules(0.7, 0.8, 0.2), **options)
+    wanted = operations("torch", logits.device).choose(logits, torch.eye(23), draw, **copy.deepcopy(keys))
+    assert wanted.token.tolist() != logits.argmax(1).tolist()
+    for mine in _choose_by_shards(logits, draw, 3, **keys):
+        assert mine.token.tolist() == wanted.token.tolist()
+        torch.testing.assert_close(mine.score, wanted.score)
 
 
 @pytest.mark.parametrize("metric, tempered", METRICS)

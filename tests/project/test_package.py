@@ -84,6 +84,7 @@ def test_exports_are_pinned():
         "ArgumentError",
         "BackendError",
         "CheckpointError",
+        "Credit",
         "DeviceFault",
         "DualCache",
         "Engine",

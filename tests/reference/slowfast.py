@@ -23,6 +23,7 @@ from tests.reference.end_of_think import EndOfThink
 
 Logits = Callable[[list[int]], Tensor]  # token ids of the (shortened) canvas -> logits [n, V], shifted if necessary
 Noise = Callable[[int, int], Tensor]  # step, positions to cover -> Gumbel noise [n, V]
+Change = Callable[[Tensor, list[int]], Tensor]  # logits [n, V] at n positions -> those that are looked at
 
 
 class Step(NamedTuple):
@@ -81,15 +82,17 @@ class Row:
         """Return the undecided positions in ``[first, last)``."""
         return [p for p in range(first, min(last, self.limit)) if self.canvas[p] == self.mask_id]
 
-    def look(self, length: int, positions: list[int], **draw) -> dict[int, tuple[int, float]]:
+    def look(
+        self, length: int, positions: list[int], change: Change = lambda logits, _: logits, **draw
+    ) -> dict[int, tuple[int, float]]:
         """Run the model on the first ``length`` positions; return token and score at each of ``positions``."""
-        logits = self.logits_fn(self.canvas[:length])
+        logits = self.logits_fn(self.canvas[:length])[positions]
         if positions:  # the leftmost is that of the block: no sampler passes one over
             token, amount = self.think.raised(self.canvas[self.start :], positions[0] - self.start)
-            logits = logits.clone()
-            logits[positions[0], token] += amount
+            logits[0, token] += amount
         noise = None if self.noise is None or not positions else self.noise(self.nfe, length)[positions]
-        found: Look = look(logits[positions], noise=noise, **{"ends": self.ends, **draw}) if positions else Look([], [])
+        how = {"ends": self.ends, "noise": noise, **draw}
+        found: Look = look(change(logits, positions), **how) if positions else Look([], [])
         return dict(zip(positions, zip(found.tokens, found.scores, strict=True), strict=True))
 
     def fill(self, chosen: dict[int, int]) -> None:

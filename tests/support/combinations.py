@@ -13,6 +13,7 @@ from _pytest.mark.structures import ParameterSet
 import sfs_triton
 from sfs_triton import (
     ArgumentError,
+    Credit,
     DualCache,
     Engine,
     FixedSteps,
@@ -48,6 +49,7 @@ SAMPLERS = {
     "maskgit": FixedSteps(steps=8, metric="maskgit_plus"),
     "margin": FixedSteps(steps=8, metric="topk_margin"),
     "origin": FixedSteps(steps=8, metric="origin"),
+    "credit": Credit(tau=0.5, weight=2.0, block_length=8),
 }
 # Which positions dLLM-Cache refreshes in between is decided by rounding (golden/README.md) unless it is none or all.
 POLICIES = {

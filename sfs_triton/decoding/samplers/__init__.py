@@ -1,6 +1,7 @@
 """Samplers as frozen, validated records. Every threshold and every selection rule is set here and nowhere else."""
 
 from .base import ENDS, Sampler
+from .credit import Credit
 from .entropy_bound import EntropyBound
 from .fixed import FixedSteps
 from .hierarchy import Hierarchy
@@ -17,6 +18,7 @@ SAMPLERS: dict[str, type[Sampler]] = {
     "local-leap": LocalLeap,
     "entropy-bound": EntropyBound,
     "hierarchy": Hierarchy,
+    "credit": Credit,
     "fixed": FixedSteps,
     "vanilla": FixedSteps,
 }
@@ -28,6 +30,7 @@ __all__ = [
     "PRESETS",
     "PRESET_NAMES",
     "SAMPLERS",
+    "Credit",
     "EntropyBound",
     "FixedSteps",
     "Hierarchy",

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from .credit import CreditRules
 from .philox import gumbel_max
 
 METRICS = ("confidence", "margin", "entropy")
@@ -22,7 +23,8 @@ METRICS = ("confidence", "margin", "entropy")
 class Draw:
     """Rules for drawing a token from its logits and scoring it. The numbers are per sequence: its temperature, with
     ``noise``, and its share of the probability, with ``nucleus``. Without noise the largest wins; ties go to the lowest
-    id. ``entropy``: the entropy is wanted beside the score. ``eos``, ``eos_penalty``: those of a sampler."""
+    id. ``entropy``: the entropy is wanted beside the score. ``eos``, ``eos_penalty``: those of a sampler. ``credit``:
+    earlier predictions raise logits."""
 
     metric: str = "confidence"
     noise: bool = False
@@ -32,6 +34,18 @@ class Draw:
     entropy: bool = False
     eos: str = "free"
     eos_penalty: float = 0.0
+    credit: CreditRules | None = None
+
+    @property
+    def by_head(self) -> bool:
+        """True if the head alone gives tokens and scores, without logits in memory."""
+        plain = self.metric == "confidence" and not self.tempered and not self.entropy and self.credit is None
+        return plain and not (self.at_ends or self.filtered)
+
+    @property
+    def filtered(self) -> bool:
+        """True if tokens outside the nucleus or the ``top_k`` largest are left out."""
+        return self.nucleus or self.top_k is not None
 
     @property
     def at_ends(self) -> bool:

@@ -1,0 +1,145 @@
+"""Samplers that keep numbers of earlier steps, against the oracle, and with every cache and execution."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Callable
+from functools import cache
+
+import pytest
+import torch
+
+import sfs_triton
+from bench.common.testing import brisk_interpreter
+from sfs_triton import ArgumentError, Credit, Sampler, Threshold
+from sfs_triton.models import Transformer
+from sfs_triton.runner import ModelRunner
+from sfs_triton.scheduling.scheduler import bounds_of
+from tests.conformance import MARGIN
+from tests.support.combinations import LENGTHS, POLICIES, PROMPTS, RAGGED, assert_same
+from tests.support.oracle import compare, reference
+from tests.support.paths import GOLDEN
+
+NAMES = ("llada-mha", "dream-gqa")
+LENGTH = 32
+
+
+def random_credit(rng: random.Random) -> Credit:
+    return Credit(
+        tau=rng.choice([0.0, 0.3, 0.6, 0.9, 1.01]),
+        weight=rng.choice([0.3, 0.7, 2.0]),
+        decay=rng.choice([0.0, 0.5, 0.8, 1.0]),
+        power=rng.choice([0.0, 0.2, 1.0]),
+        block_length=rng.choice([None, 8, 16]),
+    )
+
+
+MAKES: list[Callable[[random.Random], Sampler]] = [random_credit]
+KINDS: list[Sampler] = [Credit(tau=0.5, weight=2.0, block_length=8)]
+CHANGES = [
+    *({}, {"temperature": 0.7}, {"temperature": 0.7, "top_p": 0.8, "top_k": 9}, {"cfg_scale": 0.5}),
+    *({"eos_stop": True}, {"eos": "never"}, {"eos": "last"}, {"eos_penalty": 1.5, "eos": "last"}),
+]
+
+
+@cache
+def engine_of(name: str, eos_id: int | None = None, backend: str = "torch") -> sfs_triton.Engine:
+    """A small trained model; ``eos_id`` is a token that its responses are full of."""
+    device = "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
+    model = sfs_triton.load(GOLDEN / "models" / name, device, "float32", backend).model
+    spec = model.spec if eos_id is None else dataclasses.replace(model.spec, eos_id=eos_id)
+    return sfs_triton.Engine(Transformer(spec, model.weights, backend))
+
+
+def prompt_of(rng: random.Random) -> list[int]:
+    return [rng.randrange(490) for _ in range(rng.randint(4, 24))]
+
+
+@pytest.mark.parametrize("seed", range(2 * len(CHANGES)))
+@pytest.mark.parametrize("make", MAKES)
+def test_steps_are_those_of_the_oracle(make, seed: int):
+    rng, name = random.Random(f"{make.__name__}/{seed}"), NAMES[seed % 2]
+    sampler, prompt = make(rng), prompt_of(rng)
+    plain = engine_of(name).generate(prompt, gen_length=LENGTH, sampler=sampler).response
+    engine = engine_of(name, max(plain, key=plain.count))
+    sampler = sampler.replace(**CHANGES[seed // 2])
+    done = engine.generate(prompt, gen_length=LENGTH, sampler=sampler, seed=seed, trace=True)
+    wanted = reference(engine, prompt + [engine.spec.mask_id] * LENGTH, len(prompt), sampler, seed)
+    wrong = compare(done, wanted)
+    assert wrong is None or wanted.margin < MARGIN, f"{sampler}\n{wrong}"
+
+
+@pytest.mark.parametrize("sampler", KINDS, ids=lambda sampler: type(sampler).__name__)
+def test_a_sequence_takes_nothing_from_the_one_before_it_in_its_slot(sampler):
+    """Nor from others of its batch, whose steps fall at other times."""
+    engine = engine_of(NAMES[1])
+    wanted = [
+        reference(engine, prompt + [engine.spec.mask_id] * length, len(prompt), sampler)
+        for prompt, length in zip(PROMPTS, LENGTHS, strict=True)
+    ]
+    for _ in range(2):
+        done = engine.generate(PROMPTS, gen_length=LENGTHS, sampler=sampler, trace=True)
+        assert [compare(mine, one) for mine, one in zip(done, wanted, strict=True)] == [None] * 3
+
+
+@pytest.mark.parametrize(("number", "policy"), [*enumerate(POLICIES)])
+@pytest.mark.parametrize("sampler", KINDS, ids=lambda sampler: type(sampler).__name__)
+def test_sequences_of_a_batch_equal_those_alone(sampler, number: int, policy: str):
+    engine, how = engine_of(NAMES[number % 2]), {"sampler": sampler, "cache": POLICIES[policy], "trace": True}
+    alone = [
+        engine.generate(prompt, gen_length=length, seed=seed, **how)
+        for prompt, length, seed in zip(*RAGGED.values(), strict=True)
+    ]
+    assert_same(engine.generate(**RAGGED, **how), alone)
+    assert all(engine.spec.mask_id not in one.response for one in alone)
+
+
+@pytest.mark.parametrize("sampler", KINDS, ids=lambda sampler: type(sampler).__name__)
+def test_kernels(sampler):
+    how = {"gen_length": 8, "sampler": sampler, "cache": POLICIES["region-ahead"], "trace": True}
+    with brisk_interpreter():
+        done = engine_of(NAMES[1], backend="triton").generate(PROMPTS[:1], **how)
+    assert_same(done, engine_of(NAMES[1]).generate(PROMPTS[:1], **how))
+
+
+@pytest.mark.parametrize("sampler", KINDS, ids=lambda sampler: type(sampler).__name__)
+def test_memory_is_counted(sampler):
+    engine, plain = engine_of(NAMES[0]), Threshold(block_length=8)
+
+    def tensors(sampler: Sampler) -> tuple[int, int]:
+        sequences, _ = engine.sequences(PROMPTS, gen_length=LENGTHS, sampler=sampler)
+        key, bounds = sequences[0].batch_key, bounds_of(sequences)
+        runner = ModelRunner(engine.model, key, 3, bounds.length, bounds.response)
+        own = sum(tensor.nbytes for tensor in runner.earlier.tensors())
+        return own, ModelRunner.bytes_needed(engine.model, key, 3, bounds.length)
+
+    own, needed = tensors(sampler)
+    none, less = tensors(plain)
+    assert none == 0 and 0 <= own - (needed - less) < own / 10  # the spare places are not counted
+
+
+def test_credit_decides():
+    """Predictions that repeat themselves are committed earlier; a weight of 0 is a plain threshold."""
+    engine, sampler = engine_of(NAMES[0]), Credit(tau=0.9, weight=3.0, decay=1.0, block_length=16)
+    for prompt in PROMPTS:
+        nfe, without, plain = (
+            engine.generate(prompt, gen_length=LENGTH, sampler=each).nfe
+            for each in (sampler, sampler.replace(weight=0), Threshold(tau=0.9, block_length=16))
+        )
+        assert nfe < without == plain
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"tau": float("nan")}, "tau=nan"),
+        ({"weight": -1}, "weight=-1 is not a number from 0 to 1000"),
+        ({"decay": 1.5}, "decay=1.5 is not a number from 0 to 1"),
+        ({"power": "0.2"}, "power='0.2'"),
+        ({"block_length": 0}, "block_length=0"),
+    ],
+)
+def test_bad_options_of_credit(options, said):
+    with pytest.raises(ArgumentError, match=said):
+        Credit(**options)
