@@ -7,6 +7,7 @@ print(engine.generate("15,44,79,50").text)
 from .decoding.caching import DualCache, NoCache, PrefixCache, RefreshCache, RegionCache
 from .decoding.likelihood import Likelihood, LikelihoodParams
 from .decoding.samplers import (
+    KLASS,
     Credit,
     EntropyBound,
     FixedSteps,
@@ -38,6 +39,7 @@ from .scheduling.trace import StepTrace
 from .version import __version__  # noqa: F401
 
 __all__ = [
+    "KLASS",
     "ArgumentError",
     "BackendError",
     "CheckpointError",

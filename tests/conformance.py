@@ -43,6 +43,7 @@ from safetensors.torch import load_file  # noqa: E402
 import sfs_triton  # noqa: E402
 from bench.common.testing import brisk_interpreter  # noqa: E402
 from sfs_triton import (  # noqa: E402
+    KLASS,
     Credit,
     EntropyBound,
     FixedSteps,
@@ -215,6 +216,27 @@ def _credit(s: dict) -> Setup | None:
     return Setup(f"dinfer-{s['decoder']}", sampler, s["gen_length"], eos_id=s.get("eos_id"))
 
 
+_TAKEN = {"all": "all", "max_conf": "confident", "min_kl": "calm"}
+
+
+def _klass(s: dict) -> Setup | None:
+    """KLASS, or one position per step. By entropy that fills the least certain ones first; fewer steps leave masks."""
+    length = s.get("gen_length", s.get("max_new_tokens"))
+    if s["alg"] == "entropy" or s["steps"] < length:
+        return None
+    if s["alg"] != "klass":
+        metric = _METRICS.get(s["alg"], "confidence")
+        return Setup("klass-one", Threshold(tau=1e9, metric=metric, block_length=s["block_length"]), length)
+    sampler = KLASS(
+        tau=s["conf_threshold"],
+        divergence=s["kl_threshold"],
+        history=s["kl_history_length"],
+        take=_TAKEN[s["unmask_strategy"]],
+        block_length=s.get("block_length"),
+    )
+    return Setup("klass", sampler, length)
+
+
 def _hierarchy(s: dict) -> Setup | None:
     if _is_dinfers_own(s):
         return None
@@ -286,6 +308,7 @@ NEWER: dict[str, Callable[[dict], Setup | None]] = {
     **dict.fromkeys(("ebsampler_llada", "ebsampler_dream"), _d2cache_entropy),
     "localleap_dlmserve": _localleap,
     **dict.fromkeys(("dinfer_credit_llada", "dinfer_credit_dream"), _credit),
+    **dict.fromkeys(("klass_llada", "klass_dream"), _klass),
     **dict.fromkeys(("dinfer_threshold_llada", "dinfer_threshold_dream"), _credit),
     **dict.fromkeys(("dinfer_hierarchy_llada", "dinfer_hierarchy_dream"), _hierarchy),
     "dinfer_generate_hierarchy": _generate_hierarchy,

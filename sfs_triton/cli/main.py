@@ -34,7 +34,7 @@ except ImportError:  # main() names the extra in one line; raising here would pr
 DELAY = 0.03
 LARGEST_INPUT = 16 * 2**20  # characters read from stdin: more than any context holds
 # Options of some samplers only; given for another sampler, they are refused by name.
-_SOME = ("preset", "tau_min", "tau_high", "k_max", "window", "tau", "entropy", "bound", "steps", "block_length")
+_SOME = ("preset", "tau_min", "tau_high", "k_max", "window", "tau", "entropy", "bound", "divergence", "steps", "block_length")
 BELONGS_TO = {name: tuple(kind for kind in SAMPLERS if name in sampler_options(kind)) for name in _SOME}
 _BLOCKS = ", ".join(f"{kind} {sampler.block_length}" for kind, sampler in SAMPLERS.items() if sampler.block_length)
 _STEPS = f"{', '.join(BELONGS_TO['steps'])}: steps in all, which set how many positions one commits."
@@ -85,6 +85,7 @@ class CommandOptions:
     tau: Annotated[float | None, typer.Option(help="Confidence to commit, of samplers with one threshold.")] = None
     entropy: Annotated[float | None, typer.Option(help="multi-block: highest entropy to commit.")] = None
     bound: Annotated[float | None, typer.Option(help="entropy-bound: of the sum of entropies per step.")] = None
+    divergence: Annotated[float | None, typer.Option(help="klass: from the step before, to stay below.")] = None
     steps: Annotated[int | None, typer.Option(help=_STEPS)] = None
     block_length: Annotated[int | None, typer.Option(help=f"Decode block by block: {_BLOCKS}.")] = None
     cache: Annotated[str, typer.Option(metavar="|".join(POLICIES), help="Cache policy.")] = "none"

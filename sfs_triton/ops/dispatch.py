@@ -19,11 +19,12 @@ from ..errors import ArgumentError, BackendError, MissingDependencyError, check_
 from .torch import blocks, sharded
 from .torch.confidence import Choice, Draw, filter_logits, score_of
 from .torch.credit import CreditRules, Credits
+from .torch.divergence import divergence
 from .torch.ends import discourage, put_last, raise_logits, without_ends
 from .torch.fused_linear import product
 from .torch.int8 import int8_speed
 from .torch.linear import FORMATS, Matrix, Quantised, quantize
-from .torch.narrow import NearBest
+from .torch.narrow import CalmOrBest, NearBest
 from .torch.rope_cache import rope_tables
 
 logger = logging.getLogger("sfs_triton")
@@ -79,7 +80,10 @@ class Ops:
         vocabulary: Vocabulary | None = None,
         ends: torch.Tensor | None = None,
         credits: Credits | None = None,
+        divergences: torch.Tensor | None = None,
         place: torch.Tensor | None = None,
+        before: torch.Tensor | None = None,
+        known: torch.Tensor | None = None,
         top_p: torch.Tensor | None = None,
         raised: torch.Tensor | None = None,
         raise_by: torch.Tensor | None = None,
@@ -90,10 +94,12 @@ class Ops:
         ``rows`` int32 ``[T]`` selects rows of ``hidden``, of which the first ``count [1]`` are computed. ``noise``
         is ``temperature`` (float32 ``[T]``), ``seed``, ``position`` and ``step`` (int64 ``[T]``), where the draw has
         noise; ``top_p`` (float32 ``[T]``) is there where it has a nucleus, and ``ends`` (int64 ``[n]``), the tokens
-        that end a text, where the draw treats them differently. Before all else, the logit of ``raised [T]`` (int64)
-        is raised by ``raise_by [T]`` (float32). Where the draw gives credit, ``credits`` are read and updated at
-        ``place`` (int64 ``[T]``). With ``vocabulary``, ``head`` is this rank's part of it: ranks exchange 5 or 6
-        numbers per row, and one more for the entropy; only top-p and top-k gather all logits of a row.
+        that end a text, where the draw treats them differently. The logit of ``raised [T]`` (int64) is
+        raised by ``raise_by [T]`` (float32). Where the draw gives credit, ``credits`` are read and updated at
+        ``place`` (int64 ``[T]``); where divergence is wanted, ``divergences`` float32 ``[P]`` takes it there, from the
+        hidden states ``before [T, d]`` where they are ``known [T]``. With ``vocabulary``, ``head`` is this rank's part
+        of it: ranks exchange 5 or 6 numbers per row, and one more for the entropy; only top-p, top-k and the divergence
+        gather all logits of a row.
         """
         if raised is None and draw.by_head:
             if isinstance(head, Quantised):
@@ -105,15 +111,18 @@ class Ops:
             gathered = vocabulary.group.all_gather(sharded.pack(values, winner))
             return Choice(*self.merge_partials(*sharded.unpack(gathered)))
         if rows is not None:
-            hidden = hidden[rows.clamp(min=0)]
+            hidden, before, known = (None if x is None else x[rows.clamp(min=0)] for x in (hidden, before, known))
+        kept = {"credits": credits, "divergences": divergences}
         given = noise | {"top_p": top_p, "raised": raised, "raise_by": raise_by, "place": place}
+        given |= {"before": before, "known": known}
         size = head.shape[0] if vocabulary is None else vocabulary.size  # the same on all ranks, as the blocks must be
 
         def choose(at: slice) -> Choice:
-            rows = blocks.rows_of(given, at)
-            return self._choose_from_logits(hidden[at], head, draw, vocabulary, ends, credits, **rows)
+            rows = kept | blocks.rows_of(given, at)
+            return self._choose_from_logits(hidden[at], head, draw, vocabulary, ends, **rows)
 
-        return Choice(*blocks.by_rows(choose, hidden.shape[0], size, blocks.SORTED if draw.filtered else blocks.LOGITS))
+        most = blocks.SORTED if draw.filtered or draw.divergence else blocks.LOGITS
+        return Choice(*blocks.by_rows(choose, hidden.shape[0], size, most))
 
     def _choose_from_logits(
         self,
@@ -123,20 +132,26 @@ class Ops:
         vocabulary: Vocabulary | None,
         ends: torch.Tensor | None,
         credits: Credits | None,
+        divergences: torch.Tensor | None,
         place: torch.Tensor | None,
+        before: torch.Tensor | None,
+        known: torch.Tensor | None,
         top_p: torch.Tensor | None,
         raised: torch.Tensor | None,
         raise_by: torch.Tensor | None,
         **noise: torch.Tensor | None,
     ) -> Choice:
         """:meth:`choose` by way of logits ``[T, V]`` in memory, for all rows of ``hidden``."""
-        logits = self.product(hidden, head)
-        if vocabulary is not None and draw.filtered:
+        logits = self.product(hidden if before is None else torch.cat((hidden, before)), head)
+        if vocabulary is not None and (draw.filtered or draw.divergence):
             logits, vocabulary = vocabulary.gather(logits), None
         start, entropy = 0 if vocabulary is None else vocabulary.start, None
+        logits = discourage(logits, draw, ends, start)
+        if draw.divergence:
+            logits, then = logits.chunk(2)
+            divergences.index_copy_(0, place, divergence(logits, then, known))
         if raised is not None:
             logits = raise_logits(logits, raised, raise_by, start)
-        logits = discourage(logits, draw, ends, start)
         if draw.credit is not None:
             token, score = self._measure(logits.float().clone(), Draw(), vocabulary)
             earned = credits.add(place, token, score.pow(draw.credit.power), draw.credit.decay)
@@ -274,6 +289,7 @@ def _module(backend: str, device: torch.device):
 
 
 __all__ = [
+    "CalmOrBest",
     "Choice",
     "CreditRules",
     "Credits",

@@ -115,7 +115,7 @@ class ModelRunner:
             response = torch.ones((batch, 2), dtype=torch.int64, device=device)
             boost, power = self.sampler.end_think_logit_boost, self.sampler.end_think_boost_power
             self._end_of_think = EndOfThink(ids, response, boost, power)
-        self.earlier = EarlierSteps(self._draw, self.sampler.block_length, batch, length, device)
+        self.earlier = EarlierSteps(model, self._draw, self.sampler.block_length, batch, length)
         self._paused = torch.zeros(batch, dtype=torch.bool, device=device)
         self._selected = (tuple(range(batch)), frozenset())  # present values of those two
         model.ensure_rope_length(length)
@@ -141,7 +141,7 @@ class ModelRunner:
         cache = 0 if store is None else branches * store.values(model.local, length) * model.dtype.itemsize
         schedule = 4 * sum(key.sampler.schedule_sizes(length).values())  # float32
         vectors = key.embeds * length * model.spec.d_model * model.dtype.itemsize
-        earlier = EarlierSteps.bytes_needed(key.sampler.draw(), key.sampler.block_length, length)
+        earlier = EarlierSteps.bytes_needed(model, key.sampler.draw(), key.sampler.block_length, length)
         return slots * (cache + CANVAS_BYTES * length + schedule + vectors + earlier)
 
     # ------------------------------------------------------------------------------------------------------ sequences
@@ -311,7 +311,7 @@ class ModelRunner:
         if self._narrowing is None:
             return self._decide(state, self._rules, slow=slow)
         candidates = state.candidate.clone()
-        self._narrowing.narrow(state)
+        self._narrowing.narrow(state, self.earlier)
         if self._rules.opening == "first":  # a block's first forward commits one position, which the machine knows
             torch.where((state.stage_step == 0)[:, None], candidates, state.candidate, out=state.candidate)
         self._decide(state, self._rules, slow=slow)
@@ -337,11 +337,16 @@ class ModelRunner:
         select, target = self._targets(shape, scope, batch)
         tokens = _of(state.tokens, batch)
         vectors = None if self._vectors is None else self._vectors.of(batch)
-        hidden = self.model.forward(tokens, scope, self.caches[0] if self.caches else None, select, vectors)
+        # all rows of the scope are wanted where later steps compare with this one
+        reads, before = None if self._draw.divergence else select, {}
+        hidden = self.model.forward(tokens, scope, self.caches[0] if self.caches else None, reads, vectors)
         if self.sampler.cfg_scale:
             blank = tokens.masked_fill(_of(state.given, batch), state.mask_id)
-            unconditional = self.model.forward(blank, scope, self.caches[1] if self.caches else None, select)
+            unconditional = self.model.forward(blank, scope, self.caches[1] if self.caches else None, reads)
             hidden = hidden + self.sampler.cfg_scale * (hidden - unconditional)
+        if self._draw.divergence:
+            runs = _of(state.done, batch) == 0
+            hidden, before = self.earlier.replace_hidden(hidden, scope, select, batch, runs)
         which, keys = None, {}
         if shape.ragged:
             # canvases have different numbers of targets: only those in use go through the head
@@ -351,9 +356,8 @@ class ModelRunner:
             keys |= self._sampling_of(target, which, batch, raised)
         if self._draw.at_ends:
             keys["ends"] = self._ends
-        if self._draw.credit is not None:
-            keys["credits"] = self.earlier.credits
-            keys["place"] = self.earlier.place(state.candidate, target, batch, which)
+        if self._narrowing is not None:
+            keys |= self.earlier.rows(state.candidate, target, batch, which) | before
         choice = self.model.choose(hidden.flatten(0, 1), self._draw, **keys)
         ops.scatter_choices(state, choice.token, choice.score, target, which=which, row=batch)
         if choice.entropy is not None:

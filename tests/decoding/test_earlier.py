@@ -12,7 +12,7 @@ import torch
 
 import sfs_triton
 from bench.common.testing import brisk_interpreter
-from sfs_triton import ArgumentError, Credit, Sampler, Threshold
+from sfs_triton import KLASS, ArgumentError, Credit, Sampler, Threshold
 from sfs_triton.models import Transformer
 from sfs_triton.runner import ModelRunner
 from sfs_triton.scheduling.scheduler import bounds_of
@@ -35,8 +35,22 @@ def random_credit(rng: random.Random) -> Credit:
     )
 
 
-MAKES: list[Callable[[random.Random], Sampler]] = [random_credit]
-KINDS: list[Sampler] = [Credit(tau=0.5, weight=2.0, block_length=8)]
+def random_klass(rng: random.Random) -> KLASS:
+    return KLASS(
+        tau=rng.choice([0.0, 0.1, 0.3, 0.6]),
+        divergence=rng.choice([0.1, 0.3, 1.0, 1e9]),
+        history=rng.choice([1, 2, 2, 3]),
+        take=rng.choice(["all", "all", "confident", "calm"]),
+        least=rng.choice([1, 1, 3]),
+        block_length=rng.choice([None, 8, 16]),
+    )
+
+
+MAKES: list[Callable[[random.Random], Sampler]] = [random_credit, random_klass]
+KINDS: list[Sampler] = [
+    Credit(tau=0.5, weight=2.0, block_length=8),
+    KLASS(tau=0.1, divergence=0.5, history=1, block_length=8),
+]
 CHANGES = [
     *({}, {"temperature": 0.7}, {"temperature": 0.7, "top_p": 0.8, "top_k": 9}, {"cfg_scale": 0.5}),
     *({"eos_stop": True}, {"eos": "never"}, {"eos": "last"}, {"eos_penalty": 1.5, "eos": "last"}),
@@ -119,6 +133,17 @@ def test_memory_is_counted(sampler):
     assert none == 0 and 0 <= own - (needed - less) < own / 10  # the spare places are not counted
 
 
+def test_calm_decides():
+    """Positions that no longer change are committed together; without any, the best alone."""
+    engine, sampler = engine_of(NAMES[0]), KLASS(tau=0.2, divergence=0.3, block_length=16)
+    for prompt in PROMPTS:
+        nfe, never = (
+            engine.generate(prompt, gen_length=LENGTH, sampler=each).nfe
+            for each in (sampler, sampler.replace(divergence=0.0))
+        )
+        assert nfe < never == LENGTH
+
+
 def test_credit_decides():
     """Predictions that repeat themselves are committed earlier; a weight of 0 is a plain threshold."""
     engine, sampler = engine_of(NAMES[0]), Credit(tau=0.9, weight=3.0, decay=1.0, block_length=16)
@@ -143,3 +168,18 @@ def test_credit_decides():
 def test_bad_options_of_credit(options, said):
     with pytest.raises(ArgumentError, match=said):
         Credit(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"tau": float("nan")}, "tau=nan"),
+        ({"divergence": -0.1}, "divergence=-0.1"),
+        ({"history": 0}, "history=0 is not an integer"),
+        ({"take": "some"}, "take='some' is not one of"),
+        ({"least": 1.5}, "least=1.5"),
+    ],
+)
+def test_bad_options_of_klass(options, said):
+    with pytest.raises(ArgumentError, match=said):
+        KLASS(**options)

@@ -198,15 +198,19 @@ class Threads(parallel.Group):
         return out
 
 
-def _choose_by_shards(logits: torch.Tensor, draw: Draw, size: int, **keys) -> list[Choice]:
-    """``Ops.choose`` of every rank. The head is the identity, so that hidden states are logits."""
+def _choose_by_shards(logits: torch.Tensor, draw: Draw, size: int, kept: list | None = None, **keys) -> list[Choice]:
+    """``Ops.choose`` of every rank. The head is the identity, so that hidden states are logits. ``kept`` takes the
+    divergences of each."""
     ops, vocab = operations("torch", torch.device("cpu")), logits.shape[1]
     barrier, slots = threading.Barrier(size), [None] * size
 
     def choose(rank: int) -> Choice:
         group = Threads(rank, size, barrier, slots)
         head = torch.eye(vocab)[slice(*group.share(vocab))]
-        return ops.choose(logits, head, draw, vocabulary=Vocabulary(group, vocab), **copy.deepcopy(keys))
+        mine = copy.deepcopy(keys)
+        if kept is not None:
+            kept.append(mine["divergences"])
+        return ops.choose(logits, head, draw, vocabulary=Vocabulary(group, vocab), **mine)
 
     with ThreadPoolExecutor(size) as pool:
         return list(pool.map(choose, range(size)))
@@ -257,6 +261,27 @@ def test_credit_from_shards(options):
     for mine in _choose_by_shards(logits, draw, 3, **keys):
         assert mine.token.tolist() == wanted.token.tolist()
         torch.testing.assert_close(mine.score, wanted.score)
+
+
+def test_divergence_from_shards():
+    logits, before = torch.randn(2, 7, 23, generator=torch.Generator().manual_seed(0))
+    known, draw = torch.arange(7) > 1, Draw(divergence=True)
+
+    def keys() -> dict[str, torch.Tensor]:
+        return {"place": torch.arange(7), "before": before, "known": known, "divergences": torch.full((8,), -1.0)}
+
+    given, kept = keys(), []
+    wanted = operations("torch", logits.device).choose(logits, torch.eye(23), draw, **given)
+    now, then = logits.double().log_softmax(-1), before.double().log_softmax(-1)
+    truth = torch.nn.functional.kl_div(then, now, reduction="none", log_target=True).sum(-1)
+    torch.testing.assert_close(given["divergences"][2:7], truth[2:].float())
+    assert (given["divergences"][:2] > 20).all() and given["divergences"][7] == -1
+
+    for mine in _choose_by_shards(logits, draw, 3, kept=kept, **keys()):
+        assert mine.token.tolist() == wanted.token.tolist()
+    for divergences in kept:
+        torch.testing.assert_close(divergences, given["divergences"])
+    assert len(kept) == 3
 
 
 @pytest.mark.parametrize("metric, tempered", METRICS)

@@ -93,6 +93,7 @@ def test_exports_are_pinned():
         "Frame",
         "Generation",
         "Hierarchy",
+        "KLASS",
         "Likelihood",
         "LikelihoodParams",
         "LocalLeap",

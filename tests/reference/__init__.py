@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sfs_triton.decoding.samplers import Credit, FixedSteps, Sampler, SlowFast, Threshold
-from tests.reference import blocks, credit, parallel, slowfast
+from sfs_triton.decoding.samplers import KLASS, Credit, FixedSteps, Sampler, SlowFast, Threshold
+from tests.reference import blocks, credit, klass, parallel, slowfast
 from tests.reference.confidence import Look, look
 from tests.reference.slowfast import Logits, Noise, ReferenceRun, Step
 
@@ -64,4 +64,6 @@ def decode(
         return blocks.decode(logits_fn, canvas, start, sampler, mask_id, eos_id, noise, seed)
     if isinstance(sampler, Credit):
         return credit.decode(logits_fn, canvas, start, sampler, mask_id, eos_id, noise)
+    if isinstance(sampler, KLASS):
+        return klass.decode(logits_fn, canvas, start, sampler, mask_id, eos_id, noise)
     return parallel.decode(logits_fn, canvas, start, sampler, mask_id, eos_id, noise)

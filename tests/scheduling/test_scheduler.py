@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from sfs_triton import (
+    KLASS,
     Credit,
     Engine,
     EntropyBound,
@@ -146,6 +147,7 @@ OWN: dict[str, tuple[Sampler, list[dict]]] = {  # parameters in which sequences 
     "runs": (Hierarchy(block_length=8), [{"tau": 0.9, "tau_low": None}, {"tau_low": 0.1}]),
     "open": (MultiBlock(block_length=8), [{"entropy": 2.0}, {"entropy": 0.1}]),
     "credit": (Credit(block_length=8), [{"tau": 0.2}, {"tau": 1.0}]),
+    "klass": (KLASS(block_length=8), [{"tau": 0.2, "divergence": 0.5}, {"divergence": 0.1}]),
     "fixed": (FixedSteps(steps=8), [{"steps": 3}, {"steps": None}, {"steps": 1, "eps": 0.5}]),
     "drawn": (SlowFast(temperature=0.8), [{"temperature": 0.3}, {"temperature": 2.0}, {"temperature": 1e-6}]),
     "nucleus": (Threshold(block_length=8, temperature=1.0, top_p=0.9), [{"top_p": 0.4}, {"temperature": 3.0}]),
@@ -194,6 +196,7 @@ APART: dict[str, tuple[Sampler, list[dict]]] = {
     "leap": (LocalLeap(), [{"radius": 2}, {"steps": 8}]),
     "open": (MultiBlock(), [{"open_at": 0.5}, {"strict": True}, {"keep_best": False}]),
     "credit": (Credit(), [{"weight": 1.0}, {"decay": 0.5}, {"power": 1.0}]),
+    "klass": (KLASS(), [{"history": 1}, {"take": "calm"}, {"least": 2}]),
     "fixed": (FixedSteps(steps=8), [{"block_length": 8}, {"metric": "entropy"}]),
     "entropy": (FixedSteps(steps=8, metric="entropy"), [{"steps": 4}, {"eps": 0.1}]),
 }

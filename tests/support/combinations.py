@@ -12,6 +12,7 @@ from _pytest.mark.structures import ParameterSet
 
 import sfs_triton
 from sfs_triton import (
+    KLASS,
     ArgumentError,
     Credit,
     DualCache,
@@ -50,6 +51,7 @@ SAMPLERS = {
     "margin": FixedSteps(steps=8, metric="topk_margin"),
     "origin": FixedSteps(steps=8, metric="origin"),
     "credit": Credit(tau=0.5, weight=2.0, block_length=8),
+    "klass": KLASS(tau=0.1, divergence=0.5, history=1, block_length=8),
 }
 # Which positions dLLM-Cache refreshes in between is decided by rounding (golden/README.md) unless it is none or all.
 POLICIES = {

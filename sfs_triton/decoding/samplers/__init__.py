@@ -5,6 +5,7 @@ from .credit import Credit
 from .entropy_bound import EntropyBound
 from .fixed import FixedSteps
 from .hierarchy import Hierarchy
+from .klass import KLASS
 from .local_leap import LocalLeap
 from .multi_block import MultiBlock
 from .slowfast import PRESETS, SlowFast
@@ -19,6 +20,7 @@ SAMPLERS: dict[str, type[Sampler]] = {
     "entropy-bound": EntropyBound,
     "hierarchy": Hierarchy,
     "credit": Credit,
+    "klass": KLASS,
     "fixed": FixedSteps,
     "vanilla": FixedSteps,
 }
@@ -27,6 +29,7 @@ PRESET_NAMES = "; ".join(f"{kind}: {', '.join(each.presets)}" for kind, each in 
 
 __all__ = [
     "ENDS",
+    "KLASS",
     "PRESETS",
     "PRESET_NAMES",
     "SAMPLERS",

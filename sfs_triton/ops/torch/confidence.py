@@ -24,7 +24,7 @@ class Draw:
     """Rules for drawing a token from its logits and scoring it. The numbers are per sequence: its temperature, with
     ``noise``, and its share of the probability, with ``nucleus``. Without noise the largest wins; ties go to the lowest
     id. ``entropy``: the entropy is wanted beside the score. ``eos``, ``eos_penalty``: those of a sampler. ``credit``:
-    earlier predictions raise logits."""
+    earlier predictions raise logits. ``divergence``: that from the position's last distribution is wanted."""
 
     metric: str = "confidence"
     noise: bool = False
@@ -35,12 +35,13 @@ class Draw:
     eos: str = "free"
     eos_penalty: float = 0.0
     credit: CreditRules | None = None
+    divergence: bool = False
 
     @property
     def by_head(self) -> bool:
         """True if the head alone gives tokens and scores, without logits in memory."""
-        plain = self.metric == "confidence" and not self.tempered and not self.entropy and self.credit is None
-        return plain and not (self.at_ends or self.filtered)
+        plain = self.metric == "confidence" and not self.tempered and not self.entropy
+        return plain and self.credit is None and not (self.divergence or self.at_ends or self.filtered)
 
     @property
     def filtered(self) -> bool:
