@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 from .decoding.caching import CachePolicy
 from .models import ModelSpec
+from .ops.dispatch import GROUPS
 from .runner.model_runner import CANVAS_BYTES
 
-# bytes per weight of a matrix; the rest of a model stays in 16 bits
-WEIGHT_BYTES = {None: 2.0, "fp8": 1.0}
+# bytes per weight of a layer's matrix and of the head, with the scales of groups; the rest stays in 16 bits
+WEIGHT_BYTES = {None: (2.0, 2.0), "fp8": (1.0, 1.0), **{name: (0.5 + 4 / group, 1.0) for name, group in GROUPS.items()}}
 QUANTIZATIONS = tuple(name for name in WEIGHT_BYTES if name is not None)  # that a card can multiply
 RESERVED = 2 * 2**30  # of a card, for the driver's context, workspaces and captured graphs
 
@@ -59,21 +60,21 @@ def layer_weights(spec: ModelSpec) -> int:
 
 def model_bytes(spec: ModelSpec, quantization: str | None) -> float:
     """Return the memory of a model's weights. A quantised head is a copy even where it is tied to the embedding."""
-    per, head = WEIGHT_BYTES[quantization], spec.vocab_size * spec.d_model
+    (per, per_head), head = WEIGHT_BYTES[quantization], spec.vocab_size * spec.d_model
     embedding = 2.0 * head
-    return per * layer_weights(spec) + embedding + (0 if spec.tied_head and quantization is None else per * head)
+    return per * layer_weights(spec) + embedding + (0 if spec.tied_head and quantization is None else per_head * head)
 
 
 def step_seconds(
     card: Card, spec: ModelSpec, quantization: str | None, positions: int, keys: int, chosen: int
 ) -> float:
     """Return the least time of a step that forwards ``positions``, attends to ``keys`` and decides ``chosen``."""
-    per, head = WEIGHT_BYTES[quantization], spec.vocab_size * spec.d_model
+    (per, per_head), head = WEIGHT_BYTES[quantization], spec.vocab_size * spec.d_model
     layers = layer_weights(spec)
     attention = 4 * spec.n_layers * positions * keys * spec.q_width
     cache = 4 * spec.n_layers * keys * spec.kv_width  # keys and values in 16 bits
     body = card.floor(per * layers + cache, 2 * layers * positions + attention)
-    return body + card.floor(per * head, 2 * head * chosen)
+    return body + card.floor(per_head * head, 2 * head * chosen)
 
 
 def canvases_that_fit(memory: float, spec: ModelSpec, quantization: str | None, cache: CachePolicy, length: int) -> int:

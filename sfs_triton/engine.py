@@ -78,7 +78,9 @@ def load(
             (docs/doctor.md). Otherwise: torch, no graphs.
         quantization: ``"fp8"`` keeps matrices as float8 with a scale per row, decoded in every product; all other
             tensors and activations stay in ``dtype``. ``"int8"``, on a CPU only, keeps them as int8, and products round
-            their inputs to int8, too: several times as fast as float32. Default: none.
+            their inputs to int8, too: several times as fast as float32. ``"int4"`` and ``"int4-64"`` keep them in 4
+            bits, decoded in every product, with a scale for 128 or 64 weights of a row, and the head as ``"fp8"``
+            does. Default: none.
         tensor_parallel: processes that share the model, started by ``torchrun --nproc-per-node N``; each loads its part
             only, and all must then make the same calls. Or the group that :func:`sfs_triton.distributed.join` gave.
         mask_token_id: id of the mask token, for checkpoints that do not name it in ``config.json`` or the tokenizer.

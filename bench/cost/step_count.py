@@ -48,7 +48,7 @@ from sfs_triton.kernels.scatter_choices import scatter_choices_cost
 from sfs_triton.kernels.select import decide_block_cost
 from sfs_triton.models import Transformer
 from sfs_triton.models.spec import ModelSpec
-from sfs_triton.models.weights import LayerWeights, Weights
+from sfs_triton.models.weights import HEADS, LayerWeights, Weights
 from sfs_triton.ops import triton_backend
 from sfs_triton.ops.dispatch import Matrix, Quantised
 from sfs_triton.runner import CudaGraphs, ModelRunner
@@ -299,7 +299,7 @@ class Setting:
     block_length: int = 32
     style: str = "padded"
     span: int = 20
-    quantization: str | None = None  # "fp8": as load() takes it; the products' weights are then of that size
+    quantization: str | None = None  # as load() takes it; the products' weights are then of that size
 
     def __post_init__(self) -> None:
         if self.quantization not in (None, *QUANTIZATIONS):
@@ -382,11 +382,8 @@ def meta_model(spec: ModelSpec, backend: str, meter: Meter, quantization: str | 
     def empty(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=DTYPE, device=META)
 
-    def matrix(*shape: int) -> Matrix:
-        if quantization is None:
-            return empty(*shape)
-        codes = torch.empty(shape, dtype=torch.float8_e4m3fn, device=META)
-        return Quantised(codes, torch.empty(shape[0], device=META))
+    def matrix(*shape: int, form: str | None = quantization) -> Matrix:
+        return empty(*shape) if form is None else Quantised.empty(*shape, form, META)
 
     d, qkv = spec.d_model, spec.d_model + 2 * spec.kv_width
     bias = empty(qkv) if spec.qkv_bias else None
@@ -394,7 +391,8 @@ def meta_model(spec: ModelSpec, backend: str, meter: Meter, quantization: str | 
         empty(d), matrix(qkv, d), bias, matrix(d, d), empty(d), matrix(2 * spec.mlp, d), matrix(d, spec.mlp)
     )
     embedding = empty(spec.vocab_size, d)
-    head = embedding if spec.tied_head and quantization is None else matrix(spec.vocab_size, d)
+    form = HEADS.get(quantization, quantization)
+    head = embedding if spec.tied_head and form is None else matrix(spec.vocab_size, d, form=form)
     model = Transformer(spec, Weights(embedding, (layer,) * spec.n_layers, empty(d), head), "torch")
     ops = {op.name: getattr(model.ops, op.name) for op in fields(model.ops)}
     names = ops if backend == "triton" else ("publish",)

@@ -1,4 +1,4 @@
-"""Measure weights in 8 bits on the embedded model: tokens, right answers, steps, and the choices of one forward.
+"""Measure weights in 8 and 4 bits on the embedded model: tokens, right answers, steps, and the choices of one forward.
 
     python -m bench.quality.quantised --limit 100 --json bench/results/quantised.json
     python -m bench.quality.quantised --json bench/results/quantised.json --write-doc docs/quantised.md
@@ -31,6 +31,7 @@ from bench.embedded import tasks
 from bench.embedded.carried import carried
 from sfs_triton import NoCache, SlowFast
 from sfs_triton.models.weights import Weights
+from sfs_triton.ops.dispatch import GROUPS
 from sfs_triton.ops.torch.int8 import int8_speed
 
 from . import measured
@@ -54,6 +55,7 @@ OTHERS = (
     Numbers("fp8, float32", "float32", "fp8"),
     Numbers("fp8, bfloat16", "bfloat16", "fp8"),
     Numbers("int8, int8", "float32", "int8"),
+    *(Numbers(f"{form}, {dtype}", dtype, form) for form in GROUPS for dtype in ("float32", "bfloat16")),
 )
 
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from ..distributed import ALONE, Group
 from ..errors import CheckpointError, require
 from ..gguf_file import read_header
-from ..ops.dispatch import FORMATS, Matrix, Quantised, quantize
+from ..ops.dispatch import GROUPS, Matrix, Quantised, quantize
 from .adapters import AdaptedReader
 from .gguf import GgufReader, config_of
 from .names import resolve
@@ -23,6 +23,7 @@ from .spec import ModelSpec
 from .upload import Upload
 
 AT_ONCE = 2**24  # elements quantised at a time, which bounds the unquantised copy in memory
+HEADS = dict.fromkeys(GROUPS, "fp8")  # formats of the head, which decides between tokens, where it is another
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +59,7 @@ class Weights:
         matrix = self.layers[0].qkv
         if isinstance(matrix, torch.Tensor):
             return None
-        return next(name for name, dtype in FORMATS.items() if dtype == matrix.codes.dtype)
+        return matrix.form
 
     def plain(self, what: str) -> Weights:
         """Return these weights for code that needs plain tensors; errors call that code ``what``.
@@ -105,35 +106,49 @@ def _quantised(
 ) -> Quantised:
     """Quantise matrices of one width, stacked, on the device; of each this rank's rows or columns.
 
-    The checkpoint's own values are quantised, a few rows at a time. A scale is that of the whole row, whichever columns
-    a rank keeps, so that the codes do not depend on the number of ranks.
+    The checkpoint's own values are quantised, a few rows at a time. In 8 bits a scale is that of the whole row,
+    whichever columns a rank keeps, so that the codes do not depend on the number of ranks.
 
     Raises:
-        CheckpointError: names the tensor that has NaN or infinities.
+        CheckpointError: names the tensor that has NaN or infinities, or rows that are no whole groups.
     """
     heights, width = [reader.shape(part)[0] for part in parts], reader.shape(parts[0])[1]
     mine = [group.share(height) if axis == 0 else (0, height) for height in heights]
     columns = slice(*(group.share(width) if axis == 1 else (0, width)))
-    n_rows, device = sum(stop - start for start, stop in mine), upload.device
-    codes = torch.empty(n_rows, columns.stop - columns.start, dtype=FORMATS[form], device=device)
-    scale = torch.empty(n_rows, dtype=torch.float32, device=device)
-    at, most = 0, max(1, AT_ONCE // width)
+    check_groups(reader, parts[0], columns, GROUPS.get(form), "quantization='int4-64' has groups of 64")
+    n_rows, at, most = sum(stop - start for start, stop in mine), 0, max(1, AT_ONCE // width)
+    made = Quantised.empty(n_rows, columns.stop - columns.start, form, upload.device)
     for part, (start, stop) in zip(parts, mine, strict=True):
         for first in range(start, stop, most):
             rows = upload.new(reader.rows(part, first, min(first + most, stop)))
-            end = at + len(rows)
-            whole, scale[at:end] = quantize(rows, form)
-            codes[at:end] = whole[:, columns]
-            at = end
-    _check_finite(reader, parts, mine, scale)
-    return Quantised(codes, scale)
+            place = made[at : at + len(rows)]
+            if made.group is None:
+                codes, scale = quantize(rows, form)
+                codes = codes[:, columns]
+            else:
+                codes, scale = quantize(rows[:, columns], form)
+            place.codes.copy_(codes)
+            place.scale.copy_(scale)
+            at += len(rows)
+    _check_finite(reader, parts, mine, made.scale)
+    return made
+
+
+def check_groups(reader: TensorReader, name: str, columns: slice, group: int | None, hint: str) -> None:
+    """Refuse columns of a tensor that are no whole groups of as many."""
+    if group is not None and (columns.start % group or columns.stop % group):
+        span = f"columns {columns.start} to {columns.stop}" if columns.start else f"{columns.stop} columns"
+        raise CheckpointError(
+            f"{reader.folder}: tensor {name} has {span}, which are no whole groups of {group}: {hint}"
+        )
 
 
 def _check_finite(
     reader: TensorReader, parts: Sequence[str], mine: Sequence[tuple[int, int]], scale: torch.Tensor
 ) -> None:
     """Refuse tensors with NaN or infinities, which :func:`quantize` leaves in the scales. Reads the device once."""
-    finite = scale.isfinite().cpu()
+    finite = scale.isfinite()
+    finite = (finite if scale.dim() == 1 else finite.all(0)).cpu()
     for part, flags, (start, _) in zip(parts, finite.split([b - a for a, b in mine]), mine, strict=True):
         if not flags.all():
             where = start + int(flags.int().argmin())
@@ -161,9 +176,9 @@ def load_weights(
 ) -> Weights:
     """Read and check every tensor of a folder or GGUF file, fused and cast, on ``device``.
 
-    With ``quantization``, matrices become float8 or int8 codes with a scale per row as they are read, so that memory
-    holds the result and one tensor at most. The embedding, of which a step reads few rows, and vectors keep ``dtype``.
-    A tied head becomes a separate matrix, since every step reads all of it.
+    With ``quantization``, matrices become codes with scales as they are read, so that memory holds the result and one
+    tensor at most. The embedding, of which a step reads few rows, and vectors keep ``dtype``. A tied head becomes a
+    separate matrix, since every step reads all of it. With matrices in 4 bits the head is in float8.
 
     With ``by_column``, plain matrices are stored by columns, which torch's products on a CPU are faster with; a tied
     head is not. Kernels do not take them.
@@ -203,9 +218,9 @@ def assemble(
     def take(*parts: str, axis: int | None = None) -> torch.Tensor:
         return _fused([reader.read(part, axis, group) for part in parts], upload, dtype)
 
-    def matrix(*parts: str, axis: int) -> Matrix:
-        if quantization is not None:
-            return _quantised(reader, parts, axis, group, upload, quantization)
+    def matrix(*parts: str, axis: int, form: str | None = quantization) -> Matrix:
+        if form is not None:
+            return _quantised(reader, parts, axis, group, upload, form)
         return _by_column(take(*parts, axis=axis)) if by_column else take(*parts, axis=axis)
 
     def layer(index: int) -> LayerWeights:
@@ -227,12 +242,13 @@ def assemble(
         embedding = F.pad(embedding, (0, 0, 0, 1))
         tied = embedding[:-1]
     tied_head = spec.tied_head and quantization is None
+    head = names["embedding" if spec.tied_head else "head"]
     return Weights(
         embedding=_placed(embedding, into and into.embedding),
         layers=tuple(_placed(layer(i), into and into.layers[i]) for i in range(spec.n_layers)),
         norm=_placed(take(names["norm"]), into and into.norm),
         head=_placed(
-            tied if tied_head else matrix(names["embedding" if spec.tied_head else "head"], axis=0),
+            tied if tied_head else matrix(head, axis=0, form=HEADS.get(quantization, quantization)),
             into and into.head,
         ),
     )

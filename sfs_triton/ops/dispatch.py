@@ -23,7 +23,7 @@ from .torch.divergence import divergence
 from .torch.ends import discourage, put_last, raise_logits, without_ends
 from .torch.fused_linear import product
 from .torch.int8 import int8_speed
-from .torch.linear import FORMATS, Matrix, Quantised, quantize
+from .torch.linear import FORMATS, GROUPS, Matrix, Quantised, quantize
 from .torch.narrow import CalmOrBest, NearBest
 from .torch.rope_cache import rope_tables
 
@@ -295,6 +295,7 @@ __all__ = [
     "Credits",
     "Draw",
     "FORMATS",
+    "GROUPS",
     "Matrix",
     "NearBest",
     "Ops",

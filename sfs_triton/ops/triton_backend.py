@@ -17,7 +17,7 @@ from ..kernels.attention import attention
 from ..kernels.confidence import confidence
 from ..kernels.cycle import decide_cycle
 from ..kernels.gather import compact, embedding
-from ..kernels.linear import Normed, linear
+from ..kernels.linear import Normed
 from ..kernels.lm_head import lm_head, lm_head_partials
 from ..kernels.mlp import silu_mul
 from ..kernels.norm import rms_norm
@@ -27,6 +27,7 @@ from ..kernels.rope_cache import rope_cache
 from ..kernels.select import decide_block
 from .torch.fused_linear import Heads, product, rotated_heads
 from .torch.linear import Matrix, Quantised
+from .torch.linear import linear as _decoded
 
 __all__ = [
     "attention",
@@ -61,8 +62,10 @@ FEW_ROWS = 128
 
 
 def _fused(x: torch.Tensor | Normed, matrix: Matrix) -> bool:
-    """Decide whether a product and what is next to it are one launch."""
-    return isinstance(x, Normed) or isinstance(matrix, Quantised) or x.shape[:-1].numel() <= FEW_ROWS
+    """Decide whether a product and what is next to it are one launch. The kernel has no weights in 4 bits."""
+    if isinstance(matrix, Quantised):
+        return matrix.group is None
+    return isinstance(x, Normed) or x.shape[:-1].numel() <= FEW_ROWS
 
 
 def _flat(x: torch.Tensor | Normed) -> torch.Tensor | Normed:
@@ -74,6 +77,19 @@ def _flat(x: torch.Tensor | Normed) -> torch.Tensor | Normed:
 def _parts(matrix: Matrix) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return weights as they are in memory, and the scale per row; a further format has its own here."""
     return (matrix.codes, matrix.scale) if isinstance(matrix, Quantised) else (matrix, None)
+
+
+def linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor | None = None,
+    *,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    if weight.dtype == torch.uint8:
+        return _decoded(x, weight, scale, zero, residual=residual)
+    return _linear.linear(x, weight, scale, residual=residual)
 
 
 def linear_heads(
@@ -120,7 +136,7 @@ def linear_normed(
     if to_product and x.dtype != torch.float16:  # whose range is too small for values that are not normalised yet
         normed = _linear.linear_normed(_flat(x), *_parts(matrix), gain, eps, residual=place, counters=counters)
         return normed._replace(values=normed.values.view(residual.shape))
-    linear(_flat(x), *_parts(matrix), residual=place, out=place, counters=counters)
+    _linear.linear(_flat(x), *_parts(matrix), residual=place, out=place, counters=counters)
     return rms_norm(residual, gain, eps)
 
 

@@ -18,8 +18,8 @@ from ..decoding.samplers import FixedSteps, Sampler, SlowFast, Threshold
 from ..decoding.step_plan import Forward
 from ..kernels.control import COLUMN, SAMPLING_COLUMN
 from ..models import ModelSpec, Transformer, Weights
-from ..models.weights import LayerWeights
-from ..ops.dispatch import Matrix, Quantised, quantize
+from ..models.weights import HEADS, LayerWeights
+from ..ops.dispatch import GROUPS, Matrix, Quantised, quantize
 from ..runner import CudaGraphs, Eager, Execution, ModelRunner
 from ..runner.cuda_graph import capture_graph, capturing
 from ..runner.state import DecodeState
@@ -64,8 +64,10 @@ def random_model(
         out = torch.empty((rows, columns), device=device, dtype=dtype)
         return out.normal_(0.0, size, generator=generator)
 
-    def stored(weight: torch.Tensor) -> Matrix:
-        return Quantised(*quantize(weight)) if quantization == "fp8" else weight
+    def stored(weight: torch.Tensor, form: str | None = quantization) -> Matrix:
+        if form is None or weight.shape[1] % GROUPS.get(form, 1):  # no whole groups, which are refused on loading
+            return weight
+        return Quantised(*quantize(weight, form))
 
     def gain(size: int = spec.d_model) -> torch.Tensor:
         return torch.empty(size, device=device, dtype=dtype).uniform_(0.5, 1.5, generator=generator)
@@ -85,7 +87,7 @@ def random_model(
     embedding = matrix(spec.vocab_size, spec.d_model, 1.0)
     # a hidden state points along its token's embedding by about 0.8 of its length, and along others' by 1 / sqrt(d)
     logit = 1.25 * (math.log(spec.vocab_size) + 1) * (1 + 3 * spec.d_model**-0.5)
-    head = stored(embedding.roll(1, 0).mul_(logit / spec.d_model))
+    head = stored(embedding.roll(1, 0).mul_(logit / spec.d_model), HEADS.get(quantization, quantization))
     return Transformer(spec, Weights(embedding, (layer,) * layers, gain(), head), "torch")
 
 

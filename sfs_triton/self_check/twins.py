@@ -163,7 +163,7 @@ class _Copies:
         if isinstance(value, DecodeState):
             return replace(value, **{f.name: self._copy(getattr(value, f.name)) for f in fields(value) if f.init})
         if isinstance(value, Quantised) and self._wide:
-            return value.codes.float().double() * value.scale.double()[:, None]
+            return value.values(torch.float64)
         if isinstance(value, dict):
             return {name: self._copy(each) for name, each in value.items()}
         if isinstance(value, tuple) and hasattr(value, "_fields"):

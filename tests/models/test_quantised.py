@@ -193,7 +193,7 @@ def test_integer_matrices_are_refused(checkpoint):
         sfs_triton.load(checkpoint, "cpu", quantization="fp8")
 
 
-@pytest.mark.parametrize("quantization", ["int4", "", "FP8", True, torch.float8_e4m3fn])
+@pytest.mark.parametrize("quantization", ["int4-48", "", "FP8", True, torch.float8_e4m3fn])
 def test_unknown_quantizations_are_refused_before_anything_is_read(quantization):
     with pytest.raises(ArgumentError, match="quantization=.* is not one of"):
         sfs_triton.load("/nowhere", "cpu", quantization=quantization)

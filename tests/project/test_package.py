@@ -29,7 +29,7 @@ ROOMS = {
     "models": ("ops", "distributed", "gguf_file", "files", "errors"),
     "decoding": ("models", "ops", "kernels", "errors"),
     "runner": ("decoding", "models", "kernels", "errors"),
-    "cards": ("runner", "decoding", "models"),
+    "cards": ("runner", "decoding", "models", "ops"),
     "scheduling": ("runner", "decoding", "models", "text", "kernels", "errors"),
     "self_check": (
         *("scheduling", "runner", "decoding", "models", "ops", "kernels", "distributed", "files", "version", "errors"),

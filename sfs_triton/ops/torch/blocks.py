@@ -10,7 +10,7 @@ import torch
 LOGITS = 2**25  # about 10 bytes each, in 16 bits, in float32 and as probabilities
 SORTED = 2**23  # logits that are sorted for top-p: about 40 bytes each
 NOISE = 2**22  # numbers drawn, in 64-bit integers: about 60 bytes each
-WEIGHTS = 2**26  # weights decoded from float8, in the dtype of the product
+WEIGHTS = 2**26  # weights decoded from 8 or 4 bits, in the dtype of the product
 
 
 def blocks(total: int, width: int, most: int) -> Iterator[slice]:

@@ -61,7 +61,7 @@ def product(
         return F.linear(x, matrix, bias)
     flat = x.reshape(-1, x.shape[-1])
     added = None if bias is None else bias.expand(flat.shape[0], -1)
-    out = quantised(flat, matrix.codes, matrix.scale, residual=added)
+    out = quantised(flat, matrix.codes, matrix.scale, matrix.zero, residual=added)
     return out.view(*x.shape[:-1], out.shape[-1])
 
 
