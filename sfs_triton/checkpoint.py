@@ -13,6 +13,7 @@ from .files import read_json
 from .gguf_file import read_header
 from .models import ModelSpec, read_spec
 from .models.gguf import config_of
+from .models.packed import read_packing
 from .models.spec import check_in_vocabulary, token_ids
 from .text.codec import TextCodec
 
@@ -30,6 +31,7 @@ class Checkpoint:
     spec: ModelSpec
     text: TextCodec | None
     adapter: Path | None = None
+    stored: str | None = None  # format that its matrices are in, as ``load(quantization=)`` names it
 
 
 def open_checkpoint(
@@ -66,7 +68,8 @@ def open_checkpoint(
             raise
         raise type(error)(f"{path}: {str(error).replace('config.json', 'its metadata')}") from None
     merged = None if adapter is None else find("adapter", adapter)
-    return Checkpoint(path, _shortened(spec, max_length), text, merged)
+    packing = read_packing(config)
+    return Checkpoint(path, _shortened(spec, max_length), text, merged, None if packing is None else packing.form)
 
 
 def find(name: str, path_or_hub_id: str | Path) -> Path:

@@ -80,7 +80,7 @@ def load(
             tensors and activations stay in ``dtype``. ``"int8"``, on a CPU only, keeps them as int8, and products round
             their inputs to int8, too: several times as fast as float32. ``"int4"`` and ``"int4-64"`` keep them in 4
             bits, decoded in every product, with a scale for 128 or 64 weights of a row, and the head as ``"fp8"``
-            does. Default: none.
+            does. Default: as the checkpoint has them: GPTQ, AWQ and compressed-tensors may have them in 4 bits.
         tensor_parallel: processes that share the model, started by ``torchrun --nproc-per-node N``; each loads its part
             only, and all must then make the same calls. Or the group that :func:`sfs_triton.distributed.join` gave.
         mask_token_id: id of the mask token, for checkpoints that do not name it in ``config.json`` or the tokenizer.
@@ -129,7 +129,7 @@ def _load(
     checkpoint = open_checkpoint(path_or_hub_id, **source)
     spec = checkpoint.spec
     spec.shard(group.size)  # fail before anything is read
-    runs = choice_for(backend, cuda_graphs, spec, device, dtype, quantization, group)
+    runs = choice_for(backend, cuda_graphs, spec, device, dtype, quantization or checkpoint.stored, group)
     how = {"quantization": quantization, "adapter": checkpoint.adapter}
     how["by_column"] = device.type == "cpu" and dtype == torch.float32 and runs.backend != "triton"
     loaded = load_weights(checkpoint.path, spec, device, dtype, group, **how)

@@ -5,20 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from ..errors import CheckpointError, UnsupportedConfigError
+from .packed import INSTEAD
 from .reading import TensorReader, listed
 from .spec import ModelSpec
 
 WRAPPERS = ("base_model.model.", "module.", "_orig_mod.")  # of peft, of torch's parallel modules, of torch.compile
+UNNAMED = " without a quantization_config in config.json that says so"
 # ends of names in quantised checkpoints, and what writes them
 QUANTISED = {
-    **dict.fromkeys(("qweight", "qzeros", "g_idx", "scales"), "GPTQ or AWQ"),
+    **dict.fromkeys(("qweight", "qzeros", "g_idx", "scales"), f"GPTQ or AWQ{UNNAMED}"),
     **dict.fromkeys(("absmax", "quant_map", "nested_absmax", "SCB", "weight_format"), "bitsandbytes"),
     **dict.fromkeys(
-        ("weight_packed", "weight_shape", "weight_zero_point", "weight_global_scale"), "compressed-tensors"
+        ("weight_packed", "weight_shape", "weight_zero_point", "weight_global_scale"),
+        f"compressed-tensors{UNNAMED}",
     ),
     **dict.fromkeys(("weight_scale", "weight_scale_inv", "input_scale", "activation_scale"), "fp8 with scales"),
 }
-INSTEAD = "load the checkpoint that it was made from; quantization='fp8' quantises that while loading"
 
 # parts of names of parameters that turn images or sound into vectors: left to the library that the model comes from
 TOWERS = {

@@ -79,12 +79,16 @@ class TensorReader:
     def read(self, name: str, axis: int | None = None, group: Group = ALONE) -> torch.Tensor:
         """Read a tensor, or only this rank's share of its rows (``axis=0``) or columns (1)."""
         if axis is None or group.size == 1:
-            tensor = self._files[name].get_tensor(self._stored.get(name, name))
+            tensor = self.stored(name)
         else:
             start, stop = group.share(self.shape(name)[axis])
             part = self._slice(name)
             tensor = part[start:stop] if axis == 0 else part[:, start:stop]
         return self._floating(name, tensor)
+
+    def stored(self, name: str) -> torch.Tensor:
+        """Read a tensor of any dtype."""
+        return self._files[name].get_tensor(self._stored.get(name, name))
 
     def rows(self, name: str, first: int, last: int) -> torch.Tensor:
         """Read only rows ``[first, last)`` of a matrix."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import CheckpointError, UnsupportedConfigError, check_flag, check_integer, require
+from .packed import read_packing
 
 
 @dataclass(frozen=True)
@@ -165,17 +166,6 @@ def _refuse_rope_scaling(config: Mapping[str, Any]) -> None:
         raise UnsupportedConfigError(f"config.json: rope_scaling={scaling!r} is not supported")
 
 
-def _refuse_quantised(config: Mapping[str, Any]) -> None:
-    for key in ("quantization_config", "quantization", "compression_config"):
-        value = config.get(key)
-        if value is not None:
-            method = value.get("quant_method", value) if isinstance(value, Mapping) else value
-            raise UnsupportedConfigError(
-                f"config.json: {key} says that the weights are quantised ({method!r}), which is not supported: load "
-                "the checkpoint that they were made from; quantization='fp8' quantises it while loading"
-            )
-
-
 def _refuse_block_diffusion(config: Mapping[str, Any], names: str) -> None:
     """Refuse models that attend to finished blocks only: their names and keys resemble those of the family."""
     lower = names.lower()
@@ -307,7 +297,7 @@ def read_spec(config: Mapping[str, Any]) -> ModelSpec:
     if "moe" in named:
         raise UnsupportedConfigError(f"config.json: {names!r} is a mixture of experts, which is not supported")
     _refuse_block_diffusion(config, names)
-    _refuse_quantised(config)
+    read_packing(config)  # refuses what is quantised otherwise
     _refuse_rope_scaling(config)
     if "dream" in named:
         spec = _llama_spec(config, "dream")

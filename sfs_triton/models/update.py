@@ -11,10 +11,12 @@ import torch
 
 from ..distributed import ALONE, Group
 from ..errors import CheckpointError, require
+from ..ops.dispatch import GROUPS
 from .names import expected_shapes, resolve
+from .packed import PackedReader
 from .reading import DTYPES, TensorReader
 from .spec import ModelSpec
-from .weights import Weights, assemble, open_reader
+from .weights import HEADS, Weights, assemble, open_reader
 
 CHECKED_AT_ONCE = 2**24  # elements
 
@@ -66,15 +68,28 @@ def update_weights(weights: Weights, source: Mapping[str, Any] | Path, spec: Mod
 
     Raises:
         CheckpointError: names each missing, extra or misshapen tensor, or one with NaN; nothing has changed then.
+        ArgumentError: the loaded weights, or the new ones, are as a checkpoint in 4 bits has them.
     """
-    dtype = weights.embedding.dtype
+    dtype, form = weights.embedding.dtype, weights.quantization
+    require(_as_quantised(weights, form), "weights that a checkpoint had in 4 bits take no new values: load it anew")
     with ExitStack() as stack:
         reader = StateReader(source) if isinstance(source, Mapping) else open_reader(source, stack, dtype)
+        taken = not isinstance(reader, PackedReader)
+        require(taken, f"{reader.folder}: new values in 4 bits are not taken: load the checkpoint anew")
         names = resolve(reader, spec)
         for name, shape in expected_shapes(spec, names).items():
             _check_finite(reader, name, shape)
         how = {"quantization": weights.quantization, "into": weights}
         assemble(reader, names, spec, weights.embedding.device, dtype, group, **how)
+
+
+def _as_quantised(weights: Weights, form: str | None) -> bool:
+    """Return whether weights have the layout that quantising new ones to ``form`` gives, None: no format."""
+    *layers, head = (
+        None if isinstance(x, torch.Tensor) else (x.form, x.group, x.zero is None) for x in weights.matrices()
+    )
+    wanted, wanted_head = (None if x is None else (x, GROUPS.get(x), True) for x in (form, HEADS.get(form, form)))
+    return head == wanted_head and all(each == wanted for each in layers)
 
 
 def _check_finite(reader: TensorReader | StateReader, name: str, shape: tuple[int, ...]) -> None:

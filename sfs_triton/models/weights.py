@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -12,12 +12,15 @@ import torch
 import torch.nn.functional as F
 
 from ..distributed import ALONE, Group
-from ..errors import CheckpointError, require
+from ..errors import CheckpointError, UnsupportedConfigError, require
+from ..files import read_json
 from ..gguf_file import read_header
 from ..ops.dispatch import GROUPS, Matrix, Quantised, quantize
+from ..ops.torch import int4
 from .adapters import AdaptedReader
 from .gguf import GgufReader, config_of
 from .names import resolve
+from .packed import PackedReader, read_packing
 from .reading import TensorReader
 from .spec import ModelSpec
 from .upload import Upload
@@ -55,11 +58,14 @@ class Weights:
 
     @property
     def quantization(self) -> str | None:
-        """Name of the matrices' format; None: plain."""
-        matrix = self.layers[0].qkv
-        if isinstance(matrix, torch.Tensor):
-            return None
-        return matrix.form
+        """Name of the matrices' format, of the first that has one; None: all are plain."""
+        return next((matrix.form for matrix in self.matrices() if isinstance(matrix, Quantised)), None)
+
+    def matrices(self) -> Iterator[Matrix]:
+        """Yield the matrices of all layers, then the head."""
+        for layer in self.layers:
+            yield from (layer.qkv, layer.out, layer.gate_up, layer.down)
+        yield self.head
 
     def plain(self, what: str) -> Weights:
         """Return these weights for code that needs plain tensors; errors call that code ``what``.
@@ -155,10 +161,50 @@ def _check_finite(
             raise CheckpointError(f"{reader.folder}: tensor {part} has NaN or infinities, the first in row {where}")
 
 
-def open_reader(path: Path, stack: ExitStack, dtype: torch.dtype) -> TensorReader | GgufReader:
+def _stored(reader: PackedReader, parts: Sequence[str], axis: int, group: Group, upload: Upload) -> Quantised:
+    """Take matrices of one width that a checkpoint has in 4 bits, stacked, on the device; of each this rank's part.
+
+    Raises:
+        CheckpointError: names the tensor that does not fit, or matrices whose groups differ.
+    """
+    width, size = reader.shape(parts[0])[1], reader.group(parts[0])
+    columns = slice(*(group.share(width) if axis == 1 else (0, width)))
+    check_groups(reader, parts[0], columns, size, "fewer processes have wider parts")
+    groups = slice(columns.start // size, columns.stop // size)
+    heights = [reader.shape(part)[0] for part in parts]
+    mine = [group.share(height) if axis == 0 else (0, height) for height in heights]
+    n_rows, at, most = sum(stop - start for start, stop in mine), 0, max(1, AT_ONCE // width)
+    codes = torch.empty(n_rows, (columns.stop - columns.start) // 2, dtype=torch.uint8, device=upload.device)
+    scales, zeros = [], []
+    for part, (start, stop) in zip(parts, mine, strict=True):
+        scale, zero = reader.scales(part)
+        scales.append(scale[groups, start:stop])
+        zeros.append(
+            torch.full_like(scales[-1], int4.ZERO, dtype=torch.uint8) if zero is None else zero[groups, start:stop]
+        )
+        for first in range(start, stop, most):
+            values = reader.codes(part, first, min(first + most, stop))[:, columns]
+            upload.copy(codes[at : at + len(values)], int4.pack(values, size))
+            at += len(values)
+    scale, zero = torch.cat(scales, 1), torch.cat(zeros, 1)
+    symmetric = bool((zero == int4.ZERO).all())
+    return Quantised(codes, upload.new(scale), None if symmetric else upload.new(zero))
+
+
+def _all_packed(reader: TensorReader, parts: Sequence[str]) -> bool:
+    """Return whether a checkpoint has matrices that belong together in 4 bits; refuse it if it has some of them."""
+    packed = [isinstance(reader, PackedReader) and reader.is_packed(part) for part in parts]
+    if any(packed) and not all(packed):
+        listed = ", ".join(parts)
+        raise UnsupportedConfigError(f"{reader.folder}: of {listed} some are in 4 bits and some are not")
+    return all(packed)
+
+
+def open_reader(path: Path, stack: ExitStack, dtype: torch.dtype) -> TensorReader | GgufReader | PackedReader:
     """Open a folder of safetensors or a GGUF file."""
     if not path.is_file():
-        return TensorReader(path, stack)
+        packing = read_packing(read_json(path / "config.json"))
+        return TensorReader(path, stack) if packing is None else PackedReader(path, stack, packing)
     file = read_header(path)
     return GgufReader(file, config_of(file), dtype)
 
@@ -180,6 +226,8 @@ def load_weights(
     tensor at most. The embedding, of which a step reads few rows, and vectors keep ``dtype``. A tied head becomes a
     separate matrix, since every step reads all of it. With matrices in 4 bits the head is in float8.
 
+    A checkpoint that has matrices in 4 bits keeps them as they are, unless ``quantization`` names 8 bits.
+
     With ``by_column``, plain matrices are stored by columns, which torch's products on a CPU are faster with; a tied
     head is not. Kernels do not take them.
 
@@ -195,6 +243,8 @@ def load_weights(
         reader = open_reader(folder, stack, dtype)
         names = resolve(reader, spec)
         if adapter is not None:
+            if isinstance(reader, PackedReader):
+                raise UnsupportedConfigError(f"{folder}: an adapter cannot be merged into weights in 4 bits")
             reader = AdaptedReader(reader, adapter, stack)
         return assemble(reader, names, spec, device, dtype, group, quantization=quantization, by_column=by_column)
 
@@ -214,11 +264,14 @@ def assemble(
     """Fuse and cast the tensors of a reader on ``device``; or copy them ``into`` weights of the same form."""
 
     upload = Upload(device)
+    head = names["embedding" if spec.tied_head else "head"]
 
     def take(*parts: str, axis: int | None = None) -> torch.Tensor:
         return _fused([reader.read(part, axis, group) for part in parts], upload, dtype)
 
     def matrix(*parts: str, axis: int, form: str | None = quantization) -> Matrix:
+        if (form is None or form in GROUPS) and parts[0] != head and _all_packed(reader, parts):
+            return _stored(reader, parts, axis, group, upload)
         if form is not None:
             return _quantised(reader, parts, axis, group, upload, form)
         return _by_column(take(*parts, axis=axis)) if by_column else take(*parts, axis=axis)
@@ -242,7 +295,6 @@ def assemble(
         embedding = F.pad(embedding, (0, 0, 0, 1))
         tied = embedding[:-1]
     tied_head = spec.tied_head and quantization is None
-    head = names["embedding" if spec.tied_head else "head"]
     return Weights(
         embedding=_placed(embedding, into and into.embedding),
         layers=tuple(_placed(layer(i), into and into.layers[i]) for i in range(spec.n_layers)),

@@ -75,8 +75,8 @@ def test_other_names_are_listed_beside_those_of_the_family(checkpoint):
 @pytest.mark.parametrize(
     ("rename", "kind"),
     [
-        ({Q: Q.replace("weight", "qweight")}, "GPTQ or AWQ"),
-        ({Q: Q.replace("weight", "weight_packed")}, "compressed-tensors"),
+        ({Q: Q.replace("weight", "qweight")}, "GPTQ or AWQ without a quantization_config in config.json that says so"),
+        ({Q: Q.replace("weight", "weight_packed")}, "compressed-tensors without a quantization_config .*"),
         ({"x": Q + ".absmax"}, "bitsandbytes"),
         ({"x": Q + ".quant_state.bitsandbytes__nf4"}, "bitsandbytes"),
         ({"x": Q.replace("weight", "SCB")}, "bitsandbytes"),

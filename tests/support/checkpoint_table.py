@@ -82,13 +82,20 @@ ROWS = (
         ),
     ),
     Row(
-        "GPTQ, AWQ, bitsandbytes, compressed-tensors, fp8",
+        "GPTQ, AWQ (GEMM), compressed-tensors (pack-quantized), all in 4 bits",
+        "any",
+        "small models packed by the tests: equal values; public files were not seen. `desc_act` is refused by name",
+        ("models/test_packed.py::test_values_are_those_that_were_packed",),
+    ),
+    Row(
+        "the same in other bits or layouts, bitsandbytes, fp8",
         "any",
         "refused by name, from `config.json` or from the tensors",
         (
             f"{NAMES}::test_quantised_tensors_are_refused_by_name",
             f"{NAMES}::test_codes_without_scales_are_refused",
             f"{FAMILIES}::test_what_changes_the_computation_is_refused_by_name",
+            "models/test_packed.py::test_configurations_are_refused_by_key",
         ),
     ),
     Row(
