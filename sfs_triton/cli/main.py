@@ -34,7 +34,19 @@ except ImportError:  # main() names the extra in one line; raising here would pr
 DELAY = 0.03
 LARGEST_INPUT = 16 * 2**20  # characters read from stdin: more than any context holds
 # Options of some samplers only; given for another sampler, they are refused by name.
-_SOME = ("preset", "tau_min", "tau_high", "k_max", "window", "tau", "entropy", "bound", "divergence", "steps", "block_length")
+_SOME = (
+    "preset",
+    "tau_min",
+    "tau_high",
+    "k_max",
+    "window",
+    "tau",
+    "entropy",
+    "bound",
+    "divergence",
+    "steps",
+    "block_length",
+)
 BELONGS_TO = {name: tuple(kind for kind in SAMPLERS if name in sampler_options(kind)) for name in _SOME}
 _BLOCKS = ", ".join(f"{kind} {sampler.block_length}" for kind, sampler in SAMPLERS.items() if sampler.block_length)
 _STEPS = f"{', '.join(BELONGS_TO['steps'])}: steps in all, which set how many positions one commits."
