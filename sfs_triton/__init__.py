@@ -8,6 +8,7 @@ from .decoding.caching import DualCache, NoCache, PrefixCache, RefreshCache, Reg
 from .decoding.likelihood import Likelihood, LikelihoodParams
 from .decoding.samplers import (
     KLASS,
+    WINO,
     Credit,
     EntropyBound,
     FixedSteps,
@@ -40,6 +41,7 @@ from .version import __version__  # noqa: F401
 
 __all__ = [
     "KLASS",
+    "WINO",
     "ArgumentError",
     "BackendError",
     "CheckpointError",

@@ -483,6 +483,8 @@ class Engine:
         """Return a sequence of this model whose positions from ``start`` on are decoded, on this engine's device."""
         if params.sampler.end_think_token_ids is not None:
             self._check_end_of_think(params.sampler.end_think_token_ids)
+        verifies = params.sampler.draw().verify  # a position predicted from the one before it would see its own token
+        require(not (verifies and self.spec.shifted), "sampler='wino' does not go with models whose logits are shifted")
         if self.model.device.type == "cpu":
             cache = params.cache.on_cpu(params.sampler, len(canvas) - start)
             params = params if cache is params.cache else replace(params, cache=cache)

@@ -44,6 +44,7 @@ import sfs_triton  # noqa: E402
 from bench.common.testing import brisk_interpreter  # noqa: E402
 from sfs_triton import (  # noqa: E402
     KLASS,
+    WINO,
     Credit,
     EntropyBound,
     FixedSteps,
@@ -216,6 +217,11 @@ def _credit(s: dict) -> Setup | None:
     return Setup(f"dinfer-{s['decoder']}", sampler, s["gen_length"], eos_id=s.get("eos_id"))
 
 
+def _wino(s: dict) -> Setup:
+    tau, back = max(0.0, s["threshold"]), s["threshold_back"]  # no confidence is 0
+    return Setup("wino", WINO(tau=tau, tau_back=back, block_length=s["block_length"]), s["gen_length"])
+
+
 _TAKEN = {"all": "all", "max_conf": "confident", "min_kl": "calm"}
 
 
@@ -309,6 +315,7 @@ NEWER: dict[str, Callable[[dict], Setup | None]] = {
     "localleap_dlmserve": _localleap,
     **dict.fromkeys(("dinfer_credit_llada", "dinfer_credit_dream"), _credit),
     **dict.fromkeys(("klass_llada", "klass_dream"), _klass),
+    "wino_llada": _wino,
     **dict.fromkeys(("dinfer_threshold_llada", "dinfer_threshold_dream"), _credit),
     **dict.fromkeys(("dinfer_hierarchy_llada", "dinfer_hierarchy_dream"), _hierarchy),
     "dinfer_generate_hierarchy": _generate_hierarchy,

@@ -19,12 +19,14 @@ class EarlierSteps:
     Rows are flat, with a spare one behind the last canvas, where rows of the head write that decide nothing.
     ``credits`` are those of tokens. ``hidden [P, d]`` is the state that the head last read at a position, from which
     the distribution can be made again; ``known [P]`` is where there is one. ``divergence [B, L]`` is that of the last
-    look, and ``calm [B, L]`` counts the looks since it was last too large.
+    look, and ``calm [B, L]`` counts the looks since it was last too large. ``probability [B, L]`` is that of the token
+    that a position of the block has, given all others.
     """
 
     def __init__(self, model: Transformer, draw: Draw, block_length: int | None, slots: int, length: int):
         self._length, self._spare, device = length, slots * length, model.device
-        self.credits = self.hidden = None
+        self.credits = self.hidden = self.probability = None
+        self.shadow = _looks(block_length, length) if draw.verify else 0  # positions of a block
         if draw.credit is not None:
             shape = (slots * length + 1, _looks(block_length, length))
             token = torch.full(shape, -1, dtype=torch.int32, device=device)
@@ -36,17 +38,22 @@ class EarlierSteps:
             self.divergence = self._divergence[:-1].view(slots, length)
             self.calm = torch.zeros((slots, length), dtype=torch.int32, device=device)
 
+        if draw.verify:
+            self._probability = torch.zeros(slots * length + 1, device=device)
+            self.probability = self._probability[:-1].view(slots, length)
+
     def tensors(self) -> list[torch.Tensor]:
         """Return all of them."""
         watched = [] if self.hidden is None else [self.hidden, self.known, self._divergence, self.calm]
-        return [*(self.credits or ()), *watched]
+        verified = [] if self.probability is None else [self._probability]
+        return [*(self.credits or ()), *watched, *verified]
 
     @staticmethod
     def bytes_needed(model: Transformer, draw: Draw, block_length: int | None, length: int) -> int:
         """Return the bytes per slot."""
         credits = 0 if draw.credit is None else _looks(block_length, length) * 8  # an id and a float32
         watched = model.spec.d_model * model.dtype.itemsize + 1 + 4 + 4 if draw.divergence else 0
-        return length * (credits + watched)
+        return length * (credits + watched + 4 * draw.verify)
 
     def forget(self, slot: int) -> None:
         """Blank what is kept of a slot, in stream order."""
@@ -92,6 +99,11 @@ class EarlierSteps:
         self.hidden.index_copy_(0, at.flatten(), hidden.flatten(0, 1))
         self.known.index_fill_(0, at.flatten(), True)
         return chosen, before
+
+    def put_probability(self, position: torch.Tensor, batch: torch.Tensor | None, values: torch.Tensor) -> None:
+        """Put ``values [b, n]`` at positions int64 ``[b, n]``, -1 idle, of the canvases ``batch``."""
+        at = _canvas(position, batch) * self._length + position
+        self._probability.index_copy_(0, torch.where(position >= 0, at, self._spare).flatten(), values.flatten())
 
 
 def _canvas(positions: torch.Tensor, batch: torch.Tensor | None) -> torch.Tensor:

@@ -121,6 +121,42 @@ class Transformer:
             h = self._add(gated, layer.down, x, gains[index], counters, to_product=to_product)
         return h
 
+    def forward_shadow(
+        self,
+        tokens: torch.Tensor,
+        position: torch.Tensor,
+        stop: torch.Tensor,
+        cache: KVCache,
+        batch: torch.Tensor | None,
+        counters: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Normalised hidden states ``[b, n, d]`` of ``tokens [b, n]`` that stand at ``position`` int64 ``[b, n]``, -1
+        idle, beside the canvases ``batch``, and are in no cache.
+
+        They attend to one another, and to all cached positions before ``stop [b]`` but their own, so that they see
+        nothing of the token there (WINO). Attention is plain torch, since no kernel has such a mask.
+        """
+        spec, live, length = self.local, position >= 0, cache.k.shape[3]
+        self.ensure_rope_length(length)
+        place, key = position.clamp(min=0), self._position[:length]
+        others = (key < stop[:, None, None]) & (key != position[..., None])
+        seen = torch.cat((others, live[:, None].expand(-1, position.shape[1], -1)), -1)[:, None]
+        counts = {"n_heads": spec.n_heads, "n_kv_heads": spec.n_kv_heads, "counters": counters}
+        gains = [*(layer.attn_norm for layer in self.weights.layers[1:]), self.weights.norm]
+        x = self._embed(tokens, None)
+        h = self.ops.rms_norm(x, self.weights.layers[0].attn_norm, self.spec.norm_eps)
+        for index, layer in enumerate(self.weights.layers):
+            tables = self._cos, self._sin, place
+            q, *fresh = self._rotated_heads(layer, h, layer.qkv, layer.qkv_bias, *tables, **counts)
+            kept = (each if batch is None else each[batch] for each in cache.layer(index))
+            k, v = (torch.cat(pair, 1).transpose(1, 2) for pair in zip(kept, fresh, strict=True))
+            out = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=seen, enable_gqa=True)
+            attended = out.transpose(1, 2).flatten(2)
+            h = self._add(attended, layer.out, x, layer.mlp_norm, counters, to_product=False)
+            gated = self.ops.linear_silu_mul(h, layer.gate_up, counters=counters, **self._own)
+            h = self._add(gated, layer.down, x, gains[index], counters, to_product=False)
+        return h
+
     def _add(
         self,
         x: torch.Tensor,

@@ -24,7 +24,7 @@ from .torch.ends import discourage, put_last, raise_logits, without_ends
 from .torch.fused_linear import product
 from .torch.int8 import int8_speed
 from .torch.linear import FORMATS, GROUPS, Matrix, Quantised, quantize
-from .torch.narrow import CalmOrBest, NearBest
+from .torch.narrow import CalmOrBest, NearBest, Revocable
 from .torch.rope_cache import rope_tables
 
 logger = logging.getLogger("sfs_triton")
@@ -300,6 +300,7 @@ __all__ = [
     "NearBest",
     "Ops",
     "Quantised",
+    "Revocable",
     "check_backend",
     "check_int8",
     "check_kernels",

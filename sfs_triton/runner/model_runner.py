@@ -12,7 +12,7 @@ from ..decoding.params import BatchKey
 from ..decoding.samplers import Sampler
 from ..decoding.step_plan import Forward, Positions, StepOutput, StepPlan
 from ..kernels.control import Progress
-from ..models.cache import Scope, Vectors
+from ..models.cache import KVCache, Scope, Vectors
 from ..models.earlier import EarlierSteps
 from ..models.transformer import Transformer
 from .cuda_graph import launching
@@ -93,7 +93,7 @@ class ModelRunner:
 
     def _allocate_buffers(self, key: BatchKey) -> None:
         model, batch, length = self.model, self.slots, self.length
-        device, make = model.device, self.policy.store
+        device, make = model.device, _store_of(key)
         branches = (2 if self.sampler.cfg_scale else 1) if make else 0
         self.caches = [make(model.local, batch, length, device, model.dtype) for _ in range(branches)]
         self._lists = torch.empty((2, batch * length), dtype=torch.int32, device=device)
@@ -137,7 +137,7 @@ class ModelRunner:
     @staticmethod
     def bytes_needed(model: Transformer, key: BatchKey, slots: int, length: int) -> int:
         """Return the bytes of caches and canvases, without the activations of a step."""
-        store, branches = key.cache.store, 2 if key.sampler.cfg_scale else 1
+        store, branches = _store_of(key), 2 if key.sampler.cfg_scale else 1
         cache = 0 if store is None else branches * store.values(model.local, length) * model.dtype.itemsize
         schedule = 4 * sum(key.sampler.schedule_sizes(length).values())  # float32
         vectors = key.embeds * length * model.spec.d_model * model.dtype.itemsize
@@ -356,13 +356,27 @@ class ModelRunner:
             keys |= self._sampling_of(target, which, batch, raised)
         if self._draw.at_ends:
             keys["ends"] = self._ends
-        if self._narrowing is not None:
+        if self._draw.credit is not None or self._draw.divergence:
             keys |= self.earlier.rows(state.candidate, target, batch, which) | before
         choice = self.model.choose(hidden.flatten(0, 1), self._draw, **keys)
         ops.scatter_choices(state, choice.token, choice.score, target, which=which, row=batch)
         if choice.entropy is not None:
             into = state.choice_entropy
             ops.scatter_choices(state, choice.token, choice.entropy, target, which=which, row=batch, scores=into)
+        if self._draw.verify:
+            self._verify(batch)
+
+    def _verify(self, batch: torch.Tensor | None) -> None:
+        """Note the probabilities of the tokens that the blocks of the slots ``batch`` have, each given all others."""
+        state, tokens = self.state, _of(self.state.tokens, batch)
+        position = _of(state.block_start, batch)[:, None] + state.position[: self.earlier.shadow]
+        position = torch.where(position < _of(state.block_end, batch)[:, None], position, -1)
+        masks = torch.full_like(position, state.mask_id)
+        where = {"batch": batch, "counters": self._counters}
+        hidden = self.model.forward_shadow(masks, position, _of(state.limit, batch), self.caches[0], **where)
+        decided = tokens.gather(1, position.clamp(min=0))
+        loss = self.model.cross_entropy(hidden.flatten(0, 1), decided.flatten())
+        self.earlier.put_probability(position, batch, (-loss).exp())
 
     def _scope(self, shape: Forward, batch: torch.Tensor | None) -> Scope:
         """Return the scope to forward, with its lists and ranges written to fixed buffers."""
@@ -370,7 +384,7 @@ class ModelRunner:
         given = {"batch": batch, "counters": self._counters, "features": shape.features}
         if shape.features is not None:
             given["prompt"] = _of(state.start, batch)
-        elif policy.store is not None:
+        elif self.caches:
             given["store"] = True
             # a whole-canvas step refreshes every cached position; ``list_positions`` notes the same of listed ones
             if shape.positions in (Positions.RANGE, Positions.PREFIX):
@@ -419,6 +433,11 @@ class ModelRunner:
             numbers["raise_by"] = torch.where(target == position, amount, 0.0)
         at = slice(None) if which is None else which.clamp(min=0)
         return {name: value.flatten()[at].contiguous() for name, value in numbers.items()}
+
+
+def _store_of(key: BatchKey) -> type | None:
+    """Return the store that steps need: the cache policy's; to verify decided tokens, at least keys and values."""
+    return KVCache if key.cache.store is None and key.sampler.draw().verify else key.cache.store
 
 
 def _of(x: torch.Tensor, batch: torch.Tensor | None) -> torch.Tensor:

@@ -61,7 +61,7 @@ class Sequence:
             require(not trace, f"grow={grow} does not go with a trace, whose positions count from a part")
             canvas = canvas[: start + grow]
         self.params, self.canvas, self.start, self._mask_id = params, canvas, start, mask_id
-        self.embeds = embeds
+        self.embeds, self._revocable = embeds, params.sampler.draw().verify
         self.batch_key: BatchKey = params.batch_key(trace, frames)._replace(embeds=embeds is not None)
         self.status = Status.WAITING
         self._infilled = infilled
@@ -136,10 +136,14 @@ class Sequence:
 
     @property
     def settled(self) -> int:
-        """Position before which everything is decided."""
-        limit = len(self.canvas) if self.progress is None else self.progress.limit
-        given, commits = self.canvas, self.commit_step
-        return next((p for p in range(self.start, limit) if given[p] == self._mask_id and commits[p] < 0), len(given))
+        """Position before which everything is decided, for good."""
+        at, given, commits = self.progress, self.canvas, self.commit_step
+        limit = end = len(given)
+        if at is not None:
+            limit = at.limit
+        if self._revocable and at is not None and not at.done:
+            limit = end = at.block_start  # what follows may be taken back
+        return next((p for p in range(self.start, limit) if given[p] == self._mask_id and commits[p] < 0), end)
 
     @property
     def fault(self) -> int:
@@ -154,6 +158,7 @@ class Sequence:
     def record(self, slot: int, before: Progress, output: StepOutput) -> bool:
         """Record a step that it has taken in ``slot``, from the progress ``before`` it; return whether to report it."""
         policy, after = self.params.cache, output.progress[slot]
+        firm = self.settled if self._revocable else len(self.canvas)
         covered = policy.covered(before, after.listed)
         recomputed = policy.recomputed(before, covered)
         self.forward_lengths.append(covered)
@@ -169,7 +174,8 @@ class Sequence:
             self._read(output.published["tokens"][slot], output.published["commit_step"][slot])
             now = list(zip(self.commit_step, self.tokens, strict=True))
             self.last_committed = [p for p in range(len(now)) if now[p] != was[p] and now[p][0] >= 0]
-            self.changed |= any(old[0] >= 0 and old[1] != new[1] for old, new in zip(was, now, strict=True))
+            pairs = zip(was[:firm], now[:firm], strict=True)
+            self.changed |= any(old[0] >= 0 and old[1] != new[1] for old, new in pairs)
         return True
 
     def finish(self, final: dict) -> None:

@@ -116,6 +116,7 @@ def test_exports_are_pinned():
         "Stream",
         "Threshold",
         "UnsupportedConfigError",
+        "WINO",
         "load",
     ]
     assert all(hasattr(sfs_triton, name) for name in sfs_triton.__all__)

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 import sfs_triton
 from bench.common.testing import no_host_reads
-from sfs_triton import Engine, FixedSteps, NoCache, RefreshCache, Sampler, SlowFast, Threshold
+from sfs_triton import WINO, Engine, FixedSteps, NoCache, RefreshCache, Sampler, SlowFast, Threshold
 from sfs_triton.decoding.caching import CachePolicy
 from sfs_triton.decoding.params import BatchKey
 from sfs_triton.decoding.step_plan import Forward, Positions
@@ -199,6 +199,14 @@ def test_steps_with_vectors_read_nothing(engines, monkeypatch, execution, cache)
     engine = engine_with(engines["llada-mha"], execution)
     embeds = [([1], torch.zeros(1, engine.spec.d_model)), None, None]
     assert engine.generate(PROMPTS, gen_length=[8, 8, 16], cache=cache, prompt_embeds=embeds) and found
+
+
+@pytest.mark.parametrize(("execution", "cache"), [("exact", "none"), ("padded", "region")])
+def test_steps_that_take_positions_back_read_nothing(engines, monkeypatch, execution, cache):
+    found = _watch(monkeypatch)
+    engine = engine_with(engines["llada-mha"], execution)
+    sampler = WINO(tau=0.05, block_length=8)
+    assert engine.generate(PROMPTS, gen_length=[8, 8, 16], sampler=sampler, cache=cache) and found
 
 
 def test_captured_steps_and_dropped_sequences_read_nothing(engines, monkeypatch):

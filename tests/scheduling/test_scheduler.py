@@ -10,6 +10,7 @@ import torch
 
 from sfs_triton import (
     KLASS,
+    WINO,
     Credit,
     Engine,
     EntropyBound,
@@ -148,6 +149,7 @@ OWN: dict[str, tuple[Sampler, list[dict]]] = {  # parameters in which sequences 
     "open": (MultiBlock(block_length=8), [{"entropy": 2.0}, {"entropy": 0.1}]),
     "credit": (Credit(block_length=8), [{"tau": 0.2}, {"tau": 1.0}]),
     "klass": (KLASS(block_length=8), [{"tau": 0.2, "divergence": 0.5}, {"divergence": 0.1}]),
+    "wino": (WINO(block_length=8), [{"tau": 0.1}, {"tau": 0.05, "tau_back": 0.5}]),
     "fixed": (FixedSteps(steps=8), [{"steps": 3}, {"steps": None}, {"steps": 1, "eps": 0.5}]),
     "drawn": (SlowFast(temperature=0.8), [{"temperature": 0.3}, {"temperature": 2.0}, {"temperature": 1e-6}]),
     "nucleus": (Threshold(block_length=8, temperature=1.0, top_p=0.9), [{"top_p": 0.4}, {"temperature": 3.0}]),
@@ -160,8 +162,8 @@ OWN: dict[str, tuple[Sampler, list[dict]]] = {  # parameters in which sequences 
 )
 def test_sequences_of_other_settings_share_a_batch(engines, name, execution):
     sampler, changes = OWN[name]
-    rng = random.Random(name)
-    engine = engine_with(engines["dream-gqa"], execution)
+    rng, model = random.Random(name), "llada-gqa" if name == "wino" else "dream-gqa"
+    engine = engine_with(engines[model], execution)
     samplers = [sampler, *(sampler.replace(**change) for change in changes)]
     sequences = [sequences_of(engine, asked(rng, 1, engine.spec.mask_id), each, trace=True)[0] for each in samplers * 2]
     scheduler = scheduler_of(engine, sequences, slots=3, most=1)
@@ -172,7 +174,7 @@ def test_sequences_of_other_settings_share_a_batch(engines, name, execution):
     run_out(scheduler)
     assert together == 3
     found = results(engine, sequences)
-    assert_same(found, [alone(engines["dream-gqa"], one) for one in sequences])
+    assert_same(found, [alone(engines[model], one) for one in sequences])
     for one, mine in zip(sequences, found, strict=True):
         wanted = reference(engine, one.canvas, one.start, one.params.sampler, one.params.seed)
         assert compare(mine, wanted) is None, one.params.sampler

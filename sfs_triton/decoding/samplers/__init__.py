@@ -10,6 +10,7 @@ from .local_leap import LocalLeap
 from .multi_block import MultiBlock
 from .slowfast import PRESETS, SlowFast
 from .threshold import Threshold
+from .wino import WINO
 
 # Names on the command line, in requests and in evaluations; ``vanilla`` is one token per step.
 SAMPLERS: dict[str, type[Sampler]] = {
@@ -21,6 +22,7 @@ SAMPLERS: dict[str, type[Sampler]] = {
     "hierarchy": Hierarchy,
     "credit": Credit,
     "klass": KLASS,
+    "wino": WINO,
     "fixed": FixedSteps,
     "vanilla": FixedSteps,
 }
@@ -33,6 +35,7 @@ __all__ = [
     "PRESETS",
     "PRESET_NAMES",
     "SAMPLERS",
+    "WINO",
     "Credit",
     "EntropyBound",
     "FixedSteps",

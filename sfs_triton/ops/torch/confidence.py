@@ -24,7 +24,8 @@ class Draw:
     """Rules for drawing a token from its logits and scoring it. The numbers are per sequence: its temperature, with
     ``noise``, and its share of the probability, with ``nucleus``. Without noise the largest wins; ties go to the lowest
     id. ``entropy``: the entropy is wanted beside the score. ``eos``, ``eos_penalty``: those of a sampler. ``credit``:
-    earlier predictions raise logits. ``divergence``: that from the position's last distribution is wanted."""
+    earlier predictions raise logits. ``divergence``: that from the position's last distribution is wanted.
+    ``verify``: so are the probabilities of the tokens that the block has."""
 
     metric: str = "confidence"
     noise: bool = False
@@ -36,6 +37,7 @@ class Draw:
     eos_penalty: float = 0.0
     credit: CreditRules | None = None
     divergence: bool = False
+    verify: bool = False
 
     @property
     def by_head(self) -> bool:

@@ -47,3 +47,37 @@ class CalmOrBest:
         best = rank_by_score(scores) < self.least
         chosen = torch.where(ready.any(1, keepdim=True), ready, best)
         state.candidate.logical_and_(chosen | scores.isnan())
+
+
+@dataclass(frozen=True)
+class Revocable:
+    """Keep the candidates over ``tau_low``, at most ``share`` of all and at most ``most``, or else the best one.
+
+    Where these are two or more, positions of the block that earlier steps committed and whose token ``earlier`` finds
+    less probable than ``bound`` become undecided again: fewer than the row's last step committed, the least probable
+    ones (``most_back`` before a block's second step). ``state.quota`` carries that count.
+    """
+
+    share: float = 0.7
+    least: int = 5  # limit of the share, from below
+    most: int = 20
+    most_back: int = 30
+
+    def narrow(self, state, earlier) -> None:
+        scores = candidate_scores(state)
+        bad, rank = scores.isnan(), rank_by_score(scores)
+        limit = (state.candidate.sum(1).double() * self.share).long().clamp(self.least, self.most)
+        kept = state.candidate & ((rank == 0) | (scores > state.tau_low[:, None]) & (rank < limit[:, None]))
+        count = kept.sum(1)
+        first, stop = state.block_start[:, None], state.block_end[:, None]
+        decided = (state.commit_step >= 0) & (state.position >= first) & (state.position < stop)
+        back = decided & (earlier.probability < state.bound[:, None]) & ((count > 1) & ~bad.any(1))[:, None]
+        fewest = torch.where(state.stage_step == 0, self.most_back, state.quota) - 1
+        order = rank_by_score((-earlier.probability).masked_fill(~back, float("-inf")))
+        back &= order < fewest[:, None]
+        state.tokens.masked_fill_(back, state.mask_id)
+        state.commit_step.masked_fill_(back, -1)
+        state.masked.logical_or_(back)
+        state.dirty.logical_or_(back)
+        state.quota.copy_(torch.where(count > 0, count, state.quota))
+        state.candidate.logical_and_(kept | bad)
