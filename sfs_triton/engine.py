@@ -520,8 +520,8 @@ class Engine:
 
         Models with shifted logits predict it from no position that a list could hold.
         """
-        fine = not self.spec.shifted or cache.name != "region"
-        require(fine, f"cache='region': {why}, and this model predicts the first position from none; use 'none'")
+        fine = not self.spec.shifted or not cache.by_list
+        require(fine, f"cache={cache.name!r}: {why}, and this model predicts the first position from none; use 'none'")
 
     def codec(self, purpose: str) -> TextCodec:
         """Return the text codec; raise ArgumentError if there is none, naming the ``purpose`` that needs it."""

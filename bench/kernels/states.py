@@ -30,7 +30,7 @@ def decode_state(
         mask_id=mask_id,
         eos_id=eos_id,
         window=getattr(sampler, "window", 1),
-        block_length=getattr(sampler, "block_length", None),
+        block_length=sampler.block_length,
         seeds=[0] * batch,
         caps=[2**31] * batch,
         sampling=sampler.sampling_values(),

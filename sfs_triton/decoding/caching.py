@@ -40,6 +40,7 @@ class CachePolicy:
     name: ClassVar[str]
     by_block: ClassVar[bool] = False
     by_prompt: ClassVar[bool] = False  # padded shapes depend on prompt lengths
+    by_list: ClassVar[bool] = False  # most steps forward a list of positions, which may be a part of those they decide
     store: ClassVar[type | None] = None
     to_span_end: ClassVar[bool] = False
     block: ClassVar[str | None] = None
@@ -247,6 +248,7 @@ class RegionCache(CachePolicy):
     rotate: bool = True
 
     name = "region"
+    by_list = True
     store = KVCache
 
     def __post_init__(self) -> None:

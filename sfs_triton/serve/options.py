@@ -199,7 +199,7 @@ def _length(
         message = f"{what}, which leaves no room for an answer: the context is {context}"
         raise too_long(message, "suffix" if after > before else first)
     most = min(room, settings.max_tokens or room)
-    block = None if after else getattr(sampler, "block_length", None)
+    block = None if after else sampler.block_length
     if wanted is None:
         wanted = min(most, settings.default_tokens)
         if block is None:

@@ -202,7 +202,7 @@ class Watcher:
             engine.spec.mask_id,
             engine.spec.end_ids,
             isinstance(sampler, SlowFast),
-            getattr(sampler, "block_length", None),
+            sampler.block_length,
         )
         self.view = View(self.canvas, engine, ASCII if self.console.options.ascii_only else Glyphs())
         self._delay, self._title, self._printed = delay, title, 0

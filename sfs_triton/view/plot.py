@@ -105,7 +105,7 @@ def _draw_commits(axes: Axes, trace: list[StepTrace], length: int) -> None:
 
 def _draw_spans(axes: Axes, trace: list[StepTrace], sampler: Sampler, length: int) -> None:
     """Draw the edges of ``[s, e)`` per step, and a line at the start of each cycle (or block)."""
-    block_length = getattr(sampler, "block_length", None) or length
+    block_length = sampler.block_length or length
     for name, dashes in (("s", "solid"), ("e", "dashed")):
         lines: list[list[tuple[float, float]]] = []
         for row, step in enumerate(trace, start=1):

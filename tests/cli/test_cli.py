@@ -316,7 +316,7 @@ def test_canvas_follows_the_trace(engine, sampler, eos_stop):
         MASK,
         engine.spec.end_ids,
         staged=isinstance(sampler, SlowFast),
-        block_length=getattr(sampler, "block_length", None),
+        block_length=sampler.block_length,
     )
     for frame, step in zip(frames, result.trace, strict=True):
         canvas.update(frame)

@@ -307,7 +307,7 @@ def cases(
         )  # such a model cannot predict the first position from a list
         canvases = [_punched(draw, prompt, spec.mask_id, keep, longest) for prompt in prompts]
         return Case(model, canvases, None, sampler, policy, seeds)
-    unit = getattr(sampler, "block_length", None) or 1
+    unit = sampler.block_length or 1
     if settled and isinstance(sampler, Threshold) and sampler.steps is not None:
         sampler = sampler.replace(steps=draw(st.sampled_from([n for n in range(1, unit + 1) if unit % n == 0])))
     lengths = [unit * draw(st.integers(1, max(1, longest // unit))) for _ in range(count)]

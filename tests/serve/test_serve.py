@@ -184,7 +184,7 @@ def test_frames_rebuild_every_step(server, embedded, text, sampler, cache):
     canvas, closed = [first["mask_id"]] * 32, None
     for frame, step in zip(steps, wanted.trace, strict=True):
         assert (frame["step"], frame["phase"], frame["cycle"]) == (step.step, step.phase, step.cycle)
-        offset = step.block * (getattr(mine, "block_length", None) or 0)
+        offset = step.block * (mine.block_length or 0)
         assert frame["span"] == [offset + step.s, None if step.e is None else offset + step.e]
         assert [c["position"] for c in frame["committed"]] == step.committed
         for commit in frame["committed"]:

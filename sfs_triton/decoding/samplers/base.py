@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from ...errors import check_choice, check_flag, check_integer, check_number, require
-from ...kernels.rules import BlockRules
+from ...kernels.rules import BlockRules, CycleRules
 from ...ops.dispatch import CalmOrBest, Draw, NearBest, Revocable
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ MOST_IDS = 64  # of a sequence that ends the thinking
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sampler:
+class Sampler(ABC):
     """Parameters that all samplers share.
 
     Args:
@@ -155,8 +155,18 @@ class Sampler:
         """Most positions that a step may commit; None if the canvas is the limit."""
         return self.block_length
 
-    def check_cache(self, policy) -> None:
+    def check_cache(self, policy) -> None:  # noqa: B027  most samplers work with every one
         """Refuse a cache policy that does not work with this sampler."""
+
+    @abstractmethod
+    def rules(
+        self, opening: str = "normal", *, look_ahead: int = 0, partial: bool = False, span_cap: int | None = None
+    ) -> BlockRules | CycleRules:
+        """Return the rules of the state machine; arguments come from the cache policy."""
+
+    @abstractmethod
+    def step_cap(self, length: int) -> int:
+        """Return a step limit for ``length`` positions: more than it can take."""
 
     @property
     def least_length(self) -> int:
@@ -174,7 +184,7 @@ class Sampler:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BlockSampler(Sampler, ABC):
+class BlockSampler(Sampler):
     """Base of samplers that decode block by block.
 
     Args:

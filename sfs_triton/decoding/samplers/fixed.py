@@ -15,12 +15,12 @@ FIXED_METRICS = ("confidence", "maskgit_plus", "topk_margin", "entropy", "origin
 
 
 def check_counts(sampler: BlockSampler, policy) -> None:
-    """Refuse a region cache that may list only a part of a block, of which a schedule counts all positions."""
-    if policy.name == "region":
+    """Refuse a cache that may list only a part of a block, of which a schedule counts all positions."""
+    if policy.by_list:
         block = sampler.block_length
         require(
             block is not None and 2 * block < policy.most,
-            f"block_length={block} does not go with cache='region', capacity={policy.most}: a fixed schedule "
+            f"block_length={block} does not go with cache={policy.name!r}, capacity={policy.most}: a fixed schedule "
             "(samplers 'fixed' and 'vanilla', or steps) counts what a step commits over a whole block, so set "
             f"block_length below {policy.most / 2:g}",
         )
