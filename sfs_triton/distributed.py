@@ -235,7 +235,7 @@ def joined() -> bool:
     return distributed.is_available() and distributed.is_initialized()
 
 
-def check_size(size: object) -> None:
+def check_processes(size: object) -> None:
     """Raise :class:`~sfs_triton.errors.ArgumentError` unless ``size`` is a number of processes."""
     check_integer("tensor_parallel", size)
     if size > 1:
@@ -248,7 +248,7 @@ def check_started(size: int) -> None:
     Raises:
         ArgumentError: says how many there are.
     """
-    check_size(size)
+    check_processes(size)
     _, there = world()
     require(
         there == size,
@@ -282,7 +282,7 @@ def join(
         ArgumentError: ``size`` is no such number, or processes were not started for it.
         RankFailure: the others have not connected in time.
     """
-    check_size(size)
+    check_processes(size)
     if size == 1:
         return ALONE
     rank, there = world()

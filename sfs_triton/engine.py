@@ -39,7 +39,6 @@ from .text.codec import TextCodec
 
 logger = logging.getLogger("sfs_triton")
 
-QUANTIZATIONS = tuple(FORMATS)
 ASKED = "as asked for, or the default of the device"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -122,8 +121,8 @@ def _load(
         check_choice("dtype", dtype, DTYPES)
         dtype = DTYPES[dtype]
     require(dtype in DTYPES.values(), f"dtype={dtype!r} is not one of {tuple(DTYPES)}")
-    fine = quantization in (None, *QUANTIZATIONS)
-    require(fine, f"quantization={quantization!r} is not one of {QUANTIZATIONS}, or None")
+    fine = quantization in (None, *FORMATS)
+    require(fine, f"quantization={quantization!r} is not one of {tuple(FORMATS)}, or None")
     if quantization == "int8":
         check_int8(device, backend)
     checkpoint = open_checkpoint(path_or_hub_id, **source)

@@ -18,9 +18,9 @@ from ..decoding.caching import POLICIES
 from ..decoding.params import DecodingParams, parse_cache, parse_sampler, sampler_options
 from ..decoding.samplers import ENDS, PRESET_NAMES, SAMPLERS, Sampler
 from ..distributed import Group, check_started, join, joined, world
-from ..engine import DTYPES, QUANTIZATIONS, Engine, Frame, Generation, load
+from ..engine import DTYPES, Engine, Frame, Generation, load
 from ..errors import ArgumentError, MissingDependencyError, SfsError, require
-from ..ops.dispatch import BACKENDS
+from ..ops.dispatch import BACKENDS, FORMATS
 from ..text.codec import check_size, check_unicode
 from ..version import __version__
 from ..view.printable import printable, printable_json
@@ -119,9 +119,7 @@ class CommandOptions:
     ] = True
     device: Annotated[str | None, typer.Option(help="Device. Default: a GPU, if any.", show_default=False)] = None
     dtype: Annotated[str | None, typer.Option(metavar="|".join(DTYPES), help="Data type. Default: by device.")] = None
-    quantization: Annotated[
-        str | None, typer.Option(metavar="|".join(QUANTIZATIONS), help="Weights. Default: none.")
-    ] = None
+    quantization: Annotated[str | None, typer.Option(metavar="|".join(FORMATS), help="Weights. Default: none.")] = None
     backend: Annotated[
         str | None, typer.Option(metavar="|".join(BACKENDS), help="Kernel back end. Default: see sfs doctor.")
     ] = None

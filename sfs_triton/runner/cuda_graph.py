@@ -58,7 +58,7 @@ def capture_graph(runner: ModelRunner, shape: Forward) -> Callable[[], None]:
     torch._C._cuda_clearCublasWorkspaces()
     reserved = torch.cuda.memory_reserved(device)
     graph = torch.cuda.CUDAGraph(keep_graph=True)
-    how = {"pool": runner.pool, "stream": _stream(device), "capture_error_mode": "thread_local"}
+    how = {"pool": runner.pool, "stream": _capture_stream(device), "capture_error_mode": "thread_local"}
     try:
         # the outer context restores the stream: a failed capture leaves its own as the current one
         with torch.cuda.stream(torch.cuda.current_stream(device)), torch.inference_mode(False):
@@ -83,5 +83,5 @@ def _end_allocation(device: torch.device, pool: tuple[int, int]) -> None:
 
 
 @functools.cache
-def _stream(device: torch.device) -> torch.cuda.Stream:
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)

@@ -18,7 +18,7 @@ def working(device: torch.device, wait: bool = False) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    stream, callers = _stream(device), torch.cuda.current_stream(device)
+    stream, callers = _own_stream(device), torch.cuda.current_stream(device)
     if wait and callers != stream:
         stream.wait_stream(callers)
     with torch.cuda.stream(stream):
@@ -26,5 +26,5 @@ def working(device: torch.device, wait: bool = False) -> Iterator[None]:
 
 
 @functools.cache
-def _stream(device: torch.device) -> torch.cuda.Stream:
+def _own_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)

@@ -78,7 +78,7 @@ class BatchPool:
         self.spare: list[PersistentBatch] = []  # longest unused first
         # not held while anything is freed, which may run any code
         self._lock = threading.Lock()
-        self._spare_bytes = _spare_bytes(choice.model) if spare_bytes is None else spare_bytes
+        self._spare_bytes = _usual_spare(choice.model) if spare_bytes is None else spare_bytes
 
     def take(self, key: BatchKey, slots: int, bounds: BatchBounds) -> PersistentBatch:
         """Return a persistent batch prepared for sequences within ``bounds``.
@@ -134,7 +134,7 @@ class BatchPool:
         return ModelRunner.bytes_needed(self._choice.model, key, slots, bounds.length)
 
 
-def _spare_bytes(model: Transformer) -> int:
+def _usual_spare(model: Transformer) -> int:
     if model.group.size > 1:
         return 0  # ranks allocate together, so all must keep the same
     device = model.device

@@ -15,9 +15,9 @@ from ..decoding.caching import POLICIES
 from ..decoding.params import parse_cache, parse_sampler
 from ..decoding.samplers import PRESET_NAMES, SAMPLERS
 from ..distributed import world
-from ..engine import DTYPES, QUANTIZATIONS, load
+from ..engine import DTYPES, load
 from ..errors import ArgumentError, MissingDependencyError, require
-from ..ops.dispatch import BACKENDS
+from ..ops.dispatch import BACKENDS, FORMATS
 from .settings import ServeSettings
 
 KEY_VARIABLE = "SFS_API_KEY"
@@ -53,9 +53,7 @@ def serve(
     grace: Annotated[float, typer.Option(help="Seconds to finish requests at shutdown.")] = _LIMITS.grace,
     device: Annotated[str | None, typer.Option(help="Device. Default: a GPU, if any.", show_default=False)] = None,
     dtype: Annotated[str | None, typer.Option(metavar="|".join(DTYPES), help="Data type. Default: by device.")] = None,
-    quantization: Annotated[
-        str | None, typer.Option(metavar="|".join(QUANTIZATIONS), help="Weights. Default: none.")
-    ] = None,
+    quantization: Annotated[str | None, typer.Option(metavar="|".join(FORMATS), help="Weights. Default: none.")] = None,
     backend: Annotated[
         str | None, typer.Option(metavar="|".join(BACKENDS), help="Kernel back end. Default: see sfs doctor.")
     ] = None,

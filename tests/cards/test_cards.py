@@ -7,15 +7,15 @@ import pytest
 from bench.cost.cost_model import CEILINGS
 from sfs_triton.cards import CARDS, RESERVED, WEIGHT_BYTES, canvases_that_fit, model_bytes, step_seconds
 from sfs_triton.decoding.caching import NoCache, RefreshCache, RegionCache
-from sfs_triton.engine import QUANTIZATIONS
 from sfs_triton.models.geometries import REAL
+from sfs_triton.ops.dispatch import FORMATS
 
 LLADA = REAL["llada-8b"]
 
 
 def test_every_format_of_weights_has_a_size():
     """But for int8, which is for CPUs."""
-    assert WEIGHT_BYTES.keys() == {None, *QUANTIZATIONS} - {"int8"}
+    assert WEIGHT_BYTES.keys() == {None, *FORMATS} - {"int8"}
 
 
 def test_the_cost_model_has_the_same_card():

@@ -151,7 +151,7 @@ class Gpu:
         monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda keep_graph: self)
         for name in ("_cuda_clearCublasWorkspaces", "_cuda_endAllocateToPool"):
             monkeypatch.setattr(torch._C, name, self._noted(name), raising=False)
-        monkeypatch.setattr(cuda_graph, "_stream", lambda device: "side")
+        monkeypatch.setattr(cuda_graph, "_capture_stream", lambda device: "side")
 
     def _noted(self, name: str):
         def call(*given):
@@ -205,7 +205,7 @@ def test_a_capture_that_is_invalidated_leaves_no_allocation_to_its_pool(monkeypa
 def test_work_has_a_stream_of_its_own_behind_the_callers(monkeypatch):
     waited, entered = [], []
     own = SimpleNamespace(wait_stream=waited.append)
-    monkeypatch.setattr(stream, "_stream", lambda device: own)
+    monkeypatch.setattr(stream, "_own_stream", lambda device: own)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "the caller's")
     monkeypatch.setattr(torch.cuda, "stream", lambda given: entered.append(given) or nullcontext())
     for wait in (True, False):
