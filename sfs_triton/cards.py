@@ -17,7 +17,8 @@ RESERVED = 2 * 2**30  # of a card, for the driver's context, workspaces and capt
 
 @dataclass(frozen=True)
 class Card:
-    """Memory and peak rates of a card. ``bandwidth`` is as a copy reaches it: bytes read and written per second."""
+    """Memory and peak rates of a card. ``bandwidth`` is what a copy is taken to reach: bytes read and written per
+    second."""
 
     memory: int
     bandwidth: float
@@ -46,7 +47,7 @@ CARDS = {
         141 * _GB,
         4.3e12,
         184 * 4.3e12,
-        "one H200, 4.3 TB/s as a copy reaches them, products weight-bound up to 184 rows (so 791 TFLOP/s)",
+        "one H200, taken to copy 4.3 TB/s and to be bound by weights up to 184 rows of a product (so 791 TFLOP/s)",
     ),
     "b200": Card(180 * _GB, 7.2e12, 2250e12, _SHEET),
 }

@@ -18,7 +18,8 @@ from .errors import CheckpointError
 
 MAGIC, VERSIONS = b"GGUF", (2, 3)
 MOST_HEADER = 2**28  # bytes
-MOST_VALUES, MOST_TENSORS, MOST_STRING = 2**20, 2**16, 2**24
+MOST_KEYS, MOST_TENSORS = 2**16, 2**16
+MOST_VALUES, MOST_STRING = 2**20, 2**24  # of an array; bytes
 NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
 ALIGNMENT = 32  # of tensors, unless general.alignment says otherwise
@@ -70,7 +71,7 @@ def read_header(path: Path) -> GgufFile:
         if version not in VERSIONS:
             raise CheckpointError(f"{path}: version {version} is not one of {VERSIONS} (little-endian)")
         cursor.limit("tensors", n_tensors, MOST_TENSORS)
-        cursor.limit("metadata values", n_values, MOST_TENSORS)
+        cursor.limit("metadata values", n_values, MOST_KEYS)
         metadata: dict[str, Any] = {}
         for _ in range(n_values):
             key = cursor.string("a metadata key")

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ..distributed import Vocabulary
-from ..errors import ArgumentError, BackendError, MissingDependencyError, check_choice, require
+from ..errors import ArgumentError, BackendError, MissingDependencyError, check_choice, first_line, require
 from .torch import blocks, sharded
 from .torch.confidence import Choice, Draw, filter_logits, score_of
 from .torch.credit import CreditRules, Credits
@@ -246,8 +246,7 @@ def check_kernels(device: torch.device) -> None:
     try:
         publish([], [], counter, published)
     except Exception as error:  # of whatever Triton calls: compilers, linkers, drivers
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise BackendError(f"Triton's kernels cannot run on device {str(device)!r}: {reason}") from error
+        raise BackendError(f"Triton's kernels cannot run on device {str(device)!r}: {first_line(error)}") from error
 
 
 def check_int8(device: torch.device, backend: str | None) -> None:

@@ -266,7 +266,8 @@ class ExecutionChoice:
         """Replace a pair that has failed by the one below it, for all generations; return False if there is none."""
         pinned = self._pinned or model.backend == "torch"
         bottom = execution is self._eager and pinned
-        if bottom or pinned and isinstance(error, KernelError) and model.backend == "triton" or model.group.size > 1:
+        asked_for = pinned and isinstance(error, KernelError) and model.backend == "triton"
+        if bottom or asked_for or model.group.size > 1:
             return False
         with self._lock:
             first = self.model is model and self.current is execution

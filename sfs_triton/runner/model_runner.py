@@ -21,7 +21,7 @@ from .host_ring import HostRing
 from .prompt_embeds import PromptEmbeds
 from .state import DecodeState, send
 
-CANVAS_BYTES = 130  # bytes per position of a canvas: decode state and published copies
+CANVAS_BYTES = 130  # estimate per position of a canvas: decode state on the device, and copies in the host's rings
 _SLEPT, _LONGEST_SLEEP = 0.8, 0.05  # part of a step's last duration that the next wait for one sleeps; seconds
 _ABANDONED: list[HostRing] = []  # a device that still runs may write there, so the memory is never freed
 

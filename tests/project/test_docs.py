@@ -441,7 +441,7 @@ def test_table_of_presets():
     differ = {
         field.name
         for field in fields(PRESETS["paper"])
-        if field.name != "name" and len({getattr(preset, field.name) for preset in PRESETS.values()}) > 1
+        if len({getattr(preset, field.name) for preset in PRESETS.values()}) > 1
     }
     assert {row[0].strip("`") for row in rows} == differ
     for setting, *cells in rows:
