@@ -321,7 +321,7 @@ class Setting:
     def key(self, name: str) -> BatchKey:
         """Return the batch key of a policy with its sampler."""
         policy = self.policy(name)
-        return BatchKey(self.sampler(policy).batch_key(), policy)
+        return BatchKey(self.sampler(policy).blanked(), policy)
 
     @property
     def middle(self) -> int:

@@ -111,7 +111,7 @@ class DecodingParams:
 
     def batch_key(self, trace: bool = False, frames: bool = False) -> BatchKey:
         """Return the key of the persistent batches in which these parameters can be decoded."""
-        return BatchKey(self.sampler.batch_key(), self.cache, trace, frames)
+        return BatchKey(self.sampler.blanked(), self.cache, trace, frames)
 
     def to_dict(self) -> dict[str, Any]:
         """Return all parameters, ready for JSON."""

@@ -136,7 +136,7 @@ def compared_steps(spec: ModelSpec, sizes: Sizes) -> Iterator[Steps]:
 
 def run(model: Transformer, steps: Steps, execution: Execution) -> Iterator[ModelRunner]:
     """Run steps; yield the runner after each."""
-    key = BatchKey(steps.sampler.batch_key(), steps.cache)
+    key = BatchKey(steps.sampler.blanked(), steps.cache)
     prompts, responses = zip(*steps.canvases, strict=True)
     longest, response = max(map(sum, steps.canvases)), max(responses)
     length = execution.canvas_length(longest, model.spec.max_length)
@@ -184,7 +184,7 @@ def check_whole_steps(model: Transformer, cache: CachePolicy, sizes: Sizes, repo
     """
     length = min(sizes.timed_canvas, model.spec.max_length)
     canvas = (length // 2, length - length // 2)
-    key = BatchKey(SlowFast().batch_key(), cache)
+    key = BatchKey(SlowFast().blanked(), cache)
     runners = {}
     for backend in ("torch", "triton"):
         by = model.by(backend)

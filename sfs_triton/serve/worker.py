@@ -56,7 +56,7 @@ class Worker:
         self._engine, self._settings, self._observer = engine, settings, observer or EngineObserver()
         most = engine.spec.max_length
         memory = settings.cache_memory or _half_of_what_is_free(engine.model.device)
-        self._key = BatchKey(settings.sampler.batch_key(), settings.cache, trace=False, frames=True)  # of the defaults
+        self._key = BatchKey(settings.sampler.blanked(), settings.cache, trace=False, frames=True)  # of the defaults
         least = engine.batches.bytes_needed(self._key, 1, least_bounds(most))
         require(memory is None or least <= memory, f"cache_memory={memory}: the shortest canvas takes {least} bytes")
         self._scheduler = Scheduler(

@@ -100,7 +100,7 @@ def _with_others(case: Case, when: dict) -> Case:
     if sampler.has_nucleus:
         changes["top_p"] = sampling["top_p"]
     changed = sampler.replace(**changes)
-    assert changed.batch_key() == sampler.batch_key()
+    assert changed.blanked() == sampler.blanked()
     return replace(case, sampler=changed)
 
 

@@ -207,15 +207,15 @@ APART: dict[str, tuple[Sampler, list[dict]]] = {
 def test_every_other_setting_is_part_of_the_batch_key():
     for sampler, changes in APART.values():
         for change in changes:
-            assert sampler.replace(**change).batch_key() != sampler.batch_key(), change
+            assert sampler.replace(**change).blanked() != sampler.blanked(), change
     for sampler, changes in OWN.values():
         for change in changes:
-            assert sampler.replace(**change).batch_key() == sampler.batch_key(), change
+            assert sampler.replace(**change).blanked() == sampler.blanked(), change
     told = {name for sampler, changes in (*OWN.values(), *APART.values()) for change in changes for name in change}
-    assert SlowFast(grow=8).batch_key() == SlowFast().batch_key()
+    assert SlowFast(grow=8).blanked() == SlowFast().blanked()
     assert told | {"grow"} == {field.name for kind in samplers.SAMPLERS.values() for field in fields(kind)}
     assert {name for kind in samplers.SAMPLERS.values() for name in kind().sampling_values()} == {*SAMPLING}
-    assert Threshold(top_p=1.0).batch_key() == Threshold().batch_key(), "it leaves nothing out"
+    assert Threshold(top_p=1.0).blanked() == Threshold().blanked(), "it leaves nothing out"
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -328,7 +328,7 @@ def test_no_kind_starves(engines, most):
         scheduler.step()
     assert rare.finished
     assert_same(rare.result(engine.spec, None), alone(engine, rare))
-    keys = [sampler.batch_key() for sampler in crowd]
+    keys = [sampler.blanked() for sampler in crowd]
     for _ in range(200):
         if any(batch.key.sampler in keys for batch in scheduler._open):
             break

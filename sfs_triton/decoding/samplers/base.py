@@ -127,7 +127,7 @@ class Sampler(ABC):
         """True if ``top_p`` is below 1."""
         return self.top_p is not None and self.top_p < 1
 
-    def batch_key(self) -> Sampler:
+    def blanked(self) -> Sampler:
         """Return this sampler with its per-sequence numbers (:meth:`sampling_values`) blanked.
 
         Sequences can share a batch if these are equal."""

@@ -37,8 +37,8 @@ class EntropyBound(BlockSampler):
     def draw(self) -> Draw:
         return replace(super().draw(), metric=self.metric, entropy=True)
 
-    def batch_key(self) -> EntropyBound:
-        return replace(super().batch_key(), bound=0.0)
+    def blanked(self) -> EntropyBound:
+        return replace(super().blanked(), bound=0.0)
 
     def sampling_values(self) -> dict[str, float]:
         return super().sampling_values() | {"bound": self.bound}

@@ -56,9 +56,9 @@ class FixedSteps(BlockSampler):
     def check_cache(self, policy) -> None:
         check_counts(self, policy)
 
-    def batch_key(self) -> FixedSteps:
+    def blanked(self) -> FixedSteps:
         """Blank the number of steps as well, unless steps follow a time schedule."""
-        form = super().batch_key()
+        form = super().blanked()
         return replace(form, steps=None, eps=FixedSteps.eps) if self.metric == "confidence" else form
 
     def draw(self) -> Draw:

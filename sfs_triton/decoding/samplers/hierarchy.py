@@ -32,8 +32,8 @@ class Hierarchy(BlockSampler):
             check_number("tau_low", self.tau_low)
             require(self.tau_low <= self.tau, f"tau_low={self.tau_low!r} is above tau={self.tau!r}")
 
-    def batch_key(self) -> Hierarchy:
-        return replace(super().batch_key(), tau=1.0, tau_low=None)
+    def blanked(self) -> Hierarchy:
+        return replace(super().blanked(), tau=1.0, tau_low=None)
 
     def sampling_values(self) -> dict[str, float]:
         low = -math.inf if self.tau_low is None else self.tau_low

@@ -42,9 +42,9 @@ class LocalLeap(BlockSampler):
         if self.steps is not None:
             check_counts(self, policy)
 
-    def batch_key(self) -> LocalLeap:
+    def blanked(self) -> LocalLeap:
         steps = None if self.steps is None else 1
-        return replace(super().batch_key(), tau=1.0, tau_near=1.0, steps=steps)
+        return replace(super().blanked(), tau=1.0, tau_near=1.0, steps=steps)
 
     def sampling_values(self) -> dict[str, float]:
         return super().sampling_values() | {"tau": self.tau, "tau_low": self.tau_near}

@@ -48,8 +48,8 @@ class MultiBlock(BlockSampler):
     def draw(self) -> Draw:
         return replace(super().draw(), metric="entropy")
 
-    def batch_key(self) -> MultiBlock:
-        return replace(super().batch_key(), entropy=0.0)
+    def blanked(self) -> MultiBlock:
+        return replace(super().blanked(), entropy=0.0)
 
     def sampling_values(self) -> dict[str, float]:
         return super().sampling_values() | {"tau": -self.entropy}  # scores are negative entropies

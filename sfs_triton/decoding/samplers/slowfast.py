@@ -84,8 +84,8 @@ class SlowFast(Sampler):
             "stage with the step that becomes stable",
         )
 
-    def batch_key(self) -> SlowFast:
-        return replace(super().batch_key(), tau_min=1.0, tau_high=1.0, tau_slow=None)
+    def blanked(self) -> SlowFast:
+        return replace(super().blanked(), tau_min=1.0, tau_high=1.0, tau_slow=None)
 
     def sampling_values(self) -> dict[str, float]:
         never = math.inf if self.tau_slow is None else self.tau_slow

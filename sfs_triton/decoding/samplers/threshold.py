@@ -45,8 +45,8 @@ class Threshold(BlockSampler):
     def draw(self) -> Draw:
         return replace(super().draw(), metric=self.metric)
 
-    def batch_key(self) -> Threshold:
-        return replace(super().batch_key(), tau=1.0)
+    def blanked(self) -> Threshold:
+        return replace(super().blanked(), tau=1.0)
 
     def sampling_values(self) -> dict[str, float]:
         return super().sampling_values() | {"tau": -self.tau if self.metric == "entropy" else self.tau}
