@@ -207,7 +207,8 @@ class Transformer:
         ranges = {"key_range": scope.key_range, "counters": scope.counters}
         ranges["count"] = None if select is not None else scope.count
         if scope.store:
-            k, v, ranges["cache_row"] = k[:, : scope.keys], v[:, : scope.keys], scope.batch
+            k, v = (stored[:, : scope.keys] for stored in cache.layer(index))
+            ranges["cache_row"] = scope.batch
         return self.ops.attention(q, k, v, **ranges).flatten(2)
 
     def _rotated_heads(
@@ -230,12 +231,15 @@ class Transformer:
 
     def _places(self, scope: Scope, cache: KVCache | None, index: int) -> tuple[tuple, torch.Tensor | None, dict]:
         """Rotary tables, the rows' positions in them (None: row by row), and where keys and values are stored."""
-        if not scope.store:
-            rows = slice(scope.first, scope.stop)
-            return (self._cos[rows], self._sin[rows]), None, {}
-        position = self._position[scope.first : scope.stop] if scope.rows is None else scope.rows
-        k, v = cache.layer(index)
-        return (self._cos, self._sin), position, {"k_cache": k, "v_cache": v, "cache_row": scope.batch}
+        here, tables, position, store = slice(scope.first, scope.stop), (self._cos, self._sin), scope.rows, {}
+        if scope.store:
+            k, v = cache.layer(index)
+            if position is None and self.backend == "triton":
+                position = self._position[here]
+            elif position is None:  # plain torch copies to a slice in a third of the time of an index
+                k, v = k[:, here], v[:, here]
+            store = {"k_cache": k, "v_cache": v, "cache_row": scope.batch}
+        return tables if position is not None else tuple(table[here] for table in tables), position, store
 
     def ensure_rope_length(self, length: int) -> None:
         """Grow the rotary tables to ``length`` positions; the limit in a configuration may be far more than is used.

@@ -27,39 +27,38 @@ def rope_cache(
     """``x * cos[position] + cat(-x[D/2:], x[:D/2]) * sin[position]`` for ``q`` and ``k``; ``k`` and ``v`` to the cache.
 
     Args:
-        q: queries ``[b, n, H, D]`` or None; overwritten.
-        k, v: keys and values ``[b, n, Hkv, D]``, or both None; ``k`` is overwritten unless there are caches.
+        q: queries ``[b, n, H, D]`` or None.
+        k, v: keys and values ``[b, n, Hkv, D]``, or both None.
         cos, sin: float32 tables ``[P, D]``, as :func:`rope_tables` makes them.
         position: canvas positions ``[b, n]``, or ``[n]`` for all batch rows alike. In ``[b, n]`` a row at -1 is idle:
             neither rotated nor stored. No two rows of a batch row have the same position unless they are idle. None:
-            the tables ``[n, D]`` are those of the rows, one by one, and there are no caches.
+            row ``i`` has row ``i`` of the tables and, here alone, of caches of length ``n``.
         k_cache, v_cache: ``[B, L, Hkv, D]``; if given, keys and values are stored at ``[cache_row, position]``.
         cache_row: index ``[b]`` of each batch row in the caches; None is ``0..b-1``.
 
     Returns:
         Rotated queries, keys and values; the last two are the caches if those are given. What is None stays None.
     """
-    half = cos.shape[1] // 2
-    cos, sin = cos.narrow(1, 0, half), sin.narrow(1, 0, half)
     if position is not None:
-        cos, sin = cos[position], sin[position]
-        if position.dim() == 2:  # idle rows are rotated by angle 0: cheaper than a selection afterwards
-            idle = (position < 0).unsqueeze(-1)
-            cos, sin = cos.masked_fill_(idle, 1), sin.masked_fill_(idle, 0)
-    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
+        at = position.clamp(min=0).flatten()  # idle rows are rotated by the angle of position 0, which is 0
+        cos, sin = (table.index_select(0, at).view(*position.shape, table.shape[1]) for table in (cos, sin))
+    cos, sin = cos.unsqueeze(-2), sin.narrow(-1, 0, sin.shape[-1] // 2).unsqueeze(-2)
     if q is not None:
-        _turn(q, cos, sin)
-    if k is not None and k_cache is None:
-        _turn(k, cos, sin)
+        q = _turned(q, cos, sin)
     if k_cache is None:
-        return q, k, v
-    pairs = (k_cache, torch.cat(_turned(k, cos, sin), -1).to(k.dtype)), (v_cache, v)
-    if position.dim() == 1 and cache_row is None:
+        return q, None if k is None else _turned(k, cos, sin), v
+    if position is None and cache_row is None:
+        _turned(k, cos, sin, out=k_cache[: k.shape[0]])
+        v_cache[: v.shape[0]].copy_(v)
+        return q, k_cache, v_cache
+    pairs = (k_cache, _turned(k, cos, sin)), (v_cache, v)
+    if position is None:
         for cache, fresh in pairs:
-            cache[: k.shape[0]].index_copy_(1, position, fresh)
+            cache[cache_row] = fresh
     elif position.dim() == 1:
+        row = torch.arange(k.shape[0], device=k.device) if cache_row is None else cache_row
         for cache, fresh in pairs:
-            cache[cache_row[:, None], position] = fresh
+            cache[row[:, None], position] = fresh
     elif v.numel():
         _store_live(pairs, position, cache_row)
     return q, k_cache, v_cache
@@ -68,21 +67,16 @@ def rope_cache(
 Pairs = tuple[tuple[torch.Tensor, torch.Tensor], ...]
 
 
-def _turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return both halves of ``x``, rotated, in float32 (or wider)."""
-    low, high = (x if x.dtype == torch.float64 else x.float()).chunk(2, -1)
-    return torch.addcmul(low * cos, high, sin, value=-1), torch.addcmul(high * cos, low, sin)
-
-
-def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
-    """:func:`_turned`, in place."""
-    if x.dtype not in (torch.float32, torch.float64):
-        x.copy_(torch.cat(_turned(x, cos, sin), -1))
-        return
+def _turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """Return ``x``, rotated in float32 (or wider), in ``out`` if that is given; ``sin`` has the first half only."""
+    if out is not None and out.dtype not in (torch.float32, torch.float64):
+        return out.copy_(_turned(x, cos, sin))
     low, high = x.chunk(2, -1)
-    turned = torch.addcmul(low * cos, high, sin, value=-1)
-    torch.addcmul(high * cos, low, sin, out=high)
-    low.copy_(turned)
+    turned = torch.mul(x, cos, out=out)
+    low_turned, high_turned = turned.chunk(2, -1)
+    low_turned.addcmul_(high, sin, value=-1)
+    high_turned.addcmul_(low, sin)
+    return turned.to(x.dtype)
 
 
 def _store_live(pairs: Pairs, position: torch.Tensor, cache_row: torch.Tensor | None) -> None:
