@@ -157,7 +157,7 @@ class Ops:
             earned = credits.add(place, token, score.pow(draw.credit.power), draw.credit.decay)
             logits = earned.raise_logits(logits, draw.credit.weight, start)
         rest = without_ends(logits, ends, start) if draw.eos == "last" else logits
-        if draw.entropy:  # first, since the choice may overwrite logits
+        if draw.entropy:
             entropy = -self._measure(rest, Draw(metric="entropy"), vocabulary)[1]
         if draw.filtered:
             return Choice(*self._choose_filtered(logits, draw, ends, top_p, **noise), entropy)
