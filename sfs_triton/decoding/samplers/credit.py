@@ -41,8 +41,8 @@ class Credit(BlockSampler):
     def draw(self) -> Draw:
         return replace(super().draw(), credit=CreditRules(self.weight, self.decay, self.power))
 
-    def batch_key(self) -> Credit:
-        return replace(super().batch_key(), tau=1.0)
+    def blanked(self) -> Credit:
+        return replace(super().blanked(), tau=1.0)
 
     def sampling_values(self) -> dict[str, float]:
         return super().sampling_values() | {"tau": 0.0, "tau_low": self.tau}

@@ -44,8 +44,8 @@ class KLASS(BlockSampler):
     def draw(self) -> Draw:
         return replace(super().draw(), divergence=True)
 
-    def batch_key(self) -> KLASS:
-        return replace(super().batch_key(), tau=1.0, divergence=0.0)
+    def blanked(self) -> KLASS:
+        return replace(super().blanked(), tau=1.0, divergence=0.0)
 
     def sampling_values(self) -> dict[str, float]:
         return super().sampling_values() | {"tau": 0.0, "tau_low": self.tau, "bound": self.divergence}

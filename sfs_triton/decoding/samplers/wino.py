@@ -43,8 +43,8 @@ class WINO(BlockSampler):
     def draw(self) -> Draw:
         return replace(super().draw(), verify=True)
 
-    def batch_key(self) -> WINO:
-        return replace(super().batch_key(), tau=1.0, tau_back=0.0)
+    def blanked(self) -> WINO:
+        return replace(super().blanked(), tau=1.0, tau_back=0.0)
 
     def sampling_values(self) -> dict[str, float]:
         return super().sampling_values() | {"tau": 0.0, "tau_low": self.tau, "bound": self.tau_back}
