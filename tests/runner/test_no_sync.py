@@ -293,6 +293,14 @@ def test_steps_with_vectors_run_without_values(on_meta, engines, policy):
             runner.run_padded(shape)
 
 
+def test_steps_with_a_boost_run_without_values(on_meta):
+    sampler = SlowFast(end_think_token_ids=(3, 4), end_think_logit_boost=9.0)
+    runner, shapes = on_meta(sampler, POLICIES["region"])
+    for shape in shapes:
+        with Nowhere():
+            runner.run_padded(shape)
+
+
 @pytest.mark.parametrize(
     ("spoil", "error"),
     [(lambda x: x * float(x.max()), "meta"), (lambda x: x * torch.tensor([2.0]).to(x.device), "done on the host")],
@@ -312,6 +320,9 @@ QUESTIONS = ["15,44,79,50", "3,1,2", "99,98,97,12,7"]
 ON_GPU = [
     pytest.param({"sampler": SlowFast()}, id="paper-none"),
     pytest.param({"sampler": SlowFast(), "cache": "region"}, id="paper-region"),
+    pytest.param(
+        {"sampler": SlowFast(end_think_token_ids=(3, 4), end_think_logit_boost=9.0), "cache": "region"}, id="think"
+    ),
     pytest.param({"sampler": SlowFast(), "cache": RefreshCache(6, 3, 0.0)}, id="paper-refresh"),
     pytest.param({"sampler": Threshold(block_length=16), "cache": "prefix"}, id="threshold-prefix"),
     pytest.param({"sampler": Threshold(block_length=16), "cache": "dual"}, id="threshold-dual"),
