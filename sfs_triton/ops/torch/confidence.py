@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy
 import torch
 import torch.nn.functional as F
 
@@ -116,7 +117,8 @@ def _argmax(logits: torch.Tensor) -> torch.Tensor:
     """Return the index ``[T]`` of the largest logit of each row, the lowest of equals; of the first NaN, if any."""
     if logits.device.type != "cpu":
         return logits.max(-1).indices
-    return torch.from_numpy(logits.detach().numpy().argmax(-1))  # vector code; torch takes seven times as long
+    shared = numpy.from_dlpack(logits.detach())  # the same memory, and vector code: torch takes seven times as long
+    return torch.from_numpy(shared.argmax(-1))
 
 
 def score_of(logits: torch.Tensor, token: torch.Tensor, metric: str) -> torch.Tensor:
