@@ -8,8 +8,9 @@ A correct result, by kind of record (``golden/README.md`` has the reasons):
 
 * a stable record: its tokens, NFE and trace;
 * a batch: ``batch1_rows``, the rows run one by one, since the references mix up the rows of a batch;
-* a record of a newer sampler: its tokens, the step that committed each, and the number of forwards; with an early
-  stop only up to the step that commits the first end-of-text, since here nothing after it is computed;
+* a record of a newer sampler: its tokens, the step that committed each, what steps took back, and the number of
+  forwards; with an early stop only up to the step that commits the first end-of-text, since here nothing after it is
+  computed;
 * a likelihood of a given answer: its value, and the masks drawn for it or the verdict on greedy decoding;
 * an ``error`` record, which the reference cannot take: a finished canvas, or an error that names the argument;
 * dLLM-Cache with a refresh ratio above 0 is numerically ill-posed (which rows are refreshed is decided by rounding):
@@ -29,6 +30,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -413,13 +415,28 @@ def _commits(tokens: list[int], steps: list[int], loose: Sequence[int]) -> set[t
     return {(place, token, next(tied) if token in loose else step) for place, (token, step) in pairs}
 
 
+def _changes(canvases: list[list[int]], mask_id: int) -> list[list[list[int]]]:
+    """Return the places that each step filled, and those that it took back, from the canvases after each step."""
+    found = []
+    for pair in pairwise(canvases):
+        filled = [place for place, (old, new) in enumerate(zip(*pair, strict=True)) if old == mask_id != new]
+        taken = [place for place, (old, new) in enumerate(zip(*pair, strict=True)) if new == mask_id != old]
+        found.append([filled, taken])
+    return found
+
+
 def _check_steps(engine: sfs_triton.Engine, case: dict, setup: Setup) -> str | None:
     """Check tokens and the step that committed each of them."""
     if setup.eos_id is not None:
         model = copy.copy(engine.model)
         model.spec = dataclasses.replace(engine.spec, eos_id=setup.eos_id, other_ends=setup.other_ends)
         engine = sfs_triton.Engine(model)
-    (done,) = engine.generate(case["prompt"], gen_length=setup.gen_length, sampler=setup.sampler)
+    canvases = [[engine.spec.mask_id] * setup.gen_length]
+    recorded = "steps" in case and not setup.sampler.eos_stop
+    note = (lambda frame: canvases.append(frame.tokens[0][len(case["prompt"][0]) :])) if recorded else None
+    (done,) = engine.generate(case["prompt"], gen_length=setup.gen_length, sampler=setup.sampler, on_step=note)
+    if note and _changes(canvases, engine.spec.mask_id) != [(step + [[]])[:2] for step in case["steps"]]:
+        return "steps fill or take back other positions"
     loose = engine.spec.end_ids if setup.sampler.eos == "last" else ()
     mine = _commits(done.response, done.commit_step[done.prompt_length :], loose)
     wanted = _commits(case["out"][0], case["unmask_call"][0], loose)
