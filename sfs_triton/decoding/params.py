@@ -125,7 +125,7 @@ class DecodingParams:
 
 def check_pair(sampler: Sampler, cache: CachePolicy) -> None:
     """Raise ArgumentError unless the two are a sampler and a cache policy that work together."""
-    known = isinstance(sampler, tuple(SAMPLERS.values()))
+    known = isinstance(sampler, Sampler) and type(sampler) is not Sampler  # one of a user's own has no name
     require(known, f"sampler={sampler!r} is not a sampler; DecodingParams.parse takes names")
     require(isinstance(cache, tuple(POLICIES.values())), f"cache={cache!r} is not a policy or its name")
     sampler.check_cache(cache)

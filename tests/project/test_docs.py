@@ -280,7 +280,7 @@ class Reader:
 
     def run_python(self, block: Block) -> str:
         out = io.StringIO()
-        code = compile("\n" * block.line + self.local(block.source), str(self.page), "exec")
+        code = compile("\n" * block.line + self.local(block.source), str(self.page), "exec", dont_inherit=True)
         try:
             with redirect_stdout(out):
                 exec(code, self.space)
