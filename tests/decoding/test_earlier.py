@@ -112,6 +112,19 @@ def test_steps_are_those_of_the_oracle(make, seed: int):
     assert wrong is None or wanted.margin < MARGIN, f"{sampler}\n{wrong}"
 
 
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("make", MAKES)
+def test_infilling(make, seed: int):
+    """Masks anywhere: given tokens stay, and blocks without masks take no step."""
+    rng = random.Random(f"infill/{make.__name__}/{seed}")
+    sampler, engine = make(rng), engine_of(NAMES[0])
+    canvas = [engine.spec.mask_id if rng.random() < 0.6 and not 8 <= i < 16 else rng.randrange(490) for i in range(40)]
+    done = engine.infill(canvas, sampler=sampler, trace=True)
+    wanted = reference(engine, canvas, 0, sampler)
+    wrong = compare(done, wanted)
+    assert wrong is None or wanted.margin < MARGIN, f"{sampler}\n{wrong}"
+
+
 @pytest.mark.parametrize("sampler", KINDS, ids=lambda sampler: type(sampler).__name__)
 def test_a_sequence_takes_nothing_from_the_one_before_it_in_its_slot(sampler):
     """Nor from others of its batch, whose steps fall at other times."""

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from sfs_triton import ArgumentError, Engine, FixedSteps, SlowFast, Threshold
+from sfs_triton import KLASS, WINO, ArgumentError, Engine, FixedSteps, SlowFast, Threshold
 from sfs_triton.decoding.params import DecodingParams
 from sfs_triton.models import Transformer
 from tests.support.combinations import EXECUTIONS, PROMPTS, engine_with
@@ -16,6 +16,8 @@ SAMPLERS = [
     (SlowFast(), "region"),
     (Threshold(block_length=8), "dual"),
     (FixedSteps(steps=6), "none"),
+    (KLASS(tau=0.1, divergence=0.5, history=1, block_length=8), "none"),
+    (WINO(tau=0.05, tau_back=0.5, block_length=8), "region"),
 ]
 
 

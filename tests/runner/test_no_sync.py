@@ -253,12 +253,12 @@ def _on_meta(x):
 @pytest.fixture
 def on_meta(engines, monkeypatch):
     """Make a runner with three sequences where tensors have shapes and no values, and the shapes of its steps."""
-    engine = engines["dream-gqa"]
-    model = Transformer(engine.spec, _on_meta(engine.model.weights))
     monkeypatch.setattr(HostRing, "publish", lambda ring: None)  # host memory cannot take what is not there
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)  # raises for this device
 
     def make(sampler: Sampler, policy: CachePolicy, **more: Any) -> tuple[ModelRunner, list[Forward]]:
+        engine = engines["llada-mha" if isinstance(sampler, WINO) else "dream-gqa"]
+        model = Transformer(engine.spec, _on_meta(engine.model.weights))
         options = {"gen_length": [16, 8, 48], "sampler": sampler, "cache": policy, "seed": [1, 2, 3], **more}
         sequences, _ = engine.sequences(PROMPTS, trace=True, **options)
         key: BatchKey = sequences[0].batch_key
@@ -279,6 +279,14 @@ def test_steps_run_without_values(on_meta, sampler, policy):
     assert {shape.canvases for shape in shapes} == {1, 2, 3}
     assert runner.state.tokens.device.type == "meta"
     assert all(cache.k.device.type == "meta" for cache in runner.caches)
+    for shape in shapes:
+        with Nowhere():
+            runner.run_padded(shape)
+
+
+@pytest.mark.parametrize("policy", ["none", "region"])
+def test_steps_that_take_positions_back_run_without_values(on_meta, policy):
+    runner, shapes = on_meta(WINO(block_length=8), POLICIES[policy])
     for shape in shapes:
         with Nowhere():
             runner.run_padded(shape)
