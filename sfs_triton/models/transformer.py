@@ -255,7 +255,8 @@ class Transformer:
             self._cos = cos  # assigned last: its length is read as the tables' length
 
     def _project(self, h: torch.Tensor, layer: LayerWeights, part: slice | None = None) -> torch.Tensor:
-        return self._product(h, layer.qkv, layer.qkv_bias, part)
+        """Queries, keys and values, or a part of them; with kept memory, valid until the next."""
+        return self.ops.product(h, layer.qkv, layer.qkv_bias, part, **self._own, name="projected")
 
     def _mlp(self, h: torch.Tensor, layer: LayerWeights) -> torch.Tensor:
         return self._sum(self.ops.linear_silu_mul(h, layer.gate_up, **self._own), layer.down)
@@ -306,16 +307,18 @@ class Transformer:
         x = self._embed(tokens[:, first:], None)
         if vectors is not None:
             x = vectors.replace_in(x, None, first)
-        place = self._position[first:stop]
-        count = torch.full_like(scope.prompt, stop) if scope.count is None else scope.count
-        at_prompt = place < scope.prompt[:, None]
-        at_response = ~at_prompt & (place < count[:, None])
         width = due.longest * due.prompt + (stop - due.shortest) * due.response
-        moved = None if due.response or not due.moved(stop) else ((count - scope.prompt).double() * due.ratio).long()
-        alike = scope.count is None and due.shortest == due.longest  # one range of positions for all canvases
-        if moved is None and alike:
+        moves = not due.response and due.moved(stop) > 0
+        at_response = moved = None
+        if scope.count is None and due.shortest == due.longest:  # one range of positions for all canvases
             rows = slice(0 if due.prompt else due.longest, stop if due.response else due.longest * due.prompt)
+            listed = self._position[rows].int().expand(len(tokens), -1)
         else:
+            place = self._position[first:stop]
+            count = torch.full_like(scope.prompt, stop) if scope.count is None else scope.count
+            at_prompt = place < scope.prompt[:, None]
+            at_response = ~at_prompt & (place < count[:, None])
+            moved = ((count - scope.prompt).double() * due.ratio).long()
             listed, _ = self.ops.compact(
                 at_prompt & due.prompt | at_response & due.response, capacity=min(width, stop - first)
             )
@@ -324,11 +327,11 @@ class Transformer:
         for index, layer in enumerate(self.weights.layers):
             h = self.ops.rms_norm(x, layer.attn_norm, self.spec.norm_eps)
             kept = [t[index] if scope.batch is None else t[index][scope.batch] for t in cache.tensors]
-            if moved is not None:
-                others = self._moved(h, kept[1], layer, None if alike else at_response, moved, due, first)
+            if moves:
+                others = self._moved(h, kept[1], layer, at_response, moved, due, first)
                 listed_too = torch.cat((listed, others), 1) if width else others
                 rows = _Listed.of(listed_too, first, x.shape[1], cache.spare)
-            if width or moved is not None:
+            if width or moves:
                 self._recompute(x, h, rows, layer, scope, first, read if index == last else 0, *kept)
             if scope.batch is not None:
                 for t, mine in zip(cache.tensors, kept, strict=True):
@@ -342,13 +345,14 @@ class Transformer:
         v: torch.Tensor,
         layer: LayerWeights,
         at_response: torch.Tensor | None,
-        moved: torch.Tensor,
+        moved: torch.Tensor | None,
         due: Features,
         first: int,
     ) -> torch.Tensor:
         """List the ``moved [b]`` response rows whose values changed most, then -1. Stores all fresh response values.
 
-        ``h`` has the rows from ``first`` on, ``v`` all. ``at_response`` None: all canvases have equal ranges of rows.
+        ``h`` has the rows from ``first`` on, ``v`` all. ``at_response`` and ``moved`` are None where all canvases have
+        equal ranges of rows.
         """
         stop = first + h.shape[1]
         own, mine = slice(due.shortest, stop), slice(due.shortest - first, None)
@@ -423,9 +427,11 @@ class _Listed(NamedTuple):
     @classmethod
     def of(cls, place: torch.Tensor, first: int, n_rows: int, spare: int) -> _Listed:
         """``first`` is the position of the first of ``n_rows`` rows to read from."""
-        wide, canvas = place.long(), torch.arange(place.shape[0], device=place.device)[:, None]
-        source = (wide - first).clamp(min=0) + canvas * n_rows
-        target = torch.where(place < 0, spare, wide) + canvas * (spare + 1)
+        wide = place.long()
+        source, target = (wide - first).clamp_(min=0), wide.remainder(spare + 1)  # of -1 the remainder is ``spare``
+        if len(place) > 1:
+            canvas = torch.arange(len(place), device=place.device)[:, None]
+            source, target = source + canvas * n_rows, target + canvas * (spare + 1)
         return cls(place, source.flatten(), target.flatten())
 
 

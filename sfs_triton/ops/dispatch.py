@@ -59,15 +59,21 @@ class Ops:
     silu_mul: Callable[..., torch.Tensor]
 
     def product(
-        self, x: torch.Tensor, matrix: Matrix, bias: torch.Tensor | None = None, rows: slice | None = None
+        self,
+        x: torch.Tensor,
+        matrix: Matrix,
+        bias: torch.Tensor | None = None,
+        rows: slice | None = None,
+        **kept: Any,
     ) -> torch.Tensor:
         """``x @ matrix^T``, plus ``bias``: ``[..., K]`` to ``[..., N]``, for ``matrix [N, K]`` or ``rows`` of it.
 
-        A plain matrix is multiplied by torch's libraries, a quantised one by :attr:`linear`.
+        A plain matrix is multiplied by torch's libraries, a quantised one by :attr:`linear`. ``kept``: the memory for
+        the result, ``scratch`` and ``name`` of :func:`~sfs_triton.ops.torch.fused_linear.product`.
         """
         if rows is not None:
             matrix, bias = matrix[rows], None if bias is None else bias[rows]
-        return product(x, matrix, bias, quantised=self.linear)
+        return product(x, matrix, bias, quantised=self.linear, **kept)
 
     def choose(
         self,
