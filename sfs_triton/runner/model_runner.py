@@ -303,7 +303,7 @@ class ModelRunner:
                 offset += shape.canvases
             self._decide_on(state, slow)
             if pausing:
-                state.done.copy_(torch.where(self._paused, done, state.done))
+                torch.where(self._paused, done, state.done, out=state.done)
             self.ring.publish()
 
     def _decide_on(self, state: DecodeState, slow: bool) -> None:

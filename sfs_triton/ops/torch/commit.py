@@ -23,9 +23,9 @@ def commit(state, fill: torch.Tensor, *, eos_stop: bool) -> None:
     """
     state.fill.copy_(fill)
     state.dirty.logical_or_(fill)
-    state.tokens.copy_(torch.where(fill, state.token, state.tokens))
+    torch.where(fill, state.token, state.tokens, out=state.tokens)
     state.masked.logical_and_(~fill)
-    state.commit_step.copy_(torch.where(fill, state.step[:, None], state.commit_step))
+    torch.where(fill, state.step[:, None], state.commit_step, out=state.commit_step)
     if eos_stop:
         ends = state.token == state.eos_id
         if len(state.other_ends):
@@ -59,8 +59,8 @@ def first_masked(state, first: torch.Tensor) -> torch.Tensor:
 def mark_faults(state, scores: torch.Tensor) -> None:
     """End rows that have a NaN among ``scores [B, L]`` with a fault."""
     bad = scores.isnan().any(1)
-    state.fault.copy_(torch.where(bad, state.step + 1, state.fault))
-    state.done.copy_(torch.where(bad, 1, state.done))
+    torch.where(bad, state.step + 1, state.fault, out=state.fault)
+    state.done.masked_fill_(bad, 1)
 
 
 def rank_by_score(scores: torch.Tensor) -> torch.Tensor:

@@ -44,15 +44,14 @@ def _furthest(state, scores: torch.Tensor, rules: CycleRules) -> torch.Tensor:
 def _horizon(state, scores: torch.Tensor, moves: torch.Tensor, rules: CycleRules) -> torch.Tensor:
     """Push the candidate horizon of this slow step; update stability and the span's end ``e``.
 
-    Returns the rows that became stable in this step.
+    ``state.estimate`` is -1 before. Returns the rows that became stable in this step.
     """
     furthest = _furthest(state, scores, rules)
-    estimate = torch.where(furthest >= 0, furthest + 1, state.span_start + 1)
+    estimate = torch.where(furthest >= 0, furthest, state.span_start) + 1
     estimating = moves & (state.stage == SLOW) & (state.determined == 0)
 
-    slot = state.history_slot == (state.n_history % rules.window)[:, None]
-    pushed = torch.where(slot, (estimate - state.block_start)[:, None], state.history)
-    state.history.copy_(torch.where(estimating[:, None], pushed, state.history))
+    slot = (state.history_slot == (state.n_history % rules.window)[:, None]) & estimating[:, None]
+    torch.where(slot, (estimate - state.block_start)[:, None], state.history, out=state.history)
     state.n_history.add_(estimating)
 
     count = state.n_history.clamp(max=rules.window)
@@ -68,9 +67,9 @@ def _horizon(state, scores: torch.Tensor, moves: torch.Tensor, rules: CycleRules
         mean = total // count.clamp(min=1)
     span_end = torch.where(stable, estimate, mean + state.block_start)
     last = state.stage_step == rules.k_max - 1
-    state.span_end.copy_(torch.where(estimating & (full | last), span_end, state.span_end))
-    state.determined.copy_(torch.where(estimating & full & (stable | last), 1, state.determined))
-    state.estimate.copy_(torch.where(estimating, estimate, -1))
+    torch.where(estimating & (full | last), span_end, state.span_end, out=state.span_end)
+    state.determined.masked_fill_(estimating & full & (stable | last), 1)
+    torch.where(estimating, estimate, state.estimate, out=state.estimate)
     state.spread.copy_(torch.where(estimating & full, spread, float("nan")))
     return estimating & stable
 
@@ -103,7 +102,7 @@ def _seed(state, seeding: torch.Tensor, rules: CycleRules) -> None:
     seeding = seeding & (furthest >= 0)
     state.n_history.masked_fill_(seeding, 1)
     first = seeding[:, None] & (state.history_slot == 0)
-    state.history.copy_(torch.where(first, (furthest + 1 - state.block_start)[:, None], state.history))
+    torch.where(first, (furthest + 1 - state.block_start)[:, None], state.history, out=state.history)
 
 
 def _advance(state, moves: torch.Tensor, rules: CycleRules) -> None:
@@ -131,11 +130,11 @@ def _advance(state, moves: torch.Tensor, rules: CycleRules) -> None:
     over = (block_over & (following >= state.length)) | (running & nothing_left & rules.eos_stop)
     finish_step(state, running, over)
 
-    state.stage.copy_(torch.where(to_fast, FAST, torch.where(cycle_over, SLOW, state.stage)))
+    state.stage.masked_fill_(to_fast, FAST).masked_fill_(cycle_over, SLOW)
     state.stage_step.masked_fill_(to_fast | cycle_over, 0)
-    state.span_start.copy_(torch.where(cycle_over, state.span_end, state.span_start))
+    torch.where(cycle_over, state.span_end, state.span_start, out=state.span_start)
     state.cycle.add_(cycle_over)
-    state.determined.copy_(torch.where(to_fast, 1, torch.where(cycle_over, 0, state.determined)))
+    state.determined.masked_fill_(to_fast, 1).masked_fill_(cycle_over, 0)
     state.n_history.masked_fill_(cycle_over, 0)
     state.history.masked_fill_(cycle_over[:, None], 0)
     if rules.look_ahead:
@@ -149,10 +148,10 @@ def enter_block(state, entering: torch.Tensor, position: torch.Tensor, block_len
     """Move the ``entering`` rows to the block that holds ``position [B]``."""
     index = (position - state.start) // block_length
     begin = state.start + index * block_length
-    state.block.copy_(torch.where(entering, index, state.block))
-    state.block_start.copy_(torch.where(entering, begin, state.block_start))
-    state.block_end.copy_(torch.where(entering, torch.minimum(begin + block_length, state.end), state.block_end))
-    state.span_start.copy_(torch.where(entering, begin, state.span_start))
+    torch.where(entering, index, state.block, out=state.block)
+    torch.where(entering, begin, state.block_start, out=state.block_start)
+    torch.where(entering, torch.minimum(begin + block_length, state.end), state.block_end, out=state.block_end)
+    torch.where(entering, begin, state.span_start, out=state.span_start)
     state.cycle.masked_fill_(entering, 0)
 
 

@@ -61,4 +61,4 @@ def list_positions(
     decides = chosen & predicts
     state.candidate.copy_(decides.roll(shift, 1) if shift else decides)  # the last row predicts nothing: none wraps
     state.dirty.logical_and_(~chosen)
-    state.forwarded.copy_(torch.where(chosen, state.step[:, None], state.forwarded))
+    torch.where(chosen, state.step[:, None], state.forwarded, out=state.forwarded)

@@ -23,7 +23,7 @@ def _count(state, candidate: torch.Tensor, moves: torch.Tensor, rules: BlockRule
         return torch.where(state.stage_step < state.block_steps, count, 0)
     done = 1 if rules.opening == "first" else 0  # the opening forward is not one of the steps that share the rest
     steps, k = (state.block_steps - done).clamp(min=1), state.stage_step - done
-    state.quota.copy_(torch.where(moves & (k == 0), left, state.quota))
+    torch.where(moves & (k == 0), left, state.quota, out=state.quota)
     return torch.where(k < steps, state.quota // steps + (k < state.quota % steps), 0)
 
 
@@ -53,7 +53,7 @@ def _fill(state, candidate: torch.Tensor, scores: torch.Tensor, moves: torch.Ten
         base = (state.end - state.start + rules.paced_steps - 1) // rules.paced_steps
         quota = base + state.quota
         fill &= rank_by_score(scores) < quota[:, None]
-        state.quota.copy_(torch.where(moves, quota - fill.sum(1), state.quota))
+        torch.where(moves, quota - fill.sum(1), state.quota, out=state.quota)
     return fill
 
 
@@ -125,4 +125,4 @@ def _open_block(state, moves: torch.Tensor, rules: BlockRules) -> None:
     begin = state.start + (state.block_end - state.start - 1) // size * size
     last = (state.position >= begin[:, None]) & (state.position < state.block_end[:, None])
     opens = moves & ((state.masked & last).sum(1) <= rules.open_masks)
-    state.block_end.copy_(torch.where(opens, torch.minimum(state.block_end + size, state.end), state.block_end))
+    torch.where(opens, torch.minimum(state.block_end + size, state.end), state.block_end, out=state.block_end)
