@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from bench.common.testing import Guards, assert_within_budget
 from sfs_triton.kernels.rope_cache import RopeCacheConfig, rope_cache, rope_cache_config, rope_cache_cost
 from sfs_triton.ops.torch.rope_cache import rope_cache as twin
-from sfs_triton.ops.torch.rope_cache import rope_tables
+from sfs_triton.ops.torch.rope_cache import rope_tables, store_read, store_unread
 
 
 class Inputs:
@@ -204,6 +204,18 @@ def test_without_positions_the_tables_are_the_rows_own(guards, dtype):
     plain = Inputs(guards, dtype, 2, n, 3, 1, 16)
     rotated = twin(*plain.qkv, plain.cos[first : first + n], plain.sin[first : first + n], None)
     torch.testing.assert_close(rotated, unnamed.qkv)
+
+
+@pytest.mark.parametrize("cache_row", [None, torch.tensor([3, 0, 2])], ids=["in order", "rows"])
+def test_stores_are_equal_with_and_without_a_read_of_the_live_rows(cache_row):
+    position = torch.tensor([[2, -1, 0, 5], [-1, -1, -1, -1], [-1, 3, 6, 1]])
+    fresh, kept = torch.randn(2, 4, 7, 2, 8, generator=torch.Generator().manual_seed(0)).split((4, 3), 2)
+    stores = []
+    for store in (store_read, store_unread):
+        caches = torch.cat((kept, kept, kept), 2).clone()
+        store(tuple(zip(caches, fresh[:, :3], strict=True)), position.int(), cache_row)
+        stores.append(caches)
+    assert torch.equal(*stores) and not torch.equal(stores[0], torch.cat((kept, kept, kept), 2))
 
 
 def test_without_positions_the_twin_stores_row_by_row():

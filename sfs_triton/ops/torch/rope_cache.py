@@ -60,7 +60,8 @@ def rope_cache(
         for cache, fresh in pairs:
             cache[row[:, None], position] = fresh
     elif v.numel():
-        _store_live(pairs, position, cache_row)
+        store = store_read if position.device.type == "cpu" else store_unread
+        store(pairs, position, cache_row)
     return q, k_cache, v_cache
 
 
@@ -79,8 +80,18 @@ def _turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch.Te
     return turned.to(x.dtype)
 
 
-def _store_live(pairs: Pairs, position: torch.Tensor, cache_row: torch.Tensor | None) -> None:
-    """``cache[cache_row, position] = fresh`` for each pair but for idle rows, without a host read of their number.
+def store_read(pairs: Pairs, position: torch.Tensor, cache_row: torch.Tensor | None) -> None:
+    """``cache[cache_row, position] = fresh`` for each pair but for idle rows, which the host reads: free on a CPU."""
+    for each, places in enumerate(position.long()):
+        row = each if cache_row is None else int(cache_row[each])
+        live = (places >= 0).nonzero()[:, 0]
+        places = places[live]
+        for cache, fresh in pairs:
+            cache[row].index_copy_(0, places, fresh[each].index_select(0, live))
+
+
+def store_unread(pairs: Pairs, position: torch.Tensor, cache_row: torch.Tensor | None) -> None:
+    """:func:`store_read` without a read by the host.
 
     An idle row repeats what the first live row of its batch row stores. In a batch row without any, position 0 is
     rewritten with its own values.
@@ -90,11 +101,6 @@ def _store_live(pairs: Pairs, position: torch.Tensor, cache_row: torch.Tensor | 
     source = torch.where(live, itself, live.byte().argmax(1, keepdim=True))
     target = position.gather(1, source).clamp_(min=0).long()
     any_live = live.any(1)[:, None, None, None]
-    if cache_row is None and len(position) == 1:  # on a CPU a third of the time of an index of two tensors
-        for cache, fresh in pairs:
-            kept, taken = cache[0].index_select(0, target[0]), fresh[0].index_select(0, source[0])
-            cache[0].index_copy_(0, target[0], torch.where(any_live[0], taken, kept))
-        return
     row = (each if cache_row is None else cache_row)[:, None]
     for cache, fresh in pairs:
         cache[row, target] = torch.where(any_live, fresh[each[:, None], source], cache[row, target])
