@@ -22,15 +22,19 @@ class Scratch(threading.local):
     """
 
     def __init__(self) -> None:
-        self._kept: dict[object, torch.Tensor] = {}
+        self._kept: dict[object, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def take(self, name: object, rows: int, columns: int, like: torch.Tensor) -> torch.Tensor:
         """Return ``[rows, columns]``, undefined, in the memory of the last result of this name."""
-        kept = self._kept.get(name)
-        if kept is None or kept.numel() < rows * columns or kept.dtype != like.dtype:
-            with torch.inference_mode(False):  # a tensor of inference mode cannot be written to outside of it
-                self._kept[name] = kept = torch.empty(rows * columns, dtype=like.dtype, device=like.device)
-        return kept[: rows * columns].view(rows, columns)
+        kept, last = self._kept.get(name, (None, None))
+        if last is not None and last.shape == (rows, columns) and last.dtype == like.dtype:
+            return last  # that of the layer before, mostly
+        with torch.inference_mode(False):  # a tensor of inference mode cannot be written to outside of it
+            if kept is None or kept.numel() < rows * columns or kept.dtype != like.dtype:
+                kept = torch.empty(rows * columns, dtype=like.dtype, device=like.device)
+            last = kept[: rows * columns].view(rows, columns)
+        self._kept[name] = kept, last
+        return last
 
 
 def product(
@@ -136,9 +140,12 @@ def linear_normed(
         to_product: the result goes to :func:`linear_heads` or :func:`linear_silu_mul` alone, so the norm may be left
             to them to finish. Here it is finished.
         counters: of no use here.
-        scratch: for the product; the result is of its own.
+        scratch: of no use here.
     """
-    return rms_norm(product(x, matrix, scratch=scratch, name="added"), gain, eps, residual=residual)
+    if not isinstance(matrix, torch.Tensor):
+        return rms_norm(product(x, matrix), gain, eps, residual=residual)
+    residual.view(-1, len(matrix)).addmm_(x.reshape(-1, x.shape[-1]), matrix.t())  # a pass over memory less
+    return rms_norm(residual, gain, eps)
 
 
 def linear_silu_mul(
