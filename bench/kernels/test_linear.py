@@ -25,11 +25,18 @@ def _weights(n_out: int, n_in: int, form: str, device: torch.device, dtype: torc
     if form == "plain":
         return {"weight": random(n_out, n_in, device=device, dtype=dtype) / n_in**0.5, "scale": None}
     scale = (1 + torch.rand(n_out, device=device)) / n_in**0.5
+    if form == "int4":
+        codes = torch.randint(0, 256, (n_out, n_in // 2), device=device, dtype=torch.uint8)
+        return {"weight": codes, "scale": (scale / 4).repeat(n_in // _group(n_in), 1)}
     return {"weight": random(n_out, n_in, device=device, dtype=torch.float8_e4m3fn), "scale": scale}
 
 
-def _matrix(weight: torch.Tensor, scale: torch.Tensor | None) -> Matrix:
-    return weight if scale is None else Quantised(weight, scale)
+def _group(n_in: int) -> int:
+    return 128 if n_in % 128 == 0 else 32
+
+
+def _matrix(weight: torch.Tensor, scale: torch.Tensor | None, zero: torch.Tensor | None = None) -> Matrix:
+    return weight if scale is None else Quantised(weight, scale, zero)
 
 
 def _input(n_rows: int, n_in: int, device: torch.device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -112,11 +119,14 @@ def _gated_twin(*, x, squares, weight, scale) -> torch.Tensor:
 def _build_product(
     device: torch.device, *, n_out: int, n_in: int, n_rows: int, form: str, dtype: torch.dtype
 ) -> dict[str, Any]:
-    return {"x": random(n_rows, n_in, device=device, dtype=dtype), **_weights(n_out, n_in, form, device, dtype)}
+    weights = _weights(n_out, n_in, form, device, dtype)
+    if form == "int4":
+        weights["zero"] = torch.full_like(weights["scale"], 7, dtype=torch.uint8)
+    return {"x": random(n_rows, n_in, device=device, dtype=dtype), **weights}
 
 
-def _product_twin(*, x, weight, scale) -> torch.Tensor:
-    return twin.product(x, _matrix(weight, scale))
+def _product_twin(*, x, **weights) -> torch.Tensor:
+    return twin.product(x, _matrix(**weights))
 
 
 def _cublas(*, x: torch.Tensor, weight: torch.Tensor, **_: Any) -> torch.Tensor:
@@ -130,13 +140,14 @@ def cases(toy: bool = False) -> list[Case]:
 
     def add(name: str, kernel: Callable, other: Callable, build: Callable, n_rows: int, form: str, sizes: dict) -> None:
         n_out, n_in = sizes["n_out"], sizes["n_in"]
-        width = 1 if form == "fp8" else dtype.itemsize
+        width = {"fp8": 1, "int4": 0.5}.get(form, dtype.itemsize)
+        group = _group(n_in) if form == "int4" else None
         ending = name.split("-")[-1]
-        cost = linear_cost(n_rows, n_out, n_in, dtype.itemsize, weight_itemsize=width, ending=ending)
+        cost = linear_cost(n_rows, n_out, n_in, dtype.itemsize, weight_itemsize=width, group=group, ending=ending)
         build = partial(build, n_rows=n_rows, form=form, dtype=dtype)
         found.append(Case(f"{name}-{n_rows}-{form}", kernel, other, build, cost))
 
-    for form in ("plain", "fp8"):
+    for form in ("plain", "fp8", "int4"):
         for n_rows in (4,) if toy else (16, 128):
             for name, g in geometries(toy).items():
                 wide, d, mlp = g.q_width + 2 * g.kv_width, g.d_model, g.mlp
@@ -148,7 +159,7 @@ def cases(toy: bool = False) -> list[Case]:
                 add(f"{name}-gated", _gated, _gated_twin, partial(_build_gated, g=g), *row, gate_up)
                 add(f"{name}-down-norm", _sum, _sum_twin, partial(_build_sum, **down), *row, down)
                 add(f"{name}-down-sum", _sum, _sum_twin, partial(_build_sum, **down, gain=False), *row, down)
-                if form == "fp8":
+                if form != "plain":
                     build = partial(_build_product, **qkv)
                     add(f"{name}-qkv-product", linear, _product_twin, build, *row, qkv)
     return found

@@ -1,8 +1,8 @@
 """Products with weights in any format, which are decoded on their way to the tensor cores.
 
 A format has a file with its ``decode`` (``float8.py``), a branch in the functions here, and a dtype in
-:func:`format_of`. Formats are ``"plain"``, weights in the dtype of the input, and ``"fp8"``, e4m3 codes with a scale
-per row.
+:func:`format_of`. Formats are ``"plain"``, weights in the dtype of the input; ``"fp8"``, e4m3 codes with a scale
+per row; and ``"int4"``, two codes per byte with scales of groups, whose loop over K is another (``int4.py``).
 """
 
 from __future__ import annotations
@@ -75,4 +75,4 @@ def dot_over(
 
 def format_of(weight: torch.Tensor) -> str:
     """Return the format of a matrix of weights."""
-    return "fp8" if weight.dtype == torch.float8_e4m3fn else "plain"
+    return {torch.float8_e4m3fn: "fp8", torch.uint8: "int4"}.get(weight.dtype, "plain")

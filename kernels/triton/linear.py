@@ -18,6 +18,7 @@ import triton.language as tl
 from .check import FLOATS, INTEGERS, check_index, check_tensor, checked_once, refuse_unless
 from .cost import Cost
 from .dot import dot_over, format_of, row_scale
+from .int4 import dot_over_groups
 from .launch import H200_SHARED_MEMORY, cdiv, launch, multiprocessors, shared_memory
 
 
@@ -236,6 +237,7 @@ def _linear_kernel(
     x_ptr,
     weight_ptr,
     scale_ptr,
+    zero_ptr,
     squares_ptr,
     bias_ptr,
     residual_ptr,
@@ -261,6 +263,7 @@ def _linear_kernel(
     n_heads,
     n_rotated,
     stride_x_row,
+    stride_scale_group,
     stride_residual_row,
     stride_out_row,
     stride_position_batch,
@@ -274,6 +277,7 @@ def _linear_kernel(
     eps,
     FORMAT: tl.constexpr,
     ENDING: tl.constexpr,
+    HAS_ZERO: tl.constexpr,
     HAS_SQUARES: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
@@ -285,6 +289,7 @@ def _linear_kernel(
     HAS_SPLITS: tl.constexpr,
     NATIVE_FP8: tl.constexpr,
     EVEN_K: tl.constexpr,
+    GROUP: tl.constexpr,
     HALF: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -305,22 +310,19 @@ def _linear_kernel(
         n_tile = unit // (m_tiles * n_splits)
         row = m_tile * BLOCK_M + tl.arange(0, BLOCK_M)
         weight_row = _weight_rows(n_tile, n_out, ENDING, HALF, BLOCK_N)
-        acc = dot_over(
-            x_ptr,
-            weight_ptr,
-            tl.minimum(row, rows - 1),  # past the end the last row is repeated; its result is not stored
-            tl.minimum(weight_row, n_out - 1),
-            n_in,
-            stride_x_row,
-            split * n_blocks // n_splits,
-            (split + 1) * n_blocks // n_splits,
-            FORMAT,
-            NATIVE_FP8,
-            EVEN_K,
-            BLOCK_M,
-            BLOCK_N,
-            BLOCK_K,
-        )
+        x_row = tl.minimum(row, rows - 1)  # past the end the last row is repeated; its result is not stored
+        weight_row = tl.minimum(weight_row, n_out - 1)
+        first, last_block = split * n_blocks // n_splits, (split + 1) * n_blocks // n_splits
+        if FORMAT == "int4":
+            acc = dot_over_groups(
+                x_ptr, weight_ptr, scale_ptr, zero_ptr, x_row, weight_row, n_in, stride_x_row, stride_scale_group,
+                first, last_block, HAS_ZERO, GROUP, BLOCK_M, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
+        else:
+            acc = dot_over(
+                x_ptr, weight_ptr, x_row, weight_row, n_in, stride_x_row,
+                first, last_block, FORMAT, NATIVE_FP8, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
         last = True
         if HAS_SPLITS:
             counter_at = counters_ptr + n_tile * m_tiles + m_tile
@@ -337,7 +339,7 @@ def _linear_kernel(
                     part = _slice(acc, index, BLOCK_S)
                 tile = n_tile * (BLOCK_N // BLOCK_S) + index
                 column = _weight_rows(tile, n_out, ENDING, HALF, BLOCK_S)
-                if FORMAT != "plain":
+                if FORMAT == "fp8":
                     part *= row_scale(scale_ptr, column, column < n_out, FORMAT, NATIVE_FP8)[:, None]
                 if HAS_SQUARES:
                     part *= _norm_factor(squares_ptr, row, rows, n_rows, n_parts, n_in, eps, BLOCK_P)[None, :]
@@ -388,7 +390,8 @@ def linear_config(
     n_multiprocessors: int,
     *,
     itemsize: int = 2,
-    weight_itemsize: int = 1,
+    weight_itemsize: float = 1,
+    group: int | None = None,
     shared: int = H200_SHARED_MEMORY,
     wide: bool = True,
 ) -> LinearConfig:
@@ -406,11 +409,11 @@ def linear_config(
     Stages fill 150 KiB, or what a block may have (``shared``) less 16, or come to six, or to seven of 32. Blocks of K
     are halved where two stages would be all. float32, whose products take no tensor core here, and a K that is no
     multiple of 128, whose loads may be as narrow as a byte, take more registers and get small tiles. On one processor
-    (the interpreter) the work is in as few pieces as possible.
+    (the interpreter) the work is in as few pieces as possible. A block of K is in one ``group`` of weights in 4 bits.
     """
     block_m = min(128, max(16, triton.next_power_of_2(n_rows)))
     if n_multiprocessors == 1:
-        block_n, block_k = (min(1024, max(16, triton.next_power_of_2(size))) for size in (n_out, n_in))
+        block_n, block_k = (min(1024, max(16, triton.next_power_of_2(size))) for size in (n_out, group or n_in))
         return LinearConfig(block_m, block_n, block_k, n_splits=1, num_stages=1, num_warps=8)
     if itemsize == 4 or n_in % 128:
         return LinearConfig(min(32, block_m), 64, 32, n_splits=1, num_stages=3, num_warps=4)
@@ -420,10 +423,10 @@ def linear_config(
         """Return the size of a block of K, and the bytes of a stage."""
         row = block_n * weight_itemsize + block_m * itemsize
         narrow = block_n == 128 and (wide or block_m < 128)
-        block_k = 128 if narrow and room >= 2 * 128 * row else 64
-        if weight_itemsize == 1 and block_m == 128 and not wide:  # one of 64 spills on sm_100
+        block_k = min(group or 128, 128 if narrow and room >= 2 * 128 * row else 64)
+        if weight_itemsize <= 1 and block_m == 128 and not wide:  # one of 64 spills on sm_100
             block_k = 32
-        return block_k, block_k * row
+        return block_k, int(block_k * row)
 
     def busiest(choice: tuple[int, int]) -> int:
         block_n, n_splits = choice
@@ -463,17 +466,22 @@ class _Work(NamedTuple):
 
 
 @checked_once
-def _work(x, weight, scale, squares, bias, count, ending, wide, half, config, machine) -> _Work:
+def _work(x, weight, scale, zero, squares, bias, count, ending, wide, half, config, machine) -> _Work:
     """Check the operands of a product; choose its tiles."""
     check_tensor("x", x, dtype=FLOATS, shape=[None, None])
     n_rows, n_in = x.shape
     form = format_of(weight)
-    dtype = torch.float8_e4m3fn if form == "fp8" or scale is not None else x.dtype
-    check_tensor("weight", weight, dtype=dtype, shape=[None, n_in], device=x.device, dense=True)
+    if form == "int4":
+        dtype, width = torch.uint8, n_in // 2
+    else:
+        dtype, width = torch.float8_e4m3fn if form == "fp8" or scale is not None else x.dtype, n_in
+    check_tensor("weight", weight, dtype=dtype, shape=[None, width], device=x.device, dense=True)
     n_out = weight.shape[0]
     refuse_unless(n_out > 0 and n_in > 0, f"weight has shape {list(weight.shape)}, and no elements")
     if form == "fp8":
         check_tensor("scale", scale, dtype=torch.float32, shape=[n_out], device=x.device)
+    group = _group(x, weight, scale, zero) if form == "int4" else None
+    refuse_unless(zero is None or group is not None, "zero is given, and weight is not in 4 bits")
     if squares is not None:
         check_tensor("squares", squares, dtype=torch.float32, shape=[None, n_rows], device=x.device, dense=True)
     if bias is not None:
@@ -482,7 +490,11 @@ def _work(x, weight, scale, squares, bias, count, ending, wide, half, config, ma
         check_tensor("count", count, dtype=torch.int32, shape=[1], device=x.device)
     n_multiprocessors, shared = machine
     sizes = {"itemsize": x.element_size(), "weight_itemsize": weight.element_size(), "shared": shared, "wide": wide}
+    if group is not None:
+        sizes |= {"weight_itemsize": 0.5, "group": group}
     config = config or linear_config(max(1, n_rows), n_out, n_in, n_multiprocessors, **sizes)
+    whole = group is None or group % config.BLOCK_K == 0
+    refuse_unless(whole, f"config has BLOCK_K={config.BLOCK_K}, which does not divide groups of {group}")
     tiles = cdiv(n_rows, config.BLOCK_M) * cdiv(n_out, config.BLOCK_N)
     block_s = 32 if config.BLOCK_N == 256 else config.BLOCK_N  # slices of 64 spill on sm_100
     splits, n_parts = config.n_splits > 1, 0 if squares is None else squares.shape[0]
@@ -493,14 +505,17 @@ def _work(x, weight, scale, squares, bias, count, ending, wide, half, config, ma
         "n_splits": config.n_splits,
         "n_parts": n_parts,
         "stride_x_row": x.stride(0),
+        "stride_scale_group": 0 if group is None else scale.stride(0),
         "FORMAT": form,
         "ENDING": ending,
+        "HAS_ZERO": zero is not None,
         "HAS_SQUARES": squares is not None,
         "HAS_BIAS": bias is not None,
         "HAS_COUNT": count is not None,
         "HAS_SPLITS": splits,
         "NATIVE_FP8": config.NATIVE_FP8,
         "EVEN_K": n_in % config.BLOCK_K == 0,
+        "GROUP": group or 0,
         "HALF": half,
         "BLOCK_M": config.BLOCK_M,
         "BLOCK_N": config.BLOCK_N,
@@ -515,6 +530,20 @@ def _work(x, weight, scale, squares, bias, count, ending, wide, half, config, ma
     units = tiles * config.n_splits
     parts = (units, config.BLOCK_N, config.BLOCK_M) if splits else None
     return _Work(min(units, n_multiprocessors), tiles, parts, cdiv(n_out, block_s), fixed)
+
+
+def _group(x, weight, scale, zero) -> int:
+    """Check the scales and zero points of weights in 4 bits; return the size of their groups."""
+    n_in = x.shape[1]
+    check_tensor("scale", scale, dtype=torch.float32, shape=[None, weight.shape[0]], device=x.device)
+    group = n_in // max(1, scale.shape[0])
+    fits = group in (32, 64, 128) and group * scale.shape[0] == n_in
+    refuse_unless(fits, f"scale has shape {list(scale.shape)}: {n_in} weights are no such groups of 32, 64 or 128")
+    if zero is not None:
+        check_tensor("zero", zero, dtype=torch.uint8, shape=scale.shape, device=x.device)
+        same = zero.stride() == scale.stride()
+        refuse_unless(same, f"zero has strides {zero.stride()}, and scale {scale.stride()}")
+    return group
 
 
 _ABSENT = {
@@ -532,6 +561,7 @@ def _start(
     x: torch.Tensor | Normed,
     weight: torch.Tensor,
     scale: torch.Tensor | None,
+    zero: torch.Tensor | None,
     bias: torch.Tensor | None,
     count: torch.Tensor | None,
     counters: torch.Tensor | None,
@@ -552,6 +582,7 @@ def _start(
         x_ptr=values,
         weight_ptr=weight if scale is None else weight.view(torch.uint8),
         scale_ptr=scale,
+        zero_ptr=zero,
         squares_ptr=x.squares if isinstance(x, Normed) else None,
         bias_ptr=bias,
         count_ptr=count,
@@ -562,16 +593,17 @@ def _start(
     )
 
 
-def _product(x, weight, scale, bias, count, ending: str, config, *, wide: bool = True, half: int = 0) -> _Work:
+def _product(x, weight, scale, zero, bias, count, ending: str, config, *, wide: bool = True, half: int = 0) -> _Work:
     values, squares = (x.values, x.squares) if isinstance(x, Normed) else (x, None)
     machine = multiprocessors(values.device), shared_memory(values.device)
-    return _work(values, weight, scale, squares, bias, count, ending, wide, half, config, machine)
+    return _work(values, weight, scale, zero, squares, bias, count, ending, wide, half, config, machine)
 
 
 def linear(
     x: torch.Tensor | Normed,
     weight: torch.Tensor,
     scale: torch.Tensor | None = None,
+    zero: torch.Tensor | None = None,
     *,
     bias: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
@@ -580,15 +612,18 @@ def linear(
     out: torch.Tensor | None = None,
     config: LinearConfig | None = None,
 ) -> torch.Tensor:
-    """``x @ (weight * scale[:, None])^T``, plus ``bias`` and ``residual`` if given; all in float32 and cast once.
+    """``x @ W^T``, plus ``bias`` and ``residual`` if given; sums are in float32 and cast once.
 
-    The codes of e4m3 are exact in every dtype of ``x``. The sum over K is in a fixed order for a given config.
+    ``W`` is ``weight * scale[:, None]``; the codes of e4m3 are exact in every dtype of ``x``. In 4 bits it is
+    ``(code - zero) * scale`` of each group, rounded to the dtype of ``x`` once. The sum over K is in a fixed order for
+    a given config.
 
     Args:
         x: ``[M, K]``, float32, float16 or bfloat16; or :class:`Normed`, whose values these are.
         weight: ``[N, K]``, dense, in the dtype of ``x``; with ``scale`` float8_e4m3fn, whose two codes for NaN mean
-            +-480 where the GPU is older than sm_89.
-        scale: ``[N]``, float32.
+            +-480 where the GPU is older than sm_89. Or ``[N, K / 2]``, uint8, dense: two codes per byte (:mod:`.int4`).
+        scale: ``[N]``, float32; of 4 bits ``[groups, N]``, of 32, 64 or 128 weights each, with any stride of groups.
+        zero: codes of zero, uint8, with the shape and strides of ``scale``; None: 8.
         bias: ``[N]`` in the dtype of ``x``.
         residual: ``[M, N]`` in the dtype of ``x``; only read.
         count: ``[1]``, int32; only the first ``count`` rows (at most M) are computed, the others of ``out`` stay as
@@ -599,7 +634,7 @@ def linear(
 
     NaN and infinities in ``x`` and ``residual`` go where the equation takes them, and stay in their row.
     """
-    work = _product(x, weight, scale, bias, count, "plain", config)
+    work = _product(x, weight, scale, zero, bias, count, "plain", config)
     values = x.values if isinstance(x, Normed) else x
     shape = values.shape[0], weight.shape[0]
     if out is None:
@@ -607,7 +642,7 @@ def linear(
     _check_results(values, shape, residual, out)
     if work.programs:
         _start(
-            *(work, x, weight, scale, bias, count, counters),
+            *(work, x, weight, scale, zero, bias, count, counters),
             residual_ptr=residual,
             out_ptr=out,
             stride_residual_row=0 if residual is None else residual.stride(0),
@@ -624,6 +659,7 @@ def linear_normed(
     gain: torch.Tensor,
     eps: float,
     *,
+    zero: torch.Tensor | None = None,
     residual: torch.Tensor,
     counters: torch.Tensor | None = None,
     config: LinearConfig | None = None,
@@ -633,7 +669,7 @@ def linear_normed(
     That factor needs whole rows, which no program has: the next product applies it. Squares are those of the sum as it
     is rounded to ``residual``'s dtype. In float16 values times gains may overflow where a norm would not.
     """
-    work = _product(x, weight, scale, None, None, "norm", config)
+    work = _product(x, weight, scale, zero, None, None, "norm", config)
     values = x.values if isinstance(x, Normed) else x
     shape = values.shape[0], weight.shape[0]
     _check_results(values, shape, residual, residual)
@@ -642,7 +678,7 @@ def linear_normed(
     squares = torch.empty((work.n_slices, shape[0]), dtype=torch.float32, device=values.device)
     if work.programs:
         _start(
-            *(work, x, weight, scale, None, None, counters),
+            *(work, x, weight, scale, zero, None, None, counters),
             residual_ptr=residual,
             gain_ptr=gain,
             out_ptr=residual,
@@ -667,6 +703,7 @@ def linear_silu_mul(
     weight: torch.Tensor,
     scale: torch.Tensor | None = None,
     *,
+    zero: torch.Tensor | None = None,
     counters: torch.Tensor | None = None,
     config: LinearConfig | None = None,
 ) -> torch.Tensor:
@@ -676,11 +713,11 @@ def linear_silu_mul(
     """
     width = weight.shape[0] // 2
     refuse_unless(weight.shape[0] % 2 == 0, f"weight has {weight.shape[0]} rows, not an even number")
-    work = _product(x, weight, scale, None, None, "gated", config, wide=False)
+    work = _product(x, weight, scale, zero, None, None, "gated", config, wide=False)
     values = x.values if isinstance(x, Normed) else x
     out = torch.empty((values.shape[0], width), dtype=values.dtype, device=values.device)
     if work.programs:
-        _start(*(work, x, weight, scale, None, None, counters), out_ptr=out, stride_out_row=width)
+        _start(*(work, x, weight, scale, zero, None, None, counters), out_ptr=out, stride_out_row=width)
     return out
 
 
@@ -693,6 +730,7 @@ def linear_heads(
     sin: torch.Tensor,
     position: torch.Tensor | None,
     *,
+    zero: torch.Tensor | None = None,
     n_heads: int,
     n_kv_heads: int,
     n_positions: int,
@@ -706,7 +744,7 @@ def linear_heads(
 
     Args:
         x: ``[M, K]`` or :class:`Normed`: the rows of ``M / n_positions`` batch rows.
-        weight, scale, bias: of ``(n_heads + 2 n_kv_heads) D`` rows: queries, keys, values.
+        weight, scale, zero, bias: of ``(n_heads + 2 n_kv_heads) D`` rows: queries, keys, values.
         cos, sin, position, k_cache, v_cache, cache_row: as for ``rope_cache``, with ``n = n_positions``.
         n_heads, n_kv_heads: either may be 0.
 
@@ -718,14 +756,14 @@ def linear_heads(
     head_dim, n_stored = _check_heads(
         *(values, weight, cos, sin, position, n_heads, n_kv_heads, n_positions, k_cache, v_cache, cache_row)
     )
-    work = _product(x, weight, scale, bias, None, "heads", config, wide=False, half=head_dim // 2)
+    work = _product(x, weight, scale, zero, bias, None, "heads", config, wide=False, half=head_dim // 2)
     out = None
     if n_stored:
         out = torch.empty((values.shape[0], n_stored * head_dim), dtype=values.dtype, device=values.device)
     if work.programs:
         k_strides, v_strides = (x.stride() if cached else (0, 0, 0) for x in (k_cache, v_cache))
         _start(
-            *(work, x, weight, scale, bias, None, counters),
+            *(work, x, weight, scale, zero, bias, None, counters),
             cos_ptr=cos,
             sin_ptr=sin,
             position_ptr=position,
@@ -790,10 +828,18 @@ _COLUMNS = {"product": (1, 1), "heads": (1, 1), "gated": (1, 2), "sum": (2, 1), 
 
 
 def linear_cost(
-    n_rows: int, n_out: int, n_in: int, itemsize: int, *, weight_itemsize: int = 1, ending: str = "product"
+    n_rows: int,
+    n_out: int,
+    n_in: int,
+    itemsize: int,
+    *,
+    weight_itemsize: float = 1,
+    group: int | None = None,
+    ending: str = "product",
 ) -> Cost:
     """The weights (codes with their scales), the rows in, and the rows that the ending reads and writes."""
     times, over = _COLUMNS[ending]
-    weights = n_out * (n_in * weight_itemsize + (4 if weight_itemsize < itemsize else 0))
+    scales = n_in // (group or n_in) if weight_itemsize < itemsize else 0
+    weights = int(n_out * (n_in * weight_itemsize + 4 * scales))
     moved = weights + n_rows * (n_in + times * n_out // over) * itemsize
     return Cost(bytes=moved, flops=2 * n_rows * n_out * n_in)

@@ -62,10 +62,11 @@ FEW_ROWS = 128
 
 
 def _fused(x: torch.Tensor | Normed, matrix: Matrix) -> bool:
-    """Decide whether a product and what is next to it are one launch. The kernel has no weights in 4 bits."""
-    if isinstance(matrix, Quantised):
-        return matrix.group is None
-    return isinstance(x, Normed) or x.shape[:-1].numel() <= FEW_ROWS
+    """Decide whether a product and what is next to it are one launch. Many rows of weights in 4 bits are not: these
+    are decoded for cuBLAS, since every tile of rows would decode them anew."""
+    if isinstance(x, Normed) or isinstance(matrix, Quantised) and matrix.group is None:
+        return True
+    return x.shape[:-1].numel() <= FEW_ROWS
 
 
 def _flat(x: torch.Tensor | Normed) -> torch.Tensor | Normed:
@@ -75,8 +76,12 @@ def _flat(x: torch.Tensor | Normed) -> torch.Tensor | Normed:
 
 
 def _parts(matrix: Matrix) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return weights as they are in memory, and the scale per row; a further format has its own here."""
+    """Return weights as they are in memory, and their scales."""
     return (matrix.codes, matrix.scale) if isinstance(matrix, Quantised) else (matrix, None)
+
+
+def _zero(matrix: Matrix) -> dict[str, torch.Tensor | None]:
+    return {"zero": matrix.zero if isinstance(matrix, Quantised) else None}
 
 
 def linear(
@@ -87,9 +92,9 @@ def linear(
     *,
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    if weight.dtype == torch.uint8:
+    if weight.dtype == torch.uint8 and x.shape[0] > FEW_ROWS:
         return _decoded(x, weight, scale, zero, residual=residual)
-    return _linear.linear(x, weight, scale, residual=residual)
+    return _linear.linear(x, weight, scale, zero, residual=residual)
 
 
 def linear_heads(
@@ -110,9 +115,8 @@ def linear_heads(
         return rotated_heads(out, rope_cache, cos, sin, position, n_heads, n_kv_heads, **store)
     batch, n = (x.values if isinstance(x, Normed) else x).shape[:2]
     counts = {"n_heads": n_heads, "n_kv_heads": n_kv_heads, "n_positions": n}
-    out = _linear.linear_heads(
-        _flat(x), *_parts(matrix), bias, cos, sin, position, **counts, **store, counters=counters
-    )
+    counts |= {"counters": counters, **_zero(matrix)}
+    out = _linear.linear_heads(_flat(x), *_parts(matrix), bias, cos, sin, position, **counts, **store)
     heads = None if out is None else out.view(batch, n, -1, cos.shape[1])
     if store:
         return heads, store["k_cache"], store["v_cache"]
@@ -134,9 +138,10 @@ def linear_normed(
         return rms_norm(product(x, matrix), gain, eps, residual=residual)
     place = residual.view(-1, residual.shape[-1])
     if to_product and x.dtype != torch.float16:  # whose range is too small for values that are not normalised yet
-        normed = _linear.linear_normed(_flat(x), *_parts(matrix), gain, eps, residual=place, counters=counters)
+        how = {"residual": place, "counters": counters, **_zero(matrix)}
+        normed = _linear.linear_normed(_flat(x), *_parts(matrix), gain, eps, **how)
         return normed._replace(values=normed.values.view(residual.shape))
-    _linear.linear(_flat(x), *_parts(matrix), residual=place, out=place, counters=counters)
+    _linear.linear(_flat(x), *_parts(matrix), **_zero(matrix), residual=place, out=place, counters=counters)
     return rms_norm(residual, gain, eps)
 
 
@@ -144,7 +149,7 @@ def linear_silu_mul(x: torch.Tensor | Normed, matrix: Matrix, *, counters: torch
     if not _fused(x, matrix):
         return silu_mul(product(x, matrix))
     shape = (x.values if isinstance(x, Normed) else x).shape[:-1]
-    return _linear.linear_silu_mul(_flat(x), *_parts(matrix), counters=counters).view(*shape, -1)
+    return _linear.linear_silu_mul(_flat(x), *_parts(matrix), **_zero(matrix), counters=counters).view(*shape, -1)
 
 
 def mark_candidates(state, *, by_stage: bool, span_cap: int | None = None) -> torch.Tensor:

@@ -70,9 +70,13 @@ def test_operations_of_other_families_pass(monkeypatch, spec):
     assert not faults_of(records_of(replace(REQUEST, spec=spec)))
 
 
-def test_quantised_products_are_compared(monkeypatch):
+@pytest.mark.parametrize("quantization", ["fp8", "int4-64"])
+def test_quantised_products_are_compared(monkeypatch, quantization):
     _only(monkeypatch, 1)
-    records = records_of(replace(REQUEST, quantization="fp8"))
+    spec = replace(SPEC, d_model=64, mlp=64)  # whole groups of 64
+    model = steps.random_model(spec, torch.device("cpu"), torch.float32, quantization, 1)
+    assert model.weights.quantization == quantization
+    records = records_of(replace(REQUEST, spec=spec, quantization=quantization))
     assert not faults_of(records)
     assert any(r["operation"].startswith("linear") for r in records if r["record"] == "finding")
 
