@@ -32,6 +32,7 @@ from sfs_triton.kernels.confidence import confidence_cost
 from sfs_triton.kernels.control import CONTROL, FAST, SLOW, Progress
 from sfs_triton.kernels.cost import Cost
 from sfs_triton.kernels.cycle import decide_cycle_cost
+from sfs_triton.kernels.dequantise import dequantise_cost
 from sfs_triton.kernels.gather import compact_cost, embedding_cost
 from sfs_triton.kernels.launch import Launch, recording
 from sfs_triton.kernels.linear import linear_cost
@@ -64,7 +65,8 @@ PARTS = {
     "machine": "step machine",
 }
 _PART_OF = {
-    **{"attention": "attention", "confidence": "head", "lm_head": "head", "linear": "products"},
+    **{"attention": "attention", "confidence": "head", "lm_head": "head"},
+    **{"linear": "products", "dequantise": "products"},
     **dict.fromkeys(("linear_heads", "linear_normed", "linear_silu_mul"), "forward"),  # by what they launch
     **dict.fromkeys(("embedding", "rms_norm", "rope_cache", "silu_mul"), "elementwise"),
 }
@@ -232,6 +234,7 @@ COSTS: dict[str, Callable[[dict[str, Any], tuple[int, ...]], Cost]] = {
     ),
     "confidence.confidence": lambda a, grid: confidence_cost(grid[0], a["n_columns"], a["logits_ptr"].itemsize),
     "cycle.decide": lambda a, grid: decide_cycle_cost(grid[0], a["length"]),
+    "dequantise.dequantise": lambda a, grid: dequantise_cost(a["n_rows"], a["n_in"], a["GROUP"], a["out_ptr"].itemsize),
     "gather.compact": lambda a, grid: compact_cost(grid[0], a["n"], a["capacity"]),
     "gather.embedding": lambda a, grid: embedding_cost(a["n_rows"], a["n_columns"], a["table_ptr"].itemsize),
     "linear.linear": lambda a, grid: linear_cost(
@@ -239,7 +242,8 @@ COSTS: dict[str, Callable[[dict[str, Any], tuple[int, ...]], Cost]] = {
         a["n_out"],
         a["n_in"],
         a["x_ptr"].itemsize,
-        weight_itemsize=a["weight_ptr"].itemsize,
+        weight_itemsize=0.5 if a["GROUP"] else a["weight_ptr"].itemsize,
+        group=a["GROUP"] or None,
         ending={"plain": "sum" if a["HAS_RESIDUAL"] else "product"}.get(a["ENDING"], a["ENDING"]),
     ),
     "lm_head.lm_head": lambda a, grid: lm_head_cost(

@@ -228,7 +228,7 @@ def costs() -> str:
     head = "| step | positions | weights | GB moved | TFLOP | ms, predicted | measured |"
     pieces = [head, "|---|---|---|---|---|---|---|"]
     for capacity, number in ((32, 1), (64, 1), (128, 1), (128, 0)):
-        for quantization in (None, "fp8"):
+        for quantization in (None, "fp8", "int4"):
             setting = Setting(capacity=capacity, span_cap=min(64, capacity), quantization=quantization)
             kind = list(kinds(setting, "region"))[number]
             steps = steps_of(setting, "triton", "region")

@@ -17,6 +17,7 @@ import triton.language as tl
 
 from .check import FLOATS, INTEGERS, check_index, check_tensor, checked_once, refuse_unless
 from .cost import Cost
+from .dequantise import check_groups
 from .dot import dot_over, format_of, row_scale
 from .int4 import dot_over_groups
 from .launch import H200_SHARED_MEMORY, cdiv, launch, multiprocessors, shared_memory
@@ -480,7 +481,7 @@ def _work(x, weight, scale, zero, squares, bias, count, ending, wide, half, conf
     refuse_unless(n_out > 0 and n_in > 0, f"weight has shape {list(weight.shape)}, and no elements")
     if form == "fp8":
         check_tensor("scale", scale, dtype=torch.float32, shape=[n_out], device=x.device)
-    group = _group(x, weight, scale, zero) if form == "int4" else None
+    group = check_groups(n_in, weight, scale, zero) if form == "int4" else None
     refuse_unless(zero is None or group is not None, "zero is given, and weight is not in 4 bits")
     if squares is not None:
         check_tensor("squares", squares, dtype=torch.float32, shape=[None, n_rows], device=x.device, dense=True)
@@ -530,20 +531,6 @@ def _work(x, weight, scale, zero, squares, bias, count, ending, wide, half, conf
     units = tiles * config.n_splits
     parts = (units, config.BLOCK_N, config.BLOCK_M) if splits else None
     return _Work(min(units, n_multiprocessors), tiles, parts, cdiv(n_out, block_s), fixed)
-
-
-def _group(x, weight, scale, zero) -> int:
-    """Check the scales and zero points of weights in 4 bits; return the size of their groups."""
-    n_in = x.shape[1]
-    check_tensor("scale", scale, dtype=torch.float32, shape=[None, weight.shape[0]], device=x.device)
-    group = n_in // max(1, scale.shape[0])
-    fits = group in (32, 64, 128) and group * scale.shape[0] == n_in
-    refuse_unless(fits, f"scale has shape {list(scale.shape)}: {n_in} weights are no such groups of 32, 64 or 128")
-    if zero is not None:
-        check_tensor("zero", zero, dtype=torch.uint8, shape=scale.shape, device=x.device)
-        same = zero.stride() == scale.stride()
-        refuse_unless(same, f"zero has strides {zero.stride()}, and scale {scale.stride()}")
-    return group
 
 
 _ABSENT = {

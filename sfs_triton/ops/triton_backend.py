@@ -7,6 +7,7 @@ them here.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 from ..kernels import linear as _linear
 from ..kernels import list_positions as _list_positions
@@ -16,6 +17,7 @@ from ..kernels import scatter_choices as _scatter_choices
 from ..kernels.attention import attention
 from ..kernels.confidence import confidence
 from ..kernels.cycle import decide_cycle
+from ..kernels.dequantise import dequantise
 from ..kernels.gather import compact, embedding
 from ..kernels.linear import Normed
 from ..kernels.lm_head import lm_head, lm_head_partials
@@ -25,9 +27,9 @@ from ..kernels.partials import merge_partials
 from ..kernels.publish import publish
 from ..kernels.rope_cache import rope_cache
 from ..kernels.select import decide_block
+from .torch import blocks
 from .torch.fused_linear import Heads, product, rotated_heads
 from .torch.linear import Matrix, Quantised
-from .torch.linear import linear as _decoded
 
 __all__ = [
     "attention",
@@ -92,9 +94,16 @@ def linear(
     *,
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    if weight.dtype == torch.uint8 and x.shape[0] > FEW_ROWS:
-        return _decoded(x, weight, scale, zero, residual=residual)
-    return _linear.linear(x, weight, scale, zero, residual=residual)
+    if weight.dtype != torch.uint8 or len(x) <= FEW_ROWS:
+        return _linear.linear(x, weight, scale, zero, residual=residual)
+    matrix = Quantised(weight, scale, zero)
+
+    def columns(rows: slice) -> tuple[torch.Tensor]:
+        part = matrix[rows]
+        return (F.linear(x, dequantise(part.codes, part.scale, part.zero, x.dtype)),)
+
+    (out,) = blocks.by_rows(columns, *matrix.shape, blocks.WEIGHTS)
+    return out if residual is None else out + residual
 
 
 def linear_heads(
@@ -111,7 +120,7 @@ def linear_heads(
     **store: torch.Tensor | None,
 ) -> Heads:
     if not _fused(x, matrix):
-        out = product(x, matrix, bias)
+        out = product(x, matrix, bias, quantised=linear)
         return rotated_heads(out, rope_cache, cos, sin, position, n_heads, n_kv_heads, **store)
     batch, n = (x.values if isinstance(x, Normed) else x).shape[:2]
     counts = {"n_heads": n_heads, "n_kv_heads": n_kv_heads, "n_positions": n}
@@ -135,7 +144,7 @@ def linear_normed(
     counters: torch.Tensor | None = None,
 ) -> torch.Tensor | Normed:
     if not _fused(x, matrix):
-        return rms_norm(product(x, matrix), gain, eps, residual=residual)
+        return rms_norm(product(x, matrix, quantised=linear), gain, eps, residual=residual)
     place = residual.view(-1, residual.shape[-1])
     if to_product and x.dtype != torch.float16:  # whose range is too small for values that are not normalised yet
         how = {"residual": place, "counters": counters, **_zero(matrix)}
@@ -147,7 +156,7 @@ def linear_normed(
 
 def linear_silu_mul(x: torch.Tensor | Normed, matrix: Matrix, *, counters: torch.Tensor | None = None) -> torch.Tensor:
     if not _fused(x, matrix):
-        return silu_mul(product(x, matrix))
+        return silu_mul(product(x, matrix, quantised=linear))
     shape = (x.values if isinstance(x, Normed) else x).shape[:-1]
     return _linear.linear_silu_mul(_flat(x), *_parts(matrix), **_zero(matrix), counters=counters).view(*shape, -1)
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from bench.common.testing import assert_within_budget
+from sfs_triton.kernels.dequantise import dequantise
 from sfs_triton.kernels.launch import recording
 from sfs_triton.kernels.linear import (
     LinearConfig,
@@ -75,6 +76,23 @@ def test_every_code_is_exact(dtype, block_k):
     config = replace(SMALL, BLOCK_K=block_k)
     out = linear(torch.eye(128, device=DEVICE, dtype=dtype), pack(codes, 128), scale, zero, config=config)
     assert torch.equal(out.T.float(), (codes.float() - zero.T) * -0.375)
+
+
+@pytest.mark.parametrize("group", [32, 64, 128])
+@pytest.mark.parametrize("zeros", [False, True], ids=["symmetric", "zero points"])
+def test_a_matrix_multiplied_out(guards, dtype, group, zeros):
+    """Bits are those of torch, of some rows too, whose scales have the stride of the whole."""
+    whole = matrix(70, 256, group, zeros)
+    for part in (whole, whole[3:61], whole[:0]):
+        codes, scale, zero = (
+            None if t is None else t if len(part.codes) < 70 else guards.copy(t)
+            for t in (part.codes, part.scale, part.zero)
+        )
+        assert torch.equal(dequantise(codes, scale, zero, dtype), part.values(dtype))
+    with pytest.raises(ValueError, match="dtype is torch.float64"):
+        dequantise(whole.codes, whole.scale, whole.zero, torch.float64)
+    with pytest.raises(ValueError, match="codes has dtype float32"):
+        dequantise(whole.codes.float(), whole.scale, whole.zero, dtype)
 
 
 def test_rows_of_a_matrix(guards, dtype):

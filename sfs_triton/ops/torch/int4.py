@@ -17,8 +17,9 @@ _AT_ONCE = 2**20  # weights whose scales are searched: they stay in a CPU's cach
 
 def pack(values: torch.Tensor, group: int) -> torch.Tensor:
     """Pack numbers from 0 to 15, uint8 ``[N, K]``, into codes ``[N, K / 2]``."""
-    low, high = values.reshape(len(values), -1, 2, group // 2).unbind(2)
-    return (low | high << 4).view(len(values), -1)
+    n_out, n_in = values.shape
+    low, high = values.reshape(n_out, n_in // group, 2, group // 2).unbind(2)
+    return (low | high << 4).view(n_out, n_in // 2)
 
 
 def quantize(weight: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -62,10 +63,10 @@ def dequantise(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | No
 
     ``codes`` as of :func:`pack`; ``scale`` and ``zero`` (uint8; None: 8) are ``[K / group, N]``.
     """
-    n_out, n_groups = len(codes), len(scale)
-    packed = codes.view(n_out, n_groups, -1)
-    values = torch.empty(n_out, n_groups, 2, packed.shape[-1], dtype=dtype, device=codes.device)
+    (n_out, width), n_groups = codes.shape, len(scale)
+    packed = codes.view(n_out, n_groups, width // n_groups)
+    values = torch.empty(n_out, n_groups, 2, width // n_groups, dtype=dtype, device=codes.device)
     values[:, :, 0], values[:, :, 1] = packed & 15, packed >> 4
     # differences of codes are exact in 16 bits; the product with a float32 scale is computed in float32
     values.sub_(ZERO if zero is None else zero.t()[..., None, None]).mul_(scale.t()[..., None, None])
-    return values.view(n_out, -1)
+    return values.view(n_out, 2 * width)
