@@ -402,7 +402,7 @@ def meta_model(spec: ModelSpec, backend: str, meter: Meter, quantization: str | 
     names = ops if backend == "triton" else ("publish",)
     ops |= {name: getattr(triton_backend, name) for name in names}
     wrapped = {name: meter.wrap(op, _PART_OF.get(name, "machine")) for name, op in ops.items()}
-    model.ops = replace(model.ops, **wrapped)
+    model.backend, model.ops = backend, replace(model.ops, **wrapped)
     model.forward = meter.wrap(model.forward, "forward")
     return model
 

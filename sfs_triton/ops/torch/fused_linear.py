@@ -140,10 +140,10 @@ def linear_normed(
         to_product: the result goes to :func:`linear_heads` or :func:`linear_silu_mul` alone, so the norm may be left
             to them to finish. Here it is finished.
         counters: of no use here.
-        scratch: of no use here.
+        scratch: for a product that is not added at once; the result is of its own.
     """
-    if not isinstance(matrix, torch.Tensor):
-        return rms_norm(product(x, matrix), gain, eps, residual=residual)
+    if not isinstance(matrix, torch.Tensor) or x.dtype.itemsize < 4:  # rounded alike, whatever the matrix is
+        return rms_norm(product(x, matrix, scratch=scratch, name="added"), gain, eps, residual=residual)
     residual.view(-1, len(matrix)).addmm_(x.reshape(-1, x.shape[-1]), matrix.t())  # a pass over memory less
     return rms_norm(residual, gain, eps)
 
