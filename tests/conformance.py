@@ -324,6 +324,10 @@ NEWER: dict[str, Callable[[dict], Setup | None]] = {
     "d3llm_llada": _multi_block("d3llm-llada"),
     "d3llm_dream": _multi_block("d3llm-dream"),
     **dict.fromkeys(("illada_var", "illada_generate"), _illada),
+    # d2Cache's own KLASS and WINO differ from their authors'; d3LLM's delayed cache is no policy here
+    **dict.fromkeys(("d2klass_llada", "d2klass_dream", "d2wino_llada", "d2wino_dream"), lambda s: None),
+    **dict.fromkeys(("d2klass_llada_unpatched", "d2klass_dream_unpatched"), lambda s: None),
+    **dict.fromkeys(("d3llm_llada_cache", "d3llm_dream_cache"), lambda s: None),
     **dict.fromkeys(("d3llm_llada_single", "d3llm_dream_single"), _single_block),
     "generate_llada": _end_options,
 }
