@@ -39,8 +39,9 @@ def _dequantise_kernel(
         zero = tl.load(zero_ptr + place, mask=inside, other=0).to(tl.float32)
     dtype = out_ptr.dtype.element_ty
     out_at = out_ptr + at * n_in + group * GROUP + column
-    tl.store(out_at, decode(raw & 15, scale, zero, dtype), mask=inside[:, None])
-    tl.store(out_at + HALF, decode(raw >> 4, scale, zero, dtype), mask=inside[:, None])
+    first, second = decode(raw, scale, zero, dtype)
+    tl.store(out_at, first, mask=inside[:, None])
+    tl.store(out_at + HALF, second, mask=inside[:, None])
 
 
 def check_groups(width: int, codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None) -> int:
