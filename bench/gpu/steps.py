@@ -16,7 +16,7 @@ KERNELS = (
     *("lm_head", "confidence", "attention", "norm", "mlp", "rope_cache", "gather"),
     *("mark_candidates", "list_positions", "cycle", "select"),
 )
-MORE_KERNELS = ("scatter_choices", "publish", "position_ranges", "linear")
+MORE_KERNELS = ("scatter_choices", "publish", "position_ranges", "linear", "dequantise")
 # What a run has time for: one geometry, batches of few rows, and no twins that are compiled for minutes.
 LEFT_OUT = ("compile", "illada-8b", "dream-7b", "8192", "256x2124", "16x")
 
