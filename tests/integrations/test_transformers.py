@@ -145,7 +145,11 @@ def test_a_configuration_answers_to_the_usual_names():
 
 
 def test_what_is_not_computed_is_refused_when_a_model_is_made(checkpoint, edit_config):
-    edit_config(checkpoint, rope_scaling={"type": "linear", "factor": 2})
+    edit_config(checkpoint, quantization_config={"quant_method": "gptq", "bits": 4, "group_size": 64})
+    config = AutoConfig.from_pretrained(checkpoint)
+    with pytest.raises(sfs_triton.UnsupportedConfigError, match=r"only sfs_triton\.load takes weights in 4 bits"):
+        AutoModelForMaskedLM.from_config(config)
+    edit_config(checkpoint, quantization_config=None, rope_scaling={"type": "linear", "factor": 2})
     with pytest.raises(sfs_triton.UnsupportedConfigError, match="rope_scaling"):
         AutoModelForMaskedLM.from_pretrained(checkpoint)
 

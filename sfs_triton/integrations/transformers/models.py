@@ -25,9 +25,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MaskedLMOutput
 from transformers.utils.generic import can_return_tuple
 
-from ...errors import require
+from ...errors import UnsupportedConfigError, require
 from ...models import ModelSpec, read_spec
 from ...models.names import LLADA_NAMES, LLAMA_NAMES
+from ...models.packed import read_packing
 from ...ops.dispatch import rope_tables
 from ...ops.torch.norm import rms_norm
 from .generate import Drafts, custom_generate
@@ -155,6 +156,10 @@ class MaskedDiffusionModel(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: PreTrainedConfig):
         super().__init__(config)
+        if read_packing(config.to_dict()) is not None:
+            raise UnsupportedConfigError(
+                "config.json: quantization_config: only sfs_triton.load takes weights in 4 bits"
+            )
         self.spec = spec = read_spec(config.to_dict())
         self.names = names = LLADA_NAMES if spec.family == "llada" else LLAMA_NAMES
         _set_module(self, names["embedding"], nn.Embedding(spec.vocab_size, spec.d_model))
