@@ -14,6 +14,7 @@ import numpy
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from sfs_triton.ops.torch import host
 from sfs_triton.self_check.budget import assert_within_budget  # noqa: F401  tests import it from here
 
 _BAND = 1024  # bytes on each side, and so that what lies between stays aligned
@@ -120,9 +121,11 @@ def no_host_reads() -> Iterator[None]:
 
     On a CPU, where a read costs nothing and shows nowhere, it finds what would be a synchronisation on a GPU: values
     taken out of tensors, sizes that depend on values, and copies from another device. Making tensors of what the host
-    knows is fine. Holds for torch's operations in this thread, and for methods of tensors in all threads.
+    knows is fine. Holds for torch's operations in this thread, and for methods of tensors in all threads. Operations
+    take the way that they take on a GPU.
     """
     with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(host, "reads_are_free", lambda x: False))
         for owner, name in (*((torch.Tensor, name) for name in _READERS), *_WAITS):
             stack.enter_context(mock.patch.object(owner, name, _refusal(f"{owner.__name__}.{name}")))
         stack.enter_context(_NoReads())

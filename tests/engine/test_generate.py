@@ -448,7 +448,7 @@ def test_filters_change_scores_where_scores_are_tempered():
         ({"seed": -1}, "seed=-1"),
         ({"seed": 2**63}, "seed=9223372036854775808"),
         ({"seed": ["1"]}, "seed='1'"),
-        ({"sampler": type("Mine", (BlockSampler,), {"selection": lambda self: {}})()}, "is not a sampler"),
+        ({"sampler": {"kind": "slowfast"}}, "is not a sampler"),
     ],
 )
 def test_seeds_and_samplers_are_checked_by_both_ways_in(engines, options, named):

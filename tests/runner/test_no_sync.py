@@ -23,7 +23,6 @@ from sfs_triton.decoding.caching import CachePolicy
 from sfs_triton.decoding.params import BatchKey
 from sfs_triton.decoding.step_plan import Forward, Positions
 from sfs_triton.models import Transformer
-from sfs_triton.ops.torch import rope_cache
 from sfs_triton.runner import CudaGraphs, Execution, ModelRunner
 from sfs_triton.runner.cuda_graph import capture_graph
 from sfs_triton.runner.host_ring import HostRing
@@ -136,7 +135,6 @@ def test_the_watch_ends():
 def _watch(monkeypatch) -> Counter:
     """Run steps, and the ends of sequences, under the watch; count forwards by positions."""
     found: Counter = Counter()
-    monkeypatch.setattr(rope_cache, "store_read", rope_cache.store_unread)  # as on a GPU
 
     def watched(name: str) -> Callable[..., Any]:
         method = getattr(ModelRunner, name)

@@ -10,10 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy
 import torch
 import torch.nn.functional as F
 
+from . import host
 from .credit import CreditRules
 from .philox import gumbel_max
 
@@ -115,10 +115,9 @@ def confidence(
 
 def _argmax(logits: torch.Tensor) -> torch.Tensor:
     """Return the index ``[T]`` of the largest logit of each row, the lowest of equals; of the first NaN, if any."""
-    if logits.device.type != "cpu":
+    if not host.reads_are_free(logits):
         return logits.max(-1).indices
-    shared = numpy.from_dlpack(logits.detach())  # the same memory, and vector code: torch takes seven times as long
-    return torch.from_numpy(shared.argmax(-1))
+    return torch.from_numpy(logits.detach().numpy().argmax(-1))  # vector code; torch takes seven times as long
 
 
 def score_of(logits: torch.Tensor, token: torch.Tensor, metric: str) -> torch.Tensor:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from . import host
+
 
 def rope_tables(length: int, head_dim: int, theta: float, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """``(cos, sin)`` in float32, each ``[length, head_dim]``, for the half-split rotary embedding."""
@@ -60,7 +62,7 @@ def rope_cache(
         for cache, fresh in pairs:
             cache[row[:, None], position] = fresh
     elif v.numel():
-        store = store_read if position.device.type == "cpu" else store_unread
+        store = store_read if host.reads_are_free(position) else store_unread
         store(pairs, position, cache_row)
     return q, k_cache, v_cache
 
