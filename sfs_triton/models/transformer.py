@@ -231,15 +231,12 @@ class Transformer:
 
     def _places(self, scope: Scope, cache: KVCache | None, index: int) -> tuple[tuple, torch.Tensor | None, dict]:
         """Rotary tables, the rows' positions in them (None: row by row), and where keys and values are stored."""
-        here, tables, position, store = slice(scope.first, scope.stop), (self._cos, self._sin), scope.rows, {}
-        if scope.store:
-            k, v = cache.layer(index)
-            if position is None and self.backend == "triton":
-                position = self._position[here]
-            elif position is None:  # plain torch copies to a slice in a third of the time of an index
-                k, v = k[:, here], v[:, here]
-            store = {"k_cache": k, "v_cache": v, "cache_row": scope.batch}
-        return tables if position is not None else tuple(table[here] for table in tables), position, store
+        here = slice(scope.first, scope.stop)
+        if not scope.store:
+            return (self._cos[here], self._sin[here]), None, {}
+        position = self._position[here] if scope.rows is None else scope.rows
+        k, v = cache.layer(index)
+        return (self._cos, self._sin), position, {"k_cache": k, "v_cache": v, "cache_row": scope.batch}
 
     def ensure_rope_length(self, length: int) -> None:
         """Grow the rotary tables to ``length`` positions; the limit in a configuration may be far more than is used.

@@ -218,20 +218,6 @@ def test_stores_are_equal_with_and_without_a_read_of_the_live_rows(cache_row):
     assert torch.equal(*stores) and not torch.equal(stores[0], torch.cat((kept, kept, kept), 2))
 
 
-def test_without_positions_the_twin_stores_row_by_row():
-    q, k, v = torch.randn(3, 2, 5, 2, 8, generator=torch.Generator().manual_seed(0))
-    cos, sin = rope_tables(9, 8, 1e4, q.device)
-    first, row = 3, torch.tensor([2, 0])
-    for cache_row in (None, row):
-        named, unnamed = (torch.zeros(2, 3, 9, 2, 8) for _ in range(2))
-        store = {"k_cache": named[0], "v_cache": named[1], "cache_row": cache_row}
-        wanted = twin(q, k, v, cos, sin, torch.arange(first, first + 5), **store)[0]
-        k_cache, v_cache = unnamed[:, :, first : first + 5]
-        store = {"k_cache": k_cache, "v_cache": v_cache, "cache_row": cache_row}
-        got = twin(q, k, v, cos[first : first + 5], sin[first : first + 5], None, **store)[0]
-        torch.testing.assert_close((got, unnamed), (wanted, named))
-
-
 def test_refuses_what_it_cannot_take(device, monkeypatch):
     q, k = torch.ones(2, 3, 4, 16, device=device), torch.ones(2, 3, 2, 16, device=device)
     cos, sin = rope_tables(9, 16, 1e4, device)
