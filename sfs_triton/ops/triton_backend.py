@@ -7,7 +7,6 @@ them here.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
 from ..kernels import linear as _linear
 from ..kernels import list_positions as _list_positions
@@ -27,7 +26,7 @@ from ..kernels.partials import merge_partials
 from ..kernels.publish import publish
 from ..kernels.rope_cache import rope_cache
 from ..kernels.select import decide_block
-from .torch import blocks
+from .torch import linear as _by_torch
 from .torch.fused_linear import Heads, product, rotated_heads
 from .torch.linear import Matrix, Quantised
 
@@ -96,14 +95,11 @@ def linear(
 ) -> torch.Tensor:
     if weight.dtype != torch.uint8 or len(x) <= FEW_ROWS:
         return _linear.linear(x, weight, scale, zero, residual=residual)
-    matrix = Quantised(weight, scale, zero)
+    return _by_torch.linear(x, weight, scale, zero, residual=residual, decode=_decode)
 
-    def columns(rows: slice) -> tuple[torch.Tensor]:
-        part = matrix[rows]
-        return (F.linear(x, dequantise(part.codes, part.scale, part.zero, x.dtype)),)
 
-    (out,) = blocks.by_rows(columns, *matrix.shape, blocks.WEIGHTS)
-    return out if residual is None else out + residual
+def _decode(codes: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, zero: torch.Tensor | None) -> torch.Tensor:
+    return dequantise(codes, scale, zero, dtype)
 
 
 def linear_heads(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -98,19 +99,23 @@ def linear(
     zero: torch.Tensor | None = None,
     *,
     residual: torch.Tensor | None = None,
+    decode: Callable[..., torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """``x @ W^T`` for ``W`` of the codes ``weight``, plus ``residual`` if given. ``W`` is converted to ``x``'s dtype
-    first; of int8 weights the codes are multiplied, with ``x`` rounded to int8."""
+    first, by ``decode`` in place of :func:`dequantise` if that is given; of int8 weights the codes are multiplied,
+    with ``x`` rounded to int8."""
+    decode = decode or dequantise
     n_out, n_in = weight.shape[0], x.shape[-1]
     if weight.dtype == torch.int8:
         out = int8_linear(x, weight, scale)
     elif n_out * n_in <= blocks.WEIGHTS:
-        out = F.linear(x, dequantise(weight, scale, x.dtype, zero))
+        out = F.linear(x, decode(weight, scale, x.dtype, zero))
     else:
         out = x.new_empty(*x.shape[:-1], n_out)
         matrix = Quantised(weight, scale, zero)
         for rows in blocks.blocks(n_out, n_in, blocks.WEIGHTS):
-            out[..., rows] = F.linear(x, matrix[rows].values(x.dtype))
+            part = matrix[rows]
+            out[..., rows] = F.linear(x, decode(part.codes, part.scale, x.dtype, part.zero))
     return out if residual is None else out + residual
 
 
