@@ -59,10 +59,12 @@ def rope_cache(
         v_cache[: v.shape[0], run].copy_(v)
         return q, k_cache, v_cache
     pairs = (k_cache, _turned(k, cos, sin)), (v_cache, v)
-    if position.dim() == 1:
-        row = torch.arange(k.shape[0], device=k.device) if cache_row is None else cache_row
+    if position.dim() == 1 and cache_row is None:
         for cache, fresh in pairs:
-            cache[row[:, None], position] = fresh
+            cache[: k.shape[0]].index_copy_(1, position, fresh)
+    elif position.dim() == 1:
+        for cache, fresh in pairs:
+            cache[cache_row[:, None], position] = fresh
     elif v.numel():
         store = store_read if host.reads_are_free(position) else store_unread
         store(pairs, position, cache_row)
