@@ -35,7 +35,7 @@ SCALES = (torch.float16, torch.bfloat16, torch.float32)
 
 @dataclass(frozen=True, slots=True)
 class Packing:
-    """How a checkpoint stores its matrices in 4 bits."""
+    """Layout of the matrices that a checkpoint has in 4 bits."""
 
     layout: str
     group: int | None  # None: a whole row has one scale
@@ -60,7 +60,8 @@ def read_packing(config: Mapping[str, Any]) -> Packing | None:
     given = config[key]
     method = given.get("quant_method", given) if isinstance(given, Mapping) else given
     readers = {"gptq": _read_gptq, "awq": _read_awq, "compressed-tensors": _read_compressed}
-    if key == "quantization" or not isinstance(method, str) or method not in readers:
+    known = isinstance(given, Mapping) and isinstance(method, str) and method in readers
+    if key == "quantization" or not known:
         raise UnsupportedConfigError(
             f"config.json: {key} says that the weights are quantised ({method!r}), which is not supported: {INSTEAD}"
         )

@@ -121,7 +121,8 @@ def _quantised(
     heights, width = [reader.shape(part)[0] for part in parts], reader.shape(parts[0])[1]
     mine = [group.share(height) if axis == 0 else (0, height) for height in heights]
     columns = slice(*(group.share(width) if axis == 1 else (0, width)))
-    check_groups(reader, parts[0], columns, GROUPS.get(form), "quantization='int4-64' has groups of 64")
+    hint = "quantization='int4-64' has groups of 64" if form == "int4" else "quantization='fp8' has none"
+    check_groups(reader, parts[0], columns, GROUPS.get(form), hint)
     n_rows, at, most = sum(stop - start for start, stop in mine), 0, max(1, AT_ONCE // width)
     made = Quantised.empty(n_rows, columns.stop - columns.start, form, upload.device)
     for part, (start, stop) in zip(parts, mine, strict=True):

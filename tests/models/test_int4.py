@@ -182,10 +182,15 @@ def test_no_more_is_in_memory_than_the_result_and_one_tensor(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("form", "name"), [("int4", "blocks.0.q_proj.weight has 64 columns"), ("int4-64", "ff_out.weight has 176 columns")]
+    ("form", "name", "instead"),
+    [
+        ("int4", "blocks.0.q_proj.weight has 64 columns", "int4-64"),
+        ("int4-64", "ff_out.weight has 176 columns", "fp8"),
+    ],
 )
-def test_rows_that_are_no_whole_groups_are_refused_by_name(checkpoint, form, name):
-    with pytest.raises(CheckpointError, match=re.escape(name) + ", which are no whole groups of"):
+def test_rows_that_are_no_whole_groups_are_refused_by_name(checkpoint, form, name, instead):
+    match = rf"{re.escape(name)}, which are no whole groups of .*: quantization='{instead}'"
+    with pytest.raises(CheckpointError, match=match):
         sfs_triton.load(checkpoint, "cpu", quantization=form)
 
 

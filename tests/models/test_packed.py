@@ -14,6 +14,7 @@ import sfs_triton
 from sfs_triton import ArgumentError, CheckpointError, UnsupportedConfigError
 from sfs_triton.models import load_weights, read_spec
 from sfs_triton.models import weights as module
+from sfs_triton.models.packed import read_packing
 from sfs_triton.ops.dispatch import Quantised
 from tests.support.paths import GOLDEN
 from tests.support.rank import Rank
@@ -182,6 +183,12 @@ def test_new_values_are_refused(tmp_path):
 
 
 # -------------------------------------------------------------------------------------------------- hostile checkpoints
+
+
+@pytest.mark.parametrize("given", ["gptq", ["gptq"], {}, 4], ids=str)
+def test_a_configuration_that_names_no_method_is_refused(given):
+    with pytest.raises(UnsupportedConfigError, match="quantization_config says that the weights are quantised"):
+        read_packing({"quantization_config": given})
 
 
 @pytest.mark.parametrize(
