@@ -37,7 +37,6 @@ class EarlierSteps:
             self._divergence = torch.zeros(slots * length + 1, device=device)
             self.divergence = self._divergence[:-1].view(slots, length)
             self.calm = torch.zeros((slots, length), dtype=torch.int32, device=device)
-
         if draw.verify:
             self._probability = torch.zeros(slots * length + 1, device=device)
             self.probability = self._probability[:-1].view(slots, length)

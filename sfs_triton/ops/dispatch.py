@@ -100,12 +100,12 @@ class Ops:
         ``rows`` int32 ``[T]`` selects rows of ``hidden``, of which the first ``count [1]`` are computed. ``noise``
         is ``temperature`` (float32 ``[T]``), ``seed``, ``position`` and ``step`` (int64 ``[T]``), where the draw has
         noise; ``top_p`` (float32 ``[T]``) is there where it has a nucleus, and ``ends`` (int64 ``[n]``), the tokens
-        that end a text, where the draw treats them differently. The logit of ``raised [T]`` (int64) is
-        raised by ``raise_by [T]`` (float32). Where the draw gives credit, ``credits`` are read and updated at
-        ``place`` (int64 ``[T]``); where divergence is wanted, ``divergences`` float32 ``[P]`` takes it there, from the
-        hidden states ``before [T, d]`` where they are ``known [T]``. With ``vocabulary``, ``head`` is this rank's part
-        of it: ranks exchange 5 or 6 numbers per row, and one more for the entropy; only top-p, top-k and the divergence
-        gather all logits of a row.
+        that end a text, where the draw treats them differently. The logit of ``raised [T]`` (int64) is raised by
+        ``raise_by [T]`` (float32). Where the draw gives credit, ``credits`` are read and updated at ``place`` (int64
+        ``[T]``); where divergence is wanted, ``divergences`` float32 ``[P]`` takes it there, from the hidden states
+        ``before [T, d]`` where they are ``known [T]``. With ``vocabulary``, ``head`` is this rank's part of it: ranks
+        exchange 5 or 6 numbers per row, and one more for the entropy; only top-p, top-k and the divergence gather all
+        logits of a row.
         """
         if raised is None and draw.by_head:
             if isinstance(head, Quantised):
