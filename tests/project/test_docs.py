@@ -154,6 +154,7 @@ ALLOWED = [
     Allowed(r"python tests/conformance\.py", "takes minutes; tests/engine/test_conformance.py runs it", check_parsed),
     Allowed(r"torchrun .* -m sfs_triton\.cli ", "tests/distributed/test_parallel.py runs two ranks", check_ranks),
     Allowed(r"(torchrun|accelerate launch) ", "tests/integrations/test_lm_eval.py runs two ranks", check_parsed),
+    Allowed(r"sfs-eval .*pretrained=GSAI-ML/", "downloads 16 GB", check_parsed),
     Allowed(r"sfs batch .*--workers", "starts a cluster; tests/integrations/test_ray.py does", check_sfs),
     Allowed(r"sfs chat$", "talks to a terminal; tests/chat/test_chat.py does", check_sfs),
     Allowed(r"sfs serve ", "runs until it is stopped; started where the page goes on to ask it", check_sfs),
