@@ -68,6 +68,8 @@ def open_checkpoint(
             raise
         raise type(error)(f"{path}: {str(error).replace('config.json', 'its metadata')}") from None
     merged = None if adapter is None else find("adapter", adapter)
+    if merged is not None and merged.is_file():
+        raise CheckpointError(f"adapter={str(adapter)!r} is a GGUF file, not a folder as PEFT saves adapters")
     packing = read_packing(config)
     return Checkpoint(path, _shortened(spec, max_length), text, merged, None if packing is None else packing.form)
 
@@ -81,7 +83,7 @@ def find(name: str, path_or_hub_id: str | Path) -> Path:
         return folder
     given = str(path_or_hub_id)
     if folder.exists():
-        raise CheckpointError(f"{given!r} is not a folder, and not a .gguf file")
+        raise CheckpointError(f"{name}={given!r} is a file, not a folder" + ", nor a .gguf" * (name != "adapter"))
     if isinstance(path_or_hub_id, Path) or folder.suffix == ".gguf" or not _HUB_ID.fullmatch(given):
         raise CheckpointError(f"{given!r} is a path, and does not exist")
     return _download(name, given)

@@ -25,7 +25,7 @@ KEYS = ("quantization_config", "quantization", "compression_config")  # of confi
 CODES = {"gptq": "qweight", "awq": "qweight", "compressed-tensors": "weight_packed"}
 BESIDE = {  # what must and what may be stored beside the codes
     "gptq": (("qzeros", "scales"), ("g_idx",)),
-    "awq": (("qzeros", "scales"), ()),
+    "awq": (("qzeros", "scales"), ("g_idx",)),
     "compressed-tensors": (("weight_scale",), ("weight_shape", "weight_zero_point", "weight_g_idx")),
 }
 AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)  # of eight columns in an int32, in fours of bits
@@ -41,6 +41,7 @@ class Packing:
     group: int | None  # None: a whole row has one scale
     symmetric: bool = False  # codes of zero are 8, and not stored
     zeros_less_one: bool = False  # stored zero points are one less than those meant
+    needs_order: bool = False  # each matrix says which group a column is of
 
     @property
     def form(self) -> str:
@@ -90,8 +91,9 @@ def _read_gptq(given: Mapping[str, Any], where: str) -> Packing:
     _only(given, where, "is_marlin_format", None, False)
     _only(given, where, "pack_dtype", None, "int32")
     _only(given, where, "dynamic", None, {})
-    less_one = given.get("checkpoint_format") != "gptq_v2"
-    return Packing("gptq", _group_of(given, where, "group_size", -1), zeros_less_one=less_one)
+    _only(given, where, "desc_act", None, True, False)
+    how = {"zeros_less_one": given.get("checkpoint_format") != "gptq_v2", "needs_order": given.get("desc_act") is True}
+    return Packing("gptq", _group_of(given, where, "group_size", -1), **how)
 
 
 def _read_awq(given: Mapping[str, Any], where: str) -> Packing:
@@ -153,6 +155,9 @@ class PackedReader:
             if f"{module}.weight" in names:
                 raise CheckpointError(f"{folder}: {module}.weight and {name} are both there")
             self._modules[f"{module}.weight"] = module
+        if not self._modules:
+            ending = CODES[packing.layout]
+            raise CheckpointError(f"{folder}: config.json says {packing.layout}, but no tensor is named *.{ending}")
 
     def __iter__(self) -> Iterator[str]:
         yield from (name for name in self._base if name not in self._parts)
@@ -178,11 +183,16 @@ class PackedReader:
         shape = self._base.shape(codes)
         if len(shape) != 2:
             raise CheckpointError(f"{self.folder}: tensor {codes} has shape {list(shape)}, not two dimensions")
-        if self.packing.layout == "gptq":
-            return shape[1], 8 * shape[0]
-        if self.packing.layout == "awq":
-            return 8 * shape[1], shape[0]
-        return shape[0], 8 * shape[1]
+        if self.packing.layout == "compressed-tensors":
+            return shape[0], 8 * shape[1]
+        rows, columns = (shape[1], 8 * shape[0]) if self.packing.layout == "gptq" else (8 * shape[1], shape[0])
+        scales = self._base.shape(self._name(name, "scales"))
+        if scales[-1:] != (rows,):  # both layouts name their tensors alike
+            raise CheckpointError(
+                f"{self.folder}: tensor {codes} has shape {list(shape)} and its scales {list(scales)}, "
+                f"which is not how {self.packing.layout} stores them"
+            )
+        return rows, columns
 
     def read(self, name: str, axis: int | None = None, group: Group = ALONE) -> torch.Tensor:
         """As :meth:`TensorReader.read`, of what is not in 4 bits."""
@@ -232,7 +242,6 @@ class PackedReader:
         n_out, n_in = self.shape(name)
         stored = self.packing.group or n_in
         kept, n_groups = self.group(name), n_in // stored
-        self._check_order(name, stored)
         compressed = self.packing.layout == "compressed-tensors"
         if compressed and self._name(name, "weight_shape") in self._base:
             said = self._stored(name, "weight_shape", (2,), (torch.int32, torch.int64)).tolist()
@@ -246,6 +255,7 @@ class PackedReader:
             raise CheckpointError(f"{self.folder}: tensor {self._name(name, end)} has NaN or infinities")
         scale = scale.t() if compressed else scale
         zero = self._zeros(name, n_out, n_groups)
+        self._check_order(name, stored)  # after the shapes, which show a wrong group size
         if stored != kept:
             scale = scale.repeat_interleave(stored // kept, 0)
             zero = None if zero is None else zero.repeat_interleave(stored // kept, 0)
@@ -276,6 +286,9 @@ class PackedReader:
     def _check_order(self, name: str, stored: int) -> None:
         part = "weight_g_idx" if self.packing.layout == "compressed-tensors" else "g_idx"
         if self._name(name, part) not in self._base:
+            if self.packing.needs_order:
+                named = self._name(name, part)
+                raise CheckpointError(f"{self.folder}: tensor {named} is missing, and config.json says desc_act")
             return
         n_in = self.shape(name)[1]
         if not torch.equal(self._integers(name, part, (n_in,)).long(), torch.arange(n_in) // stored):
@@ -296,7 +309,7 @@ class PackedReader:
         if found.dtype not in dtypes:
             raise CheckpointError(f"{where} has dtype {found.dtype}, not one of {dtypes}")
         if shape is not None and tuple(found.shape) != shape:
-            raise CheckpointError(f"{where} has shape {list(found.shape)}, the codes say {list(shape)}")
+            raise CheckpointError(f"{where} has shape {list(found.shape)}, the codes and config.json say {list(shape)}")
         return found
 
     def _integers(self, name: str, part: str, shape: tuple[int, ...] | None) -> torch.Tensor:

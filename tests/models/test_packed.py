@@ -243,10 +243,10 @@ def test_schemes_of_compressed_tensors_are_refused_by_key(key, value):
         ("gptq", {"qzeros": None}, f"has no {Q}.qzeros beside it"),
         ("gptq", {"qweight": None}, f"has no {Q}.qweight beside it"),
         ("gptq", {"weight": torch.zeros(128, 128)}, f"{Q}.weight and {Q}.g_idx are both there"),
-        ("gptq", {"qweight": torch.zeros(16, 120, dtype=torch.int32)}, f"{Q}.weight has shape [120, 128]"),
+        ("gptq", {"qweight": torch.zeros(16, 120, dtype=torch.int32)}, "and its scales [2, 128], which is not"),
         ("gptq", {"qweight": torch.zeros(16, dtype=torch.int32)}, f"{Q}.qweight has shape [16], not two dimensions"),
         ("gptq", {"qweight": torch.zeros(16, 128)}, f"{Q}.qweight has dtype torch.float32"),
-        ("gptq", {"scales": torch.ones(4, 128)}, f"{Q}.scales has shape [4, 128], the codes say [2, 128]"),
+        ("gptq", {"scales": torch.ones(4, 128)}, f"{Q}.scales has shape [4, 128], the codes and config"),
         ("gptq", {"scales": torch.ones(2, 128, dtype=torch.int32)}, f"{Q}.scales has dtype torch.int32"),
         ("gptq", {"scales": torch.full((2, 128), torch.nan)}, f"{Q}.scales has NaN or infinities"),
         ("gptq", {"qzeros": torch.zeros(2, 15, dtype=torch.int32)}, f"{Q}.qzeros has shape [2, 15]"),
@@ -254,7 +254,7 @@ def test_schemes_of_compressed_tensors_are_refused_by_key(key, value):
         ("gptq", {"g_idx": torch.arange(128, dtype=torch.int32).flip(0) // 64}, f"{Q}.g_idx puts columns into groups"),
         ("gptq", {"g_idx": torch.zeros(64, dtype=torch.int32)}, f"{Q}.g_idx has shape [64]"),
         ("awq", {"scales": None}, f"has no {Q}.scales beside it"),
-        ("awq", {"qweight": torch.zeros(128, 15, dtype=torch.int32)}, f"{Q}.weight has shape [120, 128]"),
+        ("awq", {"qweight": torch.zeros(128, 15, dtype=torch.int32)}, "is not how awq stores them"),
         ("pack-quantized", {"weight_zero_point": None}, f"{Q}.weight_zero_point is missing"),
         ("pack-quantized", {"weight_scale": None}, f"has no {Q}.weight_scale beside it"),
         ("pack-quantized", {"weight_shape": torch.tensor([128, 127])}, f"{Q}.weight_shape is [128, 127]"),
@@ -276,6 +276,27 @@ def test_groups_that_do_not_divide(tmp_path):
         sfs_triton.load(folder, "cpu")
 
 
+def test_an_order_that_is_not_there(tmp_path):
+    folder = write(tmp_path, "gptq", desc_act=True)
+    sfs_triton.load(folder, "cpu")
+    change(folder, g_idx=None)
+    with pytest.raises(CheckpointError, match=r"q_proj\.g_idx is missing, and config\.json says desc_act"):
+        sfs_triton.load(folder, "cpu")
+
+
+def test_a_configuration_of_other_tensors(tmp_path):
+    folder = write(tmp_path, "gptq", 64, group_size=32)
+    with pytest.raises(CheckpointError, match=r"scales has shape \[2, 128\], the codes and config.json say \[4, 128\]"):
+        sfs_triton.load(folder, "cpu")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": config_of("awq", 64)}))
+    with pytest.raises(CheckpointError, match="which is not how awq stores them"):
+        sfs_triton.load(folder, "cpu")
+    (tmp_path / "plain" / "config.json").write_text((folder / "config.json").read_text())
+    with pytest.raises(CheckpointError, match=r"config.json says awq, but no tensor is named \*\.qweight"):
+        sfs_triton.load(tmp_path / "plain", "cpu")
+
+
 def test_matrices_that_belong_together(tmp_path):
     folder = write(tmp_path, "gptq")
     change(folder, weight=torch.zeros(128, 128), **dict.fromkeys(("qweight", "qzeros", "scales", "g_idx")))
@@ -287,7 +308,7 @@ def test_an_embedding_in_4_bits_is_refused(tmp_path):
     folder = write(tmp_path, "gptq")
     tensors = load_file(folder / "model.safetensors")
     del tensors["model.transformer.wte.weight"]
-    tensors |= {f"model.transformer.wte.{name}": tensors[f"{Q}.{name}"].clone() for name in ("qzeros", "scales")}
+    tensors |= {f"model.transformer.wte.{name}": torch.ones(2, 512) for name in ("qzeros", "scales")}
     tensors["model.transformer.wte.qweight"] = torch.zeros(16, 512, dtype=torch.int32)
     save_file(tensors, folder / "model.safetensors")
     with pytest.raises(UnsupportedConfigError, match=r"wte\.qweight is in 4 bits, which is supported for matr"):
