@@ -34,8 +34,8 @@ class Generation:
     canvas; ``forward_lengths`` is the number of positions that each step's forward covered.
 
     ``probabilities`` are softmax probabilities as the sampler's confidence measures them: untempered, or after
-    temperature and top-p in Dream's own samplers. None at positions that no step committed, or whose sampler measures
-    something else (``topk_margin``, ``entropy``).
+    temperature and top-p in Dream's own samplers. None at positions that no step committed, at ends of text that
+    ``eos="last"`` put last, or where the sampler measures something else (``topk_margin``, ``entropy``).
     """
 
     text: str | None

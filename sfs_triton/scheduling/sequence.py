@@ -219,7 +219,7 @@ class Sequence:
         if self.params.sampler.draw().metric == "confidence":
             for step in self.trace:
                 for place in step.committed:
-                    found[place] = step.confidence[place]
+                    found[place] = step.confidence[place] or None  # 0 is the score of an end of text put last
         return found
 
 

@@ -229,6 +229,20 @@ def test_credit_decides():
         assert nfe < without == plain
 
 
+def test_ends_put_last_are_committed_one_by_one():
+    engine, prompt, sampler, most = engine_of(NAMES[0]), PROMPTS[0], Credit(block_length=None), 0
+    for end in engine.generate(prompt, gen_length=LENGTH, sampler=sampler).response[::3]:
+        model = Transformer(dataclasses.replace(engine.spec, eos_id=end, other_ends=()), engine.model.weights)
+        how = {"gen_length": LENGTH, "sampler": sampler.replace(eos="last"), "trace": True}
+        done = sfs_triton.Engine(model).generate(prompt, **how)
+        committed = list(zip(done.response, done.commit_step[done.prompt_length :], done.probabilities, strict=True))
+        steps = [step for token, step, _ in committed if token == end]
+        assert steps == sorted(set(steps))
+        assert all((probability is None) == (token == end) for token, _, probability in committed)
+        most = max(most, len(steps))
+    assert most > 1
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

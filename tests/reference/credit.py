@@ -57,7 +57,9 @@ def decode(
         row.note_margin(list(scores.values()), sampler.tau)
         row.margin = min([row.margin, *(abs(top - NEAR - score) for score in ranked(scores.values()) if score < top)])
         near = (torch.tensor(top) - NEAR).item()
-        return [p for p, score in scores.items() if score >= near or passes(score, sampler.tau, strict=False)]
+        best = next(p for p, score in scores.items() if score == top)
+        fine = {p for p, score in scores.items() if score >= near or passes(score, sampler.tau, strict=False)}
+        return [p for p in scores if p == best or p in fine and scores[p] > 0]  # 0: put last by eos="last"
 
     for block, (begin, end) in enumerate(blocks_of(row.start, len(row.canvas), sampler.block_length)):
         draw["change"], k = Ledger(sampler, ends), 0

@@ -15,14 +15,17 @@ from .commit import candidate_scores, rank_by_score
 
 @dataclass(frozen=True)
 class NearBest:
-    """Keep the candidates that reach ``tau_low``, the best one, and all within ``distance`` of its score."""
+    """Keep the candidates that reach ``tau_low``, the best one, and all within ``distance`` of its score.
+
+    A score of 0 is no probability: it is that of a position which is to be committed last, so alone."""
 
     distance: float
 
     def narrow(self, state, earlier) -> None:
         scores = candidate_scores(state)
         lowest = (scores.amax(1) - self.distance).minimum(state.tau_low)
-        state.candidate.logical_and_((scores >= lowest[:, None]) | scores.isnan())
+        near = (scores >= lowest[:, None]) & (scores > 0) | (rank_by_score(scores) == 0)
+        state.candidate.logical_and_(near | scores.isnan())
 
 
 @dataclass(frozen=True)
