@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import fields as fields_of
 from dataclasses import replace
 from numbers import Integral
 from pathlib import Path
@@ -22,7 +23,7 @@ from .decoding.caching import BatchBounds, CachePolicy
 from .decoding.likelihood import Likelihood, LikelihoodParams
 from .decoding.params import SEEDS, DecodingParams, parse_sampler, refuse_unknown
 from .distributed import ALONE, Group, join, own_device
-from .errors import ArgumentError, check_choice, check_flag, check_integer, first_line, require
+from .errors import ArgumentError, as_plain, check_choice, check_flag, check_integer, first_line, require
 from .models import ModelSpec, Transformer, load_weights, update_weights
 from .ops.dispatch import FORMATS, check_int8, check_kernels, operations
 from .runner import ExecutionChoice, check_cuda_graphs
@@ -43,8 +44,9 @@ ASKED = "as asked for, or the default of the device"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 Prompt = str | Sequence[int] | torch.Tensor | numpy.ndarray | Sequence[Mapping[str, Any]]
-_PROMPTS = (str, Sequence, torch.Tensor, numpy.ndarray)
-Places = tuple[Sequence[int], torch.Tensor]  # of a prompt, and the vectors there
+_ARRAYS = (torch.Tensor, numpy.ndarray)
+_PROMPTS = (str, Sequence, *_ARRAYS)
+Places = tuple[Sequence[int], torch.Tensor | numpy.ndarray]  # of a prompt, and the vectors there
 Embeds = Places | Sequence[Places | None] | None
 Params = DecodingParams | Sequence[DecodingParams] | None
 
@@ -227,13 +229,14 @@ class Engine:
         return self.model.spec
 
     def describe(self) -> dict[str, Any]:
-        """Return the back end and the execution in use, the reason for them, and why another pair was given up, if one
-        was; and why nothing runs any more, if the device has failed."""
+        """Return the weights' format, the back end and the execution in use, the reason for them, why another pair was
+        given up, if one was, and why nothing runs any more, if the device has failed."""
         choice, model = self._execution, self.model
         fault = None if choice.fault is None else str(choice.fault)
         return {
             "device": str(model.device),
             "dtype": str(model.dtype).removeprefix("torch."),
+            "quantization": model.weights.quantization,
             "backend": choice.pair.backend,
             "execution": self.execution,
             "reason": self._reason,
@@ -406,11 +409,14 @@ class Engine:
             NumericalFault: the model produced NaN; names the pairs. ``finished`` has the results of the others.
         """
         require(params is None or not fields, f"params goes without {', '.join(map(repr, fields))}, fields of it")
+        names = [each.name for each in fields_of(LikelihoodParams)]
+        refuse_unknown(fields.keys() - {*names}, names)
         params = LikelihoodParams(**fields) if params is None else params
         require(isinstance(params, LikelihoodParams), f"params={params!r} is no LikelihoodParams")
         check_integer("batch_size", batch_size)
         require(isinstance(pairs, Sequence) and not isinstance(pairs, str), f"pairs={pairs!r} is no list of pairs")
-        seeds = list(seed) if isinstance(seed, Sequence) else [seed] * len(pairs)
+        seed = as_plain(seed)
+        seeds = list(seed) if isinstance(seed, (list, tuple)) else [seed] * len(pairs)
         require(len(seeds) == len(pairs), f"seed={seed!r} has {len(seeds)} entries for {len(pairs)} pairs")
         listed = enumerate(zip(pairs, seeds, strict=True))
         questions = [self._question(index, pair, each, params) for index, (pair, each) in listed]
@@ -428,7 +434,7 @@ class Engine:
         check_integer("seed", seed, 0, SEEDS - 1)
         fine = isinstance(pair, Sequence) and not isinstance(pair, str) and len(pair) == 2
         require(fine, f"pair {index} is {pair!r}, not a prompt and an answer")
-        parts = [part.tolist() if isinstance(part, (torch.Tensor, numpy.ndarray)) else part for part in pair]
+        parts = [as_plain(part) for part in pair]
         fine = all(map(_is_text_or_ids, parts))
         require(fine, f"pair {index} is {pair!r}: its parts are neither text nor sequences of token ids")
         texts = [isinstance(part, str) for part in parts]
@@ -464,7 +470,7 @@ class Engine:
         single = _is_single("prompts", prompts)
         listed = enumerate([prompts] if single else prompts)
         every = [self.encode(prompt, apply_chat_template, f"prompt {index}") for index, prompt in listed]
-        require(bool(every), "prompts=[] holds no prompt")
+        require(bool(every), "prompts=[] holds no prompt; [[]] is one without any token")
         listed = DecodingParams.per_prompt(len(every), params, **fields)
         embeds = self._embeds(every, [prompt_embeds] if single else prompt_embeds)
         mask, sequences = self.spec.mask_id, []
@@ -501,7 +507,8 @@ class Engine:
         if given is None:
             return [None] * len(prompts)
         fine = isinstance(given, Sequence) and len(given) == len(prompts)
-        require(fine, f"prompt_embeds is no list of pairs, or None, for {len(prompts)} prompts")
+        fine = fine and not (len(given) == 2 and isinstance(given[1], _ARRAYS))  # one pair, for two prompts
+        require(fine, f"prompt_embeds is no list with a pair, or None, for each of {len(prompts)} prompts")
         if all(pair is None for pair in given):
             return [None] * len(prompts)
         pairs = enumerate(zip(prompts, given, strict=True))
@@ -537,8 +544,7 @@ class Engine:
 
     def encode(self, prompt: Prompt, apply_chat_template: bool = True, name: str = "prompt 0") -> list[int]:
         """Return the checked token ids of a prompt; errors say ``name``."""
-        if isinstance(prompt, (torch.Tensor, numpy.ndarray)):
-            prompt = prompt.tolist()
+        prompt = as_plain(prompt)
         require(_is_text_or_ids(prompt), f"{name} is {prompt!r}, neither text nor a sequence of token ids")
         if isinstance(prompt, str) or (prompt and isinstance(prompt[0], Mapping)):
             codec = self.codec(f"{name} is text, not token ids: it")
@@ -610,7 +616,7 @@ def _frames_for(on_step: Callable[[Frame], None] | None) -> bool:
 
 def _is_single(name: str, given: Any) -> bool:
     """Return whether ``given``, the argument ``name``, is one prompt and not a list of them."""
-    if isinstance(given, (torch.Tensor, numpy.ndarray)):
+    if isinstance(given, _ARRAYS):
         require(given.ndim in (1, 2), f"{name} has {given.ndim} dimensions, not 1 or 2")
         return given.ndim == 1
     require(_is_text_or_ids(given), f"{name}={given!r} is neither text nor a sequence")

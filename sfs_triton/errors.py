@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import fields
 from typing import Any
 
 
@@ -71,6 +72,17 @@ def require(condition: bool, message: str) -> None:
     """Raise :class:`ArgumentError` with ``message`` unless ``condition`` holds."""
     if not condition:
         raise ArgumentError(message)
+
+
+def as_plain(value: Any) -> Any:
+    """Return an array, a tensor or one of their numbers as Python's own numbers and lists; others as they are."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def make_plain(record: Any) -> None:
+    """Make the fields of a frozen record Python's own numbers, so that NumPy's compare, print and go into JSON."""
+    for each in fields(record):
+        object.__setattr__(record, each.name, as_plain(getattr(record, each.name)))
 
 
 def check_integer(

@@ -8,7 +8,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
-from ..decoding.params import cache_to_dict, check_options, parse_cache, parse_sampler, sampler_to_dict
+from ..decoding.params import cache_to_dict, check_options, from_words, parse_cache, parse_sampler, sampler_to_dict
 from ..errors import ArgumentError, require
 from ..files import whole_file
 from .conversation import Conversation
@@ -42,7 +42,7 @@ def sampler(conversation: Conversation, argument: str) -> str:
     """Set the sampler, as in "/sampler slowfast preset=fast k_max=4". Without an argument, show it."""
     if not argument:
         return _shown(sampler_to_dict(conversation.params.sampler))
-    conversation.change(sampler=parse_sampler(_options(argument, kind=True)))
+    conversation.change(sampler=parse_sampler(from_words(argument)))
     return f"set the sampler: {argument}"
 
 
@@ -50,13 +50,13 @@ def cache(conversation: Conversation, argument: str) -> str:
     """Set the cache policy, as in "/cache region capacity=64". Without an argument, show it."""
     if not argument:
         return _shown(cache_to_dict(conversation.params.cache))
-    conversation.change(cache=parse_cache(_options(argument, kind=True)))
+    conversation.change(cache=parse_cache(from_words(argument)))
     return f"set the cache policy: {argument}"
 
 
 def set_numbers(conversation: Conversation, argument: str) -> str:
     """Set gen_length or seed of the next answer, as in "/set gen_length=64". Without an argument, show them."""
-    numbers = _options(argument)
+    numbers = from_words(argument, kind=False)
     check_options("the chat", numbers, {"gen_length", "seed"})
     conversation.change(**numbers)
     return _shown({"gen_length": conversation.params.gen_length, "seed": conversation.params.seed})
@@ -95,23 +95,6 @@ COMMANDS: dict[str, Callable[..., str]] = {
     "help": show_help,
     "quit": leave,
 }
-
-
-def _options(argument: str, kind: bool = False) -> dict[str, Any]:
-    """Parse ``name=value`` words. Values are JSON; other values are text. With ``kind``, the first word is the kind."""
-    options: dict[str, Any] = {}
-    for number, word in enumerate(argument.split()):
-        name, sign, value = word.partition("=")
-        if kind and number == 0 and not sign:
-            options["kind"] = word
-            continue
-        require(bool(name and value), f"{word!r} is not name=value")
-        require(name not in options, f"{word!r} sets {name} a second time")
-        try:
-            options[name] = json.loads(value)
-        except (ValueError, RecursionError):
-            options[name] = value
-    return options
 
 
 def _shown(options: Mapping[str, Any]) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
-from ..errors import check_flag, check_integer, check_number
+from ..errors import check_flag, check_integer, check_number, make_plain
 from ..kernels.control import FAST, Progress
 from ..models.cache import FeatureCache, Features, KVCache
 from .samplers import Sampler
@@ -208,6 +208,7 @@ class RefreshCache(CachePolicy):
     to_span_end = True
 
     def __post_init__(self) -> None:
+        make_plain(self)
         for name in ("prompt_interval", "response_interval"):
             check_integer(name, getattr(self, name))
         check_number("ratio", self.ratio, most=1)
@@ -252,6 +253,7 @@ class RegionCache(CachePolicy):
     store = KVCache
 
     def __post_init__(self) -> None:
+        make_plain(self)
         for name, least in (("capacity", 2), ("span_cap", 1), ("refresh_every", 1)):
             if getattr(self, name) is not None:  # a shifted model decides a position by the row before it: two at least
                 check_integer(name, getattr(self, name), least)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..errors import check_choice, check_flag, check_integer, check_number, require
+from ..errors import check_choice, check_flag, check_integer, check_number, make_plain, require
 
 METHODS = ("monte-carlo", "confidence")
 
@@ -36,6 +36,7 @@ class LikelihoodParams:
     check_greedy: bool = False
 
     def __post_init__(self) -> None:
+        make_plain(self)
         check_choice("method", self.method, METHODS)
         check_integer("mc_num", self.mc_num)
         check_integer("mc_batch", self.mc_batch)
@@ -54,6 +55,7 @@ class LikelihoodParams:
 
     def forwards(self, length: int) -> int:
         """Return the forwards of one canvas that an answer of ``length`` tokens takes, at most."""
+        check_integer("length", length)
         copies = self.mc_num if self.method == "monte-carlo" else length
         return self.branches * (copies + length * self.check_greedy)
 

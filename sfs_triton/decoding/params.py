@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
-from ..errors import ArgumentError, check_integer, require
+from ..errors import ArgumentError, as_plain, check_integer, make_plain, require
 from .caching import POLICIES, CachePolicy, NoCache
 from .samplers import SAMPLERS, Sampler, SlowFast
 
@@ -62,6 +63,7 @@ class DecodingParams:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        make_plain(self)
         check_integer("gen_length", self.gen_length)
         check_integer("seed", self.seed, 0, SEEDS - 1)
         check_pair(self.sampler, self.cache)
@@ -204,6 +206,29 @@ def named(argument: str, value: Any, known: Mapping[str, type]) -> tuple[str, di
     return kind, options
 
 
+def from_words(text: str, kind: bool = True) -> dict[str, Any]:
+    """Return options from words as people type them: ``name=value``, and with ``kind`` first the kind's name.
+
+    Values are JSON; other values are text.
+
+    Raises:
+        ArgumentError: names the word.
+    """
+    options: dict[str, Any] = {}
+    for number, word in enumerate(text.split()):
+        name, sign, value = word.partition("=")
+        if kind and number == 0 and not sign:
+            options["kind"] = word
+            continue
+        require(bool(name and value), f"{word!r} is not name=value")
+        require(name not in options, f"{word!r} sets {name} a second time")
+        try:
+            options[name] = json.loads(value)
+        except (ValueError, RecursionError):
+            options[name] = value
+    return options
+
+
 def check_options(owner: str, options: Mapping[str, Any], allowed: set[str]) -> None:
     """Raise ArgumentError for an option that ``owner`` does not have."""
     has = f"it has {', '.join(sorted(allowed))}" if allowed else "it has none"
@@ -242,6 +267,7 @@ def refuse_renamed(names: Iterable[str]) -> None:
 
 def _listed(name: str, value: Any, count: int, least: int = 1, increment: int = 0) -> list[Any]:
     """Return one value per prompt: the given ones, which the records check, or one integer with its increments."""
+    value = as_plain(value)
     if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
         require(len(value) == count, f"{name}={value!r} has {len(value)} entries for {count} prompts")
         return list(value)

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy
 import torch
 
-from ..errors import check_integer, require
+from ..errors import as_plain, check_integer, require
 from ..models import Transformer
 
 
@@ -34,9 +35,11 @@ class PromptEmbeds:
         fine = isinstance(given, Sequence) and not isinstance(given, str) and len(given) == 2
         require(fine, f"{name} is a {type(given).__name__}, not a pair of places and vectors")
         places, vectors = given
-        require(isinstance(vectors, torch.Tensor), f"{name}: the vectors are a {type(vectors).__name__}, not a tensor")
-        places = places.tolist() if isinstance(places, torch.Tensor) else places
+        kind = type(vectors).__name__
+        require(isinstance(vectors, (torch.Tensor, numpy.ndarray)), f"{name}: the vectors are a {kind}, not a tensor")
+        vectors, places = torch.as_tensor(vectors), as_plain(places)
         require(isinstance(places, Sequence), f"{name}: the places are {places!r}, not a list of positions")
+        places = [as_plain(place) for place in places]
         shape = list(vectors.shape)
         require(shape == [len(places), width], f"{name}: the vectors have shape {shape}, not {[len(places), width]}")
         require(vectors.is_floating_point(), f"{name}: the vectors have dtype {vectors.dtype}, which is no float")

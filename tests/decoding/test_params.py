@@ -6,15 +6,18 @@ import json
 import math
 import re
 
+import numpy
 import pytest
+import torch
 
 import sfs_triton
-from sfs_triton import ArgumentError, FixedSteps, RefreshCache, RegionCache, SlowFast, Threshold
+from sfs_triton import ArgumentError, FixedSteps, LikelihoodParams, RefreshCache, RegionCache, SlowFast, Threshold
 from sfs_triton.decoding.caching import POLICIES
 from sfs_triton.decoding.params import (
     RENAMED,
     DecodingParams,
     cache_options,
+    from_words,
     parse_cache,
     parse_sampler,
     sampler_options,
@@ -139,6 +142,47 @@ def test_unknown_arguments_say_where_options_go(embedded, given, hint):
 def test_a_misspelt_argument_of_load():
     with pytest.raises(TypeError, match="'quantisation': did you mean 'quantization'"):
         sfs_triton.load("embedded", quantisation="fp8")
+
+
+def test_numbers_of_numpy_become_pythons():
+    sampler = Threshold(tau=numpy.float32(0.5), top_k=numpy.int64(3), eos_stop=numpy.bool_(True))
+    cache = RegionCache(capacity=numpy.int32(64), rotate=torch.tensor(False))
+    (made,) = DecodingParams.per_prompt(
+        1, sampler=sampler, cache=cache, gen_length=numpy.array([64]), seed=numpy.int8(3)
+    )
+    wanted = DecodingParams(
+        sampler=Threshold(tau=0.5, top_k=3, eos_stop=True),
+        cache=RegionCache(capacity=64, rotate=False),
+        gen_length=64,
+        seed=3,
+    )
+    assert made == wanted and json.dumps(made.to_dict()) == json.dumps(wanted.to_dict())
+    assert LikelihoodParams(mc_num=numpy.int64(64)) == LikelihoodParams(mc_num=64)
+    with pytest.raises(ArgumentError, match=r"tau=\[0.5\] is not a number"):
+        Threshold(tau=numpy.array([0.5]))
+
+
+@pytest.mark.parametrize(
+    ("text", "options"),
+    [
+        ("klass", {"kind": "klass"}),
+        (" klass  history=3 take=calm ", {"kind": "klass", "history": 3, "take": "calm"}),
+        ("slowfast end_think_token_ids=[7,9]", {"kind": "slowfast", "end_think_token_ids": [7, 9]}),
+        ("capacity=null", {"capacity": None}),
+        ("", {}),
+    ],
+)
+def test_words(text, options):
+    assert from_words(text) == options
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("klass calm", "'calm' is not name=value"), ("klass take= ", "'take='"), ("x a=1 a=2", "a second")],
+)
+def test_words_that_are_refused(text, words):
+    with pytest.raises(ArgumentError, match=words):
+        from_words(text)
 
 
 def test_parameters_per_prompt():

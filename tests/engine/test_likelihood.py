@@ -110,6 +110,13 @@ def test_an_answer_without_a_prompt(engines):
         values(engines["dream-gqa"], [([], [5, 6])])
 
 
+def test_arguments_that_do_not_exist(engines):
+    with pytest.raises(TypeError, match="'mc_nun': did you mean 'mc_num'"):
+        engines["llada-mha"].likelihood(PAIRS, mc_nun=32)
+    with pytest.raises(ArgumentError, match="length=-1 is not an integer of at least 1"):
+        LikelihoodParams().forwards(-1)
+
+
 def test_text_goes_in_as_one(embedded):
     before, answer = embedded.text.encode_pair("15, 44 ", "7*8")
     assert before == embedded.text.encode("15, 44") and before + answer == embedded.text.encode("15, 44 7*8")
@@ -134,6 +141,7 @@ def test_text_goes_in_as_one(embedded):
         ({"pairs": "ab"}, "pairs='ab' is no list of pairs"),
         ({"seed": [1]}, r"seed=\[1\] has 1 entries for 3 pairs"),
         ({"seed": -1}, "seed=-1 is not an integer from 0"),
+        ({"seed": "a"}, "seed='a' is not an integer from 0"),
         ({"batch_size": 0}, "batch_size=0 is not an integer"),
         ({"method": "exact"}, "method='exact' is not one of"),
         ({"mc_num": 100}, "mc_num=100 is not a multiple of mc_batch=32"),

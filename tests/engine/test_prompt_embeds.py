@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy
 import pytest
 import torch
 
@@ -126,6 +127,8 @@ def test_vectors_become_the_models_dtype(engines):
     found = engines["llada-mha"].generate([3, 4, 5], prompt_embeds=pair, gen_length=8).canvas
     doubled = ([1], pair[1].double().requires_grad_())
     assert engines["llada-mha"].generate([3, 4, 5], prompt_embeds=doubled, gen_length=8).canvas == found
+    arrays = (numpy.array([1]), pair[1].numpy())
+    assert engines["llada-mha"].generate([3, 4, 5], prompt_embeds=arrays, gen_length=8).canvas == found
 
 
 WIDTH = 64
@@ -156,7 +159,11 @@ def test_refusals(engines, embeds, match):
 
 
 def test_one_entry_per_prompt(engines):
-    with pytest.raises(ArgumentError, match="prompt_embeds is no list of pairs, or None, for 3 prompts"):
+    with pytest.raises(ArgumentError, match="prompt_embeds is no list with a pair, or None, for each of 3 prompts"):
         engines["llada-mha"].generate([[3], [4], [5]], prompt_embeds=([0], FINE))
+    with pytest.raises(ArgumentError, match="prompt_embeds is no list with a pair, or None, for each of 2 prompts"):
+        engines["llada-mha"].generate([[3], [4]], prompt_embeds=([0], FINE))
     with pytest.raises(ArgumentError, match="prompt 0 holds the mask token"):
         engines["llada-mha"].generate([500, 4], prompt_embeds=([0], FINE))
+    with pytest.raises(ArgumentError, match="prompt_embeds is no list with a pair, or None, for each of 2 prompts"):
+        engines["llada-mha"].generate([[3], [4]], prompt_embeds=([0], FINE))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from ...errors import check_choice, check_flag, check_integer, check_number, require
+from ...errors import check_choice, check_flag, check_integer, check_number, make_plain, require
 from ...kernels.rules import BlockRules, CycleRules
 from ...ops.dispatch import CalmOrBest, Draw, NearBest, Revocable
 
@@ -62,6 +62,7 @@ class Sampler(ABC):
     block_length = None
 
     def __post_init__(self) -> None:
+        make_plain(self)
         check_number("temperature", self.temperature)
         require(
             self.temperature == 0 or self.temperature >= 1e-6,
