@@ -134,11 +134,12 @@ def _add_state(app: FastAPI) -> None:
     @app.head("/health", include_in_schema=False)
     @app.get("/health", responses=_refusals(421, 503))
     async def health() -> dict[str, str | None]:
-        """Liveness: the engine works. With the back end and the execution in use, and why others were given up."""
+        """Liveness: the engine works. With weights, back end and execution in use, and why others were given up."""
         if worker.failure is not None:
             raise worker.failure
         described = engine.describe()
-        return {"status": "ok", **{name: described[name] for name in ("backend", "execution", "reason", "fallback")}}
+        shown = ("quantization", "backend", "execution", "reason", "fallback")
+        return {"status": "ok", **{name: described[name] for name in shown}}
 
     @app.head("/ready", include_in_schema=False)
     @app.get("/ready", responses=_refusals(421, 503))

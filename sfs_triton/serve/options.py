@@ -199,14 +199,15 @@ def _length(
         message = f"{what}, which leaves no room for an answer: the context is {context}"
         raise too_long(message, "suffix" if after > before else first)
     most = min(room, settings.max_tokens or room)
-    block = None if after else sampler.block_length
+    unit = "block_length" if sampler.grow is None else "grow"
+    block = None if after else getattr(sampler, unit)
     if wanted is None:
         wanted = min(most, settings.default_tokens)
         if block is None:
             return wanted, wanted
         wanted = max(block, wanted // block * block)
         if wanted > most:
-            message = f"no block of block_length={block} fits into {most} positions: {what}, the context is {context}"
+            message = f"no block of {unit}={block} fits into {most} positions: {what}, the context is {context}"
             raise ApiError(400, message, param="sampler" if body.sampler else first)
         return wanted, wanted
     if wanted > room:
@@ -216,6 +217,6 @@ def _length(
     with _blamed(field):
         require(wanted <= most, f"{field}={wanted} is over the server's limit of {most}")
         limit = f"the context of {context} leaves" if most == room else "the server allows"
-        message = f"{field}={wanted} takes {positions} positions in blocks of block_length={block}, and {limit} {most}"
+        message = f"{field}={wanted} takes {positions} positions in blocks of {unit}={block}, and {limit} {most}"
         require(positions <= most, message)
     return wanted, positions

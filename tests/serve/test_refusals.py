@@ -91,10 +91,10 @@ CHATS = {
     "stop-mixed": ({"stop": ["x", "a<|eot_id|>"]}, "stop", "'a<|eot_id|>' holds the special token '<|eot_id|>' beside"),
     "stop-mask": ({"stop": "<|mdm_mask|>"}, "stop", "'<|mdm_mask|>' is the mask token, which no answer can hold"),
     "trace": ({"trace": "x"}, "trace", "'trace' is not known here"),
-    "grow-length-by-other-name": (
-        {"sampler": {"kind": "fixed", "grow": 16}, "max_tokens": ..., "max_completion_tokens": 40},
+    "grow-blocks": (
+        {"sampler": {"kind": "threshold", "grow": 24}, "max_tokens": 40},
         "sampler",
-        "max_completion_tokens=40 is not a multiple of grow=16",
+        "grow=24 is not a multiple of block_length=32",
     ),
     "grow-logprobs": (
         {"sampler": {"kind": "slowfast", "grow": 8}, "logprobs": True},

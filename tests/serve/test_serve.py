@@ -293,6 +293,13 @@ def test_a_length_within_a_block_is_rounded_up_and_cut(server, embedded, kind, l
     assert committed == dict(enumerate(tokens))
 
 
+@pytest.mark.parametrize("length", [None, 20])
+def test_a_length_within_a_part_that_grows_is_rounded_and_cut(server, embedded, length):
+    whole = embedded.generate(TABLE, gen_length=120 if length is None else 24, sampler=SlowFast(grow=24))
+    answer = server.post(chat(TABLE, max_tokens=length, sampler={"kind": "slowfast", "grow": 24})).json()
+    assert answer["choices"][0]["message"]["content"] == embedded.text.decode(whole.response[:length])
+
+
 def test_length_is_the_reason_where_nothing_ended(server):
     answer = server.client().chat.completions.create(**chat(TABLE, max_tokens=8))
     assert answer.choices[0].finish_reason == "length" and answer.usage.completion_tokens == 8
@@ -840,6 +847,7 @@ def test_what_can_never_fit_is_refused_in_one_line(embedded, caplog):
 
 def test_state_pages(server):
     about = {"status": "ok", "backend": "torch", "execution": "eager", "reason": ASKED, "fallback": None}
+    about["quantization"] = None
     assert httpx.get(server.url + "/health").json() == about
     assert httpx.get(server.url + "/ready").json() == {"status": "ready"}
     assert [httpx.head(server.url + path).status_code for path in ("/health", "/ready")] == [200, 200]
