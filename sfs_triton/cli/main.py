@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, TextIO, get_type_hints
 
 from ..decoding.caching import POLICIES
-from ..decoding.params import DecodingParams, parse_cache, parse_sampler, sampler_options
+from ..decoding.params import DecodingParams, from_words, parse_cache, parse_sampler, sampler_options
 from ..decoding.samplers import ENDS, PRESET_NAMES, SAMPLERS, Sampler
 from ..distributed import Group, check_started, join, joined, world
 from ..engine import DTYPES, Engine, Frame, Generation, load
@@ -88,7 +88,12 @@ class CommandOptions:
 
     prompt: Annotated[str, typer.Argument(help="Prompt; - reads it from stdin.", show_default=False)]
     model: Annotated[str, typer.Option(help="Model: 'embedded', a checkpoint folder, or a hub id.")] = "embedded"
-    sampler: Annotated[str, typer.Option(metavar="|".join(SAMPLERS), help="vanilla: one token per step.")] = "slowfast"
+    sampler: Annotated[
+        str,
+        typer.Option(
+            metavar="|".join(SAMPLERS), help="May have options: 'klass history=3'. vanilla: one token per step."
+        ),
+    ] = "slowfast"
     preset: Annotated[str | None, typer.Option(metavar="NAME", help=f"Named settings, of {PRESET_NAMES}.")] = None
     tau_min: Annotated[float | None, typer.Option(help="slowfast: confidence of a candidate for the horizon.")] = None
     tau_high: Annotated[float | None, typer.Option(help="slowfast: confidence to commit in the fast stage.")] = None
@@ -100,7 +105,9 @@ class CommandOptions:
     divergence: Annotated[float | None, typer.Option(help="klass: from the step before, to stay below.")] = None
     steps: Annotated[int | None, typer.Option(help=_STEPS)] = None
     block_length: Annotated[int | None, typer.Option(help=f"Decode block by block: {_BLOCKS}.")] = None
-    cache: Annotated[str, typer.Option(metavar="|".join(POLICIES), help="Cache policy.")] = "none"
+    cache: Annotated[
+        str, typer.Option(metavar="|".join(POLICIES), help="Cache policy. With options: 'region capacity=64'.")
+    ] = "none"
     gen_length: Annotated[int, typer.Option(help="Number of response positions.")] = 128
     temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 takes the most likely token.")] = 0.0
     cfg_scale: Annotated[float, typer.Option(help="Scale of classifier-free guidance; 0 is off.")] = 0.0
@@ -142,20 +149,30 @@ class CommandOptions:
         require(unprompted or bool(text.strip()), "the prompt is empty; '' is none at all with --no-chat-template")
         return text
 
+    @property
+    def kind(self) -> str | None:
+        """Name of the sampler, without its options."""
+        return from_words(self.sampler).pop("kind", None)
+
     def make_sampler(self) -> Sampler:
         """Build the sampler; refuse options of other samplers."""
-        require(self.sampler in SAMPLERS, f"--sampler {self.sampler} is not one of {', '.join(SAMPLERS)}")
+        words, kind = from_words(self.sampler), self.kind
+        words.pop("kind", None)
+        require(kind in SAMPLERS, f"--sampler {self.sampler} is not one of {', '.join(SAMPLERS)}")
         given = {name: getattr(self, name) for name in BELONGS_TO if getattr(self, name) is not None}
         for name in given:
             owners = BELONGS_TO[name]
             option, only = "--" + name.replace("_", "-"), " and ".join(owners)
-            require(self.sampler in owners, f"{option} does not apply to --sampler {self.sampler}, only to {only}")
+            require(kind in owners, f"{option} does not apply to --sampler {kind}, only to {only}")
+            require(name not in words, f"{option} is also in --sampler {self.sampler!r}")
         shared = ("temperature", "cfg_scale", "eos_stop", "eos", "eos_penalty", "grow")
         shared += ("end_think_logit_boost", "end_think_boost_power")
+        for name in (*shared, "end_think_token_ids"):
+            require(name not in words, f"--sampler {self.sampler!r}: {name} is an option of its own")
         given |= {name: getattr(self, name) for name in shared}
         if self.end_think_token_ids is not None:
             given["end_think_token_ids"] = _ids("--end-think-token-ids", self.end_think_token_ids)
-        return parse_sampler(self.sampler, **given)
+        return parse_sampler(kind, **given, **words)
 
     def with_sampler(self, name: str) -> CommandOptions:
         """Return the same options for another sampler, with its own defaults."""
@@ -163,7 +180,7 @@ class CommandOptions:
 
     def params(self) -> DecodingParams:
         """Return decoding parameters, checked as far as possible without a checkpoint."""
-        sampler, policy = self.make_sampler(), parse_cache(self.cache)
+        sampler, policy = self.make_sampler(), parse_cache(from_words(self.cache))
         return DecodingParams(sampler=sampler, cache=policy, gen_length=self.gen_length, seed=self.seed)
 
     def load(self, group: Group | int = 1) -> Engine:
@@ -173,9 +190,8 @@ class CommandOptions:
 
     def label(self) -> str:
         """Return a short description of sampler and cache, for summaries and titles."""
-        base = self.preset or next(iter(SAMPLERS[self.sampler].presets), None)
-        changed = "" if self.make_sampler().name == base else ", changed"
-        preset = "" if base is None else f" ({base}{changed})"
+        base, name = self.preset or next(iter(SAMPLERS[self.kind].presets), None), self.make_sampler().name
+        preset = "" if base is None else f" ({name or base + ', changed'})"
         return f"{self.sampler}{preset}, cache {self.cache}"
 
 

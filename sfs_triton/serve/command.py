@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from ..decoding.caching import POLICIES
-from ..decoding.params import parse_cache, parse_sampler
+from ..decoding.params import from_words, parse_cache, parse_sampler
 from ..decoding.samplers import PRESET_NAMES, SAMPLERS
 from ..distributed import world
 from ..engine import DTYPES, load
@@ -36,9 +36,11 @@ def serve(
         bool, typer.Option("--without-key", help="Listen on any address without an API key.")
     ] = False,
     allow_host: Annotated[list[str] | None, typer.Option(help="Accept this Host header as well.")] = None,
-    sampler: Annotated[str, typer.Option(metavar="|".join(SAMPLERS), help="Default sampler.")] = "slowfast",
+    sampler: Annotated[
+        str, typer.Option(metavar="|".join(SAMPLERS), help="Default; may have options: 'klass history=3'.")
+    ] = "slowfast",
     preset: Annotated[str | None, typer.Option(metavar="NAME", help=f"Named settings, of {PRESET_NAMES}.")] = None,
-    cache: Annotated[str, typer.Option(metavar="|".join(POLICIES), help="Default cache policy.")] = "none",
+    cache: Annotated[str, typer.Option(metavar="|".join(POLICIES), help="Default cache policy, likewise.")] = "none",
     default_tokens: Annotated[int, typer.Option(help="Default of max_tokens.")] = _LIMITS.default_tokens,
     max_tokens: Annotated[int | None, typer.Option(help="Maximum of max_tokens.", show_default=False)] = None,
     max_batch: Annotated[int, typer.Option(help="Sequences decoded together per batch.")] = _LIMITS.max_batch,
@@ -73,8 +75,8 @@ def serve(
         api_key=_api_key(api_key_file),
         without_key=without_key,
         allowed_hosts=tuple(allow_host or ()),
-        sampler=parse_sampler(sampler, **({} if preset is None else {"preset": preset})),
-        cache=parse_cache(cache),
+        sampler=parse_sampler(from_words(sampler), **({} if preset is None else {"preset": preset})),
+        cache=parse_cache(from_words(cache)),
         default_tokens=default_tokens,
         max_tokens=max_tokens,
         max_batch=max_batch,

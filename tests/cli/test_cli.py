@@ -23,7 +23,7 @@ from typer.testing import CliRunner  # noqa: E402
 
 import sfs_triton  # noqa: E402
 from sfs_triton.cli import main as cli  # noqa: E402
-from sfs_triton.decoding.samplers import FixedSteps, SlowFast, Threshold  # noqa: E402
+from sfs_triton.decoding.samplers import KLASS, FixedSteps, SlowFast, Threshold  # noqa: E402
 from sfs_triton.errors import ArgumentError  # noqa: E402
 from sfs_triton.view import canvas as render
 from sfs_triton.view import plot, record  # noqa: E402
@@ -103,6 +103,7 @@ def test_text_on_stdout_and_summary_on_stderr(model, engine):
             Threshold(tau=0.5, block_length=16),
             "dual",
         ),
+        (("--sampler", "klass history=3 take=calm", "--tau", "0.4"), KLASS(history=3, take="calm", tau=0.4), "none"),
         (("--sampler", "fixed", "--steps", "8"), FixedSteps(steps=8), "prefix"),
         (("--sampler", "vanilla", "--eos-stop"), FixedSteps(eos_stop=True), "none"),
         (("--eos", "last", "--eos-penalty", "2.5"), SlowFast(eos="last", eos_penalty=2.5), "none"),
@@ -131,6 +132,7 @@ def test_options_reach_the_sampler(model, engine, options, sampler, cache):
         ({}, "slowfast (paper), cache none"),
         ({"preset": "fast", "temperature": 0.5}, "slowfast (fast), cache none"),
         ({"tau_high": 0.5}, "slowfast (paper, changed), cache none"),
+        ({"sampler": "slowfast preset=fast"}, "slowfast preset=fast (fast), cache none"),
         ({"sampler": "multi-block"}, "multi-block (d3llm-llada), cache none"),
         ({"sampler": "fixed", "cache": "region"}, "fixed, cache region"),
     ],
@@ -164,6 +166,10 @@ def test_prompt_from_stdin(model):
     [
         (("--sampler", "greedy"), ("greedy", "slowfast", "vanilla")),
         (("--tau", "0.9"), ("--tau", "slowfast", "threshold")),
+        (("--sampler", "threshold tau=0.5", "--tau", "0.9"), ("--tau", "'threshold tau=0.5'")),
+        (("--sampler", "threshold seed=1"), ("seed", "threshold")),
+        (("--sampler", "threshold temperature=1"), ("temperature is an option of its own",)),
+        (("--cache", "region capacity=x"), ("capacity='x'",)),
         (("--sampler", "threshold", "--k-max", "4"), ("--k-max", "threshold")),
         (("--sampler", "vanilla", "--steps", "4"), ("--steps", "vanilla")),
         (("--sampler", "fixed", "--preset", "paper"), ("--preset", "fixed")),
