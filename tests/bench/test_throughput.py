@@ -43,6 +43,11 @@ PLAIN, OURS = rows.PLAIN, rows.OURS
 SHORT = ["--prompts", "countdown", "--gen-length", "32", "--limit", "1"]
 
 
+@pytest.fixture(autouse=True)
+def visits_once(monkeypatch):
+    monkeypatch.setattr("bench.cost.visits.BRIEF", 0.0)
+
+
 @pytest.fixture(scope="module")
 def engine():
     return sfs_triton.load("embedded", "cpu", "float32")
@@ -164,6 +169,16 @@ def test_a_sampled_visit_costs_its_steps_times_all(engine, monkeypatch):
     masks = [canvas.count(big.spec.mask_id) for canvas in canvases]
     assert masks == [32, 32, 24, 16, 8], "one to warm up, then spread through the generation"
     assert canvases[2][:11] == [1, 2, 3, *range(100, 108)]
+
+
+def test_the_median_of_repeated_visits_counts(engine, monkeypatch):
+    """Use a clock that has given 1, 4 and 2 seconds when it has ended."""
+    ticks = iter([0.0, 1.0, 10.0, 14.0, 20.0, 22.0])
+    monkeypatch.setattr("bench.cost.visits.BRIEF", 5.5)
+    monkeypatch.setattr("bench.cost.visits.time.perf_counter", lambda: next(ticks))
+    bench, row = Bench(engine, 16), next(row for row in rows.every_row(16) if row.who == OURS)
+    monkeypatch.setattr(bench, "_ours", lambda row: lambda prompts: [Done(20, 4, 4, 140)])
+    assert (bench.visit(row, [[1, 2, 3]]).seconds, next(ticks, None)) == (2.0, None)
 
 
 def test_an_execution_that_failed_is_no_figure(engine, monkeypatch):
