@@ -51,6 +51,7 @@ def _cases(golden: Path, family: str, method: str, every: int) -> Iterator[tuple
             yield path.name.split(".")[0], case, METHODS[method](case["settings"])
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("family", "method", "every", "least"),
     [

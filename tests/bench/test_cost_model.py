@@ -63,6 +63,7 @@ def test_a_document_without_a_place_for_a_table():
         cost_model.rendered("text", {"steps": "| a |"})
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("backend", "name", "kind"), STEPS, ids=_id)
 def test_a_padded_step_takes_nothing_from_the_host(backend, name, kind):
     """A padded step reads nothing on the host either: meta tensors have no values."""

@@ -102,6 +102,7 @@ def _masked(logits, canvas, mask_id=5):
 # --------------------------------------------------------------------------------------------------------- the function
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("name", "bound"), [("toy-512", 1e-10), ("toy-768", 1e-10), ("toy-1024", 1e-10), ("toy-tied", 2e-5)]
 )
@@ -169,6 +170,7 @@ MORE = [("toy-768", how) for how in HOWS if how != "vanilla"] + [
 TIED_MARGIN = 1e-4  # a tied head and rounding change confidences by 2e-5 at most
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("name", "how"), WITH + [pytest.param(*each, marks=pytest.mark.slow) for each in MORE if each not in WITH]
 )

@@ -207,6 +207,7 @@ def program(*arguments: str, **options) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, env=environment, text=True, timeout=120, **options)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 @pytest.mark.parametrize("command", ["generate", "chat", "--version"])
 def test_a_full_disk_is_a_line(command):

@@ -93,6 +93,7 @@ def names_for(sampler: Sampler) -> tuple[str, ...]:
     return NAMES[:1] if isinstance(sampler, WINO) else NAMES
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("seed", range(2 * len(CHANGES)))
 @pytest.mark.parametrize("make", MAKES)
 def test_steps_are_those_of_the_oracle(make, seed: int):
@@ -112,6 +113,7 @@ def test_steps_are_those_of_the_oracle(make, seed: int):
     assert wrong is None or wanted.margin < MARGIN, f"{sampler}\n{wrong}"
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("make", MAKES)
 def test_infilling(make, seed: int):
@@ -138,6 +140,7 @@ def test_a_sequence_takes_nothing_from_the_one_before_it_in_its_slot(sampler):
         assert [compare(mine, one) for mine, one in zip(done, wanted, strict=True)] == [None] * 3
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("number", "policy"), [*enumerate(POLICIES)])
 @pytest.mark.parametrize("sampler", KINDS, ids=lambda sampler: type(sampler).__name__)
 def test_sequences_of_a_batch_equal_those_alone(sampler, number: int, policy: str):

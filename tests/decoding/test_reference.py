@@ -65,6 +65,7 @@ def filled_at(trace: list[Step], length: int) -> list[int]:
     return [found.get(position, -1) for position in range(length)]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("model", "case"), recorded("slowfast") + recorded("vanilla") + recorded("fastdllm"))
 def test_equals_the_recordings(model: str, case: dict):
     setup = METHODS[case["method"]](case["settings"])

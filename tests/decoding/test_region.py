@@ -113,6 +113,7 @@ SETTINGS = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", SETTINGS)
 def test_equals_the_simulation(monkeypatch, engine, name):
     sampler, options = SETTINGS[name]

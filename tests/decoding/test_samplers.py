@@ -106,6 +106,7 @@ def random_slowfast(rng: random.Random) -> SlowFast:
     return sampler.replace(share_stable=share_stable, eos_horizon=rng.random() < 0.6)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("preset", ["paper", "fast", "llada-reference", "dream-reference"])
@@ -113,6 +114,7 @@ def test_presets(preset: str, seed: int, name: str):
     check(engine_of(name), random_prompt(random.Random(seed)), 48, SlowFast.preset(preset))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("seed", "name"), [(seed, NAMES[seed % 2]) for seed in range(60)])
 def test_random_slowfast(seed: int, name: str):
     rng = random.Random(f"{name}/{seed}")
@@ -138,6 +140,7 @@ def test_end_of_text(seed: int, name: str):
 ENDS = [{"eos": "last"}, {"eos": "never"}, {"eos_penalty": 1.5}, {"eos": "last", "eos_penalty": 0.7}]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("seed", range(24))  # each sampler with each option
 def test_control_of_the_end(seed: int):
     """Against the oracle, with the most frequent token of the plain response as end-of-text."""
@@ -210,6 +213,7 @@ OPTION_CASES = [
 ]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("option", "eos_stop", "backend", "name"), OPTION_CASES)
 def test_options_of_the_cycle(option: str, eos_stop: bool, name: str, backend: str):
     """Against the oracle, and that the option changes something."""
@@ -298,6 +302,7 @@ def random_fixed(rng: random.Random) -> FixedSteps:
     )
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("seed", "name"), [(seed, NAMES[seed % 2]) for seed in range(12)])
 @pytest.mark.parametrize("make", [random_threshold, random_fixed, *PARALLEL])
 def test_random_block_samplers(make, seed: int, name: str):
@@ -305,6 +310,7 @@ def test_random_block_samplers(make, seed: int, name: str):
     check(engine_of(name), random_prompt(rng), LENGTH, make(rng), seed)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("changes", [{}, {"top_k": 5}, {"top_p": 0.7}], ids=["plain", "top_k", "top_p"])
 def test_noise(changes: dict, name: str):
@@ -353,6 +359,7 @@ def test_nucleus_before_top_k(metric: str):
         check(engine_of("dream-gqa"), random_prompt(random.Random(seed)), 16, sampler, seed)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("seed", range(14))
 @pytest.mark.parametrize("name", NAMES)
 def test_infilling(seed: int, name: str):
@@ -370,6 +377,7 @@ def test_infilling(seed: int, name: str):
     assert wrong is None or wanted.margin < MARGIN, f"{sampler}\n{wrong}"
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("seed", range(10))
 def test_sequences_of_a_batch_equal_those_alone(seed: int, name: str):

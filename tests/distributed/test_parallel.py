@@ -223,6 +223,7 @@ FILTERS = [{}, {"top_k": 3}, {"nucleus": True}, {"entropy": True}]
 FILTERS += [{"eos": "never"}, {"eos_penalty": 3.0}, {"eos": "last", "entropy": True}, {"eos": "last", "top_k": 3}]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
 @pytest.mark.parametrize("noise", [False, True])
 @pytest.mark.parametrize("metric, tempered", METRICS)

@@ -14,7 +14,7 @@ from tests import conformance
 from tests.support.paths import GOLDEN, MODELS, ROOT
 
 SCRIPT = ROOT / "tests" / "conformance.py"
-SHARE = 24  # one of so many recorded cases; make test-slow checks all
+SHARE = 40  # one of so many recorded cases; make test-slow checks all
 LOGITS = 3  # recorded inputs of each model whose logits are compared
 RECORDED = {
     path.name: [json.loads(line) for line in path.read_text().splitlines()]

@@ -76,6 +76,7 @@ def _break_sequence(engine: Engine, index: int, step: int) -> None:
     engine.model.ops = replace(engine.model.ops, scatter_choices=spoiled)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("sampler", "policy", "execution"), pairwise(SOME_PAIRS, ["graphs", "exact"]))
 def test_a_sequence_of_nan_is_named_and_the_others_finish(engines, sampler, policy, execution):
     options = {**RAGGED, "sampler": sampler, "cache": policy, "trace": True}
@@ -108,6 +109,7 @@ def test_nan_in_one_canvas_stays_there(engines, execution):
             assert_same(list(caught.value.finished.values()), [wanted[0], wanted[2]])
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", ["paper", "threshold", "fixed-blocks"])
 @pytest.mark.parametrize("execution", EXECUTIONS)
 def test_a_sequence_at_its_step_cap_is_named_and_the_others_finish(engines, monkeypatch, execution, name):
@@ -236,6 +238,7 @@ def _crowded(most: int, at: int = 2):
     return crowded
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("most", [1, 2])
 @pytest.mark.parametrize("execution", EXECUTIONS)
 def test_no_memory_for_a_step_takes_fewer_sequences_at_a_time(engines, monkeypatch, caplog, execution, most):
@@ -372,6 +375,7 @@ def _warnings(caplog) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("at", [None, 0, 1, 4])
 @pytest.mark.parametrize("policy", ["none", "refresh", "region"])
 def test_an_execution_that_fails_is_replaced_once(engines, caplog, at, policy):

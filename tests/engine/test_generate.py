@@ -150,6 +150,7 @@ UNPROMPTED = [
 UNPROMPTED += [(FixedSteps(block_length=4), "prefix"), (Threshold(block_length=8, eos_stop=True), "none")]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("model", ["llada-gqa", "dream-gqa"])
 @pytest.mark.parametrize(("sampler", "cache"), UNPROMPTED)
 def test_generation_without_a_prompt(engines, model, sampler, cache):
@@ -229,6 +230,7 @@ def test_nan_logits_name_row_and_step(golden, sampler):
 # ---------------------------------------------------------------------------------------------------- shared options
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("model", ["llada-mha", "dream-gqa"])
 def test_ragged_batch_equals_rows_alone(engines, model, sampler):
@@ -247,6 +249,7 @@ def test_order_of_rows_does_not_matter(engines):
     assert [r.canvas for r in forward] == [r.canvas for r in backward[::-1]]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("cache", ["none", "prefix", "dual", "refresh"])
 @pytest.mark.parametrize(
     "sampler", [Threshold(block_length=16), FixedSteps(block_length=16)], ids=["threshold", "fixed"]
@@ -323,6 +326,7 @@ def test_canvases_and_samplers_that_infill_refuses(engines, canvas, options, nam
         engines["llada-mha"].infill(canvas, **options)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_temperature_is_keyed_by_seed(engines, sampler):
     engine, hot = engines["llada-mha"], sampler.replace(temperature=1.0)
@@ -402,6 +406,7 @@ def test_tensors_are_token_ids(engines):
     assert engine.generate([torch.tensor(PROMPT)], gen_length=16)[0].canvas == wanted
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("cache", ["prefix", "dual"])
 @pytest.mark.parametrize(
     "sampler",

@@ -41,6 +41,7 @@ def assert_equal(found, wanted, prompts=RAGGED["prompts"]) -> None:
     assert_same(shown, wanted)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("execution", EXECUTIONS)
 @pytest.mark.parametrize(("sampler", "policy"), SOME_PAIRS)
 def test_vectors_of_ids_are_those_ids(engines, sampler, policy, execution):

@@ -35,6 +35,7 @@ def in_parts(engine: Engine, prompt: list[int], length: int, grow: int, **option
     return response, nfe, commits
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("sampler", "cache"), SAMPLERS)
 @pytest.mark.parametrize("execution", EXECUTIONS)
 def test_parts_are_responses_of_their_own(engines, execution, sampler, cache):

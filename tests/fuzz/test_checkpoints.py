@@ -86,7 +86,7 @@ def test_configurations(fuzz, folder):
         _dump(folder / "config.json", {key: value for key, value in config.items() if value is not GONE})
         _check(folder, seen)
 
-    fuzz(check, st.tuples(st.sampled_from(MODELS), changes), examples=60, share=0.05)
+    fuzz(check, st.tuples(st.sampled_from(MODELS), changes), examples=30, share=0.05)
     assert min(seen["done"], seen["CheckpointError"]) > 0
 
 
@@ -120,7 +120,7 @@ def test_damaged_files(fuzz, folder):
         _check(folder, seen)
 
     files = st.sampled_from(["config.json", "model.safetensors"])
-    fuzz(check, st.tuples(st.sampled_from(MODELS), files, st.booleans(), damage()), examples=40, share=0.03)
+    fuzz(check, st.tuples(st.sampled_from(MODELS), files, st.booleans(), damage()), examples=20, share=0.03)
     assert seen["CheckpointError"] > 0
 
 
@@ -151,7 +151,7 @@ def test_safetensors_headers(fuzz, folder):
         (folder / "model.safetensors").write_bytes(begin + text + data[8 + size :])
         _check(folder, seen)
 
-    fuzz(check, st.tuples(st.sampled_from(MODELS), st.just([]) | changes, lengths), examples=60, share=0.05)
+    fuzz(check, st.tuples(st.sampled_from(MODELS), st.just([]) | changes, lengths), examples=30, share=0.05)
     assert seen["CheckpointError"] > 0
 
 
@@ -192,7 +192,7 @@ def test_indices(fuzz, folder):
         _dump(folder / "model.safetensors.index.json", index)
         _check(folder, seen, use=False)
 
-    fuzz(check, st.tuples(changes, st.none() | st.none() | VALUES), examples=40, share=0.03)
+    fuzz(check, st.tuples(changes, st.none() | st.none() | VALUES), examples=20, share=0.03)
     assert min(seen["done"], seen["CheckpointError"]) > 0
 
 
@@ -285,7 +285,7 @@ def test_tokenizers(fuzz, folder):
         assert found in DOCUMENTED, found
         seen[found] += 1
 
-    fuzz(check, changes | whole, examples=60, share=0.04)
+    fuzz(check, changes | whole, examples=20, share=0.04)
     assert min(seen["done"], seen["CheckpointError"]) > 0
 
 
@@ -335,7 +335,7 @@ def test_byte_level_tokenizers(fuzz, folder):
         assert found in DOCUMENTED, found
         seen[found] += 1
 
-    fuzz(check, st.tuples(entries, lines, times, settings), examples=30, share=0.03)
+    fuzz(check, st.tuples(entries, lines, times, settings), examples=20, share=0.03)
     assert min(seen["done"], seen["CheckpointError"]) > 0
 
 
@@ -349,7 +349,7 @@ def test_generation_configurations(fuzz, folder):
         _dump(folder / "generation_config.json", found)
         _check(folder, seen)
 
-    fuzz(check, changes | VALUES, examples=30, share=0.02)
+    fuzz(check, changes | VALUES, examples=20, share=0.02)
     assert min(seen["done"], seen["CheckpointError"]) > 0
 
 
@@ -378,7 +378,7 @@ def test_adapters(fuzz, folder):
         assert found in DOCUMENTED, found
         seen[found] += 1
 
-    fuzz(check, st.tuples(changes, extra), examples=40, share=0.03)
+    fuzz(check, st.tuples(changes, extra), examples=20, share=0.03)
     assert min(seen["done"], seen["CheckpointError"], seen["UnsupportedConfigError"]) > 0
 
 
@@ -412,7 +412,7 @@ def test_gguf_files(fuzz, folder):
         (folder / "model.gguf").write_bytes(damaged(data[:end], how) + data[end:])
         _check(folder / "model.gguf", seen)
 
-    fuzz(check, st.tuples(changes, st.just([]) | damage()), examples=60, share=0.04)
+    fuzz(check, st.tuples(changes, st.just([]) | damage()), examples=20, share=0.04)
     assert min(seen["done"], seen["CheckpointError"]) > 0
 
 
@@ -462,7 +462,7 @@ def test_templates(fuzz):
         assert "root:" not in text and "<class" not in text and "site-packages" not in text, text[:500]
 
     try:
-        fuzz(check, st.lists(st.sampled_from(PIECES) | st.text(max_size=5), max_size=6), examples=60, share=0.04)
+        fuzz(check, st.lists(st.sampled_from(PIECES) | st.text(max_size=5), max_size=6), examples=20, share=0.04)
     finally:
         renderer.close()
     assert min(seen["text"], seen["error"]) > 0

@@ -49,7 +49,7 @@ def test_the_engine_equals_the_oracle(fuzz):
             wrong = compare(done, wanted)
             assert wrong is None, f"sequence {index}, margin {wanted.margin:.1e}: {wrong}"
 
-    fuzz(check, ended(cases(most=2, policies=st.just(NoCache()), settled=True)), examples=50, share=0.2)
+    fuzz(check, ended(cases(most=2, policies=st.just(NoCache()), settled=True)), examples=30, share=0.2)
 
 
 def test_a_sequence_in_a_batch_equals_the_one_alone(fuzz):
@@ -61,7 +61,7 @@ def test_a_sequence_in_a_batch_equals_the_one_alone(fuzz):
         order = list(reversed(range(len(case.prompts))))
         assert_outcomes(case.run(engine, order, trace=True), [alone[index] for index in order])
 
-    fuzz(check, ended(cases(most=4)), examples=30, share=0.1)
+    fuzz(check, ended(cases(most=4)), examples=20, share=0.1)
 
 
 OTHER_SAMPLING = {
@@ -154,7 +154,7 @@ def test_sequences_that_come_and_go_equal_those_alone(fuzz):
                 found = outcomes(lambda sequence=sequence: _result(sequence, spec), 1)
                 assert_outcomes(found, own[index % 2].run(base, [index], trace=True))
 
-    fuzz(check, st.tuples(ended(cases(most=5)), arrivals()), examples=30, share=0.1)
+    fuzz(check, st.tuples(ended(cases(most=5)), arrivals()), examples=20, share=0.1)
 
 
 def _result(sequence: Sequence, spec: ModelSpec) -> list[Generation]:
@@ -171,7 +171,7 @@ def test_executions_agree(fuzz):
         assert_outcomes(case.run(engine_with(engine, EXECUTIONS[name]()), trace=True), wanted)
 
     others = sorted(EXECUTIONS.keys() - {"exact"})
-    fuzz(check, st.tuples(ended(cases()), st.sampled_from(others)), examples=50, share=0.2)
+    fuzz(check, st.tuples(ended(cases()), st.sampled_from(others)), examples=30, share=0.2)
 
 
 def _streamed(engine: Engine, case: Case) -> list[Generation | str]:
@@ -230,4 +230,4 @@ def test_invariants_of_every_generation(fuzz):
             assert done.masks_left == 0 or bounded, "masks are left by a sampler that leaves none"
             assert all(c is None or -25 < c <= 1 for step in done.trace for c in step.confidence)
 
-    fuzz(check, ended(cases()), examples=40, share=0.04)
+    fuzz(check, ended(cases()), examples=20, share=0.04)

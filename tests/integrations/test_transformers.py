@@ -625,6 +625,7 @@ def _generate(model, ids, **options):
     return transformers.GenerationMixin.generate(model, ids, custom_generate=sfs_triton.custom_generate, **options)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("sampler", [SlowFast(), Threshold(tau=0.9, block_length=8)], ids=["slowfast", "threshold"])
 def test_generate_gives_what_the_engine_gives(engines, models, name, sampler):

@@ -76,6 +76,7 @@ CONFIGS = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("n_keys", "config"), CONFIGS.values(), ids=CONFIGS)
 @pytest.mark.parametrize("head_dim", [16, 64])
 def test_any_tile_and_any_number_of_splits(guards, dtype, n_keys, config, head_dim):
@@ -96,6 +97,7 @@ RANGES = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("splits", "block"), [(1, 32), (3, 16)])
 @pytest.mark.parametrize("ranges", RANGES.values(), ids=RANGES)
 def test_keys_are_those_in_either_range(guards, dtype, ranges, splits, block):

@@ -52,6 +52,7 @@ def normed(n_rows: int, width: int, dtype: torch.dtype) -> tuple[Normed, torch.T
     return Normed(x * gain, squares, EPS), rms_norm(x.double(), gain.double(), EPS)
 
 
+@pytest.mark.sampled(3)
 @configs
 @pytest.mark.parametrize(("n_rows", "n_out", "n_in"), [(1, 1, 1), (3, 17, 40), (33, 130, 96), (20, 70, 100)])
 def test_plain_weights(guards, dtype, n_rows, n_out, n_in, config):
@@ -92,6 +93,7 @@ def test_a_norm_is_finished_by_the_next_product(guards, dtype, form, config):
     assert_within_budget(out, truth, rms_norm(place, gain, EPS) @ dense(second, second_scale, dtype).T)
 
 
+@pytest.mark.sampled(3)
 @configs
 @formats
 @pytest.mark.parametrize(("n_rows", "width", "n_in", "with_norm"), [(1, 1, 16, False), (20, 135, 40, True)])

@@ -51,6 +51,7 @@ def matrix(n_out: int, n_in: int, group: int = 32, zeros: bool = True) -> Quanti
     return Quantised(pack(values, group).to(DEVICE), scale.to(DEVICE), None if zero is None else zero.to(DEVICE))
 
 
+@pytest.mark.sampled(3)
 @configs
 @pytest.mark.parametrize(
     ("n_rows", "n_out", "n_in", "group", "zeros"),

@@ -85,6 +85,7 @@ CONFIGS = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_every_config(guards, config):
     dtype = torch.float32 if config.BLOCK_K == 32 else torch.float16
@@ -114,6 +115,7 @@ def test_float8_equals_its_twin(guards, dtype, n_rows, n_columns, n_features, no
     assert_within_budget(score, truth, same[1])
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("n_rows", "noise", "native", "n_features"),
     by_pairs([16, 32, 64, 128], [False, True], [None, False, True], [128, 96]),
@@ -235,6 +237,7 @@ def test_equals_confidence_on_stored_logits(device, dtype):
 CUTS = {1: [], 2: [91], 3: [7, 300], 4: [90, 91, 92], 5: [1, 90, 91, 320]}
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("noise", [False, True], ids=["argmax", "noise"])
 @pytest.mark.parametrize("cuts", CUTS.values(), ids=CUTS)
 def test_shards_merge_into_the_whole(guards, cuts, noise):

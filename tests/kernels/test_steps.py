@@ -551,6 +551,7 @@ def test_generations_by_row_lists_end(seed, capacity, span_cap):
     assert twin.fault.tolist() == [0, 0] and not twin.masked.any()
 
 
+@pytest.mark.sampled(2)
 @IMPLEMENTATIONS
 @pytest.mark.parametrize(
     ("rules", "op"),

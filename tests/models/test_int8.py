@@ -146,6 +146,7 @@ def engine(request) -> Engine:
     return load(request.param)
 
 
+@pytest.mark.sampled(3)
 @exact
 @pytest.mark.parametrize(("sampler", "policy"), SOME_PAIRS)
 def test_both_machines_and_every_policy(monkeypatch, engine, sampler, policy):

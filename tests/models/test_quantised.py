@@ -253,12 +253,14 @@ def test_logits_are_those_of_the_values(fp8, same_values):
     assert_logits_close(fp8.model.logits(ids), same_values.model.logits(ids))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("sampler", "policy"), SOME_PAIRS)
 def test_both_machines_and_every_policy(fp8, same_values, sampler, policy):
     options = {"gen_length": 16, "sampler": sampler, "cache": policy, "seed": 5}
     assert_same(fp8.generate(PROMPTS, **options), same_values.generate(PROMPTS, **options))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "sampler",
     [

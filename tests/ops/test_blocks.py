@@ -52,6 +52,7 @@ def exact(*shape: int, seed: int) -> torch.Tensor:
 # ------------------------------------------------------------------------------------------------------------- memory
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("name", "n_rows"), [*((name, n_rows) for name in DRAWS for n_rows in (64, 300)), ("confidence", 8 * 4096)]
 )

@@ -105,6 +105,7 @@ def test_nucleus_keeps_the_smallest_set_that_reaches_top_p():
     assert filter_logits(logits, 2, None).isfinite().tolist() == [[True, True, False, False]]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
 @pytest.mark.parametrize(("top_k", "top_p"), [(None, None), (4, None), (None, 0.8), (5, 0.7)])
 @pytest.mark.parametrize(

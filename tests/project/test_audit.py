@@ -13,6 +13,7 @@ pytest.importorskip("bandit", reason="needs bandit: pip install -e '.[test-all]'
 from tests import audit  # noqa: E402
 
 
+@pytest.mark.slow  # `make audit` does the same
 def test_every_finding_is_reviewed():
     found = audit.bandit()
     assert not found.new, "fix it, or say in tests/audit.py why it may stay"

@@ -63,6 +63,7 @@ def test_garbage_is_collected_again_after_a_capture_that_fails():
         gc.enable()
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("policy", ["none", "region"])
 @pytest.mark.parametrize("execution", EXECUTIONS)
 def test_a_callers_autocast_is_in_no_step_and_no_graph(engines, execution, policy):
@@ -83,6 +84,7 @@ def test_a_callers_autocast_is_in_no_step_and_no_graph(engines, execution, polic
     assert_same(engine.generate(**options), wanted)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("policy", ["none", "region", "refresh"])
 @pytest.mark.parametrize("execution", EXECUTIONS)
 def test_a_batch_that_was_made_in_inference_mode_is_used_outside_of_it(engines, execution, policy):

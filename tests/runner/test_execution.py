@@ -67,6 +67,7 @@ def test_executions_agree(engines, model, sampler, policy):
     _assert_executions_agree(engines[model], **RAGGED, sampler=sampler, cache=policy)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("sampler", "policy", "option"), few_of(SOME_PAIRS, OPTIONS))
 def test_executions_agree_on_options(engines, sampler, policy, option):
     engine = engines["dream-gqa" if len(option) % 2 else "llada-mha"]
@@ -74,6 +75,7 @@ def test_executions_agree_on_options(engines, sampler, policy, option):
     _assert_executions_agree(engine, {"graphs": EXECUTIONS["graphs"]}, **RAGGED, sampler=sampler, cache=policy)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("sampler", "policy"), SOME_PAIRS)
 def test_executions_agree_on_early_stops(engines, sampler, policy):
     options = {**RAGGED, "cache": policy}
@@ -84,6 +86,7 @@ def test_executions_agree_on_early_stops(engines, sampler, policy):
     assert any(commit < 0 for row in done for commit in row.commit_step[row.prompt_length :]), "nothing was cut off"
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("sampler", "policy", "model"), few_of(SOME_PAIRS, ["llada-mha", "dream-gqa"]))
 def test_executions_agree_on_infilling(engines, model, sampler, policy):
     mask = engines[model].spec.mask_id
@@ -98,6 +101,7 @@ def test_executions_agree_on_infilling(engines, model, sampler, policy):
     _assert_executions_agree(engines[model], OTHERS, "infill", canvases=canvases, sampler=sampler, cache=policy)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("ratio", [0.25, 1.0])
 @pytest.mark.parametrize("name", ["paper", "threshold", "origin"])
 @pytest.mark.parametrize("model", ["llada-mha", "dream-gqa"])
@@ -122,6 +126,7 @@ def test_executions_agree_on_partial_refreshes(engines, monkeypatch, model, name
 # ------------------------------------------------------------------------------------- sessions that are used again
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("sampler", "policy", "execution"),
     few_of(

@@ -171,6 +171,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("option", "execution"), few_of(OPTIONS, ["exact", "padded"]))
 @pytest.mark.parametrize(
     ("sampler", "cache"),
@@ -272,6 +273,7 @@ def on_meta(engines, monkeypatch):
     return make
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("sampler", "policy"), some_of_every(EVERY_PAIR))
 def test_steps_run_without_values(on_meta, sampler, policy):
     """Steps run on tensors without data, where reading a value raises an error, and on no others."""

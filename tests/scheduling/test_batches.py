@@ -60,6 +60,7 @@ def _batches() -> list:
 BATCHES = _batches()
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("model", "cases", "execution"),
     [pytest.param(*batch.values, ("exact", "padded")[number % 2], id=batch.id) for number, batch in enumerate(BATCHES)],
@@ -87,6 +88,7 @@ def test_batches_are_uneven():
     assert caches == {"none", "prefix", "dual", "refresh"}
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("sampler", "policy", "execution"), pairwise(SOME_PAIRS, ["padded", "exact"]))
 def test_sequences_do_not_depend_on_each_other(engines, sampler, policy, execution):
     """Results depend neither on the number of sequences, nor on their order, nor on their contents."""
@@ -189,6 +191,7 @@ def test_poison_has_no_effect(engines, wary, poisoned, monkeypatch, sampler, pol
     assert_same(done, engine_with(engines[model]).generate(**options))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("sampler", "policy", "execution"), pairwise(SOME_PAIRS, ["graphs", "exact"]))
 def test_poison_has_no_effect_on_sequences_that_join_later(
     engines, wary, poisoned, monkeypatch, sampler, policy, execution

@@ -52,6 +52,7 @@ def engine(engines) -> Engine:
 # ------------------------------------------------------------------------------------------------------------ streams
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("sampler", "policy", "execution"), pairwise(SOME_PAIRS, EXECUTIONS))
 def test_frames_show_each_step(engines, sampler, policy, execution):
     options = {**RAGGED, "sampler": sampler, "cache": policy}
@@ -180,6 +181,7 @@ def _cancel(engine, options):
     assert pending[0].done()
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("stop", [_leave_stream, _drop_stream, _break_out, _raise_in_on_step, _cancel])
 @pytest.mark.parametrize(
     ("name", "policy", "execution"),
@@ -279,6 +281,7 @@ def test_a_stream_without_memory(engine, monkeypatch):
 # ---- sequences that are dropped
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("sampler", "policy", "execution"), pairwise(SOME_PAIRS, EXECUTIONS))
 def test_a_dropped_sequence_takes_no_further_step_and_changes_no_other(engines, sampler, policy, execution):
     options = {**RAGGED, "sampler": sampler, "cache": policy}
@@ -514,6 +517,7 @@ def _wide_floats():
     torch.set_default_dtype(torch.float32)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "settings",
     [torch.inference_mode, torch.no_grad, lambda: torch.device("meta"), _wide_floats],

@@ -107,6 +107,7 @@ JOINING = [
 ]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("model", "sampler", "policy", "execution"), pairwise(JOINING, EXECUTIONS))
 def test_sequences_that_join_later_get_their_solo_results(engines, model, sampler, policy, execution):
     rng = random.Random(f"{model}{sampler}{execution}")
@@ -124,6 +125,7 @@ def test_sequences_that_join_later_get_their_solo_results(engines, model, sample
     assert_same(results(engine, sequences), [alone(engines[model], one) for one in sequences])
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", ["origin", "entropy", "dream-reference"])
 @pytest.mark.parametrize("execution", ["exact", "graphs"])
 def test_noise_and_schedules_are_per_sequence(engines, name, execution):
@@ -157,6 +159,7 @@ OWN: dict[str, tuple[Sampler, list[dict]]] = {  # parameters in which sequences 
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("name", "execution"), [(name, list(EXECUTIONS)[number % len(EXECUTIONS)]) for number, name in enumerate(OWN)]
 )

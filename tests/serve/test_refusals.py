@@ -259,6 +259,7 @@ SAMPLERS = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("name", "before", "length"), by_pairs(SAMPLERS, ["", [], BEFORE], [5, 32, None]))
 def test_gaps_of_any_length_anywhere(server, embedded, name, before, length):
     """Blocks count from the canvas' start, as in the engine; a prompt may be empty where there is a suffix."""

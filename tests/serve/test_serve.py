@@ -145,6 +145,7 @@ def as_settings(sampler, cache):
     return made or SAMPLERS[kind](**options), parse_cache(caching.pop("kind"), **caching)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("sampler", "cache"), CHOICES + GROWING)
 def test_samplers_and_caches_by_request_whole_and_streamed(server, embedded, sampler, cache):
     mine, policy = as_settings(sampler, cache)
@@ -171,6 +172,7 @@ def test_a_stream_is_text_in_order(server, embedded):
     assert "".join(chunk.choices[0].text for chunk in completion) == wanted.text
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("text", [SUMS, STORY])
 @pytest.mark.parametrize(("sampler", "cache"), CHOICES)
 def test_frames_rebuild_every_step(server, embedded, text, sampler, cache):
@@ -274,6 +276,7 @@ def test_completions_without_a_prompt(server, embedded, prompt):
     assert answer["usage"]["nfe"] == wanted.nfe
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("kind", [kind for kind in SAMPLERS if kind != "slowfast"])
 @pytest.mark.parametrize("length", [5, 20])
 def test_a_length_within_a_block_is_rounded_up_and_cut(server, embedded, kind, length):
