@@ -11,6 +11,8 @@ A correct result, by kind of record (``golden/README.md`` has the reasons):
 * a record of a newer sampler: its tokens, the step that committed each, what steps took back, and the number of
   forwards; with an early stop only up to the step that commits the first end-of-text, since here nothing after it is
   computed;
+* a record of dInfer's loop: the same, and forwards are numbered as it numbers them, with the idle ones that it makes
+  after a block is full. With an early stop also all of the block that holds the first end-of-text, decoded without one;
 * a likelihood of a given answer: its value, and the masks drawn for it or the verdict on greedy decoding;
 * an ``error`` record, which the reference cannot take: a finished canvas, or an error that names the argument;
 * dLLM-Cache with a refresh ratio above 0 is numerically ill-posed (which rows are refreshed is decided by rounding):
@@ -50,6 +52,7 @@ from sfs_triton import (  # noqa: E402
     Credit,
     EntropyBound,
     FixedSteps,
+    Frame,
     Hierarchy,
     LocalLeap,
     MultiBlock,
@@ -59,11 +62,13 @@ from sfs_triton import (  # noqa: E402
     StepTrace,
     Threshold,
 )
+from sfs_triton.decoding.params import DecodingParams  # noqa: E402
 from sfs_triton.ops.dispatch import check_backend  # noqa: E402
 from sfs_triton.runner.likelihood import draw_masks  # noqa: E402
 
 MARGIN = 1e-5  # traced decisions closer than this to a tie may fall either way under another order of summation
 LIKELIHOOD = 2e-5  # relative change of a stable likelihood when the model runs in float64
+MASKS_PER_FORWARD = 8  # dInfer's default: what it expects a forward to commit
 ROUNDINGS = 64  # logits of a small model may differ by so many units of rounding of the largest; 4 to 20 were seen
 
 
@@ -78,6 +83,10 @@ class Setup:
     seed: int = 0
     eos_id: int | None = None  # the recording's end-of-text, where it matters
     other_ends: tuple[int, ...] = ()
+    # of dInfer's loop:
+    aligned: bool = False  # blocks start at multiples of their length, so the first may hold the prompt's end
+    unroll: int = 1  # most forwards before the masks of a block are counted again
+    ends_block: bool = False  # an end-of-text ends the response with its block
 
 
 def _llada_slowfast(s: dict) -> Setup:
@@ -199,24 +208,22 @@ def _localleap(s: dict) -> Setup:
     return Setup("localleap", sampler, s["gen_length"])
 
 
-def _is_dinfers_own(s: dict) -> bool:
-    """Idle forwards (``maximum_unroll`` above 1), aligned and partial blocks are dInfer's own."""
-    return s.get("maximum_unroll", 4) != 1 or "start_block_align" in s or s["gen_length"] % s["block_length"] > 0
+def _dinfer(system: str, sampler: Sampler, s: dict) -> Setup:
+    stops = "eos_id" in s
+    loop = {"aligned": s.get("start_block_align", False), "unroll": s.get("maximum_unroll", 4), "ends_block": stops}
+    return Setup(system, sampler.replace(eos_stop=stops), s["gen_length"], eos_id=s.get("eos_id"), **loop)
 
 
-def _credit(s: dict) -> Setup | None:
+def _credit(s: dict) -> Setup:
     """CreditDecoding, and without credit dInfer's threshold."""
-    if _is_dinfers_own(s):
-        return None
     sampler = Credit(
         tau=s["threshold"],
         weight=s.get("credit_alpha", 0.7) if s["decoder"] == "credit" else 0.0,
         decay=s.get("decay_beta", 0.8),
         power=s.get("boost_gamma", 0.2),
         block_length=s["block_length"],
-        eos_stop="eos_id" in s,
     )
-    return Setup(f"dinfer-{s['decoder']}", sampler, s["gen_length"], eos_id=s.get("eos_id"))
+    return _dinfer(f"dinfer-{s['decoder']}", sampler, s)
 
 
 def _wino(s: dict) -> Setup:
@@ -245,12 +252,10 @@ def _klass(s: dict) -> Setup | None:
     return Setup("klass", sampler, length)
 
 
-def _hierarchy(s: dict) -> Setup | None:
-    if _is_dinfers_own(s):
-        return None
+def _hierarchy(s: dict) -> Setup:
     tau = 1e9 if s["threshold"] is None else s["threshold"]
     sampler = Hierarchy(tau=tau, tau_low=s["low_threshold"], block_length=s["block_length"])
-    return Setup("hierarchy", sampler.replace(eos_stop="eos_id" in s), s["gen_length"], eos_id=s.get("eos_id"))
+    return _dinfer("hierarchy", sampler, s)
 
 
 def _generate_hierarchy(s: dict) -> Setup | None:
@@ -429,6 +434,55 @@ def _changes(canvases: list[list[int]], mask_id: int) -> list[list[list[int]]]:
     return found
 
 
+def _decode(
+    engine: sfs_triton.Engine, case: dict, setup: Setup, on_step: Callable[[Frame], None] | None = None
+) -> sfs_triton.Generation:
+    """Generate. Aligned and partial blocks are those of a canvas to fill in, from a place that no front end gives."""
+    (prompt,), sampler = case["prompt"], setup.sampler
+    size = sampler.block_length or setup.gen_length
+    if not setup.aligned and setup.gen_length % size == 0:
+        return engine.generate(prompt, gen_length=setup.gen_length, sampler=sampler, on_step=on_step)
+    start = len(prompt) - (len(prompt) % size if setup.aligned else 0)
+    canvas = prompt + [engine.spec.mask_id] * setup.gen_length
+    sequence = engine.in_flight(DecodingParams(sampler=sampler, gen_length=size), canvas, start)
+    with engine._run([sequence]) as run:
+        while run.advance() is not None:
+            pass
+        return run.results()[0]
+
+
+def _unrolled(steps: list[int], size: int, unroll: int) -> tuple[list[int], int]:
+    """Return the forward of dInfer's loop that takes each position's step of ``steps``, and the count of its forwards.
+
+    Before it counts the masks of a block again it makes a forward for each 8 of them, at least 1 and at most
+    ``unroll``. Those that come after the block is full are idle: they commit nothing.
+    """
+    forward_of: dict[int, int] = {}
+    count = 0
+    for first in range(0, len(steps), size):
+        block = steps[first : first + size]
+        own, left = sorted(set(block)), len(block)
+        while left:
+            for _ in range(min(max(left // MASKS_PER_FORWARD, 1), unroll)):
+                if own:
+                    forward_of[own[0]] = count
+                    left -= block.count(own.pop(0))
+                count += 1
+    return [forward_of[step] for step in steps], count
+
+
+def _check_ended_block(engine: sfs_triton.Engine, case: dict, setup: Setup, place: int) -> str | None:
+    """Check the response up to the end of the block that holds ``place``; dInfer looks for an end-of-text there."""
+    size = setup.sampler.block_length
+    stop = (place // size + 1) * size
+    done = _decode(engine, case, dataclasses.replace(setup, sampler=setup.sampler.replace(eos_stop=False)))
+    tokens, steps = (each[len(case["prompt"][0]) :][:stop] for each in (done.canvas, done.commit_step))
+    if 1 + max(steps) != case["calls"]:
+        return f"{1 + max(steps)} forwards up to the end of the block, recorded {case['calls']}"
+    wrong = _commits(tokens, steps, ()) ^ _commits(case["out"][0][:stop], case["unmask_call"][0][:stop], ())
+    return f"{len(wrong)} commits differ up to the end of the block" if wrong else None
+
+
 def _check_steps(engine: sfs_triton.Engine, case: dict, setup: Setup) -> str | None:
     """Check tokens and the step that committed each of them."""
     if setup.eos_id is not None:
@@ -438,20 +492,27 @@ def _check_steps(engine: sfs_triton.Engine, case: dict, setup: Setup) -> str | N
     canvases = [[engine.spec.mask_id] * setup.gen_length]
     recorded = "steps" in case and not setup.sampler.eos_stop
     note = (lambda frame: canvases.append(frame.tokens[0][len(case["prompt"][0]) :])) if recorded else None
-    (done,) = engine.generate(case["prompt"], gen_length=setup.gen_length, sampler=setup.sampler, on_step=note)
+    done = _decode(engine, case, setup, note)
     if note and _changes(canvases, engine.spec.mask_id) != [(step + [[]])[:2] for step in case["steps"]]:
         return "steps fill or take back other positions"
     loose = engine.spec.end_ids if setup.sampler.eos == "last" else ()
-    mine = _commits(done.response, done.commit_step[done.prompt_length :], loose)
+    tokens, steps = (each[len(case["prompt"][0]) :] for each in (done.canvas, done.commit_step))
+    forwards = done.nfe
+    if setup.unroll > 1:
+        steps, forwards = _unrolled(steps, setup.sampler.block_length, setup.unroll)
+    mine = _commits(tokens, steps, loose)
     wanted = _commits(case["out"][0], case["unmask_call"][0], loose)
     ends = [(step, place) for place, token, step in wanted if token == setup.eos_id and step >= 0]
     if ends and setup.sampler.eos_stop:
         last, place = min(ends)
         mine, wanted = ({x for x in y if x[0] <= place and x[2] <= last} for y in (mine, wanted))
-    elif done.nfe != case["calls"]:
-        return f"{done.nfe} forwards, recorded {case['calls']}"
-    wrong = mine ^ wanted
-    return f"{len(wrong)} commits differ" if wrong else None
+    elif forwards != case["calls"]:
+        return f"{forwards} forwards, recorded {case['calls']}"
+    if wrong := mine ^ wanted:
+        return f"{len(wrong)} commits differ"
+    if ends and setup.ends_block:
+        return _check_ended_block(engine, case, setup, min(place for _, place in ends))
+    return None
 
 
 def _check_batch(engine: sfs_triton.Engine, case: dict, setup: Setup) -> str | None:

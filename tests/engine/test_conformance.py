@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import subprocess
@@ -65,14 +66,14 @@ def test_a_share_has_every_value_of_every_setting(name):
 def test_all_recorded_cases(golden):
     done = _run(golden, "--backend", "torch")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert done.stdout.splitlines()[-1] == "1278 passed, 0 failed"
+    assert done.stdout.splitlines()[-1] == "1283 passed, 0 failed"
 
 
 @pytest.mark.slow
 def test_some_cases_of_every_kind_through_the_kernels(golden):
     done = _run(golden, "--backend", "triton", "--every", "60")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert done.stdout.splitlines()[-1] == "52 passed, 0 failed"
+    assert done.stdout.splitlines()[-1] == "53 passed, 0 failed"
 
 
 @pytest.fixture
@@ -129,6 +130,66 @@ def test_a_wrong_or_unknown_case_fails(small, checked, change):
     _rewrite_first_case(small, change)
     status, out, _ = checked(small)
     assert status == 1 and out.splitlines()[-1] == "1 passed, 1 failed"
+
+
+def _case(key: str) -> dict:
+    """Return the recorded case whose id starts with ``key``."""
+    (found,) = (case for cases in RECORDED.values() for case in cases if case["id"].startswith(key))
+    return copy.deepcopy(found)
+
+
+def _checked(engines, case: dict) -> str | None:
+    setup = conformance.METHODS[case["method"]](case["settings"])
+    return conformance.check(engines[case["id"].split("/")[0]], case, setup)
+
+
+def _no_idle_forwards(case):
+    """Number those that commit something, and only these."""
+    (calls,) = case["unmask_call"]
+    numbers = {call: index for index, call in enumerate(sorted(set(calls)))}
+    case["unmask_call"] = [[numbers[call] for call in calls]]
+
+
+def _fewer_forwards(case):
+    case["calls"] -= 1
+
+
+def _later_at_the_end(case):
+    case["unmask_call"][0][-1] += 1
+
+
+def _not_aligned(case):
+    del case["settings"]["start_block_align"]
+
+
+def _whole_blocks(case):
+    case["settings"]["block_length"] = 20  # divides 60
+
+
+def _a_token_behind_the_end(case):
+    """In the block of the end-of-text, where this package computes nothing after it."""
+    (tokens,), end = case["out"], case["settings"]["eos_id"]
+    tokens[tokens.index(end) + 1] += 1
+
+
+@pytest.mark.parametrize(
+    ("key", "change"),
+    [
+        ("dream-gqa/credit/s20", _no_idle_forwards),
+        ("llada-gqa/credit/s12", _no_idle_forwards),
+        ("dream-gqa/credit/s20", _fewer_forwards),
+        ("dream-gqa/hierarchy/s10", _later_at_the_end),
+        ("dream-gqa/hierarchy/s10", _whole_blocks),
+        ("dream-gqa/hierarchy/s12", _not_aligned),
+        ("dream-gqa/credit/s16", _a_token_behind_the_end),
+        ("dream-gqa/credit/s16", _fewer_forwards),
+    ],
+)
+def test_what_is_of_dinfers_loop_is_compared(engines, key, change):
+    case = _case(key)
+    assert _checked(engines, case) is None
+    change(case)
+    assert _checked(engines, case) is not None
 
 
 def test_a_failure_is_the_exit_code(small):
