@@ -167,15 +167,17 @@ _METRICS = {"topk_margin": "margin"}
 
 
 def _d2cache_confidence(s: dict) -> Setup | None:
-    if {"sigma", "debias", "factor"} & s.keys():
+    if "debias" in s:  # needs a table of how frequent each token is
         return None
     metric, stop = _METRICS.get(s.get("alg"), s.get("alg", "confidence")), s.get("stop_until_eos", False)
     tau = s.get("threshold")
     if metric == "entropy":
         tau = 0.0 if tau is None else -tau
+    how = {"factor": s["factor"]} if "factor" in s else {"tau": 1e9 if tau is None else tau}
     sampler = Threshold(
-        tau=1e9 if tau is None else tau,
+        **how,
         metric=metric,
+        sigma=s.get("sigma"),
         least=s["num_transfer_tokens"],
         block_length=s["block_length"],
         eos_stop=stop,
@@ -183,14 +185,13 @@ def _d2cache_confidence(s: dict) -> Setup | None:
     return Setup("d2cache-confidence", sampler, s["gen_length"], eos_id=s["eos_token_id"] if stop else None)
 
 
-def _d2cache_entropy(s: dict) -> Setup | None:
-    if "sigma" in s:
-        return None
+def _d2cache_entropy(s: dict) -> Setup:
     stop = s.get("stop_until_eos", False)
     sampler = EntropyBound(
         bound=s["gamma"],
         metric=_METRICS.get(s.get("alg"), s.get("alg", "confidence")),
         least=s["num_transfer_tokens"],
+        sigma=s.get("sigma"),
         block_length=s["block_length"],
         eos_stop=stop,
     )

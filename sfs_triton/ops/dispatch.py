@@ -24,7 +24,7 @@ from .torch.ends import discourage, put_last, raise_logits, without_ends
 from .torch.fused_linear import product
 from .torch.int8 import int8_speed
 from .torch.linear import FORMATS, GROUPS, Matrix, Quantised, quantize
-from .torch.narrow import CalmOrBest, NearBest, Revocable
+from .torch.narrow import CalmOrBest, NearBest, NearDecided, Revocable, WithinFactor
 from .torch.rope_cache import rope_tables
 
 logger = logging.getLogger("sfs_triton")
@@ -303,9 +303,11 @@ __all__ = [
     "GROUPS",
     "Matrix",
     "NearBest",
+    "NearDecided",
     "Ops",
     "Quantised",
     "Revocable",
+    "WithinFactor",
     "check_backend",
     "check_int8",
     "check_kernels",

@@ -307,16 +307,18 @@ class ModelRunner:
             self.ring.publish()
 
     def _decide_on(self, state: DecodeState, slow: bool) -> None:
-        """Commit positions, after the sampler's own narrowing of candidates. A trace has them as they were before."""
+        """Commit positions, after the sampler's own narrowing of candidates. A trace has candidates and scores as they
+        were before."""
         if self._narrowing is None:
             return self._decide(state, self._rules, slow=slow)
-        candidates = state.candidate.clone()
+        candidates, scores = state.candidate.clone(), None if state.events is None else state.score.clone()
         self._narrowing.narrow(state, self.earlier)
         if self._rules.opening == "first":  # a block's first forward commits one position, which the machine knows
             torch.where((state.stage_step == 0)[:, None], candidates, state.candidate, out=state.candidate)
         self._decide(state, self._rules, slow=slow)
         if state.events is not None:
             state.events["candidate"].copy_(candidates)
+            state.events["score"].copy_(scores)
 
     def _list(self, which: int, size: int) -> torch.Tensor:
         """Return a list of ``size`` positions per slot, ``[B, size]``, always at the same address."""

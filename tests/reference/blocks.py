@@ -6,6 +6,7 @@ Dream's ``_sample``; see ``docs/samplers.md``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -46,12 +47,47 @@ def highest(scores: dict[int, float], count: int) -> list[int]:
     return found
 
 
+def density_at(row: Row, position: int, sigma: float) -> float:
+    """Return the part of a bell curve around ``position`` that lies over decided positions (d2Cache 5).
+
+    All positions before the response count as decided, and all after it if its last one is.
+    """
+
+    def is_decided(p: int) -> bool:
+        return p < row.start or row.canvas[min(p, len(row.canvas) - 1)] != row.mask_id
+
+    reach = int(10 * sigma) + 1
+    weights = {d: math.exp(-d * d / (2 * sigma * sigma)) for d in range(-reach, reach + 1)}
+    return sum(w for d, w in weights.items() if is_decided(position + d)) / sum(weights.values())
+
+
+def weighted(row: Row, scores: dict[int, float], sigma: float | None) -> dict[int, float]:
+    """Return the scores by which a sampler with a prior of certainty decides, rounded to float32 (d2Cache 5)."""
+    if sigma is None:
+        return scores
+    return {p: torch.tensor(score * density_at(row, p, sigma)).item() for p, score in scores.items()}
+
+
+def within_factor(row: Row, scores: dict[int, float], factor: float, least: int) -> list[int]:
+    """Take the ``n - 1`` best positions for the first ``n`` with ``(n + 1) (1 - c_n) >= factor`` (d2Cache 3).
+
+    Without any that is all but one of them. At least ``least`` are taken.
+    """
+    ordered = sorted(scores.values(), reverse=True)
+    sizes = [(n + 1) * (1 - c) for n, c in enumerate(ordered, 1)]
+    first = next((n for n, size in enumerate(sizes, 1) if size >= factor), len(sizes))
+    count = max(first - 1, least)
+    row.margin = min([row.margin, *(abs(size - factor) for size in sizes)])
+    row.margin = min([row.margin, *(a - b for a, b in zip(ordered[:count], ordered[1:], strict=False))])
+    return highest(scores, count)
+
+
 def decode_threshold(row: Row, sampler: Threshold) -> None:
     """Decode by threshold (Fast-dLLM 1): per step the block's best position, and all that reach the threshold.
 
     Other metrics are d2Cache's (1 and 2) and d3LLM's (6): for the entropy ``tau`` is a highest one. With ``least`` so
-    many of the best are taken in any case. With ``steps``, at most ``gen_length / steps`` positions per step plus the
-    unused allowance (Fast-dLLM 5).
+    many of the best are taken in any case. A factor takes the threshold's place (d2Cache 3). With ``steps``, at most
+    ``gen_length / steps`` positions per step plus the unused allowance (Fast-dLLM 5).
     """
     response = len(row.canvas) - row.start
     if sampler.steps is not None and response % sampler.steps:
@@ -67,6 +103,9 @@ def decode_threshold(row: Row, sampler: Threshold) -> None:
     filled = 0
 
     def choice(scores: dict[int, float], _: int) -> list[int]:
+        scores = weighted(row, scores, sampler.sigma)
+        if sampler.factor is not None:
+            return within_factor(row, scores, sampler.factor, sampler.least)
         row.note_margin(list(scores.values()), tau)
         allowed = allowance * (row.nfe + 1) - filled
         ranked = highest(scores, allowed)

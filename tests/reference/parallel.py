@@ -8,7 +8,7 @@ from __future__ import annotations
 from itertools import pairwise
 
 from sfs_triton.decoding.samplers import EntropyBound, Hierarchy, LocalLeap, MultiBlock
-from tests.reference.blocks import blocks_of, even_counts, highest, take_step
+from tests.reference.blocks import blocks_of, even_counts, highest, take_step, weighted
 from tests.reference.confidence import Ends
 from tests.reference.end_of_think import EndOfThink
 from tests.reference.slowfast import Logits, Noise, ReferenceRun, Row, passes, ranked
@@ -87,6 +87,7 @@ def decode_blocks(row: Row, sampler: EntropyBound | Hierarchy | LocalLeap) -> No
             if isinstance(sampler, LocalLeap):
                 return leaping(row, scores, sampler, None if counts is None else counts[k])
             seen = row.look(row.limit, list(scores), metric="entropy", lowest=False)
+            scores = weighted(row, scores, sampler.sigma)
             return bounded(row, scores, {p: -score for p, (_, score) in seen.items()}, sampler)
 
         k = 0

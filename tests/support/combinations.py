@@ -43,6 +43,7 @@ SAMPLERS = {
     "llada-reference": SlowFast.preset("llada-reference", block_length=8),
     "dream-reference": SlowFast.preset("dream-reference"),
     "threshold": Threshold(block_length=8),
+    "factor": Threshold(factor=1.0, sigma=3.0, block_length=8),
     "paced": Threshold(block_length=None, steps=8),
     "fixed": FixedSteps(steps=8),
     "fixed-blocks": FixedSteps(steps=8, block_length=8),

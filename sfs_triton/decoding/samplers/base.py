@@ -12,7 +12,7 @@ import torch
 
 from ...errors import check_choice, check_flag, check_integer, check_number, make_plain, require
 from ...kernels.rules import BlockRules, CycleRules
-from ...ops.dispatch import CalmOrBest, Draw, NearBest, Revocable
+from ...ops.dispatch import CalmOrBest, Draw, NearBest, NearDecided, Revocable, WithinFactor
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -119,7 +119,7 @@ class Sampler(ABC):
         ends = {"eos": self.eos, "eos_penalty": self.eos_penalty}
         return Draw(noise=self.temperature > 0, nucleus=self.has_nucleus, top_k=self.top_k, **ends)
 
-    def narrowing(self) -> CalmOrBest | NearBest | Revocable | None:
+    def narrowing(self) -> CalmOrBest | NearBest | NearDecided | Revocable | WithinFactor | None:
         """Return the rule that leaves the candidates that a step commits; None: the machine decides among all."""
         return None
 

@@ -1,7 +1,8 @@
 """Candidates narrowed to those that a step commits, by rules that the block machine does not have.
 
-The machine then commits all that are left: its own threshold, ``tau``, is 0, and the sampler's is ``tau_low``. NaN
-scores are kept, so that they end their sequence. ``earlier`` has what the sampler keeps of earlier steps.
+The machine then commits all that are left: its own threshold, ``tau``, is 0, and the sampler's is ``tau_low``. A rule
+may also change the scores by which the machine decides. NaN scores are kept, so that they end their sequence.
+``earlier`` has what the sampler keeps of earlier steps.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from .commit import candidate_scores, rank_by_score
+from .density import density
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,35 @@ class NearBest:
         lowest = (scores.amax(1) - self.distance).minimum(state.tau_low)
         near = (scores >= lowest[:, None]) & (scores > 0) | (rank_by_score(scores) == 0)
         state.candidate.logical_and_(near | scores.isnan())
+
+
+@dataclass(frozen=True)
+class WithinFactor:
+    """Keep the best candidates before the first, the ``n``-th, for which ``(n + 1) * (1 - score)`` reaches ``bound``;
+    all but one of them if there is none. At least the ``least`` best are kept."""
+
+    least: int
+
+    def narrow(self, state, earlier) -> None:
+        scores = candidate_scores(state)
+        ordered = scores.sort(dim=1, descending=True).values
+        below = (state.position + 2) * (1 - ordered) < state.bound[:, None]
+        count = torch.minimum(below.cumprod(1).sum(1), state.candidate.sum(1) - 1).clamp(min=self.least)
+        state.candidate.logical_and_((rank_by_score(scores) < count[:, None]) | scores.isnan())
+
+
+@dataclass(frozen=True)
+class NearDecided:
+    """Multiply scores by the density of decided positions around, then narrow by ``rule`` if there is one."""
+
+    sigma: float
+    rule: WithinFactor | None
+
+    def narrow(self, state, earlier) -> None:
+        weighted = (state.score * density(state, self.sigma)).float()
+        torch.where(state.candidate, weighted, state.score, out=state.score)
+        if self.rule is not None:
+            self.rule.narrow(state, earlier)
 
 
 @dataclass(frozen=True)
