@@ -236,7 +236,11 @@ _TAKEN = {"all": "all", "max_conf": "confident", "min_kl": "calm"}
 
 
 def _klass(s: dict) -> Setup | None:
-    """KLASS, or one position per step. By entropy that fills the least certain ones first; fewer steps leave masks."""
+    """KLASS, or one position per step.
+
+    Two kinds are left out: by entropy it commits the least certain positions first, and with fewer steps than positions
+    masks stay, or positions of other blocks are committed.
+    """
     length = s.get("gen_length", s.get("max_new_tokens"))
     if s["alg"] == "entropy" or s["steps"] < length:
         return None
