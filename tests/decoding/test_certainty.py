@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from contextlib import closing
 from functools import cache
 
 import pytest
@@ -16,6 +17,7 @@ from sfs_triton.models import Transformer
 from sfs_triton.ops.dispatch import NearDecided, WithinFactor
 from sfs_triton.ops.torch.density import density
 from sfs_triton.runner.state import DecodeState
+from sfs_triton.scheduling.scheduler import Scheduler, bounds_of
 from tests.conformance import MARGIN
 from tests.reference import decode
 from tests.support.combinations import EXECUTIONS, POLICIES, PROMPTS, RAGGED, assert_same, engine_with
@@ -149,6 +151,19 @@ def test_a_density_by_hand():
     assert after[2] == pytest.approx(found[2] + a + b + c + d, abs=1e-4)
     NearDecided(1.0, None).narrow(state, None)
     assert state.score[0, 2].item() == pytest.approx(0.5 * after[2] / 2.50663, abs=1e-4)
+
+
+def test_a_free_slot():
+    """The second of two slots never held a sequence; the first is decoded as it is alone."""
+    engine = engine_of(NAMES[0])
+    (one,), _ = engine.sequences(PROMPTS[:1], gen_length=16, sampler=Threshold(factor=1.0, sigma=3.0, block_length=8))
+    scheduler = Scheduler(engine.batches, lambda sequence: bounds_of([one]), slots=2)
+    with closing(scheduler):
+        scheduler.submit(one)
+        while not one.finished:
+            scheduler.step()
+    wanted = engine.generate(PROMPTS[0], gen_length=16, sampler=one.params.sampler)
+    assert one.result(engine.spec, None).canvas == wanted.canvas
 
 
 def test_the_oracle_by_hand():

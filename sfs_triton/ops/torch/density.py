@@ -17,7 +17,7 @@ def density(state, sigma: float) -> torch.Tensor:
     """
     reach = math.ceil(REACH * sigma)
     decided = ~state.masked
-    last = decided.gather(1, (state.end - 1)[:, None])
+    last = decided.gather(1, (state.end - 1).clamp(min=0)[:, None])  # a free slot has no end
     decided = torch.where(state.position < state.end[:, None], decided, last)
     around = torch.cat((torch.ones_like(last).expand(-1, reach), decided, last.expand(-1, reach)), 1).double()
     distance = torch.arange(-reach, reach + 1, device=around.device, dtype=torch.float64)
