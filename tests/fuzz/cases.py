@@ -229,7 +229,10 @@ def slowfast(draw: st.DrawFn) -> SlowFast:
 
 @st.composite
 def threshold(draw: st.DrawFn) -> Threshold:
-    return Threshold(tau=draw(SHARES), block_length=draw(BLOCKS), steps=draw(maybe(st.integers(1, 6))))
+    how = {"block_length": draw(BLOCKS), "sigma": draw(maybe(st.sampled_from([0.5, 3.0])))}
+    if draw(st.booleans()):
+        return Threshold(tau=draw(SHARES), steps=draw(maybe(st.integers(1, 6))), **how)
+    return Threshold(factor=draw(st.sampled_from([0.3, 1.0, 4.0])), **how)
 
 
 @st.composite

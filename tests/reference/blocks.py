@@ -73,7 +73,7 @@ def within_factor(row: Row, scores: dict[int, float], factor: float, least: int)
 
     Without any that is all but one of them. At least ``least`` are taken.
     """
-    ordered = sorted(scores.values(), reverse=True)
+    ordered, factor = sorted(scores.values(), reverse=True), torch.tensor(factor).item()  # in float32
     sizes = [(n + 1) * (1 - c) for n, c in enumerate(ordered, 1)]
     first = next((n for n, size in enumerate(sizes, 1) if size >= factor), len(sizes))
     count = max(first - 1, least)

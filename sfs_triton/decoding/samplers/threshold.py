@@ -10,7 +10,7 @@ from ...ops.dispatch import Draw, NearDecided, WithinFactor
 from .base import LARGEST, BlockSampler
 
 METRICS = ("confidence", "margin", "entropy")
-WIDEST = 100  # of a prior: a step sums 12 products per unit of its width and position
+WIDEST = 100  # of a prior: a step sums 16 products per unit of its width and position
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,13 +6,13 @@ import math
 
 import torch
 
-REACH = 6  # of the bell curve, in units of its width: what lies beyond is below the rounding of float32
+REACH = 8  # of the bell curve, in units of its width: what lies beyond is near the rounding of float64
 
 
 def density(state, sigma: float) -> torch.Tensor:
     """Return the part of a bell curve of width ``sigma`` around each position that lies over decided ones.
 
-    float64 ``[B, L]``, so that hardly any order of summation changes a product with float32 scores. All positions
+    float64 ``[B, L]``, so that hardly any order of summation changes a score after it is rounded to float32. Positions
     before the canvas count as decided, and all after a sequence's end if its last position is.
     """
     reach = math.ceil(REACH * sigma)

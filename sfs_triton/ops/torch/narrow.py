@@ -39,7 +39,7 @@ class WithinFactor:
 
     def narrow(self, state, earlier) -> None:
         scores = candidate_scores(state)
-        ordered = scores.sort(dim=1, descending=True).values
+        ordered = scores.sort(dim=1, descending=True).values.double()  # so that products are exact, or nearly
         below = (state.position + 2) * (1 - ordered) < state.bound[:, None]
         count = torch.minimum(below.cumprod(1).sum(1), state.candidate.sum(1) - 1).clamp(min=self.least)
         state.candidate.logical_and_((rank_by_score(scores) < count[:, None]) | scores.isnan())
