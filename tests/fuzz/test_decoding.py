@@ -66,6 +66,7 @@ def test_a_sequence_in_a_batch_equals_the_one_alone(fuzz):
 
 OTHER_SAMPLING = {
     **{name: SHARES for name in ("tau_min", "tau_high", "tau_slow", "tau")},
+    "factor": st.sampled_from([0.2, 0.8, 3.0]),
     "temperature": st.sampled_from([0.1, 0.6, 2.0]),
     "top_p": BETWEEN,
 }
@@ -95,6 +96,8 @@ def _with_others(case: Case, when: dict) -> Case:
         return case
     sampler, sampling = case.sampler, when["sampling"]
     changes = {name: value for name, value in sampling.items() if name.startswith("tau") and hasattr(sampler, name)}
+    if getattr(sampler, "factor", None) is not None:  # in place of tau
+        changes = {"factor": sampling["factor"]}
     if sampler.temperature:
         changes["temperature"] = sampling["temperature"]
     if sampler.has_nucleus:
