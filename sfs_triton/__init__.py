@@ -4,7 +4,7 @@ engine = sfs_triton.load("embedded")
 print(engine.generate("15,44,79,50").text)
 """
 
-from .decoding.caching import DualCache, NoCache, PrefixCache, RefreshCache, RegionCache
+from .decoding.caching import DelayedCache, DualCache, NoCache, PrefixCache, RefreshCache, RegionCache
 from .decoding.likelihood import Likelihood, LikelihoodParams
 from .decoding.samplers import (
     KLASS,
@@ -46,6 +46,7 @@ __all__ = [
     "BackendError",
     "CheckpointError",
     "Credit",
+    "DelayedCache",
     "DeviceFault",
     "DualCache",
     "Engine",

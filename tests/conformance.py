@@ -50,6 +50,7 @@ from sfs_triton import (  # noqa: E402
     KLASS,
     WINO,
     Credit,
+    DelayedCache,
     EntropyBound,
     FixedSteps,
     Frame,
@@ -282,7 +283,10 @@ def _multi_block(preset: str) -> Callable[[dict], Setup | None]:
             block_length=s["block_size"],
             eos_stop=stop,
         )
-        return Setup(preset, sampler, s["max_new_tokens"], eos_id=s["eos_token_id"] if stop else None)
+        system, cache = preset, "none"
+        if "cache_delay_iter" in s:
+            system, cache = f"{preset}-cache", DelayedCache(delay=s["cache_delay_iter"], refresh_every=s["refresh_interval"])
+        return Setup(system, sampler, s["max_new_tokens"], cache, eos_id=s["eos_token_id"] if stop else None)
 
     return setup
 
@@ -331,13 +335,12 @@ NEWER: dict[str, Callable[[dict], Setup | None]] = {
     **dict.fromkeys(("dinfer_threshold_llada", "dinfer_threshold_dream"), _credit),
     **dict.fromkeys(("dinfer_hierarchy_llada", "dinfer_hierarchy_dream"), _hierarchy),
     "dinfer_generate_hierarchy": _generate_hierarchy,
-    "d3llm_llada": _multi_block("d3llm-llada"),
-    "d3llm_dream": _multi_block("d3llm-dream"),
+    **dict.fromkeys(("d3llm_llada", "d3llm_llada_cache"), _multi_block("d3llm-llada")),
+    **dict.fromkeys(("d3llm_dream", "d3llm_dream_cache"), _multi_block("d3llm-dream")),
     **dict.fromkeys(("illada_var", "illada_generate"), _illada),
-    # d2Cache's own KLASS and WINO differ from their authors'; d3LLM's delayed cache is no policy here
+    # d2Cache's own KLASS and WINO differ from their authors'
     **dict.fromkeys(("d2klass_llada", "d2klass_dream", "d2wino_llada", "d2wino_dream"), lambda s: None),
     **dict.fromkeys(("d2klass_llada_unpatched", "d2klass_dream_unpatched"), lambda s: None),
-    **dict.fromkeys(("d3llm_llada_cache", "d3llm_dream_cache"), lambda s: None),
     **dict.fromkeys(("d3llm_llada_single", "d3llm_dream_single"), _single_block),
     "generate_llada": _end_options,
 }
@@ -446,10 +449,12 @@ def _decode(
     (prompt,), sampler = case["prompt"], setup.sampler
     size = sampler.block_length or setup.gen_length
     if not setup.aligned and setup.gen_length % size == 0:
-        return engine.generate(prompt, gen_length=setup.gen_length, sampler=sampler, on_step=on_step)
+        how = {"gen_length": setup.gen_length, "sampler": sampler, "cache": setup.cache}
+        return engine.generate(prompt, **how, on_step=on_step)
     start = len(prompt) - (len(prompt) % size if setup.aligned else 0)
     canvas = prompt + [engine.spec.mask_id] * setup.gen_length
-    sequence = engine.in_flight(DecodingParams(sampler=sampler, gen_length=size), canvas, start)
+    params = DecodingParams(sampler=sampler, cache=setup.cache, gen_length=size)
+    sequence = engine.in_flight(params, canvas, start)
     with engine._run([sequence]) as run:
         while run.advance() is not None:
             pass
@@ -546,7 +551,8 @@ def check(engine: sfs_triton.Engine, case: dict, setup: Setup) -> str | None:
     ill_posed = isinstance(setup.cache, RefreshCache) and setup.cache.ratio > 0
     if len(case["prompt"]) > 1 and "batch1_rows" in case:
         return _check_batch(engine, case, setup)
-    if "error" in case or ill_posed or case.get("ill_posed") or not case.get("stable", False):
+    ill_posed |= case.get("ill_posed", False) or case.get("cache_mismatch", False)
+    if "error" in case or ill_posed or not case.get("stable", False):
         return _check_finished(engine, case, setup)
     wrong = (_check_steps if case["method"] in NEWER else _check_single)(engine, case, setup)
     if wrong and recorded_margin(case) < MARGIN:

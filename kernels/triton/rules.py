@@ -99,6 +99,9 @@ class BlockRules:
         counted: with ``"leap"``: commit the counts of the even schedule instead of ``least`` and of all that reach
             ``tau``; only these can be anchors.
         open_masks: with ``"open"``: the next block opens once the last open one has at most so many masks.
+        delay: with ``"open"``: a finished block waits so many steps, all of the whole canvas, before it is cached, and
+            positions from the last cached block on are forwarded by the others. None: no block is cached.
+        refresh_every: with ``delay``: every so many steps the whole canvas is forwarded.
         paced_steps: with a threshold: at most length / ``paced_steps`` positions per step, plus the unused quota of
             earlier steps.
         opening: ``"repeat"``: a block takes at least two forwards; ``"first"``: and the first of them commits only the
@@ -114,6 +117,8 @@ class BlockRules:
     radius: int = 0
     counted: bool = False
     open_masks: int = 0
+    delay: int | None = None
+    refresh_every: int | None = None
     paced_steps: int | None = None
     opening: str = "normal"
     eos_stop: bool = False

@@ -191,6 +191,36 @@ class DualCache(PrefixCache):
         return min(bounds.length, sampler.block_length or super()._most(bounds, sampler))
 
 
+@dataclass(frozen=True, kw_only=True)
+class DelayedCache(PrefixCache):
+    """d3LLM's delayed block cache, for several open blocks: forward all positions after the blocks that are cached.
+
+    A finished block is cached once it has waited, and so has the prompt at the start. Until then, every step forwards
+    the whole canvas: keys and values of all blocks are computed anew beside tokens that have just been committed.
+
+    Args:
+        delay: steps for which a finished block waits; 0 and 1 cache the prompt by the first step.
+        refresh_every: interval, in steps, of other forwards of the whole canvas; None: there are none.
+    """
+
+    delay: int = 2
+    refresh_every: int | None = None
+
+    name = "delayed"
+
+    def __post_init__(self) -> None:
+        check_integer("delay", self.delay, least=0)
+        if self.refresh_every is not None:
+            check_integer("refresh_every", self.refresh_every)
+
+    @property
+    def rules(self) -> dict[str, Any]:
+        return {"delay": self.delay, "refresh_every": self.refresh_every}
+
+    def opening(self, shifted: bool) -> str:
+        return "normal"
+
+
 @dataclass(frozen=True)
 class RefreshCache(CachePolicy):
     """dLLM-Cache: recompute the prompt every ``prompt_interval`` steps, the response every ``response_interval`` steps.
@@ -312,4 +342,4 @@ def _coarse(length: int) -> int:
     return length // _COARSE * _COARSE
 
 
-POLICIES = {policy.name: policy for policy in (NoCache, RegionCache, PrefixCache, DualCache, RefreshCache)}
+POLICIES = {policy.name: policy for policy in (NoCache, RegionCache, PrefixCache, DualCache, DelayedCache, RefreshCache)}

@@ -85,6 +85,7 @@ def test_exports_are_pinned():
         "BackendError",
         "CheckpointError",
         "Credit",
+        "DelayedCache",
         "DeviceFault",
         "DualCache",
         "Engine",

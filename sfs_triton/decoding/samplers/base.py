@@ -156,8 +156,12 @@ class Sampler(ABC):
         """Most positions that a step may commit; None if the canvas is the limit."""
         return self.block_length
 
-    def check_cache(self, policy) -> None:  # noqa: B027  most samplers work with every one
+    def check_cache(self, policy) -> None:
         """Refuse a cache policy that does not work with this sampler."""
+        require(
+            policy.name != "delayed",
+            f"cache={policy.name!r} is for several open blocks and goes with MultiBlock, not with {type(self).__name__}",
+        )
 
     @abstractmethod
     def rules(
@@ -212,11 +216,18 @@ class BlockSampler(Sampler):
         return max(1, steps // -(-length // (self.block_length or length)))
 
     def rules(
-        self, opening: str = "normal", *, look_ahead: int = 0, partial: bool = False, span_cap: int | None = None
+        self,
+        opening: str = "normal",
+        *,
+        look_ahead: int = 0,
+        partial: bool = False,
+        span_cap: int | None = None,
+        **delays: int | None,
     ) -> BlockRules:
         """Return the rules of the block machine; arguments come from the cache policy.
 
-        ``look_ahead`` and ``span_cap`` are for the cycle machine; blocks have neither.
+        ``look_ahead`` and ``span_cap`` are for the cycle machine; blocks have neither. ``delays`` are ``delay`` and
+        ``refresh_every`` of blocks that are cached one by one.
         """
         how = {"block_length": self.block_length, "opening": opening, "eos_stop": self.eos_stop, "partial": partial}
-        return BlockRules(**self.selection(), **how)
+        return BlockRules(**self.selection(), **how, **delays)

@@ -54,6 +54,7 @@ class FixedSteps(BlockSampler):
             check_integer("steps", self.steps, most=LARGEST)
 
     def check_cache(self, policy) -> None:
+        super().check_cache(policy)
         check_counts(self, policy)
 
     def blanked(self) -> FixedSteps:

@@ -39,6 +39,7 @@ class LocalLeap(BlockSampler):
             check_integer("steps", self.steps, most=LARGEST)
 
     def check_cache(self, policy) -> None:
+        super().check_cache(policy)
         if self.steps is not None:
             check_counts(self, policy)
 

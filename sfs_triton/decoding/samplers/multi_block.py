@@ -41,8 +41,9 @@ class MultiBlock(BlockSampler):
 
     def check_cache(self, policy) -> None:
         require(
-            not policy.by_block,
-            f"cache={policy.name!r} works by block and does not go with MultiBlock; use 'none', 'region' or 'refresh'",
+            not policy.by_block or policy.name == "delayed",
+            f"cache={policy.name!r} works by block and does not go with MultiBlock; use 'none', 'region', 'refresh' or "
+            "'delayed'",
         )
 
     def draw(self) -> Draw:

@@ -102,6 +102,8 @@ def _advance(state, moves: torch.Tensor, rules: BlockRules) -> None:
     state.step.add_(running)
     state.stage_step.add_(moves)
     if rules.select == "open":
+        if rules.delay is not None:
+            _cache_blocks(state, moves, rules)
         _open_block(state, moves, rules)
         return finish_step(state, running, moves & (first_masked(state, state.block_start) >= state.length))
     over = first_masked(state, state.block_start) >= state.block_end
@@ -126,3 +128,27 @@ def _open_block(state, moves: torch.Tensor, rules: BlockRules) -> None:
     last = (state.position >= begin[:, None]) & (state.position < state.block_end[:, None])
     opens = moves & ((state.masked & last).sum(1) <= rules.open_masks)
     torch.where(opens, torch.minimum(state.block_end + size, state.end), state.block_end, out=state.block_end)
+
+
+def _cache_blocks(state, moves: torch.Tensor, rules: BlockRules) -> None:
+    """Choose the positions of the next step: the whole canvas with ``stage_step`` 0, else those from ``block_start`` on.
+
+    Before ``block_start`` are the blocks that are cached when the step begins, before ``span_start`` those that are
+    when it ends. ``quota`` counts the steps, the next one included, for which the block at ``span_start`` has waited.
+    """
+    number = state.step + 1  # of the next step, from 1
+    finished = (first_masked(state, state.block_start) - state.span_start) // rules.block_length
+    waited = state.quota + ((number >= rules.delay) & (finished > 0))  # blocks wait once the prompt is cached
+    joins = waited > rules.delay
+    joined = torch.where(joins, finished.clamp(max=1) if rules.delay else finished, 0)
+    waited = torch.where(joins, (finished > joined).long(), waited)
+    whole = waited > 0
+    if rules.refresh_every is not None:
+        whole |= number % rules.refresh_every == 0
+    whole = (whole & ~joins) | (number <= rules.delay)
+    stage_step = torch.where(whole, 0, state.stage_step)
+    values = {"stage_step": stage_step, "block_start": state.span_start, "quota": waited}
+    values["span_start"] = state.span_start + joined * rules.block_length
+    for name, value in values.items():
+        column = getattr(state, name)
+        torch.where(moves, value, column, out=column)
