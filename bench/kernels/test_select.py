@@ -28,6 +28,7 @@ SAMPLERS = {  # settings, and what a cache policy adds to them
     "runs": (Hierarchy(), {}),
     "open-region": (MultiBlock(eos_stop=True), {"partial": True}),
     "open-strict": (MultiBlock.preset("d3llm-dream"), {}),
+    "open-delayed": (MultiBlock(eos_stop=True), {"delay": 2}),
     "paced": (Threshold(block_length=None, steps=64), {}),
     "even": (FixedSteps(block_length=32), {}),
     "even-first": (FixedSteps(block_length=32), {"opening": "first"}),

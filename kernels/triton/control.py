@@ -18,10 +18,10 @@ class Progress(NamedTuple):
     block: int
     block_start: int
     block_end: int
-    span_start: int
+    span_start: int  # block samplers with a delayed cache: positions before it are cached once the step is done
     span_end: int  # one past the last position of the cycle's span; -1 while it is not known
     stage: int  # SLOW or FAST
-    stage_step: int  # steps done in the stage (block samplers: in the block)
+    stage_step: int  # steps done in the stage (block samplers: in the block, or since the last of the whole canvas)
     cycle: int
     determined: int
     n_history: int

@@ -60,6 +60,8 @@ from .selection import (
     scan_candidates,
 )
 
+MAX_STEPS = 2**30  # more than a sequence takes
+
 
 @triton.jit
 def _fill_ranked(
@@ -132,6 +134,22 @@ def _scheduled(left, k, steps, quota, share, TIMESTEPS: tl.constexpr, OPENING_FI
 
 
 @triton.jit
+def _cache_blocks(cached, waited, k, number, first, block_length, delay, refresh_every):
+    """Choose the positions of a row's next step, its ``number``-th, from 1; ``first`` is the lowest undecided one.
+
+    ``cached`` is the end of the cached blocks, and the one there has ``waited`` for so many steps. Returns both as they
+    are once the next step is done, and ``k``, or 0 if that step forwards the whole canvas.
+    """
+    finished = (first - cached) // block_length
+    waited += ((number >= delay) & (finished > 0)).to(tl.int32)  # blocks wait once the prompt is cached
+    joins = waited > delay
+    joined = tl.where(joins, tl.where(delay > 0, tl.minimum(finished, 1), finished), 0)
+    waited = tl.where(joins, (finished > joined).to(tl.int32), waited)
+    whole = ((waited > 0) | (number % refresh_every == 0)) & (joins == 0)
+    return cached + joined * block_length, waited, tl.where(whole | (number <= delay), 0, k)
+
+
+@triton.jit
 def _fill_best(
     score_ptr, entropy_ptr, candidate_ptr, masked_ptr, fill_ptr, sampling_ptr, length, left, lowest, best, least,
     radius, start, block_length, SELECT: tl.constexpr, LEAST: tl.constexpr, STRICT: tl.constexpr, BLOCK_L: tl.constexpr,
@@ -164,7 +182,8 @@ def _fill_best(
 
 @triton.jit(
     do_not_specialize=[
-        "length", "eos_id", "paced_steps", "block_length", "n_uniform", "n_shares", "least", "radius", "open_masks"
+        "length", "eos_id", "paced_steps", "block_length", "n_uniform", "n_shares", "least", "radius", "open_masks",
+        "delay", "refresh_every",
     ]
 )  # fmt: skip
 def _decide_kernel(
@@ -191,6 +210,8 @@ def _decide_kernel(
     least,
     radius,
     open_masks,
+    delay,
+    refresh_every,
     SELECT: tl.constexpr,
     LEAST: tl.constexpr,
     STRICT: tl.constexpr,
@@ -201,6 +222,7 @@ def _decide_kernel(
     N_ENDS: tl.constexpr,
     PARTIAL: tl.constexpr,
     HAS_BLOCKS: tl.constexpr,
+    HAS_DELAY: tl.constexpr,
     BLOCK_L: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -220,7 +242,7 @@ def _decide_kernel(
         tl.load(control_ptr + BLOCK_END).to(tl.int32),
     )
     steps, limit = tl.load(control_ptr + BLOCK_STEPS).to(tl.int32), tl.load(control_ptr + LIMIT).to(tl.int32)
-    cap = tl.load(control_ptr + CAP).to(tl.int32)
+    cap, cached = tl.load(control_ptr + CAP).to(tl.int32), tl.load(control_ptr + SPAN_START).to(tl.int32)
     left, lowest, best, bad = scan_candidates(score_ptr + at, candidate_ptr + at, length, BLOCK_L)
     moves = tl.full([], True, tl.int1)
     if PARTIAL:  # a waiting row has no candidates and commits nothing; only its step counts
@@ -307,6 +329,10 @@ def _decide_kernel(
         begin = start + (block_end - start - 1) // block_length * block_length
         if moves & (count_masks(masked_ptr + at, length, begin, block_end, BLOCK_L) <= open_masks):
             block_end = tl.minimum(block_end + block_length, end)
+        if HAS_DELAY:
+            tl.store(control_ptr + BLOCK_START, cached)
+            cached, quota, k = _cache_blocks(cached, quota, k, step + 1, first, block_length, delay, refresh_every)
+            tl.store(control_ptr + SPAN_START, cached)
     if (over == 0) & (step >= cap):
         tl.store(control_ptr + FAULT, -step)
         over = over | True
@@ -375,6 +401,8 @@ def decide_block(state, rules: BlockRules, *, slow: bool = True, config: ScanCon
         least=min(rules.least, MAX_LENGTH),
         radius=min(rules.radius, MAX_LENGTH),
         open_masks=min(rules.open_masks, MAX_LENGTH),
+        delay=min(rules.delay or 0, MAX_STEPS),
+        refresh_every=min(rules.refresh_every or MAX_STEPS, MAX_STEPS),
         SELECT=rules.select,
         LEAST=min(rules.least, 2),
         STRICT=rules.strict,
@@ -384,6 +412,7 @@ def decide_block(state, rules: BlockRules, *, slow: bool = True, config: ScanCon
         EOS_STOP=rules.eos_stop,
         PARTIAL=rules.partial,
         HAS_BLOCKS=rules.block_length is not None,
+        HAS_DELAY=rules.delay is not None,
         BLOCK_L=config.BLOCK_L,
         num_warps=config.num_warps,
         maxnreg=MAX_REGISTERS,

@@ -60,6 +60,8 @@ BLOCKS = {
     "open": MultiBlock(block_length=4, open_at=0.5).rules(),
     "open, strict": MultiBlock.preset("d3llm-dream", block_length=8, open_at=0, eos_stop=True).rules(),
     "partial open": MultiBlock(block_length=8, open_at=1).rules(partial=True),
+    "delayed": MultiBlock(block_length=4).rules(delay=2, refresh_every=3),
+    "delayed, at once": MultiBlock(block_length=4, eos_stop=True).rules(delay=0, refresh_every=None),
     "paced": Threshold(block_length=None, steps=5).rules(),
     "paced blocks": Threshold(block_length=8, steps=3).rules("repeat"),
     "even": FixedSteps(steps=6, block_length=8).rules(),
@@ -120,6 +122,12 @@ def random_state(rng: random.Random, rules: CycleRules | BlockRules, batch: int,
             put("quota", rng.randint(0, stop - begin))
             if rules.select == "open":
                 put("block_end", min(begin + rules.block_length * rng.randint(1, 3), where["end"].item()))
+            if rules.delay is not None:
+                finished = (begin - starts[row]) // rules.block_length
+                cached = rng.randint(0, finished)
+                put("block_start", starts[row] + rng.randint(0, cached) * rules.block_length)
+                put("span_start", starts[row] + cached * rules.block_length)
+                put("quota", rng.randint(0, rules.delay) if cached < finished else 0)
             continue
         put("span_start", rng.randint(begin, stop - 1))
         put("stage", rng.choice([SLOW, FAST]))
@@ -282,6 +290,7 @@ def test_numbers_beyond_any_canvas_do_not_wrap(huge):
         (CYCLES["blocks"], {"block_length": huge}, "decide_cycle"),
         (BLOCKS["even"], {"block_length": huge}, "decide_block"),
         (BLOCKS["paced"], {"paced_steps": huge}, "decide_block"),
+        (BLOCKS["delayed"], {"delay": huge, "refresh_every": huge}, "decide_block"),
     ):
         rules = dataclasses.replace(base, **change)
         for _ in range(3):
