@@ -17,6 +17,7 @@ from ..errors import check_flag, check_integer, check_number, make_plain
 from ..kernels.control import FAST, Progress
 from ..models.cache import FeatureCache, Features, KVCache
 from .samplers import Sampler
+from .samplers.base import LARGEST
 from .step_plan import Forward, Positions
 
 _CAPACITY = 128  # positions that a GPU forwards in the time that it reads the weights of an 8B model
@@ -209,9 +210,9 @@ class DelayedCache(PrefixCache):
     name = "delayed"
 
     def __post_init__(self) -> None:
-        check_integer("delay", self.delay, least=0)
+        check_integer("delay", self.delay, 0, LARGEST)
         if self.refresh_every is not None:
-            check_integer("refresh_every", self.refresh_every)
+            check_integer("refresh_every", self.refresh_every, most=LARGEST)
 
     @property
     def rules(self) -> dict[str, Any]:
@@ -342,4 +343,5 @@ def _coarse(length: int) -> int:
     return length // _COARSE * _COARSE
 
 
-POLICIES = {policy.name: policy for policy in (NoCache, RegionCache, PrefixCache, DualCache, DelayedCache, RefreshCache)}
+_EVERY = (NoCache, RegionCache, PrefixCache, DualCache, DelayedCache, RefreshCache)
+POLICIES: dict[str, type[CachePolicy]] = {policy.name: policy for policy in _EVERY}

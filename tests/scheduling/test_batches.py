@@ -51,7 +51,7 @@ def _batches() -> list:
         cases = cases[:: max(1, len(cases) // MOST)][:MOST]
         lengths, steps = {setup.gen_length for setup, _ in cases}, {case["nfe"] for _, case in cases}
         uneven = (len(lengths), max(steps) - min(steps))
-        method = system if isinstance(cache, str) else f"{system}-refresh"
+        method = system if isinstance(cache, str) else f"{system}-{cache.name}"
         if len(cases) >= 3 and uneven > best.get(method, ((0, -1),))[0]:
             best[method] = uneven, model, cases
     return [pytest.param(model, cases, id=f"{method}-{model}") for method, (_, model, cases) in sorted(best.items())]
@@ -85,7 +85,7 @@ def test_batches_are_uneven():
     assert sum(len({setup.gen_length for setup, _ in cases}) > 1 for cases in batches) >= 4
     assert all(len({len(case["prompt"][0]) for _, case in cases}) > 1 for cases in batches)
     caches = {cache if isinstance(cache, str) else cache.name for cases in batches for cache in [cases[0][0].cache]}
-    assert caches == {"none", "prefix", "dual", "refresh"}
+    assert caches == {"none", "prefix", "dual", "delayed", "refresh"}
 
 
 @pytest.mark.sampled(3)

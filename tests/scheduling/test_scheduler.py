@@ -232,7 +232,7 @@ def test_no_shape_is_captured_twice_while_sequences_come_and_go(engines, policy)
         return stand_in(runner, shape)
 
     engine = engine_with(engines["llada-gqa"], CudaGraphs(capture=capture))
-    sampler = Threshold(block_length=8)
+    sampler = SAMPLERS["open" if policy == "delayed" else "threshold"]
     sequences = sequences_of(engine, asked(random.Random(1), 9, engine.spec.mask_id), sampler, POLICIES[policy])
     scheduler = scheduler_of(engine, sequences, slots=4)
     for one in sequences[:2]:

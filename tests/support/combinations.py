@@ -15,10 +15,12 @@ from sfs_triton import (
     KLASS,
     ArgumentError,
     Credit,
+    DelayedCache,
     DualCache,
     Engine,
     FixedSteps,
     Generation,
+    MultiBlock,
     NoCache,
     PrefixCache,
     RefreshCache,
@@ -53,12 +55,14 @@ SAMPLERS = {
     "origin": FixedSteps(steps=8, metric="origin"),
     "credit": Credit(tau=0.5, weight=2.0, block_length=8),
     "klass": KLASS(tau=0.1, divergence=0.5, history=1, block_length=8),
+    "open": MultiBlock(entropy=1.5, open_at=0.5, block_length=4),
 }
 # Which positions dLLM-Cache refreshes in between is decided by rounding (golden/README.md) unless it is none or all.
 POLICIES = {
     "none": NoCache(),
     "prefix": PrefixCache(),
     "dual": DualCache(),
+    "delayed": DelayedCache(delay=1, refresh_every=5),
     "refresh": RefreshCache(3, 2, 0.0),
     "region": RegionCache(capacity=24, refresh_every=5),
     "region-ahead": RegionCache(capacity=12, span_cap=8, look_ahead=4, rotate=False),
@@ -80,7 +84,7 @@ EVERY_PAIR = [pytest.param(SAMPLERS[s], POLICIES[p], id=f"{s}-{p}") for s, p in 
 SOME_PAIRS = [
     pytest.param(SAMPLERS[s], POLICIES[p], id=f"{s}-{p}")
     for s, p in PAIRS
-    if s == "fixed-blocks" or s == ("dream-reference" if p == "none" else "paper")
+    if s == "fixed-blocks" or s == {"none": "dream-reference", "delayed": "open"}.get(p, "paper")
 ]
 
 

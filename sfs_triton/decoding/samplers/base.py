@@ -160,7 +160,7 @@ class Sampler(ABC):
         """Refuse a cache policy that does not work with this sampler."""
         require(
             policy.name != "delayed",
-            f"cache={policy.name!r} is for several open blocks and goes with MultiBlock, not with {type(self).__name__}",
+            f"cache={policy.name!r} does not go with {type(self).__name__}: it is for the open blocks of MultiBlock",
         )
 
     @abstractmethod

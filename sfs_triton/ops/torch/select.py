@@ -131,10 +131,10 @@ def _open_block(state, moves: torch.Tensor, rules: BlockRules) -> None:
 
 
 def _cache_blocks(state, moves: torch.Tensor, rules: BlockRules) -> None:
-    """Choose the positions of the next step: the whole canvas with ``stage_step`` 0, else those from ``block_start`` on.
+    """Choose the positions of the next step: those from ``block_start`` on, or with ``stage_step`` 0 the whole canvas.
 
-    Before ``block_start`` are the blocks that are cached when the step begins, before ``span_start`` those that are
-    when it ends. ``quota`` counts the steps, the next one included, for which the block at ``span_start`` has waited.
+    The blocks before ``block_start`` are cached when that step begins, those before ``span_start`` when it ends.
+    ``quota`` counts the steps, with that one, for which the block at ``span_start`` has waited.
     """
     number = state.step + 1  # of the next step, from 1
     finished = (first_masked(state, state.block_start) - state.span_start) // rules.block_length
