@@ -127,11 +127,14 @@ class BlockRules:
     def __post_init__(self) -> None:
         _check_choice("select", self.select, SELECTIONS)
         _check_choice("opening", self.opening, OPENINGS)
-        for name in ("paced_steps", "block_length"):
+        for name in ("paced_steps", "block_length", "refresh_every"):
             _check_positive(name, getattr(self, name))
         _require(
             self.paced_steps is None or self.select == "threshold",
             f"paced_steps={self.paced_steps} does not go with select={self.select!r}",
+        )
+        _require(
+            self.delay is None or self.select == "open", f"delay={self.delay} does not go with select={self.select!r}"
         )
 
     @property

@@ -656,6 +656,7 @@ def test_cycle_rules_are_checked(rules, named):
         ({"select": "odd"}, "select='odd'"),
         ({"opening": "last"}, "opening='last'"),
         ({"paced_steps": 4}, "paced_steps=4 does not go with select='even'"),
+        ({"delay": 2}, "delay=2 does not go with select='even'"),
         ({"select": "threshold", "paced_steps": 0}, "paced_steps=0"),
         ({"block_length": -1}, "block_length=-1"),
     ],
