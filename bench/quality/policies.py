@@ -1,4 +1,4 @@
-"""Measure each option of the region cache on the embedded model: accuracy, steps, positions, full forwards.
+"""Measure options of the region cache and of the delayed cache, on the embedded model: accuracy, steps, positions.
 
     python -m bench.quality.policies --limit 200 --json bench/results/policies.json
     python -m bench.quality.policies --json bench/results/policies.json --write-doc docs/sweep.md
@@ -19,7 +19,7 @@ import sfs_triton
 from bench.common import pages
 from bench.common.figures import machine
 from bench.embedded import problems, tasks
-from sfs_triton import NoCache, RefreshCache, RegionCache, SlowFast, Threshold
+from sfs_triton import DelayedCache, MultiBlock, NoCache, RefreshCache, RegionCache, SlowFast, Threshold
 
 from . import measured
 from .measured import GEN_LENGTH, Variant, decode
@@ -55,6 +55,9 @@ def variants() -> list[Variant]:
     for group, sampler in (("preset fast", SlowFast.preset("fast")), ("Threshold", Threshold())):
         lines.append(Variant(group, "none", sampler, NoCache()))
         lines += [Variant(group, f"region, C = {c}", sampler, RegionCache(capacity=c)) for c in (128, 64)]
+    group, sampler = "MultiBlock, blocks of 16", MultiBlock(entropy=0.2, block_length=16)
+    lines.append(Variant(group, "none", sampler, NoCache()))
+    lines += [Variant(group, f"delayed, delay {d}", sampler, DelayedCache(delay=d)) for d in (0, 1, 2, 4)]
     return lines
 
 
@@ -86,9 +89,9 @@ def run(limit: int, kinds: list[str], path: Path) -> None:
         chosen = measured.choose(engine, kind, limit)
         exact: dict[str, list[list[int]]] = {}  # of each sampler without a cache
         for variant in measured.missing(record, kind, variants()):
-            key = "threshold" if isinstance(variant.sampler, Threshold) else "slowfast"
+            key = type(variant.sampler).__name__
             if key not in exact:
-                plain = Variant("", "", variant.sampler if key == "threshold" else SlowFast(), NoCache())
+                plain = Variant("", "", SlowFast() if key == "SlowFast" else variant.sampler, NoCache())
                 exact[key] = [d.tokens for d in decode(engine, plain, chosen)]
             line = {"task": kind, **measure(engine, variant, chosen, exact[key])}
             print(json.dumps(line), flush=True)

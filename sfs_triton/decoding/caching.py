@@ -204,7 +204,7 @@ class DelayedCache(PrefixCache):
         refresh_every: interval, in steps, of other forwards of the whole canvas; None: there are none.
     """
 
-    delay: int = 2
+    delay: int = 1
     refresh_every: int | None = None
 
     name = "delayed"

@@ -39,7 +39,7 @@ def test_nothing_is_cached_before_the_prompt_has_waited(engines, model):
 def test_given_blocks_before_the_first_mask_are_cached_with_the_prompt(engines):
     canvas = PROMPTS[0][:10] + [engines["llada-mha"].spec.mask_id] * 2
     sampler = MultiBlock(block_length=4, **ONE_BY_ONE)
-    assert engines["llada-mha"].infill(canvas, sampler=sampler, cache=DelayedCache()).forward_lengths == [12, 12]
+    assert engines["llada-mha"].infill(canvas, sampler=sampler, cache=DelayedCache(delay=2)).forward_lengths == [12, 12]
     assert engines["llada-mha"].infill(canvas, sampler=sampler, cache=DelayedCache(delay=1)).forward_lengths == [12, 4]
 
 
