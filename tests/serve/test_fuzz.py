@@ -111,7 +111,7 @@ def test_no_options_of_samplers_and_caches_break_it(server):
 
     @given(
         sampler=some_options(SAMPLERS),
-        cache=some_options(POLICIES),
+        cache=st.none() | some_options(POLICIES),
         temperature=st.sampled_from([0, 1e-6, 0.5, 2]),
         top_p=st.sampled_from([None, 1e-3, 0.5, 1]),
         suffix=st.sampled_from([None, "\n3,Kim"]),
