@@ -210,6 +210,7 @@ class DelayedCache(PrefixCache):
     name = "delayed"
 
     def __post_init__(self) -> None:
+        make_plain(self)
         check_integer("delay", self.delay, 0, LARGEST)
         if self.refresh_every is not None:
             check_integer("refresh_every", self.refresh_every, most=LARGEST)
