@@ -357,7 +357,7 @@ def test_paths_that_are_no_gguf_file(tmp_path):
     with pytest.raises(CheckpointError, match="is a path, and does not exist"):
         sfs_triton.load(tmp_path / "nowhere.gguf", "cpu")
     (tmp_path / "model.bin").write_bytes(b"GGUF")
-    with pytest.raises(CheckpointError, match="not a folder, and not a .gguf file"):
+    with pytest.raises(CheckpointError, match="model.bin' is a file, not a folder, nor a .gguf"):
         sfs_triton.load(tmp_path / "model.bin", "cpu")
     with pytest.raises(ArgumentError, match="path_or_hub_id=3"):
         sfs_triton.load(3, "cpu")

@@ -389,7 +389,7 @@ def test_a_cpu_needs_no_choice(monkeypatch):
     monkeypatch.setattr(engines, "choose", None)
     described = sfs_triton.load("embedded", "cpu").describe()
     assert described == {
-        **{"device": "cpu", "dtype": "float32", "backend": "torch", "execution": "eager"},
+        **{"device": "cpu", "dtype": "float32", "quantization": None, "backend": "torch", "execution": "eager"},
         **{"reason": engines.ASKED, "fallback": None, "fault": None},
     }
 
