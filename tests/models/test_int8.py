@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
 from dataclasses import replace
@@ -171,9 +172,11 @@ def test_bfloat16_is_computed_with_the_same_codes():
 
 @exact
 def test_the_embedded_model_answers_as_in_float32():
-    prompt = "Rewrite as JSON:\nid,name,age\n1,Ann,31\n2,Bob,45"
-    plain, small = sfs_triton.load("embedded", "cpu"), sfs_triton.load("embedded", "cpu", quantization="int8")
-    assert small.generate(prompt).text == plain.generate(prompt).text
+    prompt = "Rewrite as JSON:\nid,name,age\n1,Ann,31\n2,Bob,45\n3,Kim,77\n4,Leo,12"
+    rows = [{"id": 1, "name": "Ann", "age": 31}, {"id": 2, "name": "Bob", "age": 45}]
+    rows += [{"id": 3, "name": "Kim", "age": 77}, {"id": 4, "name": "Leo", "age": 12}]
+    for form in (None, "int8"):
+        assert json.loads(sfs_triton.load("embedded", "cpu", quantization=form).generate(prompt).text) == rows, form
 
 
 @exact
