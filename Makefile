@@ -24,8 +24,6 @@ TORCH ?= torch==2.13.0
 EXTRAS ?= test-all,bench,cli
 PINS ?=
 ARGS ?=
-# One more than cores: some tests wait.
-WORKERS ?= $(shell echo $$(($$(getconf _NPROCESSORS_ONLN) + 1)))
 VENV := .venv
 BIN := $(VENV)/bin
 
@@ -62,7 +60,7 @@ bench-kernels: install
 	$(BIN)/python -m pytest bench/kernels --benchmark-json=bench/results/kernels.json $(ARGS)
 
 test: install
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
 test-quick: install
 	$(BIN)/python -m pytest -n auto --dist worksteal -m 'quick and not slow' $(ARGS)

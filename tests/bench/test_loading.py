@@ -18,10 +18,9 @@ FOLDER = str(Path(sfs_triton.__file__).parent / "embedded")
 def test_a_peak_is_seen():
     with loading.Peak() as peak:
         held = bytearray(64 * 2**20)
-        then = loading.resident()["own"]
         time.sleep(10 * loading.EVERY)
         del held
-    assert then - 2**24 < peak.most["own"] < then + 2**24 and loading.resident()["own"] < then - 2**25
+    assert peak.most["own"] - peak.before["own"] > 60 * 2**20
 
 
 @pytest.mark.parametrize(("form", "per_weight"), [("float32", (3.9, 4.1)), ("fp8", (1.0, 1.2))])
