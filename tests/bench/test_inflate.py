@@ -235,6 +235,7 @@ MUTATIONS = {
 }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("what", MUTATIONS)
 def test_each_condition_is_needed(embedded, double, canvas, monkeypatch, what):
     name, changes, other = MUTATIONS[what]
@@ -448,6 +449,7 @@ def _flat(engine):
     return [weights.embedding, weights.head, weights.norm, *layers]
 
 
+@pytest.mark.slow
 def test_as_a_command(tmp_path):
     """bfloat16 where nothing else is said, which is the small model's own: no weight is rounded."""
     command = [sys.executable, "-m", "bench.shapes.inflate", "--geometry", "toy-1024", str(tmp_path / "out")]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 
 import pytest
@@ -15,14 +14,6 @@ from bench.shapes.geometry import parameters
 FOLDER = str(Path(sfs_triton.__file__).parent / "embedded")
 
 
-def test_a_peak_is_seen():
-    with loading.Peak() as peak:
-        held = bytearray(64 * 2**20)
-        time.sleep(10 * loading.EVERY)
-        del held
-    assert peak.most["own"] - peak.before["own"] > 60 * 2**20
-
-
 @pytest.mark.parametrize(("form", "per_weight"), [("float32", (3.9, 4.1)), ("fp8", (1.0, 1.2))])
 def test_weights_are_counted_once(form, per_weight):
     row = loading.measure(FOLDER, form)
@@ -32,9 +23,10 @@ def test_weights_are_counted_once(form, per_weight):
 
 def test_a_process_per_format(tmp_path, capsys):
     out = tmp_path / "loading.json"
-    assert loading.main([FOLDER, "--formats", "int4", "--json", str(out)]) == 0
+    assert loading.main([FOLDER, "--formats", "float32", "--json", str(out)]) == 0
     (row,) = json.loads(out.read_text())["rows"]
-    assert row["format"] == "int4" and f"int4{row['seconds']:14.1f}" in capsys.readouterr().out
+    assert row["format"] == "float32" and f"float32{row['seconds']:11.1f}" in capsys.readouterr().out
+    assert 0.3 * row["weights"] < row["peak"] < 10 * row["weights"]
     with pytest.raises(SystemExit):
         loading.main([FOLDER, "--formats", "int3"])
     assert "--formats 'int3' is not one of float32" in capsys.readouterr().err

@@ -231,6 +231,7 @@ def test_every_way_of_ours_once_and_others_as_they_are():
     assert replace(ours[0], backend=None, execution=None) in rows.every_row(128)
 
 
+@pytest.mark.slow
 def test_as_a_script(tmp_path):
     """The way users start it: nothing beside the script may shadow what it imports."""
     out = tmp_path / "run.json"

@@ -218,6 +218,7 @@ def test_a_full_disk_is_a_line(command):
     assert done.stderr == "error: stdout cannot be written: No space left on device\n"
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("command", ["generate", "chat"])
 def test_a_reader_that_has_left_is_no_traceback(command):
     arguments = {"generate": ["hi", "--gen-length", "4"], "chat": ["--gen-length", "4"]}[command]

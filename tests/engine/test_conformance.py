@@ -87,6 +87,7 @@ def small(golden, tmp_path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_a_case_through_the_kernels(small, checked):
     status, out, _ = checked(small, "--backend", "triton", "--limit", "1")
     assert status == 0 and out.splitlines()[-1] == "1 passed, 0 failed", out

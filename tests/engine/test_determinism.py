@@ -129,7 +129,7 @@ def test_a_server_under_requests_at_random_times(embedded):
         "region": (SlowFast(temperature=0.9), "region"),
     }
     asks, alone = [], []
-    for number in range(15):
+    for number in range(9):
         name = list(kinds)[number % 3]
         prompt, length = PROMPTS[number % 2 * (number % 3)], (16, 24, 32, 48)[number % 4]
         sampler, cache = kinds[name]

@@ -270,6 +270,7 @@ def test_trivial_refresh_equals_no_cache(engines, sampler):
     assert cached.canvas == plain.canvas and cached.nfe == plain.nfe
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_early_stop(engines, sampler):
     """The whole tail after the first end-of-text is end-of-text, with no more steps and fewer positions forwarded."""

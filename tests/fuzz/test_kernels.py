@@ -27,4 +27,4 @@ def test_kernels_equal_torch(fuzz, execution):
             found = case.run(engine, trace=True)
         assert_outcomes(found, wanted)
 
-    fuzz(check, ended(cases(most=2, longest=6, made=shapes)), examples=2, share=0.01)
+    fuzz(check, ended(cases(most=2, longest=6, made=shapes)), examples=1, share=0.01)

@@ -195,6 +195,7 @@ def test_bad_gen_kwargs(given, message):
 # ----------------------------------------------------------------------------------------------------------- scores
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("kind", KINDS)
 def test_scores_are_those_of_evaluate(kind, model, embedded, manager):
     made = model(batch_size=4)

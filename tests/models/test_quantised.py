@@ -320,6 +320,7 @@ def test_the_cost_model_counts_the_bytes_of_codes(backend):
         Setting(quantization="int8")
 
 
+@pytest.mark.slow
 def test_agreement_is_measured_and_written(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench_quantised.times, "__defaults__", (1,))
     page, path = tmp_path / "page.md", tmp_path / "record.json"
