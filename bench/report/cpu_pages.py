@@ -89,7 +89,7 @@ def readme_part(run: CpuRun, root: Path) -> str:
     """The main table in five rows, what it means and where it is from."""
     record, place = run.read("table"), run.folder.relative_to(root)
     rows = summary.chosen(record["rows"])
-    told = f"{about_rows(record)}; {where(run.about)} (`{place}/table.json`, commit {run.about['machine']['commit']})."
+    told = f"{about_rows(record)}; {where(run.about)} (`{place}/table.json`, commit {record['machine']['commit']})."
     return f"{table(summary.HEAD, map(summary.cells, rows))}\n\n{summary.meaning(rows)}\n\n{told}\n"
 
 
