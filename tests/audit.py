@@ -28,6 +28,7 @@ REVIEWED: dict[str, dict[str, str]] = {
     "bench/all.py": {"B603": OWN},
     "bench/baselines/autoregressive.py": {"B105": "token ids of a model, no passwords"},
     "bench/common/figures.py": {"B603": OWN, "B607": "git, as whoever runs the benchmark has it"},
+    "bench/cost/loading.py": {"B603": OWN},
     "bench/embedded/tasks.py": {"B608": "text for a model to be trained on, never sent to a database"},
     "bench/eval/inside.py": {"B102": "HumanEval's programs are run to be scored; SECURITY.md says how"},
     "bench/eval/sandbox.py": {"B603": "starts the sandbox that those programs run in"},
