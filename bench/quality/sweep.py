@@ -21,7 +21,22 @@ from bench.common import pages
 from bench.common.figures import machine
 from bench.embedded import tasks
 from bench.embedded.carried import carried
-from sfs_triton import DualCache, FixedSteps, NoCache, PrefixCache, RegionCache, SlowFast, Threshold
+from sfs_triton import (
+    KLASS,
+    WINO,
+    Credit,
+    DualCache,
+    EntropyBound,
+    FixedSteps,
+    Hierarchy,
+    LocalLeap,
+    MultiBlock,
+    NoCache,
+    PrefixCache,
+    RegionCache,
+    SlowFast,
+    Threshold,
+)
 
 from . import measured, sweep_chart, sweep_summary
 from .measured import Variant
@@ -63,6 +78,13 @@ def variants(most_steps: int = 32) -> list[Variant]:
     add("FixedSteps, one block", "steps", steps, lambda n: FixedSteps(steps=n))
     in_blocks = tuple(count for count in steps if count in (4, 8, 16, 32, 64, 128))
     add("FixedSteps, blocks of 32", "steps", in_blocks, lambda n: FixedSteps(steps=n, block_length=32))
+    add("MultiBlock", "entropy", (0.1, 0.3, 0.5, 1.0), lambda entropy: MultiBlock(entropy=entropy))
+    add("LocalLeap", "tau", (0.6, 0.9, 0.99), lambda tau: LocalLeap(tau=tau, tau_near=0.8 * tau))
+    add("EntropyBound", "bound", (0.01, 0.1, 0.5, 1.0), lambda bound: EntropyBound(bound=bound))
+    add("Hierarchy", "tau", (0.6, 0.92, 0.99), lambda tau: Hierarchy(tau=tau, tau_low=tau - 0.3))
+    add("Credit", "tau", (0.6, 0.9, 0.99), lambda tau: Credit(tau=tau))
+    add("KLASS", "tau", (0.6, 0.9, 0.99), lambda tau: KLASS(tau=tau))
+    add("WINO", "tau", (0.5, 0.6, 0.8), lambda tau: WINO(tau=tau))
     alone = {"tau_slow": (0.85,), "tau_min": (0.3, 0.6), "k_max": (1, 2, 4)}
     lines.append(Variant(sweep_summary.ALONE, "share_stable", paper.replace(share_stable=True), NoCache()))
     for name, values in alone.items():

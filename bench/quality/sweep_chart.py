@@ -18,6 +18,13 @@ LOOKS = {  # colour, marker and its size, one hue a sampler
     "SlowFast llada-reference": ("#f2a65a", "^", 5.5),
     "Threshold, blocks of 32": ("#1f77b4", "o", 5.5),
     "Threshold, one block": ("#17becf", "D", 4.5),
+    "MultiBlock": ("#2ca02c", "s", 5.0),
+    "LocalLeap": ("#98df8a", "v", 5.5),
+    "EntropyBound": ("#9467bd", "o", 5.0),
+    "Hierarchy": ("#c5b0d5", "^", 5.5),
+    "Credit": ("#e377c2", "P", 6.0),
+    "KLASS": ("#8c564b", "X", 6.0),
+    "WINO": ("#bcbd22", "*", 8.0),
     "FixedSteps, one block": ("#7f7f7f", "D", 5.5),
     "FixedSteps, blocks of 32": ("#444444", "o", 5.5),
 }
