@@ -100,7 +100,11 @@ def cpu_section(run: CpuRun, root: Path) -> list[str]:
     for name in ("table", "sizes"):
         if record := run.read(name):
             picture = f"../{place}/{name}.png"
-            parts += [f"{about_rows(record)}:", rows_table(record), f"![tokens per second and accuracy]({picture})"]
+            parts += [
+                f"{about_rows(record)}, commit {record['machine']['commit']}:",
+                rows_table(record),
+                f"![tokens per second and accuracy]({picture})",
+            ]
     if lines := run.read("speed"):
         parts += ["One thread, medians of paired ratios; all models but the first are tiny:", speed_table(lines)]
     jobs = ", ".join(f"{job['job']} {job['seconds']:.0f} s" for job in run.about["jobs"])
