@@ -156,8 +156,8 @@ class CommandOptions:
 
     def make_sampler(self) -> Sampler:
         """Build the sampler; refuse options of other samplers."""
-        words, kind = from_words(self.sampler), self.kind
-        words.pop("kind", None)
+        words = from_words(self.sampler)
+        kind = words.pop("kind", None)
         require(kind in SAMPLERS, f"--sampler {self.sampler} is not one of {', '.join(SAMPLERS)}")
         given = {name: getattr(self, name) for name in BELONGS_TO if getattr(self, name) is not None}
         for name in given:
