@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import random
 from contextlib import closing
-from functools import cache
 
 import pytest
 import torch
@@ -13,7 +11,6 @@ import torch
 import sfs_triton
 from bench.common.testing import brisk_interpreter
 from sfs_triton import ArgumentError, EntropyBound, Sampler, Threshold
-from sfs_triton.models import Transformer
 from sfs_triton.ops.dispatch import NearDecided, WithinFactor
 from sfs_triton.ops.torch.density import density
 from sfs_triton.runner.state import DecodeState
@@ -21,8 +18,7 @@ from sfs_triton.scheduling.scheduler import Scheduler, bounds_of
 from tests.conformance import MARGIN
 from tests.reference import decode
 from tests.support.combinations import EXECUTIONS, POLICIES, PROMPTS, RAGGED, assert_same, engine_with
-from tests.support.oracle import compare, reference
-from tests.support.paths import GOLDEN
+from tests.support.oracle import compare, engine_of, reference
 
 NAMES = ("llada-mha", "dream-gqa")
 LENGTH = 32
@@ -31,15 +27,6 @@ CHANGES = [
     *({}, {"temperature": 0.7, "top_p": 0.8}, {"cfg_scale": 0.5}),
     *({"eos_stop": True}, {"eos": "last"}, {"eos_penalty": 1.5, "eos": "never"}),
 ]
-
-
-@cache
-def engine_of(name: str, eos_id: int | None = None, backend: str = "torch") -> sfs_triton.Engine:
-    """A small trained model; ``eos_id`` is a token that its responses are full of."""
-    device = "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
-    model = sfs_triton.load(GOLDEN / "models" / name, device, "float32", backend).model
-    spec = model.spec if eos_id is None else dataclasses.replace(model.spec, eos_id=eos_id)
-    return sfs_triton.Engine(Transformer(spec, model.weights, backend))
 
 
 def random_factor(rng: random.Random) -> Threshold:

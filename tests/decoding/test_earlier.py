@@ -5,10 +5,8 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections.abc import Callable
-from functools import cache
 
 import pytest
-import torch
 
 import sfs_triton
 from bench.common.testing import brisk_interpreter
@@ -27,8 +25,7 @@ from tests.support.combinations import (
     engine_with,
     goes_with,
 )
-from tests.support.oracle import compare, reference
-from tests.support.paths import GOLDEN
+from tests.support.oracle import compare, engine_of, reference
 
 NAMES = ("llada-mha", "dream-gqa")
 LENGTH = 32
@@ -73,15 +70,6 @@ CHANGES = [
     *({}, {"temperature": 0.7}, {"temperature": 0.7, "top_p": 0.8, "top_k": 9}, {"cfg_scale": 0.5}),
     *({"eos_stop": True}, {"eos": "never"}, {"eos": "last"}, {"eos_penalty": 1.5, "eos": "last"}),
 ]
-
-
-@cache
-def engine_of(name: str, eos_id: int | None = None, backend: str = "torch") -> sfs_triton.Engine:
-    """A small trained model; ``eos_id`` is a token that its responses are full of."""
-    device = "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
-    model = sfs_triton.load(GOLDEN / "models" / name, device, "float32", backend).model
-    spec = model.spec if eos_id is None else dataclasses.replace(model.spec, eos_id=eos_id)
-    return sfs_triton.Engine(Transformer(spec, model.weights, backend))
 
 
 def prompt_of(rng: random.Random) -> list[int]:

@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import cache
+
 import torch
 
-from sfs_triton import WINO, Engine, Generation, Sampler, StepTrace
+from sfs_triton import WINO, Engine, Generation, Sampler, StepTrace, load
+from sfs_triton.models import Transformer
 from sfs_triton.ops.torch.philox import gumbel
 from tests.reference import ReferenceRun, Step, decode, logits_of, wino
+from tests.support.paths import GOLDEN
+
+
+@cache
+def engine_of(name: str, eos_id: int | None = None, backend: str = "torch") -> Engine:
+    """Load a small trained model; ``eos_id`` is a token that its responses are full of."""
+    device = "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
+    model = load(GOLDEN / "models" / name, device, "float32", backend).model
+    spec = model.spec if eos_id is None else replace(model.spec, eos_id=eos_id)
+    return Engine(Transformer(spec, model.weights, backend))
 
 
 def reference(engine: Engine, canvas: list[int], start: int, sampler: Sampler, seed: int = 0) -> ReferenceRun:
